@@ -1,0 +1,99 @@
+"""An adapter folder as PEFT saves it → one update per module, every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qmerge import plugins
+from qmerge.checkpoint.header import read_header
+from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.scan import read_json
+from qmerge.errors import AdapterError, listed
+from qmerge.types import TORCH_DTYPES, TensorInfo, Update
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """``updates`` by module of the base; ``tensors`` lists each module's tensor names, as they are in the file."""
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    updates: dict[str, Update]
+    tensors: dict[str, list[str]]
+
+
+def read_adapter(folder: Path, reader: Reader) -> Adapter:
+    """Read a PEFT adapter folder.
+
+    Raises:
+        AdapterError: pickle, unsupported kind or option, a tensor that is no part of a pair, NaN, a wrong rank.
+    """
+    config, infos = read_json(config_file(folder), AdapterError), tensor_infos(folder)
+    kind = kind_of(config)
+    tensors = {without_prefix(info.name): finite(info, reader) for info in infos.values()}
+    found: dict[str, tuple[Update, list[str]]] = plugins.load("adapters", kind).updates(config, tensors)
+    used = {name for _, names in found.values() for name in names}
+    left = sorted(tensors.keys() - used)
+    if left:
+        raise AdapterError(f"{TENSORS} holds {listed(left)}, which qmerge would not apply; nothing was written")
+    updates = {module: update for module, (update, _) in found.items()}
+    return Adapter(folder, kind, config, updates, {module: names for module, (_, names) in found.items()})
+
+
+def config_file(folder: Path) -> Path:
+    if not (folder / CONFIG).exists():
+        raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
+    return folder / CONFIG
+
+
+def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
+    """Headers only.
+
+    Raises:
+        AdapterError: there is no safetensors file, or it holds nothing.
+    """
+    if not (folder / TENSORS).exists():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{folder} holds only adapter_model.bin, a pickle, which can run code when it is read; convert it where "
+                f"you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
+            )
+        raise AdapterError(f"{folder} has no {TENSORS}: expected an adapter folder as PEFT saves it")
+    infos, _ = read_header(folder / TENSORS, AdapterError)
+    if not infos:
+        raise AdapterError(f"{TENSORS} is empty: the adapter was saved without its weights")
+    return infos
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The plug-in that takes this ``peft_type``."""
+    peft_type = str(config.get("peft_type", "")).upper()
+    kinds = {taken: name for name, plugin in plugins.every("adapters").items() for taken in plugin.PEFT_TYPES}
+    if peft_type not in kinds:
+        raise AdapterError(f"{CONFIG}: peft_type {peft_type or 'missing'} is not merged; there are: {', '.join(kinds)}")
+    return kinds[peft_type]
+
+
+def without_prefix(name: str) -> str:
+    if not name.startswith(PREFIX):
+        raise AdapterError(f"{TENSORS}: {name!r} does not begin with {PREFIX!r}: expected names as PEFT saves them")
+    return name.removeprefix(PREFIX)
+
+
+def finite(info: TensorInfo, reader: Reader) -> Tensor:
+    """float32; NaN and infinity are refused."""
+    if info.dtype not in TORCH_DTYPES:
+        raise AdapterError(f"{TENSORS}: {info.name} has dtype {info.dtype}, expected floats")
+    tensor = reader.tensor(info).float()
+    if not bool(tensor.isfinite().all()):
+        raise AdapterError(f"{TENSORS}: {info.name} holds NaN or infinity; the training run diverged, nothing to merge")
+    return tensor

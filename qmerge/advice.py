@@ -1,0 +1,115 @@
+"""Numbers → warnings in plain words: which modules, which ranks, how much survives, and what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from qmerge import plugins
+from qmerge.predict import Survival, total_kept
+
+ENOUGH = 0.5
+"""A weight that keeps less of its delta than this is warned about."""
+
+LOUD = 2.0
+"""So is rounding noise that is larger than this many times the delta."""
+
+
+def warnings(survivals: Sequence[Survival], predicted: bool) -> list[str]:
+    """One line per kind of module, rank and trouble; the worst first.
+
+    Args:
+        survivals: of every merged weight.
+        predicted: from the closed form, before the run; else measured on what was written.
+    """
+    lines = [_nothing_to_merge(survivals)] if not any(s.delta_squared for s in survivals) else []
+    lost = [s for s in survivals if s.kept is not None and s.kept < ENOUGH]
+    loud = [s for s in survivals if s.noise is not None and s.noise > LOUD and s not in lost]
+    lines += [_lost_line(group, predicted) for group in _by_rank(lost)]
+    lines += [_loud_line(group, predicted) for group in _by_rank(loud)]
+    total = total_kept(survivals)
+    if lost and total is not None and len(lost) > 1:
+        lines.append(_total_line(lost, survivals, total, predicted))
+    return lines
+
+
+def _by_rank(survivals: Iterable[Survival]) -> list[list[Survival]]:
+    """One group per rank; the one that lost most delta first."""
+    groups: dict[int, list[Survival]] = defaultdict(list)
+    for s in survivals:
+        groups[s.rank].append(s)
+    return sorted(groups.values(), key=lambda group: -sum(s.delta_squared * (1 - (s.kept or 0)) for s in group))
+
+
+def _lost_line(group: list[Survival], predicted: bool) -> str:
+    verb = "will survive" if predicted else "survived"
+    return (
+        f"{_names(group)}: rank {group[0].rank}, delta is {_span(percent, [s.relative_size for s in group])} of the weight, "
+        f"a{_n(group[0].target)} {group[0].target.upper()} step is {_span(times, [s.gap_to_delta for s in group])} larger; "
+        f"{percent(total_kept(group) or 0.0)} {verb} {group[0].rounding} rounding. {_way_out(group[0])}"
+    )
+
+
+def _loud_line(group: list[Survival], predicted: bool) -> str:
+    verb = "will be" if predicted else "is"
+    return (
+        f"{_names(group)}: rank {group[0].rank}, the delta is kept on average, but {group[0].rounding} rounding noise {verb} "
+        f"{_span(times, [s.noise for s in group])} its size. {_way_out(group[0])}"
+    )
+
+
+def _total_line(lost: list[Survival], survivals: Sequence[Survival], total: float, predicted: bool) -> str:
+    verb = "will be" if predicted else "was"
+    return (
+        f"{len(lost)} of {len(survivals)} merged weights lose more than half of their delta; in all, {percent(total)} of the "
+        f"fine-tuning {verb} kept (each weight counted by the size of its delta)."
+    )
+
+
+def _nothing_to_merge(survivals: Sequence[Survival]) -> str:
+    return f"the adapter changes nothing: the delta of all {len(survivals)} weights is zero (lora_B was never trained)."
+
+
+def _way_out(s: Survival) -> str:
+    better = {"nf4": "bf16", "fp4": "bf16", "int8": "bf16", "bf16": "fp16", "fp16": "fp32"}.get(s.target, "fp32")
+    roundings = [
+        f"--rounding {name}" for name in ("preserve",) if name in plugins.names("rounding") and name != s.rounding
+    ]
+    ways = [*roundings, f"--target {better}", "serve the adapter unmerged"]
+    return f"Use {', or '.join(ways)}."
+
+
+def _names(group: list[Survival]) -> str:
+    """``q_proj, v_proj of 24 layers``; the whole name where there is one."""
+    if len(group) == 1:
+        return group[0].module
+    kinds = Counter(s.module.rpartition(".")[2] for s in group)
+    by_count: dict[int, list[str]] = defaultdict(list)
+    for kind, count in kinds.items():
+        by_count[count].append(kind)
+    return "; ".join(f"{', '.join(names)} of {n} layer{'s' * (n > 1)}" for n, names in by_count.items())
+
+
+def _span(face: Callable[[float], str], values: Iterable[float | None]) -> str:
+    """Smallest to largest, once if they read the same."""
+    known = [value for value in values if value is not None] or [0.0]
+    low, high = face(min(known)), face(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _n(target: str) -> str:
+    return "n" if target[0] in "aeiou" or target.startswith(("nf", "fp")) else ""
+
+
+def percent(share: float) -> str:
+    """0.0123 → ``1.2 %``: two digits below 10 %, whole numbers above."""
+    value = 100 * share
+    if 0 < abs(value) < 0.01:
+        return "< 0.01 %"
+    if value == 0 or abs(value) >= 9.95:
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if abs(value) >= 0.95 else f"{value:.2f} %"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"

@@ -1,0 +1,55 @@
+"""What Python callers get: a ``Report`` that shows itself, and settings by keyword."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qmerge import run
+from qmerge.recipe import make_recipe
+from qmerge.report.json import ReportData
+from qmerge.report.terminal import TerminalWatcher, out, survival_table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. ``data`` is the content of qmerge.json (``qmerge.report.json.ReportData``)."""
+
+    data: ReportData
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the delta that survived, each weight counted by its ‖delta‖²; None when the delta is zero."""
+        return self.data.total.values["kept"]
+
+    @property
+    def noise(self) -> float | None:
+        """‖stored − merged‖ / ‖delta‖ over all merged weights."""
+        return self.data.total.values["noise"]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.data.warnings
+
+    def _repr_html_(self) -> str:
+        from qmerge.report.html import summary
+
+        return summary(self.data)
+
+    def __str__(self) -> str:
+        console = out()
+        with console.capture() as capture:
+            console.print(survival_table(self.data))
+        return capture.get()
+
+
+def merge(settings: dict[str, Any]) -> Report:
+    resume, quiet = bool(settings.pop("resume", False)), bool(settings.pop("quiet", False))
+    return Report(run.merge(make_recipe(settings), resume, TerminalWatcher(quiet)))
+
+
+def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]:
+    quiet = bool(settings.pop("quiet", False))
+    targets = targets or [settings.get("target", "nf4")]
+    recipe = make_recipe({**settings, "target": targets[0]})
+    return [Report(data) for data in run.measure(recipe, targets, TerminalWatcher(quiet))]

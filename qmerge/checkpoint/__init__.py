@@ -1,0 +1,1 @@
+"""Safetensors folders: read headers and tensors, find weights, stream a new checkpoint out, resume."""

@@ -1,0 +1,66 @@
+"""Tensors from safetensors files by plain reads: whole, or some rows, so that memory holds only what is worked on.
+
+No mmap: mapped pages count as resident memory, and a file truncated under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import CheckpointError
+from qmerge.types import TORCH_DTYPES, TensorInfo
+
+
+class Reader:
+    """Opens each file once and reads ranges of it; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def bytes(self, info: TensorInfo, start: int, stop: int) -> bytearray:
+        """Bytes ``start`` … ``stop`` of a tensor.
+
+        Raises:
+            CheckpointError: the file ends before them (it changed since its header was read).
+        """
+        buffer = bytearray(stop - start)
+        view, done = memoryview(buffer), 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor(info.file), [view[done:]], info.offset + start + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file.name}: ends inside {info.name!r}: it was changed while being read")
+            done += count
+        return buffer
+
+    def tensor(self, info: TensorInfo) -> Tensor:
+        """The whole tensor, in its own dtype and shape."""
+        return self.elements(info, 0, math.prod(info.shape)).view(info.shape)
+
+    def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Elements ``start`` … ``stop`` of the flattened tensor, 1-D, in its own dtype."""
+        dtype = TORCH_DTYPES[info.dtype]
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        raw = self.bytes(info, start * dtype.itemsize, stop * dtype.itemsize)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype)
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]

@@ -1,0 +1,76 @@
+"""Which modules the stock loader would quantize, asked of transformers itself on a model without weights.
+
+Only needed where tensors do not tell: a dense base that gets quantized, and GPT-2's Conv1D, whose dense weights lie as
+[I, O] but are quantized as [O, I]. No code from the checkpoint is run: an architecture that transformers does not
+know is an error, with the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qmerge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """``quantizable``: modules that become 4- or 8-bit; ``conv1d``: modules whose dense weight lies as [I, O]."""
+
+    quantizable: frozenset[str]
+    conv1d: frozenset[str]
+
+
+def skeleton(config: Mapping[str, Any], skip: Sequence[str] | None) -> Skeleton:
+    """Build the model on the meta device and ask transformers' own rules.
+
+    Args:
+        config: config.json of the base.
+        skip: ``llm_int8_skip_modules`` of the quantization config, if any.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    return _skeleton(json.dumps(config), None if skip is None else tuple(skip))
+
+
+@lru_cache(maxsize=8)
+def _skeleton(config: str, skip: tuple[str, ...] | None) -> Skeleton:
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = meta_model(json.loads(config))
+    names = None if skip is None else list(skip)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, names, getattr(model, "_keep_in_fp32_modules", None))
+    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    chosen = {name for name in linear | conv1d if should_convert_module(name, skipped)}
+    return Skeleton(frozenset(chosen), frozenset(conv1d))
+
+
+def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """The model of a config.json without weights."""
+    import transformers
+
+    plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    names = config.get("architectures") or []
+    model_class = getattr(transformers, str(names[0]), None) if names else None
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            parsed = transformers.AutoConfig.for_model(**plain)
+            factory = model_class or transformers.AutoModelForCausalLM
+            model: torch.nn.Module = factory._from_config(parsed) if model_class else factory.from_config(parsed)
+            return model
+    except Exception as cause:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r}, so it is not known "
+            f"which modules are linear layers. Use a 16-bit target, or a base that is quantized already. ({cause})"
+        ) from cause

@@ -1,0 +1,120 @@
+"""What a format is: how to find, read, round to and write the weights that are stored one way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.grids import Grid
+from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For formats that can be written in one way only."""
+
+
+class Stored(ABC):
+    """One weight opened for reading by rows. ``grid`` is the grid of the whole weight."""
+
+    grid: Grid
+
+    @abstractmethod
+    def codes(self, rows: Rows) -> Tensor:
+        """Codes on ``grid``, [rows, I]."""
+
+    @abstractmethod
+    def values(self, rows: Rows) -> Tensor:
+        """float32 [rows, I], bit-identical to what the format's own library dequantizes to in float32."""
+
+
+class Format(ABC):
+    """One way to store a weight. Attributes are facts about the format, used to choose and to explain.
+
+    quant_method    ``quantization_config["quant_method"]`` of models stored this way; None for dense formats
+    dense_dtype     safetensors dtype of a dense format; None for quantized ones
+    is_target       whether qmerge writes it
+    loaders         who reads it
+    claims_last     takes what no other format has claimed
+    needs_scales    fresh grids depend on the values (absmax, SCB)
+    """
+
+    name: str
+    quant_method: ClassVar[str | None] = None
+    dense_dtype: str | None = None
+    is_target: bool = True
+    loaders: ClassVar[str] = ""
+    claims_last: bool = False
+    needs_scales: ClassVar[bool] = True
+
+    @abstractmethod
+    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+        """The weights among ``tensors`` that are stored this way.
+
+        Raises:
+            CheckpointError: a weight carries the format's marks, but a part is missing or disagrees.
+        """
+
+    @abstractmethod
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        """Read the small parts (scales); the codes are read row by row later."""
+
+    @abstractmethod
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        """How to write: what was asked for, else what ``source`` (options of this or a related format) had, else the
+        defaults of the format's library. ``dtype`` is the model's own (safetensors spelling).
+
+        Raises:
+            RecipeError: the format has no such option, or not with that value.
+        """
+
+    @abstractmethod
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        """Local names, dtypes and shapes of the parts that will be written; the one named ``local`` holds the codes."""
+
+    def row_step(self, shape: tuple[int, int], options: Options) -> int:
+        """Row ranges must start at a multiple of this."""
+        return 1
+
+    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
+        """The scales of a fresh grid for some rows, 1-D; concatenated over all rows they go to ``grid``."""
+        return torch.empty(0)
+
+    @abstractmethod
+    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+        """A fresh grid for a whole [O, I] weight from its scales."""
+
+    def same_grid(self, one: Options, other: Options) -> bool:
+        """Whether weights with these options of this format lie on the same grid."""
+        return one == other
+
+    def as_loaded(self, values_OI: Tensor) -> Tensor:
+        """What the stock loader makes of dense values before it quantizes them on the fly (a cast, if anything)."""
+        return values_OI
+
+    @abstractmethod
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        """Codes of some rows → what is appended to the part that holds the codes (any shape, the part's dtype)."""
+
+    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+        """The other parts (scales, quant state) for a fresh grid."""
+        return {}
+
+    def quantization_config(
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+    ) -> dict[str, Any] | None:
+        """``quantization_config`` for config.json as the stock library would have written it; None for dense."""
+        return None
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be stored this way."""
+        return len(shape) == 2
+
+    def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
+        """Raise NumbersError when a finite value became infinite."""

@@ -1,0 +1,402 @@
+"""What NF4 and FP4 share: bitsandbytes' 4-bit blocks (arXiv 2305.14314; bitsandbytes 0.50, functional.py).
+
+``absmax`` belongs to blocks of the flattened, row-major weight, so a block may straddle rows. Two codes share a byte,
+the first in the high nibble. With double quantization ``absmax`` itself is stored in 8 bits, in blocks of 256, after
+its mean (``nested_offset``) was taken off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats._base import Format, Stored
+from qmerge.grids import UP, Grid
+from qmerge.types import SAFETENSORS_DTYPES, TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK_SIZE = 256
+STORAGES = ("uint8", "int8", "bfloat16", "float16", "float32", "int32", "float8_e4m3fn")
+
+# Inside this part of its cell a value keeps its code whatever float32 rounding does to the scaled value (relative
+# error 2**-22 of absmax; the narrowest NF4 cell leaves 4e-5 of absmax beyond this part).
+SAFE_PART = 0.999
+
+
+@dataclass(frozen=True)
+class Bnb4bitOptions:
+    """``dtype`` is what the stock loader dequantizes to (the model's dtype when it was quantized)."""
+
+    block_size: int = 64
+    double_quant: bool = False
+    storage: str = "uint8"
+    dtype: str = "bfloat16"
+
+
+@cache
+def levels(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [16] levels in ascending order, float32 [15] midpoints, and uint8 [16] their codes on disk."""
+    table_L = bnb.get_4bit_type(quant_type, device=torch.device("cpu"))
+    order_L = torch.argsort(table_L)
+    midpoints = (table_L[order_L[:-1]] + table_L[order_L[1:]]) / 2
+    return table_L[order_L].to(device), midpoints.to(device), order_L.to(torch.uint8).to(device)
+
+
+@dataclass(frozen=True)
+class Bnb4bitGrid(Grid):
+    """Codes are uint8, 0 … 15 in ascending order of their levels.
+
+    columns            I: the blocks run over the flattened weight
+    absmax_B           float32, what a loader multiplies with
+    rounding_absmax_B  float32, what values are divided by: the exact absmax of a fresh grid, also when double
+                       quantization will store it less exactly (as in bitsandbytes); else the same as ``absmax_B``
+    scale_parts        the scales as they will lie on disk (a fresh grid's; local names)
+    """
+
+    quant_type: str
+    block_size: int
+    columns: int
+    absmax_B: Tensor
+    rounding_absmax_B: Tensor
+    scale_parts: Parts = field(default_factory=dict)
+    offset: float | None = None
+
+    levels_count = 16
+
+    @property
+    def row_step(self) -> int:
+        return self.block_size // math.gcd(self.block_size, self.columns)
+
+    @property
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return levels(self.quant_type, self.absmax_B.device)
+
+    def rows(self, rows: Rows) -> Bnb4bitGrid:
+        start = rows.start * self.columns // self.block_size
+        stop = -(-rows.stop * self.columns // self.block_size)
+        return replace(
+            self,
+            absmax_B=self.absmax_B[start:stop],
+            rounding_absmax_B=self.rounding_absmax_B[start:stop],
+            scale_parts={},
+        )
+
+    def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
+        if near_OI is None:
+            return self._encode(scale_blocks(values_OI, self.rounding_absmax_B, self.block_size)).view(values_OI.shape)
+        if self.quant_type != "nf4":  # FP4 has two codes for zero: keep the one that is there
+            codes_OI = self.nearest(values_OI)
+            return torch.where(self.decode(codes_OI) == self.decode(near_OI), near_OI, codes_OI)
+        return self._nearest_of_moved(values_OI, near_OI)
+
+    def _nearest_of_moved(self, values_OI: Tensor, near_OI: Tensor) -> Tensor:
+        """Looks up only the entries that left their cell (a typical delta moves 1 %); same codes as ``nearest``."""
+        offset_OI = values_OI - self.decode(near_OI)
+        moved_OI = offset_OI.abs().mul_(2 / SAFE_PART) > self.gap(near_OI, offset_OI)
+        index_N = moved_OI.flatten().nonzero().squeeze(1)
+        values_N, block_N = values_OI.flatten()[index_N], index_N // self.block_size
+        absmax_N = self.rounding_absmax_B[block_N].clamp(min=1e-38)
+        tail = block_N >= values_OI.numel() // self.block_size
+        scaled_N = torch.where(tail, values_N / absmax_N, values_N * (1.0 / absmax_N)).clamp_(-1, 1)
+        codes_OI = near_OI.clone()
+        codes_OI.view(-1)[index_N] = self._encode(scaled_N)
+        return codes_OI
+
+    def _encode(self, scaled: Tensor) -> Tensor:
+        """Scaled values in [−1, 1] → codes; a value on a midpoint goes down, as in bitsandbytes."""
+        return torch.bucketize(scaled, self._tables[1], out_int32=True).to(torch.uint8)
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        disk_OI = codes_OI if self.quant_type == "nf4" else self._tables[2][codes_OI.long()]
+        return unpack_values(pack_nibbles(disk_OI), self.absmax_B, self.block_size, self.quant_type, codes_OI.shape)
+
+    def step(self, codes_OI: Tensor, direction: int) -> Tensor:
+        if self.quant_type == "nf4":
+            return (
+                (codes_OI + 1).clamp_(max=15) if direction == UP else torch.where(codes_OI == 0, codes_OI, codes_OI - 1)
+            )
+        return self._neighbours(direction)[codes_OI.long()]
+
+    def _neighbours(self, direction: int) -> Tensor:
+        """uint8 [16]: the next code of another value (FP4's two zeros are one value)."""
+        table = self._tables[0].tolist()
+        walk = range(16) if direction == UP else range(15, -1, -1)
+        following = [next((c for c in walk if (table[c] - table[code]) * direction > 0), code) for code in range(16)]
+        return torch.tensor(following, dtype=torch.uint8, device=self.absmax_B.device)
+
+
+def scale_blocks(values_OI: Tensor, absmax_B: Tensor, block_size: int) -> Tensor:
+    """Values / absmax of their block, in [−1, 1], flat; bitsandbytes' own arithmetic: whole blocks are multiplied by
+    the reciprocal, a short last block is divided."""
+    flat, safe_B = values_OI.flatten(), absmax_B.clamp(min=1e-38)
+    whole = flat.numel() // block_size * block_size
+    scaled = (flat[:whole].view(-1, block_size) * (1.0 / safe_B[: whole // block_size])[:, None]).view(-1)
+    if whole < flat.numel():
+        scaled = torch.cat([scaled, flat[whole:] / safe_B[-1]])
+    return scaled.clamp_(-1, 1)
+
+
+def pack_nibbles(codes: Tensor, padding: int = 0) -> Tensor:
+    """uint8 codes → bytes, the first code in the high nibble; an odd one out is followed by ``padding``."""
+    flat = codes.flatten()
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_full((1,), padding)])
+    return (flat[::2] << 4) | flat[1::2]
+
+
+def unpack_nibbles(packed: Tensor, numel: int) -> Tensor:
+    codes = torch.empty(packed.numel() * 2, dtype=torch.uint8, device=packed.device)
+    codes[::2], codes[1::2] = packed >> 4, packed & 15
+    return codes[:numel]
+
+
+def unpack_values(packed: Tensor, absmax_B: Tensor, block_size: int, quant_type: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes → float32 values, by bitsandbytes' own kernel.
+
+    One flat row of even length: rows of odd length, and rows that are no multiple of the block size, would send
+    bitsandbytes into slower or less trodden code; the blocks are the same.
+    """
+    numel = math.prod(shape)
+    flat = (1, packed.numel() * 2)
+    values = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax_B, block_size, quant_type, flat, torch.float32)
+    result: Tensor = values.view(-1)[:numel].view(shape)
+    return result
+
+
+class Stored4bit(Stored):
+    def __init__(self, weight: Weight, reader: Reader, device: torch.device, quant_type: str) -> None:
+        options = weight.options
+        assert isinstance(options, Bnb4bitOptions)
+        self._info, self._reader, self._device = weight.parts[weight.local], reader, device
+        self._quant_type = quant_type
+        self._columns = math.prod(weight.shape[1:])
+        absmax_B = read_absmax(weight, reader).to(device)
+        if not bool(absmax_B.isfinite().all()):
+            raise CheckpointError(f"{weight.name}.absmax holds NaN or infinity")
+        self.grid: Bnb4bitGrid = Bnb4bitGrid(quant_type, options.block_size, self._columns, absmax_B, absmax_B)
+
+    def _packed(self, rows: Rows) -> Tensor:
+        size = TORCH_DTYPES[self._info.dtype].itemsize
+        start, stop = rows.start * self._columns // 2, -(-rows.stop * self._columns // 2)
+        return self._reader.elements(self._info, start // size, -(-stop // size)).view(torch.uint8)[: stop - start]
+
+    def codes(self, rows: Rows) -> Tensor:
+        disk = unpack_nibbles(self._packed(rows).to(self._device), len(rows) * self._columns)
+        if self._quant_type != "nf4":
+            disk = torch.argsort(levels(self._quant_type, self._device)[2]).to(torch.uint8)[disk.long()]
+        return disk.view(len(rows), self._columns)
+
+    def values(self, rows: Rows) -> Tensor:
+        grid, shape = self.grid.rows(rows), (len(rows), self._columns)
+        return unpack_values(
+            self._packed(rows).to(self._device), grid.absmax_B, grid.block_size, self._quant_type, shape
+        )
+
+
+def read_absmax(weight: Weight, reader: Reader) -> Tensor:
+    """float32 [B]; double quantization undone in bitsandbytes' order of operations."""
+    absmax = reader.tensor(weight.parts[f"{weight.local}.absmax"]).flatten()
+    nested = weight.parts.get(f"{weight.local}.nested_absmax")
+    if nested is None:
+        return absmax.float()
+    state = quant_state(weight.parts, weight.local, reader)
+    blockwise = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax,
+        reader.tensor(nested).float(),
+        reader.tensor(weight.parts[f"{weight.local}.nested_quant_map"]).float(),
+        state["nested_blocksize"],
+        torch.float32,
+    )
+    result: Tensor = blockwise + torch.tensor(float(state["nested_offset"]))
+    return result
+
+
+def quant_state(parts: Mapping[str, TensorInfo], local: str, reader: Reader) -> dict[str, Any]:
+    """The JSON text in ``…quant_state.bitsandbytes__nf4``."""
+    info = next(info for name, info in parts.items() if name.startswith(f"{local}.quant_state."))
+    try:
+        state = json.loads(bytes(reader.bytes(info, 0, info.nbytes)))
+        state["blocksize"], state["shape"], state["dtype"]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise CheckpointError(f"{info.name} is no bitsandbytes quant state: {cause!r}") from cause
+    return dict(state)
+
+
+class Bnb4bit(Format):
+    """Parts: ``weight`` (bytes of codes, any storage dtype), ``weight.absmax``, ``weight.quant_map``, with double
+    quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and ``weight.quant_state.bitsandbytes__…``."""
+
+    quant_method = "bitsandbytes"
+    loaders = "transformers, vLLM (CUDA)"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._mark = f".quant_state.bitsandbytes__{name}"
+
+    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+        return [
+            self._weight(name.removesuffix(self._mark), tensors, reader)
+            for name in tensors
+            if name.endswith(self._mark)
+        ]
+
+    def _weight(self, name: str, tensors: Mapping[str, TensorInfo], reader: Reader) -> Weight:
+        module, _, local = name.rpartition(".")
+        suffixes = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", self._mark)
+        parts = {local + suffix: tensors[name + suffix] for suffix in suffixes if name + suffix in tensors}
+        needed = [local, f"{local}.absmax"]
+        if f"{local}.nested_absmax" in parts or f"{local}.nested_quant_map" in parts:
+            needed += [f"{local}.nested_absmax", f"{local}.nested_quant_map"]
+        missing = [part for part in needed if part not in parts]
+        if missing:
+            raise CheckpointError(f"{name} is stored as {self.name}, but {module}.{missing[0]} is missing")
+        state = quant_state(parts, local, reader)
+        options = Bnb4bitOptions(
+            block_size=int(state["blocksize"]),
+            double_quant=f"{local}.nested_absmax" in parts,
+            storage=str(TORCH_DTYPES[parts[local].dtype]).removeprefix("torch."),
+            dtype=str(state["dtype"]),
+        )
+        shape = tuple(int(n) for n in state["shape"])
+        self._check(name, shape, parts, local, options, state)
+        return Weight(module, local, self.name, shape, parts, options)
+
+    def _check(
+        self, name: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo], local: str, options: Bnb4bitOptions,
+        state: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        numel, absmax = math.prod(shape), parts[f"{local}.absmax"]
+        blocks = -(-numel // options.block_size) if options.block_size in BLOCK_SIZES else -1
+        if len(shape) < 2 or parts[local].nbytes != (numel + 1) // 2 or math.prod(absmax.shape) != blocks:
+            raise CheckpointError(
+                f"{name}: a {list(shape)} weight in blocks of {options.block_size} needs {(numel + 1) // 2} bytes of codes "
+                f"and {blocks} absmax, found {parts[local].nbytes} and {math.prod(absmax.shape)}"
+            )
+        if options.double_quant and not {"nested_blocksize", "nested_offset"} <= state.keys():
+            raise CheckpointError(
+                f"{name}: double quantization needs nested_blocksize and nested_offset in the quant state"
+            )
+        if absmax.dtype != ("U8" if options.double_quant else "F32"):
+            raise CheckpointError(
+                f"{name}.absmax is {absmax.dtype}, expected {'U8' if options.double_quant else 'F32'}"
+            )
+
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        return Stored4bit(weight, reader, device, self.name)
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        torch_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+        like = source if isinstance(source, Bnb4bitOptions) else Bnb4bitOptions(dtype=torch_name)
+        options = replace(like, **{name: value for name, value in asked.items() if value is not None})
+        if options.block_size not in BLOCK_SIZES:
+            raise RecipeError(f"block size {options.block_size}: bitsandbytes has {', '.join(map(str, BLOCK_SIZES))}")
+        if options.storage not in STORAGES:
+            raise RecipeError(f"quant storage {options.storage!r}: there are {', '.join(STORAGES)}")
+        return options
+
+    def same_grid(self, one: Options, other: Options) -> bool:
+        assert isinstance(one, Bnb4bitOptions) and isinstance(other, Bnb4bitOptions)
+        return (one.block_size, one.double_quant) == (other.block_size, other.double_quant)
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        assert isinstance(options, Bnb4bitOptions)
+        numel = math.prod(shape)
+        storage = getattr(torch, options.storage)
+        blocks, count = -(-numel // options.block_size), (numel + 1) // 2
+        if count % storage.itemsize:
+            raise RecipeError(
+                f"a {list(shape)} weight has {count} bytes of codes: no whole number of {options.storage}"
+            )
+        specs = {
+            local: TensorSpec(SAFETENSORS_DTYPES[storage], (count // storage.itemsize, 1)),
+            f"{local}.absmax": TensorSpec("U8" if options.double_quant else "F32", (blocks,)),
+            f"{local}.quant_map": TensorSpec("F32", (16,)),
+        }
+        if options.double_quant:
+            specs[f"{local}.nested_absmax"] = TensorSpec("F32", (-(-blocks // NESTED_BLOCK_SIZE),))
+            specs[f"{local}.nested_quant_map"] = TensorSpec("F32", (256,))
+        specs[local + self._mark] = TensorSpec("U8", (-1,))
+        return specs
+
+    def row_step(self, shape: tuple[int, int], options: Options) -> int:
+        assert isinstance(options, Bnb4bitOptions)
+        return options.block_size // math.gcd(options.block_size, shape[1])
+
+    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
+        assert isinstance(options, Bnb4bitOptions)
+        flat, size = values_OI.flatten(), options.block_size
+        whole = flat.numel() // size * size
+        absmax_B = flat[:whole].view(-1, size).abs().amax(dim=1)
+        if whole < flat.numel():  # bitsandbytes clamps only the short last block
+            absmax_B = torch.cat([absmax_B, flat[whole:].abs().amax().clamp(min=1e-38)[None]])
+        return absmax_B
+
+    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+        assert isinstance(options, Bnb4bitOptions)
+        if not options.double_quant:
+            parts = {"absmax": scales.cpu()}
+            return Bnb4bitGrid(self.name, options.block_size, shape[1], scales, scales, parts)
+        # On the CPU, so that the bytes do not depend on the device (its table lookup differs from CUDA's nearest).
+        exact_B = scales.cpu()
+        offset = exact_B.mean()
+        codes_B, state = bnb.quantize_blockwise(exact_B - offset, blocksize=NESTED_BLOCK_SIZE)
+        stored_B = bnb.dequantize_blockwise(codes_B, state) + offset
+        parts = {"absmax": codes_B, "nested_absmax": state.absmax, "nested_quant_map": state.code}
+        return Bnb4bitGrid(
+            self.name, options.block_size, shape[1], stored_B.to(scales.device), scales, parts, float(offset)
+        )
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        _, midpoints, disk_L = levels(self.name, codes_OI.device)
+        disk_OI = codes_OI if self.name == "nf4" else disk_L[codes_OI.long()]
+        zero = int(disk_L[torch.bucketize(torch.zeros(1, device=midpoints.device), midpoints)])
+        return pack_nibbles(disk_OI, padding=zero)  # bitsandbytes pads an odd count with the value 0
+
+    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+        assert isinstance(grid, Bnb4bitGrid) and isinstance(options, Bnb4bitOptions)
+        state: dict[str, Any] = {
+            "quant_type": self.name,
+            "blocksize": options.block_size,
+            "dtype": options.dtype,
+            "shape": list(shape),
+        }
+        if grid.offset is not None:
+            nested = {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": grid.offset}
+            state.update(nested)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        quant_map = bnb.get_4bit_type(self.name, device=torch.device("cpu"))
+        scales = {f"{local}.{name}": part for name, part in grid.scale_parts.items()}
+        return {**scales, f"{local}.quant_map": quant_map, local + self._mark: text}
+
+    def quantization_config(
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+    ) -> dict[str, Any] | None:
+        assert isinstance(options, Bnb4bitOptions)
+        return bitsandbytes_config(
+            base,
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.name,
+            bnb_4bit_use_double_quant=options.double_quant,
+            bnb_4bit_quant_storage=options.storage,
+            bnb_4bit_compute_dtype=base.get("bnb_4bit_compute_dtype", compute_dtype),
+        )
+
+
+def bitsandbytes_config(base: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """``quantization_config`` as transformers writes it; ``base`` keeps its skip list and thresholds."""
+    from transformers import BitsAndBytesConfig
+
+    kept = {name: base[name] for name in ("llm_int8_skip_modules", "llm_int8_threshold") if name in base}
+    if isinstance(settings.get("bnb_4bit_compute_dtype"), str):
+        settings["bnb_4bit_compute_dtype"] = str(settings["bnb_4bit_compute_dtype"]).removeprefix("torch.")
+    return dict(BitsAndBytesConfig(**kept, **settings).to_dict())

@@ -1,0 +1,110 @@
+"""Dense formats: the numbers themselves, in one float dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import NumbersError
+from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.grids import Grid
+from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
+
+
+class FloatGrid(Grid):
+    """The numbers of a float dtype. Codes are those numbers themselves; ties round to even, as IEEE 754 does."""
+
+    levels_count = 2**16
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
+        return values_OI.to(self.dtype)
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        return codes_OI.float()
+
+    def step(self, codes_OI: Tensor, direction: int) -> Tensor:
+        if self.dtype is torch.float32:
+            return torch.nextafter(codes_OI, torch.full_like(codes_OI, direction * torch.inf)).clamp(*self._ends())
+        # torch.nextafter lacks float16: walk the integers that the bits are, negated below zero (so that -0 is 0).
+        bits = codes_OI.view(torch.int16).int()
+        ordered = torch.where(bits < 0, -(bits & 0x7FFF), bits) + direction
+        stepped = torch.where(ordered < 0, -ordered | -0x8000, ordered).to(torch.int16).view(self.dtype)
+        return torch.where(stepped.isfinite(), stepped, codes_OI)
+
+    def rows(self, rows: Rows) -> FloatGrid:
+        return self
+
+    def _ends(self) -> tuple[float, float]:
+        info = torch.finfo(self.dtype)
+        return info.min, info.max
+
+
+class StoredDense(Stored):
+    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
+        self._info, self._reader, self._device = weight.parts[weight.local], reader, device
+        self._columns = (
+            max(1, weight.numel // (weight.shape[0] or 1)) if len(weight.shape) > 1 else max(1, weight.numel)
+        )
+        self.grid = FloatGrid(TORCH_DTYPES[self._info.dtype])
+
+    def codes(self, rows: Rows) -> Tensor:
+        flat = self._reader.elements(self._info, rows.start * self._columns, rows.stop * self._columns)
+        return flat.view(len(rows), self._columns).to(self._device)
+
+    def values(self, rows: Rows) -> Tensor:
+        return self.codes(rows).float()
+
+
+class Dense(Format):
+    """Numbers in one float dtype, any shape."""
+
+    loaders = "everything"
+    claims_last = True
+    needs_scales = False
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name, self.dense_dtype = name, dtype
+
+    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+        found = []
+        for name, info in tensors.items():
+            if info.dtype == self.dense_dtype:
+                module, _, local = name.rpartition(".")
+                found.append(Weight(module, local, self.name, info.shape, {local: info}, NoOptions()))
+        return found
+
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        return StoredDense(weight, reader, device)
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        return NoOptions()
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        assert self.dense_dtype is not None
+        return {local: TensorSpec(self.dense_dtype, shape)}
+
+    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+        assert self.dense_dtype is not None
+        return FloatGrid(TORCH_DTYPES[self.dense_dtype])
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        return codes_OI
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
+        if not bool(stored_OI.isinf().any()):
+            return
+        largest = float(merged_OI.abs().max())
+        limit = torch.finfo(TORCH_DTYPES[self.dense_dtype or "F32"]).max
+        raise NumbersError(
+            f"{name} reaches {largest:.6g}, but {self.name} ends at {limit:.6g}. Use --target bf16 or fp32."
+        )

@@ -1,0 +1,129 @@
+"""LLM.int8() as bitsandbytes writes it: one scale per row (arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import CheckpointError
+from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.formats._bnb4bit import bitsandbytes_config
+from qmerge.grids import Grid
+from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
+
+# bitsandbytes multiplies by this constant, after the scale: any other order differs in the last bit
+# (bitsandbytes/backends/default/ops.py, int8_vectorwise_dequant).
+ONE_OVER_127 = 7.874015718698502e-3
+
+
+class Int8Grid(Grid):
+    """Levels −127 … 127 times SCB/127 of each row; codes are int8; ties round to even."""
+
+    levels_count = 255
+
+    def __init__(self, scb_O: Tensor) -> None:
+        self.scb_O = scb_O
+
+    def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
+        # An all-zero row has SCB 0: every code is 0 there (bitsandbytes gets NaN, which its cast makes 0).
+        scaled_OI = values_OI * (127.0 / self.scb_O)[:, None]
+        return scaled_OI.nan_to_num_(0.0).round_().clamp_(-127, 127).to(torch.int8)
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        return codes_OI * self.scb_O[:, None] * ONE_OVER_127
+
+    def step(self, codes_OI: Tensor, direction: int) -> Tensor:
+        return (codes_OI.short() + direction).clamp_(-127, 127).to(torch.int8)
+
+    def rows(self, rows: Rows) -> Int8Grid:
+        return Int8Grid(self.scb_O[rows.start : rows.stop])
+
+
+class StoredInt8(Stored):
+    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
+        self._info, self._reader, self._device = weight.parts["weight"], reader, device
+        scb_O = reader.tensor(weight.parts["SCB"]).float().flatten().to(device)
+        if not bool(scb_O.isfinite().all()):
+            raise CheckpointError(f"{weight.module}.SCB holds NaN or infinity")
+        self.grid: Int8Grid = Int8Grid(scb_O)
+
+    def codes(self, rows: Rows) -> Tensor:
+        columns = self._info.shape[1]
+        flat = self._reader.elements(self._info, rows.start * columns, rows.stop * columns)
+        return flat.view(len(rows), columns).to(self._device)
+
+    def values(self, rows: Rows) -> Tensor:
+        return self.grid.rows(rows).decode(self.codes(rows))
+
+
+class Int8(Format):
+    """Parts: ``weight`` int8 [O, I], ``SCB`` float32 [O], ``weight_format`` uint8 (0: row-major)."""
+
+    name = "int8"
+    quant_method = "bitsandbytes"
+    loaders = "transformers, vLLM"
+
+    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+        return [_weight(name.removesuffix(".SCB"), tensors, reader) for name in tensors if name.endswith(".SCB")]
+
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        return StoredInt8(weight, reader, device)
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        return NoOptions()
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec("I8", shape),
+            "SCB": TensorSpec("F32", (shape[0],)),
+            "weight_format": TensorSpec("U8", ()),
+        }
+
+    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
+        return values_OI.abs().amax(dim=1)
+
+    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+        return Int8Grid(scales)
+
+    def as_loaded(self, values_OI: Tensor) -> Tensor:
+        # Int8Params casts to float16 before it quantizes (bitsandbytes/nn/modules.py, Int8Params._quantize).
+        return values_OI.half().float()
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        return codes_OI
+
+    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+        assert isinstance(grid, Int8Grid)
+        return {"SCB": grid.scb_O.cpu(), "weight_format": torch.zeros((), dtype=torch.uint8)}
+
+    def quantization_config(
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+    ) -> dict[str, Any] | None:
+        return bitsandbytes_config(base, load_in_8bit=True)
+
+
+def _weight(module: str, tensors: Mapping[str, TensorInfo], reader: Reader) -> Weight:
+    parts = {
+        local: tensors[f"{module}.{local}"]
+        for local in ("weight", "SCB", "weight_format")
+        if f"{module}.{local}" in tensors
+    }
+    codes = parts.get("weight")
+    if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
+        found = f"{codes.dtype} {list(codes.shape)}" if codes else "nothing"
+        raise CheckpointError(f"{module}.SCB needs {module}.weight as int8 [O, I], found {found}")
+    if parts["SCB"].shape not in ((codes.shape[0],), (codes.shape[0], 1)):
+        raise CheckpointError(
+            f"{module}.SCB has shape {list(parts['SCB'].shape)}, expected [{codes.shape[0]}], one per row of the weight"
+        )
+    layout = parts.get("weight_format")
+    if layout is not None and int(reader.tensor(layout).flatten()[0]) != 0:
+        raise CheckpointError(f"{module}.weight_format is not 0 (row-major): such old GPU layouts are not read")
+    return Weight(module, "weight", "int8", codes.shape, parts, NoOptions())
+
+
+FORMAT = Int8()

@@ -1,0 +1,70 @@
+"""Any other tensor (integers, float8, …): copied byte for byte, never merged; not a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import CheckpointError
+from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.grids import Grid
+from qmerge.types import Options, TensorInfo, TensorSpec, Weight
+
+# Parts that only quantized weights have: left over, they mean a weight whose other parts are missing.
+ORPHANS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".SCB",
+    ".weight_format",
+    ".qweight",
+    ".qzeros",
+)
+
+
+class Raw(Format):
+    """Bytes that are passed on."""
+
+    name = "raw"
+    is_target = False
+    claims_last = True
+    needs_scales = False
+
+    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+        found = []
+        for name, info in tensors.items():
+            if info.dtype in ("F32", "F16", "BF16") and not name.endswith(ORPHANS):
+                continue
+            if name.endswith(ORPHANS) or (info.dtype in ("U8", "I8") and name.endswith(".weight")):
+                raise CheckpointError(
+                    f"{name} ({info.dtype}) is part of a quantized weight, but the parts that tell how it is quantized "
+                    f"are missing. Download the model again."
+                )
+            module, _, local = name.rpartition(".")
+            found.append(Weight(module, local, self.name, info.shape, {local: info}, NoOptions()))
+        return found
+
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        raise CheckpointError(
+            f"{weight.name} is stored as {weight.parts[weight.local].dtype}, which qmerge copies but cannot merge into"
+        )
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        return NoOptions()
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        raise AssertionError("raw is never a target")
+
+    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+        raise AssertionError("raw is never a target")
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        raise AssertionError("raw is never a target")
+
+
+FORMAT = Raw()

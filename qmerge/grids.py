@@ -1,0 +1,92 @@
+"""A grid: the values that a format can hold, one by one for every entry of a weight.
+
+Every rounding works on every format through these few operations. Codes are whatever tensor the format finds handy
+(NF4: uint8 0 … 15 in the order of the levels; int8: int8; bf16: the bf16 numbers themselves): a rounding never looks
+inside, it asks the grid for the nearest code, the next level up or down, and the value of a code.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qmerge.types import Rows
+
+UP, DOWN = 1, -1
+
+
+class Grid(ABC):
+    """float32 levels with a scale for every entry, for a weight (or some rows of it).
+
+    ``levels_count`` is how many levels there are: up to 16, sums over all levels are exact.
+    """
+
+    levels_count: int
+
+    @property
+    def row_step(self) -> int:
+        """Rows can be taken from multiples of this on (blocks that straddle rows stay whole)."""
+        return 1
+
+    @abstractmethod
+    def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
+        """float32 [O, I] → the code of the nearest level, ties as the format's own library breaks them.
+
+        ``near`` are codes that are mostly right already (the base's, when the grid is kept). They may make it faster,
+        and decide between codes of the same value; they never change the values.
+        """
+
+    @abstractmethod
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """Codes → float32 values, bit-identical to what the format's own library dequantizes to."""
+
+    @abstractmethod
+    def step(self, codes_OI: Tensor, direction: int) -> Tensor:
+        """The neighbouring codes: ``UP`` or ``DOWN`` to the next other value; the last level is its own neighbour."""
+
+    @abstractmethod
+    def rows(self, rows: Rows) -> Grid:
+        """The same grid for some of the rows."""
+
+    def gap(self, codes_OI: Tensor, direction_OI: Tensor) -> Tensor:
+        """float32 [O, I]: distance from each level to its neighbour on the side that ``direction``'s sign names;
+        infinite at the ends of the grid."""
+        level_OI = self.decode(codes_OI)
+        up_OI = self.decode(self.step(codes_OI, UP)) - level_OI
+        down_OI = level_OI - self.decode(self.step(codes_OI, DOWN))
+        gap_OI = torch.where(direction_OI > 0, up_OI, down_OI).abs_()
+        return gap_OI.masked_fill_(gap_OI == 0, math.inf)
+
+    def floor(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
+        """The highest codes whose value is not above ``values`` (the lowest code where there is none)."""
+        codes_OI = self.nearest(values_OI, near_OI)
+        return torch.where(self.decode(codes_OI) > values_OI, self.step(codes_OI, DOWN), codes_OI)
+
+    def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor, reach: int = 16) -> Tensor:
+        """float32 [O, I]: E[dQ(x + d)/dd] for d ~ N(0, sigma²): the part of a Gaussian delta that nearest rounding keeps.
+
+        = Σ over thresholds t of gap(t)/sigma · φ((t − x)/sigma), by Stein's lemma E[Q(x + d) d] = sigma² E[Q'(x + d)].
+        Exact for grids of up to ``reach`` levels; for finer ones the sum stops ``reach`` levels away, and is 1 where
+        four sigma reach further than that (the gaps are then so narrow that the sum has become an integral).
+        """
+        middle_OI = self.nearest(values_OI)
+        slope_OI = torch.zeros_like(values_OI)
+        widest_OI = torch.zeros_like(values_OI)
+        for direction in (UP, DOWN):
+            codes_OI, level_OI = middle_OI, self.decode(middle_OI)
+            for _ in range(reach):
+                codes_OI = self.step(codes_OI, direction)
+                next_OI = self.decode(codes_OI)
+                gap_OI = (next_OI - level_OI).abs_()
+                distance_OI = (next_OI + level_OI).div_(2).sub_(values_OI).div_(sigma_O1)
+                slope_OI += gap_OI / sigma_O1 * torch.exp(distance_OI.square_().mul_(-0.5)) / math.sqrt(2 * math.pi)
+                widest_OI = torch.maximum(widest_OI, (next_OI - values_OI).abs_())
+                level_OI = next_OI
+        if self.levels_count <= reach:
+            return slope_OI
+        return torch.where(sigma_O1 * 4 > widest_OI, torch.ones_like(slope_OI), slope_OI)

@@ -1,0 +1,88 @@
+"""Ids and revisions → local folders. A revision is resolved to a commit once, and every file comes from that commit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmerge.errors import InputError
+
+MODEL_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+]
+UNUSED_FILES = ["original/*", "consolidated*", "*.gguf", "onnx/*", "openvino/*"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model or adapter comes from. ``id`` and ``commit`` are None for a local folder."""
+
+    folder: Path
+    id: str | None = None
+    commit: str | None = None
+
+
+def resolve(reference: str, revision: str | None, error: type[InputError]) -> Source:
+    """A folder, or a Hub id (downloaded, or taken from the cache; offline mode works) → a local folder.
+
+    Raises:
+        error: neither a folder nor an id that can be had.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise error(f"{reference} is a local folder: a revision ({revision}) makes sense for a Hub id only")
+        return Source(folder.resolve())
+    if not HUB_ID.fullmatch(reference):
+        raise error(f"{reference}: no such folder, and not a Hub id (owner/name) either")
+    return _download(reference, revision, error)
+
+
+def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Source:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        commit = _commit(hub_id, revision)
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=commit or revision, allow_patterns=MODEL_FILES, ignore_patterns=UNUSED_FILES,
+            local_files_only=commit is None,
+        )  # fmt: skip
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
+        where = f" at revision {revision}" if revision else ""
+        reason = str(cause).strip().splitlines()[0]
+        raise error(
+            f"{hub_id}{where}: no such folder, and the Hub (or its cache, offline) does not give it: {reason}"
+        ) from cause
+    return Source(Path(folder), hub_id, commit or Path(folder).name)
+
+
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit that a revision stands for now; None offline, where the cache decides."""
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        return huggingface_hub.HfApi().repo_info(hub_id, revision=revision).sha
+    except (OfflineModeIsEnabled, OSError) as cause:
+        if isinstance(cause, HfHubHTTPError):
+            raise
+        return None
+
+
+def cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve()

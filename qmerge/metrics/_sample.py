@@ -1,0 +1,23 @@
+"""Some rows of a comparison, for numbers that need no more: the first of every row block, about 2**17 entries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qmerge.types import Comparison, Rows
+
+ENTRIES = 2**17
+
+
+def some_rows(c: Comparison) -> Comparison:
+    """The first rows; whole blocks of the grid."""
+    step = c.grid.row_step
+    count = max(step, ENTRIES // max(1, c.base_OI.shape[1]) // step * step)
+    if count >= len(c.rows):
+        return c
+    part = slice(0, count)
+    return replace(
+        c, base_OI=c.base_OI[part], merged_OI=c.merged_OI[part], stored_OI=c.stored_OI[part],
+        base_codes_OI=c.base_codes_OI[part], codes_OI=c.codes_OI[part], row_norms_O=c.row_norms_O[part],
+        grid=c.grid.rows(Rows(0, count)), rows=Rows(c.rows.start, c.rows.start + count),
+    )  # fmt: skip

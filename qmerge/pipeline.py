@@ -1,0 +1,179 @@
+"""READ THIS FIRST: one weight at a time through the stages: dequantize, merge in float32, round, measure, write.
+
+    for step in plan.steps:        # made from headers; whatever is wrong with the inputs has been raised before
+        copy                       # bytes leave as they came
+        convert                    # base → the target's grid → codes → bytes
+        merge                      # base → + delta → the target's grid → codes → bytes; base, merged, stored compared
+
+float32 values exist for some rows of one weight at a time, so memory grows neither with the model nor with its largest
+weight. ``plan.py`` makes the steps, ``run.py`` walks them and publishes; ``checkpoint/`` reads and writes files;
+``formats/``, ``adapters/``, ``rounding/`` and ``metrics/`` hold one plug-in per file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmerge import plugins
+from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.writer import TensorSink
+from qmerge.errors import NumbersError
+from qmerge.formats._base import Format, Stored
+from qmerge.formats._views import OnTheFly, Transposed
+from qmerge.grids import Grid
+from qmerge.metrics._totals import Sums, added, plain, sums_of
+from qmerge.rounding._context import Context
+from qmerge.types import Comparison, Rows, Step, Update, Weight
+
+COPY_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how the work is done: the same for every step."""
+
+    reader: Reader
+    device: torch.device
+    rounding: str
+    seed: int
+    block_entries: int
+
+
+def do(step: Step, sink: TensorSink, bench: Bench) -> Sums | None:
+    """One step, start to end.
+
+    Returns:
+        The sums of every metric, for a merge.
+
+    Raises:
+        NumbersError: NaN or infinity, in the base or after merging, or past the target's range.
+    """
+    if step.action == "copy":
+        copy(step, sink, bench.reader)
+        return None
+    target: Format = plugins.load("formats", step.target).FORMAT
+    source, base = open_source(step, bench)
+    update = step.update.to(bench.device) if step.update else None
+    grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench)
+    total: Sums | None = None
+    for rows in blocks(step, bench.block_entries):
+        near_OI = source.codes(rows) if step.keeps_grid else None
+        base_OI = base.values(rows)
+        merged_OI = merge(step, base_OI, update, rows)
+        codes_OI = choose(
+            merged_OI, grid.rows(rows), Context(step.name, rows, bench.seed, near_OI), bench.rounding, step
+        )
+        stored_OI = grid.rows(rows).decode(codes_OI)
+        target.check_range(stored_OI, merged_OI, step.name)
+        sink.append(step.name, target.pack(as_on_disk(codes_OI, step, target), step.options))
+        if update is not None:
+            comparison = compare(
+                step, (base_OI, merged_OI, stored_OI), (near_OI, codes_OI), grid.rows(rows), rows, update
+            )
+            total = added(total, sums_of(comparison))
+    write_scales(step, target, grid, sink, bench.reader)
+    return plain(total) if total else None
+
+
+def copy(step: Step, sink: TensorSink, reader: Reader) -> None:
+    """Every part of the weight, byte for byte."""
+    for info in step.weight.parts.values():
+        for start in range(0, info.nbytes, COPY_BYTES):
+            sink.append_bytes(info.name, reader.bytes(info, start, min(start + COPY_BYTES, info.nbytes)))
+
+
+def open_source(step: Step, bench: Bench) -> tuple[Stored, Stored]:
+    """(what gives the grid and the base's codes, what gives the values to merge onto)."""
+    source = open_weight(step.weight, step, bench)
+    if step.trained_on:
+        name, options = step.trained_on
+        simulated = OnTheFly(
+            source, step.shape, plugins.load("formats", name).FORMAT, options, list(blocks(step, bench.block_entries))
+        )
+        return simulated, source if step.onto_original else simulated
+    return source, open_weight(step.original, step, bench) if step.original else source
+
+
+def open_weight(weight: Weight, step: Step, bench: Bench) -> Stored:
+    form: Format = plugins.load("formats", weight.format).FORMAT
+    stored = form.open(weight, bench.reader, bench.device)
+    return Transposed(stored, step.shape[1]) if step.conv1d and form.dense_dtype else stored
+
+
+def fresh_grid(step: Step, target: Format, base: Stored, update: Update | None, bench: Bench) -> Grid:
+    """A grid whose scales fit the merged values, as the format's own library would choose them."""
+    scales = [torch.empty(0, device=bench.device)]
+    if target.needs_scales:
+        for rows in blocks(step, bench.block_entries):
+            scales.append(target.scales(merge(step, base.values(rows), update, rows), step.options))
+    return target.grid(torch.cat(scales), step.shape, step.options)
+
+
+def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Tensor:
+    """base + delta in float32, added once."""
+    if update is None:
+        return base_OI
+    merged_OI = update.apply(base_OI, rows)
+    if not bool(merged_OI.isfinite().all()):
+        raise NumbersError(
+            f"{step.name}: the base or the merged weight holds NaN or infinity; nothing good can be stored"
+        )
+    return merged_OI
+
+
+def choose(merged_OI: Tensor, grid: Grid, context: Context, rounding: str, step: Step) -> Tensor:
+    """Codes: by the rounding that was asked for where something was merged, else the nearest."""
+    name = rounding if step.action == "merge" else "nearest"
+    codes_OI: Tensor = plugins.load("rounding", name).choose(merged_OI, grid, context)
+    return codes_OI
+
+
+def compare(
+    step: Step, values: tuple[Tensor, Tensor, Tensor], codes: tuple[Tensor | None, Tensor], grid: Grid, rows: Rows, update: Update
+) -> Comparison:  # fmt: skip
+    (base_OI, merged_OI, stored_OI), (near_OI, codes_OI) = values, codes
+    base_codes_OI = grid.nearest(base_OI) if near_OI is None else near_OI
+    norms_O = update.row_norms()[rows.start : rows.stop]
+    return Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, grid, rows, norms_O, update.directions())
+
+
+def as_on_disk(codes_OI: Tensor, step: Step, target: Format) -> Tensor:
+    return codes_OI.T if step.conv1d and target.dense_dtype else codes_OI
+
+
+def write_scales(step: Step, target: Format, grid: Grid, sink: TensorSink, reader: Reader) -> None:
+    """The other parts: the base's own bytes where its grid is kept, else those of the fresh grid."""
+    prefix = f"{step.weight.module}." if step.weight.module else ""
+    local = step.weight.local
+    if step.keeps_grid and not step.trained_on:
+        for name, info in step.weight.parts.items():
+            if name != local:
+                sink.append_bytes(info.name, reader.bytes(info, 0, info.nbytes))
+        return
+    for name, part in target.companions(grid, local, step.shape, step.options).items():
+        sink.append(prefix + name, part)
+
+
+def blocks(step: Step, entries: int) -> Iterator[Rows]:
+    """Row blocks of about ``entries`` values; a weight that is transposed on the way goes in one."""
+    rows, columns = step.shape
+    count = rows if step.conv1d else max(1, entries // max(1, columns))
+    unit = row_step(step)
+    count = max(unit, count // unit * unit)
+    for start in range(0, rows, count):
+        yield Rows(start, min(start + count, rows))
+
+
+def row_step(step: Step) -> int:
+    """The least common multiple of what the formats of a step need."""
+    named = [
+        (step.target, step.options),
+        (step.weight.format, step.weight.options),
+        *([step.trained_on] if step.trained_on else []),
+    ]
+    return math.lcm(*(plugins.load("formats", name).FORMAT.row_step(step.shape, options) for name, options in named))

@@ -1,0 +1,384 @@
+"""Headers → steps. Everything that can be wrong with the inputs is found here, before a byte is written.
+
+Every adapter tensor is used exactly once, or nothing starts. Reads headers, configs, the adapter, and no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qmerge import hub, plugins
+from qmerge.adapters._folder import Adapter, read_adapter
+from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
+from qmerge.checkpoint.skeleton import Skeleton, skeleton
+from qmerge.checkpoint.writer import Layout
+from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
+from qmerge.formats._base import Format
+from qmerge.pipeline import blocks
+from qmerge.recipe import Recipe, parse_size
+from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
+
+ARRAYS_PER_BLOCK = 16
+"""float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
+
+MOST_ENTRIES, FEWEST_ENTRIES = 2**22, 2**16
+"""Values per row block: larger ones gain no speed on a CPU, smaller ones lose it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the steps that write to it."""
+
+    file: str
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the recipe's inputs are, and what their headers say."""
+
+    base_source: hub.Source
+    adapter_source: hub.Source
+    base: Checkpoint
+    adapter: Adapter
+    original_source: hub.Source | None = None
+    original: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen, weight by weight."""
+
+    recipe: Recipe
+    inputs: Inputs
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    block_entries: int
+
+    @property
+    def merged(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.action == "merge")
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(step.weight.nbytes + (step.original.nbytes if step.original else 0) for step in self.steps)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(shard.layout.most_bytes for shard in self.shards)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes for the weights being worked on (the interpreter and its libraries come on top, about 0.6 GB)."""
+        return max((step_memory(step, self.block_entries) for step in self.steps), default=0) * self.recipe.workers
+
+
+def make_plan(recipe: Recipe, reader: Reader) -> Plan:
+    """Resolve the inputs and decide what happens to every weight.
+
+    Raises:
+        RecipeError, CheckpointError, AdapterError: the inputs do not fit together; the message names the first thing.
+        RoomError: one row of the largest weight does not fit into ``max_memory``.
+    """
+    return plan_from(recipe, read_inputs(recipe, reader))
+
+
+def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
+    base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+    adapter_source = hub.resolve(recipe.adapter, recipe.adapter_revision, AdapterError)
+    base, adapter = scan(base_source.folder, reader), read_adapter(adapter_source.folder, reader)
+    original_source = (
+        hub.resolve(recipe.original, recipe.original_revision, CheckpointError) if recipe.original else None
+    )
+    original = scan(original_source.folder, reader) if original_source else None
+    return Inputs(base_source, adapter_source, base, adapter, original_source, original)
+
+
+def plan_from(recipe: Recipe, inputs: Inputs) -> Plan:
+    """The plan for inputs that have been read already (``measure`` makes several from the same inputs)."""
+    check_recipe(recipe, inputs)
+    maker = StepMaker(recipe, inputs)
+    updates = maker.matched_updates()
+    steps = tuple(maker.step(weight, updates.get(weight.name)) for weight in inputs.base.weights.values())
+    applied = sum(step.update is not None for step in steps)
+    assert applied == len(updates), "an update was matched, but no step applies it"
+    entries = block_entries(recipe, steps)
+    return Plan(
+        recipe, inputs, steps, shards_of(steps, parse_size(recipe.max_shard_size)), maker.config(steps), entries
+    )
+
+
+def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
+    quantized = bool(inputs.base.quantization)
+    if recipe.trained_on and quantized:
+        raise RecipeError(
+            f"--trained-on {recipe.trained_on}: the base is quantized already; its own codes are what was seen"
+        )
+    if recipe.merge_onto == "original" and quantized and not recipe.original:
+        raise RecipeError(
+            "--merge-onto original: the base is quantized, so --original (its 16-bit model) is needed too"
+        )
+    if recipe.original and not quantized:
+        raise RecipeError("--original is for a quantized base; this one is dense and is the original itself")
+    if inputs.original and inputs.original.quantization:
+        raise CheckpointError(f"--original {recipe.original} is quantized itself; expected a dense 16- or 32-bit model")
+    if recipe.asked and not _format(recipe.target).quant_method:
+        raise RecipeError(f"{', '.join(recipe.asked)}: options of NF4 and FP4, but the target is {recipe.target}")
+    if recipe.asked and recipe.target == "int8":
+        raise RecipeError(f"{', '.join(recipe.asked)}: options of NF4 and FP4, int8 has none")
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    recipe: Recipe
+    inputs: Inputs
+
+    @property
+    def target(self) -> Format:
+        return _format(self.recipe.target)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        skip = self.inputs.base.quantization.get("llm_int8_skip_modules")
+        return skeleton(self.inputs.base.config, skip)
+
+    @cached_property
+    def conv1d(self) -> frozenset[str]:
+        """Modules whose dense weight lies as [I, O]; none where transformers does not know the architecture."""
+        try:
+            return self.skeleton.conv1d
+        except CheckpointError:
+            return frozenset()
+
+    def matched_updates(self) -> dict[str, Update]:
+        """Weight name → update; every update finds its weight, of its shape, or AdapterError says which does not."""
+        weights, matched, lost = self.inputs.base.weights, dict[str, Update](), list[str]()
+        for module, update in self.inputs.adapter.updates.items():
+            weight = weights.get(f"{module}.weight")
+            if weight is None:
+                lost += self.inputs.adapter.tensors[module]
+                continue
+            self._check_shape(weight, update)
+            matched[weight.name] = update
+        if lost:
+            raise AdapterError(
+                f"{len(lost)} adapter tensors match no weight of the base, the first is {lost[0]}. "
+                f"{_nearest_module(lost[0], weights)}Is this the base that the adapter was trained on?"
+            )
+        return matched
+
+    def _check_shape(self, weight: Weight, update: Update) -> None:
+        shapes = [update.shape, update.shape[::-1]] if self._is_dense_conv1d(weight, update) else [update.shape]
+        if weight.shape not in shapes:
+            raise AdapterError(
+                f"{weight.name} is {list(weight.shape)}, but the adapter's delta is {list(update.shape)}. "
+                f"Is this the base that the adapter was trained on?"
+            )
+        tied = self.inputs.base.config.get("tie_word_embeddings", False)
+        if tied and weight.module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_out"):
+            raise AdapterError(
+                f"the adapter changes {weight.module}, which the base ties to its other embedding: merging only one of "
+                f"them is not supported in this version"
+            )
+
+    def _is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
+        if not _format(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
+            return False
+        if update is not None and update.shape[0] != update.shape[1]:
+            return weight.shape == update.shape[::-1]
+        return weight.module in self.conv1d
+
+    def step(self, weight: Weight, update: Update | None) -> Step:
+        """What happens to one weight of the base."""
+        conv1d = self._conv1d(weight, update)
+        target = self._target_of(weight)
+        simulated = self._trained_on(weight)
+        options = self._options(weight, target, simulated)
+        keeps_grid = bool(target.quant_method) and self._same_grid(weight, target, options, simulated)
+        source, original = weight, None
+        if (
+            self.recipe.merge_onto == "original"
+            and self.inputs.original
+            and self._comes_from_original(weight, update, keeps_grid)
+        ):
+            other = self._in_original(weight)
+            source, original = (weight, other) if keeps_grid else (other, None)
+        action: Action = "merge" if update else "convert"
+        if (
+            not update
+            and source.format == target.name
+            and source.options == options
+            and not (simulated and target.dense_dtype)
+        ):
+            action = "copy"
+        outputs = self._outputs(source, action, target, options, conv1d)
+        return Step(
+            source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
+            simulated, self.recipe.merge_onto == "original", original, conv1d,
+        )  # fmt: skip
+
+    def _conv1d(self, weight: Weight, update: Update | None) -> bool:
+        if weight.local != "weight" or len(weight.shape) != 2:
+            return False
+        if _format(weight.format).dense_dtype:
+            changes = update is not None or self.target.quant_method is not None
+            return changes and self._is_dense_conv1d(weight, update)
+        return bool(self.target.dense_dtype) and weight.module in self.conv1d
+
+    def _is_quantizable(self, weight: Weight) -> bool:
+        if _format(weight.format).quant_method:
+            return True
+        dense_base = not self.inputs.base.quantization
+        matrix = weight.local == "weight" and len(weight.shape) == 2 and _format(weight.format).dense_dtype
+        wanted = self.target.quant_method or self.recipe.trained_on
+        return bool(dense_base and matrix and wanted) and weight.module in self.skeleton.quantizable
+
+    def _target_of(self, weight: Weight) -> Format:
+        """Quantized targets take what the stock loader would quantize. Dense targets take all that is quantized, and
+        all that is stored in the base's own dtype; what the base keeps in another width on purpose keeps it."""
+        own = _format(weight.format)
+        if own.name == "raw":
+            return own
+        if self.target.quant_method:
+            return self.target if self._is_quantizable(weight) else own
+        return self.target if own.quant_method or own.dense_dtype == self.inputs.base.dtype else own
+
+    def _trained_on(self, weight: Weight) -> tuple[str, Options] | None:
+        spec = self.recipe.trained_on_format
+        if spec is None or not self._is_quantizable(weight):
+            return None
+        name, options = spec
+        if self.recipe.merge_onto == "original" and name != self.target.name:
+            return None  # neither the values nor the grid of training are wanted
+        return name, _format(name).options(options, None, self.inputs.base.dtype)
+
+    def _options(self, weight: Weight, target: Format, simulated: tuple[str, Options] | None) -> Options:
+        if target.name == weight.format and (target.dense_dtype or target.name == "raw"):
+            return weight.options
+        source = simulated[1] if simulated else weight.options
+        asked = self.recipe.asked if target.quant_method else {}
+        return target.options(asked, source, self.inputs.base.dtype)
+
+    def _same_grid(
+        self, weight: Weight, target: Format, options: Options, simulated: tuple[str, Options] | None
+    ) -> bool:
+        name, own = simulated if simulated else (weight.format, weight.options)
+        return name == target.name and target.same_grid(own, options)
+
+    def _comes_from_original(self, weight: Weight, update: Update | None, keeps_grid: bool) -> bool:
+        """With an original, everything that is rounded anew starts from it; untouched codes on kept grids do not."""
+        quantized = bool(_format(weight.format).quant_method)
+        return quantized and (update is not None or not keeps_grid)
+
+    def _in_original(self, weight: Weight) -> Weight:
+        assert self.inputs.original is not None
+        other = self.inputs.original.weights.get(weight.name)
+        shapes = (weight.shape, weight.shape[::-1]) if weight.module in self.conv1d else (weight.shape,)
+        if other is None or other.shape not in shapes or not _format(other.format).dense_dtype:
+            found = f"{other.format} {list(other.shape)}" if other else "nothing"
+            raise CheckpointError(
+                f"--original: expected a dense {weight.name} of shape {list(weight.shape)}, found {found}"
+            )
+        return other
+
+    def _outputs(
+        self, weight: Weight, action: Action, target: Format, options: Options, conv1d: bool
+    ) -> Mapping[str, TensorSpec]:  # fmt: skip
+        if action == "copy":
+            return {info.name: TensorSpec(info.dtype, info.shape) for info in weight.parts.values()}
+        shape = weight.shape
+        if conv1d and bool(target.dense_dtype) != bool(_format(weight.format).dense_dtype):
+            shape = shape[::-1]
+        prefix = f"{weight.module}." if weight.module else ""
+        return {prefix + local: spec for local, spec in target.outputs(weight.local, shape, options).items()}
+
+    def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
+        """config.json of the output: dtype and quantization_config as the stock library would have written them."""
+        config = {name: value for name, value in self.inputs.base.config.items() if name != "quantization_config"}
+        named = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        if self.target.dense_dtype:
+            config.pop("torch_dtype", None)
+            return {**config, "dtype": named[self.target.dense_dtype]}
+        dtype = named.get(self.inputs.base.dtype, "float32")
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+        options = next((step.options for step in steps if step.target == self.target.name), None)
+        if options is None:
+            raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
+        quantization = self.target.quantization_config(options, self.inputs.base.quantization, dtype)
+        return {**config, "quantization_config": quantization}
+
+
+def _format(name: str) -> Format:
+    form: Format = plugins.load("formats", name).FORMAT
+    return form
+
+
+def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
+    """A hint when the base has the module under another prefix."""
+    module = tensor.split(".lora_")[0]
+    tail = ".".join(module.split(".")[-4:])
+    close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
+    return f"The base has {close[0]}, under another prefix. " if close else ""
+
+
+def block_entries(recipe: Recipe, steps: tuple[Step, ...]) -> int:
+    """How many values to work on at a time, so that every step stays within ``max_memory``.
+
+    Raises:
+        RoomError: not even the smallest block of the largest weight fits.
+    """
+    budget = parse_size(recipe.max_memory) // recipe.workers
+    entries = MOST_ENTRIES
+    while entries > FEWEST_ENTRIES and any(step_memory(step, entries) > budget for step in steps):
+        entries //= 2
+    worst = max(steps, key=lambda step: step_memory(step, entries))
+    needed = step_memory(worst, entries)
+    if needed > budget:
+        raise RoomError(
+            f"{worst.name} needs {needed / 1e6:.0f} MB even in the smallest row blocks, but --max-memory {recipe.max_memory} "
+            f"for {recipe.workers} workers leaves {budget / 1e6:.0f} MB"
+        )
+    return entries
+
+
+def step_memory(step: Step, entries: int) -> int:
+    """Bytes of memory at a step's peak: the float32 arrays of one block, and the scales of the whole weight."""
+    if step.action == "copy":
+        return 2**24
+    rows = next(blocks(step, entries))
+    scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != step.name and spec.shape != (-1,))
+    scales += sum(info.nbytes for local, info in step.weight.parts.items() if local != step.weight.local)
+    factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update else 0
+    return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + factors
+
+
+def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
+    """Steps in the base's order, cut into files of at most ``limit`` bytes (a larger weight gets its own)."""
+    groups: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        nbytes = sum(max(0, spec.nbytes) for spec in step.outputs.values())
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(step)
+        size += nbytes
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
+
+
+def retargeted(recipe: Recipe, target: str) -> Recipe:
+    """The same recipe for another target, without options that the other target lacks."""
+    asked = {} if target in ("nf4", "fp4") else {"block_size": None, "double_quant": None, "quant_storage": None}
+    return recipe.model_copy(update={"target": target, **asked})

@@ -1,0 +1,177 @@
+"""What the user asked for: one pydantic model, from the command line, from YAML, or from Python.
+
+The only place with defaults. Everything that changes a number is here, and the recipe goes into the output.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qmerge import plugins
+from qmerge.errors import RecipeError
+
+LARGEST_YAML = 2**20
+UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
+TRAINED_ON = {
+    "nf4": ("nf4", False),
+    "nf4-dq": ("nf4", True),
+    "fp4": ("fp4", False),
+    "fp4-dq": ("fp4", True),
+    "int8": ("int8", None),
+}
+
+# Where the work is done, not what comes out of it: these may differ between a run and its --resume.
+WORKPLACE = {"out", "workers", "max_memory", "min_kept"}
+
+
+class Recipe(BaseModel):
+    """One merge. Field names are the command line's, with ``_`` for ``-``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field(description="the model the adapter was trained on: a folder, or a Hub id")
+    revision: str | None = Field(None, description="revision of the base on the Hub (branch, tag or commit)")
+    adapter: str = Field(description="the PEFT adapter: a folder, or a Hub id")
+    adapter_revision: str | None = Field(None, description="revision of the adapter on the Hub")
+    target: str = Field(description="format to write: nf4, fp4, int8, fp16, bf16 or fp32")
+    out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
+    rounding: str = Field("nearest", description="how codes are chosen: nearest or stochastic")
+    merge_onto: Literal["dequantized", "original"] = Field(
+        "dequantized", description="add the delta to what the adapter was trained on, or to the 16-bit original"
+    )
+    original: str | None = Field(None, description="the 16-bit original of a quantized base, for merge_onto: original")
+    original_revision: str | None = Field(None, description="revision of the original on the Hub")
+    trained_on: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = Field(
+        None, description="for a dense base: how it was quantized on the fly in training (-dq: double quantization)"
+    )
+    block_size: int | None = Field(None, description="NF4/FP4 block size; default: as the base has it, else 64")
+    double_quant: bool | None = Field(None, description="NF4/FP4 double quantization; default: as the base has it")
+    quant_storage: str | None = Field(
+        None, description="NF4/FP4 storage dtype; default: as the base has it, else uint8"
+    )
+    seed: int = Field(0, description="seed of stochastic rounding", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
+    max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
+    max_shard_size: str = Field("5GB", description="largest size of one output file")
+    min_kept: float | None = Field(
+        None, description="exit with 5 when less of the delta than this was kept", ge=-1, le=1
+    )
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, name: str) -> str:
+        targets = [known for known in plugins.names("formats") if plugins.load("formats", known).FORMAT.is_target]
+        if name not in targets:
+            raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, targets)}")
+        return name
+
+    @field_validator("rounding")
+    @classmethod
+    def _known_rounding(cls, name: str) -> str:
+        plugins.load("rounding", name)
+        return name
+
+    @field_validator("max_memory", "max_shard_size")
+    @classmethod
+    def _readable_size(cls, text: str) -> str:
+        parse_size(text)
+        return text
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.trained_on and self.original:
+            raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")
+        if self.original and self.merge_onto != "original":
+            raise RecipeError(
+                "original is given, but merge_onto is 'dequantized': add --merge-onto original, or leave it out"
+            )
+        return self
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Options for the target format that were asked for."""
+        options = {"block_size": self.block_size, "double_quant": self.double_quant, "storage": self.quant_storage}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def trained_on_format(self) -> tuple[str, dict[str, Any]] | None:
+        if self.trained_on is None:
+            return None
+        name, double_quant = TRAINED_ON[self.trained_on]
+        return name, {} if double_quant is None else {"double_quant": double_quant}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for ``--resume``: everything that can change an output byte."""
+        return self.model_dump(exclude=WORKPLACE)
+
+    def to_yaml(self) -> str:
+        given = self.model_dump(exclude_defaults=True)
+        return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+
+
+def make_recipe(settings: dict[str, Any]) -> Recipe:
+    """Settings by name → a checked recipe.
+
+    Raises:
+        RecipeError: one line for the first thing that is wrong.
+    """
+    try:
+        return Recipe(**settings)
+    except ValidationError as cause:
+        raise RecipeError(_explain(cause)) from cause
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping.
+    """
+    try:
+        if path.stat().st_size > LARGEST_YAML:
+            raise RecipeError(f"{path}: larger than a recipe can be ({LARGEST_YAML >> 20} MiB)")
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(cause).split())}") from cause
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise RecipeError(f"{path}: expected lines like `target: nf4`")
+    return settings
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` or ``512MiB`` → bytes (decimal units as huggingface_hub, binary ones with an i)."""
+    match = SIZE.fullmatch(text)
+    unit = match[2].lower() if match else "?"
+    unit = unit if unit.endswith("b") or not unit else unit + "b"
+    if not match or unit not in UNITS | {"b": 1} or float(match[1]) == 0:
+        raise RecipeError(f"size {text!r}: expected a number with kB, MB, GB or TB, such as 5GB")
+    return int(float(match[1]) * (UNITS | {"b": 1})[unit])
+
+
+def _explain(problem: ValidationError) -> str:
+    first = problem.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"recipe: unknown key {name!r}. {plugins.suggestion(name, list(Recipe.model_fields))}"
+    if first["type"] == "missing":
+        return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {first.get('input')!r}"

@@ -1,0 +1,1 @@
+"""Faces of the measurements, one file each: ``json`` (the data itself), ``terminal``, ``card``, ``html``."""

@@ -1,0 +1,94 @@
+"""The model card: README.md with the metadata that the Hub reads, and what survived, as a table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qmerge import hub, plugins
+from qmerge.plan import Plan
+from qmerge.report.json import GroupRecord, InputRecord, ReportData
+
+COLUMNS = ("kept", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size", "rank_kept_min")
+
+
+def model_card(report: ReportData, plan: Plan) -> str:
+    """YAML metadata (base_model, licence of the base, tags) and a page for people."""
+    from huggingface_hub import ModelCardData
+
+    base, adapter = report.inputs[0], report.inputs[1]
+    names = base_models(base, adapter, plan.inputs.adapter.config)
+    licence = licence_of(plan.inputs.base.folder)
+    quantized = plugins.load("formats", plan.recipe.target).FORMAT.quant_method
+    tags = ["qmerge", "qlora", plan.recipe.target, *([quantized] if quantized else [])]
+    origin: dict[str, Any] = {"base_model": names, "base_model_relation": "finetune"} if names else {}
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence, **origin)
+    lines = ["---", data.to_yaml().strip(), "---", "", *_page(report, base, adapter)]
+    return "\n".join(lines) + "\n"
+
+
+def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[str]:
+    recipe = report.recipe
+    kept = _number(report.total.values["kept"])
+    lines = [
+        f"# {text(adapter.name)} merged into {text(base.name)}",
+        "",
+        f"The adapter {text(adapter.name)} was merged into {text(base.name)} in float32 and stored as **{recipe['target']}** with "
+        f"[qmerge](https://pypi.org/project/qmerge/) {report.versions['qmerge']} ({recipe.get('rounding', 'nearest')} rounding, "
+        f"onto the {recipe.get('merge_onto', 'dequantized')} base).",
+        "",
+        f"**{kept}** of the fine-tuning was kept, each weight counted by the size of its delta (1 is all of it, 0 is the base).",
+        "",
+        "## What survived",
+        "",
+        f"| modules | weights | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |",
+        f"|---|---|{'---|' * len(COLUMNS)}",
+        *(_row(group) for group in [*report.groups, report.total]),
+        "",
+    ]
+    for name in COLUMNS:
+        lines.append(f"- {plugins.help_line('metrics', name).replace('|', '‖')}")
+    if report.warnings:
+        lines += ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)]
+    source = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
+    lines += ["", "## How it was made", "", f"Inputs: {source}. The recipe is in `qmerge_recipe.yaml`;", "hashes of every input and",
+              "output, versions and all measurements are in `qmerge.json`."]  # fmt: skip
+    return lines
+
+
+def _row(group: GroupRecord) -> str:
+    name = "**all**" if group.name == "all" else text(group.name)
+    return f"| {name} | {group.weights} | {' | '.join(_number(group.values[column]) for column in COLUMNS)} |"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def base_models(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
+    """Hub ids for ``base_model``: where the base came from, else what the adapter says it was trained on."""
+    declared = str(adapter_config.get("base_model_name_or_path") or "")
+    trained_on = declared if hub.HUB_ID.fullmatch(declared) and not Path(declared).exists() else None
+    names = [base.id or trained_on, adapter.id]
+    return [name for name in names if name]
+
+
+def licence_of(base: Path) -> dict[str, Any]:
+    """The licence fields of the base's own card, carried over; nothing when it has none."""
+    from huggingface_hub import ModelCard
+
+    path = base / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path).data.to_dict()
+    except (ValueError, OSError):
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
+
+
+def text(value: str) -> str:
+    """A name from outside as Markdown text: no control characters, no markup."""
+    clean = "".join(c for c in value if c.isprintable())
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", clean)

@@ -1,0 +1,13 @@
+"""Round to nearest: the smallest error per entry; forgets every delta that stays under half a gap."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qmerge.grids import Grid
+from qmerge.rounding._context import Context
+
+
+def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
+    """Codes of the nearest levels."""
+    return grid.nearest(values_OI, context.near_OI)
