@@ -105,7 +105,7 @@ def percent(share: float) -> str:
     """0.0123 → ``1.2 %``: two digits below 10 %, whole numbers above."""
     value = 100 * share
     if 0 < abs(value) < 0.01:
-        return "< 0.01 %"
+        return "< 0.01 %" if value > 0 else "-0.0 %"
     if value == 0 or abs(value) >= 9.95:
         return f"{value:.0f} %"
     return f"{value:.1f} %" if abs(value) >= 0.95 else f"{value:.2f} %"

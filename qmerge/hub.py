@@ -71,8 +71,7 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
 def _commit(hub_id: str, revision: str | None) -> str | None:
     """The commit that a revision stands for now; None offline, where the cache decides."""
     import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return huggingface_hub.HfApi().repo_info(hub_id, revision=revision).sha

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qmerge import plugins
 from qmerge.formats._base import Format, Stored
-from qmerge.grids import Grid
+from qmerge.grids import UP, Grid
 from qmerge.metrics.gap_to_delta import mean_gap
 from qmerge.metrics.predicted_kept import expected_kept
 from qmerge.pipeline import Bench, open_weight, row_step
@@ -57,28 +57,38 @@ def predict_step(step: Step, rounding: str, bench: Bench) -> Survival:
     norms_O = step.update.row_norms()
     squared = float(norms_O.double().square().sum())
     rms_delta = math.sqrt(squared / math.prod(step.shape))
-    kept, gaps, squares, entries, weight = 0.0, 0.0, 0.0, 0, 0.0
-    source, original = (
-        open_weight(step.weight, step, bench),
-        open_weight(step.original, step, bench) if step.original else None,
-    )
+    kept, gaps, squares, errors, entries, weight = 0.0, 0.0, 0.0, 0.0, 0, 0.0
+    source = open_weight(step.weight, step, bench)
+    original = open_weight(step.original, step, bench) if step.original else None
     for rows in row_groups(step):
         base_OI, grid = base_and_grid(step, target, source, original, rows)
         norms = norms_O[rows.start : rows.stop].to(base_OI.device)
         share = float(norms.double().square().sum())
         kept, weight = kept + share * (expected_kept(base_OI, norms, grid) or 0.0), weight + share
+        merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
+        errors += rounding_error(merged_OI, grid, rounding)
         gaps += mean_gap(grid, grid.nearest(base_OI), torch.ones_like(base_OI)) * base_OI.numel()
         squares, entries = squares + float(base_OI.double().square().sum()), entries + base_OI.numel()
-    gap_ratio = gaps / entries / rms_delta if rms_delta else None
     expected = kept / weight if weight else None
     return Survival(
         step.weight.module, step.target, rounding, step.update.rank,
-        kept=_by_rounding(expected, rounding),
-        noise=_noise(expected, gap_ratio, rounding),
+        # Stochastic rounding is right on average, whatever the grid.
+        kept=expected if expected is None or rounding == "nearest" else 1.0,
+        noise=math.sqrt(errors / weight) if weight else None,
         relative_size=rms_delta / math.sqrt(squares / entries) if squares else None,
-        gap_to_delta=gap_ratio,
+        gap_to_delta=gaps / entries / rms_delta if rms_delta else None,
         delta_squared=squared,
     )  # fmt: skip
+
+
+def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:
+    """Expected ‖stored − merged‖² of these rows: nearest as it is; stochastic rounding has variance
+    (value − below)(above − value) in every entry."""
+    if rounding == "nearest":
+        return float((grid.decode(grid.nearest(merged_OI)) - merged_OI).double().square().sum())
+    below_OI = grid.floor(merged_OI)
+    low_OI, high_OI = grid.decode(below_OI), grid.decode(grid.step(below_OI, UP))
+    return float(((merged_OI - low_OI) * (high_OI - merged_OI)).clamp(min=0).double().sum())
 
 
 def total_kept(survivals: Iterable[Survival]) -> float | None:
@@ -86,6 +96,13 @@ def total_kept(survivals: Iterable[Survival]) -> float | None:
     pairs = [(s.kept, s.delta_squared) for s in survivals if s.kept is not None]
     weight = sum(squared for _, squared in pairs)
     return sum(kept * squared for kept, squared in pairs) / weight if weight else None
+
+
+def total_noise(survivals: Iterable[Survival]) -> float | None:
+    """noise of all weights together: √(Σ ‖stored − merged‖² / Σ ‖delta‖²)."""
+    pairs = [(s.noise, s.delta_squared) for s in survivals if s.noise is not None]
+    weight = sum(squared for _, squared in pairs)
+    return math.sqrt(sum(noise**2 * squared for noise, squared in pairs) / weight) if weight else None
 
 
 def base_and_grid(
@@ -117,18 +134,3 @@ def row_groups(step: Step) -> list[Rows]:
         return [Rows(0, rows)]
     starts = {i * (rows - size) // (GROUPS - 1) // unit * unit for i in range(GROUPS)}
     return [Rows(start, min(start + size, rows)) for start in sorted(starts)]
-
-
-def _by_rounding(nearest: float | None, rounding: str) -> float | None:
-    """Stochastic rounding is right on average, whatever the grid."""
-    return nearest if nearest is None or rounding == "nearest" else 1.0
-
-
-def _noise(kept: float | None, gap_ratio: float | None, rounding: str) -> float | None:
-    """‖stored − merged‖/‖delta‖ on a kept grid: nearest loses what it does not keep; stochastic rounding has variance
-    |d| (gap − |d|) per entry, with E|d| = 0.8 rms for a Gaussian delta."""
-    if kept is None or gap_ratio is None:
-        return None
-    if rounding == "nearest":
-        return math.sqrt(max(0.0, 1 - kept))
-    return math.sqrt(max(0.0, 0.8 * gap_ratio - 1))

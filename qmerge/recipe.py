@@ -53,20 +53,20 @@ class Recipe(BaseModel):
     out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
     rounding: str = Field("nearest", description="how codes are chosen: nearest or stochastic")
     merge_onto: Literal["dequantized", "original"] = Field(
-        "dequantized", description="add the delta to what the adapter was trained on, or to the 16-bit original"
+        "dequantized",
+        description="what the delta is added to: dequantized (what the adapter saw) or original (the 16-bit model)",
     )
-    original: str | None = Field(None, description="the 16-bit original of a quantized base, for merge_onto: original")
+    original: str | None = Field(None, description="the 16-bit model that a quantized base was made from")
     original_revision: str | None = Field(None, description="revision of the original on the Hub")
     trained_on: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = Field(
-        None, description="for a dense base: how it was quantized on the fly in training (-dq: double quantization)"
+        None,
+        description="for a dense base: how training quantized it: nf4, nf4-dq (double quantization), fp4, fp4-dq or int8",
     )
-    block_size: int | None = Field(None, description="NF4/FP4 block size; default: as the base has it, else 64")
-    double_quant: bool | None = Field(None, description="NF4/FP4 double quantization; default: as the base has it")
-    quant_storage: str | None = Field(
-        None, description="NF4/FP4 storage dtype; default: as the base has it, else uint8"
-    )
+    block_size: int | None = Field(None, description="NF4/FP4 block size (default: the base's, else 64)")
+    double_quant: bool | None = Field(None, description="NF4/FP4 double quantization (default: the base's)")
+    quant_storage: str | None = Field(None, description="NF4/FP4 storage dtype (default: the base's, else uint8)")
     seed: int = Field(0, description="seed of stochastic rounding", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute: auto, cpu or cuda")
     workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
     max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
     max_shard_size: str = Field("5GB", description="largest size of one output file")
@@ -122,8 +122,16 @@ class Recipe(BaseModel):
         return self.model_dump(exclude=WORKPLACE)
 
     def to_yaml(self) -> str:
-        given = self.model_dump(exclude_defaults=True)
-        return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.portable(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+    def portable(self, **dump: Any) -> dict[str, Any]:
+        """The recipe for publishing: the user's home folder is written ``~`` (and read so)."""
+        home = f"{Path.home()}/"
+        settings = self.model_dump(**dump)
+        for name in ("base", "adapter", "original", "out"):
+            if str(settings.get(name) or "").startswith(home):
+                settings[name] = "~/" + settings[name].removeprefix(home)
+        return settings
 
 
 def make_recipe(settings: dict[str, Any]) -> Recipe:

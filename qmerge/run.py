@@ -25,6 +25,7 @@ from qmerge.pipeline import Bench, do
 from qmerge.plan import Inputs, Plan, Shard, make_plan, plan_from, read_inputs, retargeted
 from qmerge.predict import Survival, predict, total_kept
 from qmerge.recipe import Recipe
+from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
 from qmerge.report.json import FileRecord, GroupRecord, InputRecord, ReportData, WeightRecord
@@ -159,6 +160,7 @@ def write_model(
     report = make_report(plan, bench, records, outputs, predicted, measured, started)
     write_file(out / RECIPE_NAME, plan.recipe.to_yaml().encode())
     write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
+    write_file(out / html.NAME, html.html_report(report).encode())
     write_file(out / "README.md", model_card(report, plan).encode())
     folder.write_json(out / "config.json", plan.config)
     journal.remove()
@@ -264,10 +266,10 @@ def make_report(
                 rank=step.update.rank,
                 scale=step.update.scale,
                 values=values,
-            )  # fmt: skip
+            )
         )
     return ReportData(
-        recipe=plan.recipe.model_dump(exclude_none=True, exclude={"out"}),
+        recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=versions(),
         device=device_name(bench.device),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

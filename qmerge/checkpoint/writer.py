@@ -86,7 +86,8 @@ class StepSink:
 
     def append(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().flatten()
-        self.append_bytes(name, memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b""))
+        if flat.numel():
+            self.append_bytes(name, flat.view(torch.uint8).numpy().data)
 
     def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
         if name in self.shard.layout.texts:

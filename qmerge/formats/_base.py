@@ -116,5 +116,5 @@ class Format(ABC):
         """Whether a weight of this shape can be stored this way."""
         return len(shape) == 2
 
-    def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
+    def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:  # noqa: B027  (most have no limit)
         """Raise NumbersError when a finite value became infinite."""

@@ -29,16 +29,15 @@ def model_card(report: ReportData, plan: Plan) -> str:
 
 
 def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[str]:
-    recipe = report.recipe
-    kept = _number(report.total.values["kept"])
-    lines = [
+    recipe, kept = report.recipe, _number(report.total.values["kept"])
+    made = f"{recipe.get('rounding', 'nearest')} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base"
+    sources = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
+    warnings = ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)] if report.warnings else []
+    return [
         f"# {text(adapter.name)} merged into {text(base.name)}",
         "",
-        f"The adapter {text(adapter.name)} was merged into {text(base.name)} in float32 and stored as **{recipe['target']}** with "
-        f"[qmerge](https://pypi.org/project/qmerge/) {report.versions['qmerge']} ({recipe.get('rounding', 'nearest')} rounding, "
-        f"onto the {recipe.get('merge_onto', 'dequantized')} base).",
-        "",
-        f"**{kept}** of the fine-tuning was kept, each weight counted by the size of its delta (1 is all of it, 0 is the base).",
+        f"Merged in float32 and stored as **{recipe['target']}** by qmerge {report.versions['qmerge']} ({made}).",
+        f"**{kept}** of the fine-tuning was kept (1 is all of it, 0 is the base; each weight counted by its delta's size).",
         "",
         "## What survived",
         "",
@@ -46,15 +45,14 @@ def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[s
         f"|---|---|{'---|' * len(COLUMNS)}",
         *(_row(group) for group in [*report.groups, report.total]),
         "",
+        *(f"- {text(plugins.help_line('metrics', name))}" for name in COLUMNS),
+        *warnings,
+        "",
+        "## How it was made",
+        "",
+        f"From {sources}. The recipe is in `qmerge_recipe.yaml`; hashes of inputs and outputs, versions and all",
+        "measurements are in `qmerge.json`, and to look at in `qmerge.html`.",
     ]
-    for name in COLUMNS:
-        lines.append(f"- {plugins.help_line('metrics', name).replace('|', '‖')}")
-    if report.warnings:
-        lines += ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)]
-    source = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
-    lines += ["", "## How it was made", "", f"Inputs: {source}. The recipe is in `qmerge_recipe.yaml`;", "hashes of every input and",
-              "output, versions and all measurements are in `qmerge.json`."]  # fmt: skip
-    return lines
 
 
 def _row(group: GroupRecord) -> str:

@@ -1,0 +1,179 @@
+"""`qmerge plan`: every weight and its action, bytes, memory, disk, and predicted survival for every target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from qmerge import advice, plugins
+from qmerge.checkpoint import folder
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import QmergeError
+from qmerge.plan import Inputs, Plan, plan_from, read_inputs, retargeted
+from qmerge.predict import Survival, predict, total_kept, total_noise
+from qmerge.recipe import Recipe
+from qmerge.report.terminal import err, out, printable, share, size_text, times
+from qmerge.run import make_bench
+
+
+def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
+    """The plan as data: reads headers, the adapter, and a few rows of each adapted weight."""
+    with Reader() as reader:
+        inputs = read_inputs(recipe, reader)
+        targets = [describe_target(recipe, name, inputs, reader) for name in target_names()]
+        plan = plan_from(recipe, inputs)
+        described: dict[str, Any] = {
+            "base": describe_base(inputs),
+            "adapter": describe_adapter(inputs),
+            "targets": targets,
+            "target": recipe.target if target_given else None,
+        }
+        if target_given:
+            predicted = predict(plan, make_bench(plan, reader))
+            described |= describe_plan(plan, predicted) | {"warnings": advice.warnings(predicted, predicted=True)}
+        return described
+
+
+def target_names() -> list[str]:
+    formats = plugins.every("formats")
+    names = [name for name, plugin in formats.items() if plugin.FORMAT.is_target]
+    return sorted(names, key=lambda name: (formats[name].FORMAT.quant_method is None, name))
+
+
+def describe_target(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> dict[str, Any]:
+    """Size and predicted survival of one target; a target that is not possible says why."""
+    form = plugins.load("formats", name).FORMAT
+    try:
+        plan = plan_from(retargeted(recipe, name), inputs)
+        survivals = predict(plan, make_bench(plan, reader))
+    except QmergeError as error:
+        return {"target": name, "impossible": str(error), "loaders": form.loaders}
+    gaps = sorted(s.gap_to_delta for s in survivals if s.gap_to_delta is not None)
+    return {
+        "target": name,
+        "bytes_out": plan.bytes_out,
+        "predicted_kept": total_kept(survivals),
+        "predicted_noise": total_noise(survivals),
+        "gap_to_delta": gaps[len(gaps) // 2] if gaps else None,
+        "keeps_grid": all(step.keeps_grid for step in plan.merged),
+        "loaders": form.loaders,
+    }
+
+
+def describe_base(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "name": inputs.base_source.id or inputs.base_source.folder.name,
+        "commit": inputs.base_source.commit,
+        "formats": inputs.base.formats(),
+        "bytes": sum(weight.nbytes for weight in inputs.base.weights.values()),
+    }
+
+
+def describe_adapter(inputs: Inputs) -> dict[str, Any]:
+    updates = inputs.adapter.updates.values()
+    return {
+        "name": inputs.adapter_source.id or inputs.adapter_source.folder.name,
+        "commit": inputs.adapter_source.commit,
+        "kind": inputs.adapter.kind,
+        "modules": len(updates),
+        "ranks": sorted({update.rank for update in updates}),
+    }
+
+
+def describe_plan(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
+    where = Path(plan.recipe.out or ".").expanduser()
+    free = folder.free_bytes(where)
+    survivals = {s.module: s for s in predicted}
+    return {
+        "actions": dict(Counter(step.action for step in plan.steps)),
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "shards": [shard.file for shard in plan.shards],
+        "peak_memory": plan.peak_memory,
+        "disk_free": free,
+        "disk_needed": plan.bytes_out + folder.SLACK,
+        "enough_disk": free >= plan.bytes_out + folder.SLACK,
+        "weights": [
+            {
+                "name": step.name,
+                "action": step.action,
+                "from": step.weight.format,
+                "to": step.target,
+                "shape": list(step.shape),
+                "rank": step.update.rank if step.update else None,
+                "keeps_grid": step.keeps_grid,
+                "predicted_kept": survivals[step.weight.module].kept if step.update else None,
+                "predicted_noise": survivals[step.weight.module].noise if step.update else None,
+            }
+            for step in plan.steps
+        ],
+    }
+
+
+def show(described: dict[str, Any], all_weights: bool) -> None:
+    """The plan for people: on stdout, warnings on stderr."""
+    base, adapter, console = described["base"], described["adapter"], out()
+    formats = ", ".join(f"{count} {name}" for name, count in base["formats"].items())
+    ranks = ", ".join(map(str, adapter["ranks"]))
+    console.print(f"base     {name_of(base)}: {size_text(base['bytes'])}; weights: {formats}")
+    console.print(f"adapter  {name_of(adapter)}: {adapter['kind']}, {adapter['modules']} modules, rank {ranks}")
+    if described["target"]:
+        show_plan(described, all_weights)
+    console.print(targets_table(described["targets"]))
+    for target in described["targets"]:
+        if "impossible" in target:
+            console.print(escape(printable(f"{target['target']}: not possible: {target['impossible']}")))
+    for line in described.get("warnings", []):
+        err().print(f"[yellow]warning:[/yellow] {escape(printable(line))}")
+
+
+def name_of(described: dict[str, Any]) -> str:
+    commit = f" at {described['commit'][:12]}" if described["commit"] else ""
+    return escape(printable(f"{described['name']}{commit}"))
+
+
+def show_plan(described: dict[str, Any], all_weights: bool) -> None:
+    actions = ", ".join(f"{count} {action}" for action, count in described["actions"].items())
+    room = "enough" if described["enough_disk"] else "NOT ENOUGH"
+    written = f"writes {size_text(described['bytes_out'])} in {len(described['shards'])} file(s)"
+    lines = [
+        f"target   {described['target']}: {actions}",
+        f"disk     reads {size_text(described['bytes_in'])}, {written}; {size_text(described['disk_free'])} free: {room}",
+        f"memory   {size_text(described['peak_memory'])} for the weights being worked on, about 0.6 GB for the libraries",
+    ]
+    out().print("\n".join(lines))
+    if all_weights:
+        for weight in described["weights"]:
+            shape = "x".join(map(str, weight["shape"]))
+            kept = share(weight["predicted_kept"]) if weight["rank"] else ""
+            line = (
+                f"  {weight['action']:<8}{weight['from']:>5} → {weight['to']:<5}{shape:>12}{kept:>9}  {weight['name']}"
+            )
+            out().print(escape(printable(line)))
+
+
+def targets_table(targets: list[dict[str, Any]]) -> Table:
+    """Targets side by side, as predicted for nearest rounding."""
+    table = Table(title="What rounding would keep of the delta (predicted)", title_justify="left", title_style="bold")
+    table.add_column("target")
+    for name in ("size", "kept", "noise", "step/delta"):
+        table.add_column(name, justify="right")
+    table.add_column("read by")
+    for target in targets:
+        if "impossible" in target:
+            table.add_row(target["target"], "–", "–", "–", "–", target["loaders"])
+            continue
+        gap, noise = target["gap_to_delta"], target["predicted_noise"]
+        table.add_row(
+            target["target"],
+            size_text(target["bytes_out"]),
+            share(target["predicted_kept"]),
+            "–" if noise is None else f"{noise:.2f}",
+            "–" if gap is None else times(gap),
+            target["loaders"],
+        )
+    return table

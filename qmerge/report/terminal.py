@@ -13,7 +13,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qmerge.advice import percent, times
-from qmerge.predict import Survival, total_kept
 from qmerge.report.json import GroupRecord, ReportData
 
 SECONDS_BETWEEN_LINES = 10
@@ -82,57 +81,52 @@ def printable(text: str) -> str:
 
 def survival_table(report: ReportData) -> Table:
     """What survived, by kind of module."""
-    table = Table(title=f"What survived in {report.recipe['target']}", title_justify="left", title_style="bold")
+    rounding = report.recipe.get("rounding", "nearest")
+    table = Table(
+        title=f"What survived in {report.recipe['target']} ({rounding})", title_justify="left", title_style="bold"
+    )
     table.add_column("modules")
-    for name in ("weights", "delta", "predicted", "kept", "noise", "worst rank", "codes changed"):
+    for name in ("n", "delta", "predicted", "kept", "worst rank", "noise", "codes"):
         table.add_column(name, justify="right")
     for group in report.groups:
         table.add_row(escape(printable(group.name)), *_cells(group))
     table.add_section()
     table.add_row("all", *_cells(report.total), style="bold")
+    table.caption = "delta: of the weight; noise: in deltas; codes: changed"
+    table.caption_justify = "left"
     return table
 
 
 def _cells(group: GroupRecord) -> list[str]:
     v = group.values
     return [
-        str(group.weights), _share(v["relative_size"]), _share(v["predicted_kept"]), _share(v["kept"]),
-        "–" if v["noise"] is None else f"{v['noise']:.2f}", _share(v["rank_kept_min"]), _share(v["codes_changed"]),
+        str(group.weights), share(v["relative_size"]), share(v["predicted_kept"]), share(v["kept"]),
+        share(v["rank_kept_min"]), decimal(v["noise"]), share(v["codes_changed"]),
     ]  # fmt: skip
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else percent(value)
-
-
-def targets_table(rows: Sequence[tuple[str, int, list[Survival], str]]) -> Table:
-    """Targets side by side before the run: (name, bytes, predictions, who reads it)."""
-    table = Table(title="What nearest rounding would keep", title_justify="left", title_style="bold")
-    table.add_column("target")
-    for name in ("file size", "kept", "step / delta"):
-        table.add_column(name, justify="right")
-    table.add_column("read by")
-    for target, size, survivals, loaders in rows:
-        gaps = sorted(s.gap_to_delta for s in survivals if s.gap_to_delta is not None)
-        gap = times(gaps[len(gaps) // 2]) if gaps else "–"
-        table.add_row(target, size_text(size), _share(total_kept(survivals)), gap, loaders)
-    return table
 
 
 def measured_table(reports: Sequence[ReportData]) -> Table:
     """Targets side by side, measured."""
-    table = Table(title="What survived", title_justify="left", title_style="bold")
+    rounding = reports[0].recipe.get("rounding", "nearest")
+    table = Table(title=f"What survives ({rounding})", title_justify="left", title_style="bold")
     table.add_column("target")
-    for name in ("rounding", "predicted", "kept", "noise", "cosine", "worst rank", "codes changed"):
+    for name in ("predicted", "kept", "worst rank", "noise", "cosine", "codes"):
         table.add_column(name, justify="right")
     for report in reports:
         v = report.total.values
         table.add_row(
-            report.recipe["target"], report.recipe.get("rounding", "nearest"), _share(v["predicted_kept"]), _share(v["kept"]),
-            "–" if v["noise"] is None else f"{v['noise']:.2f}", "–" if v["cosine"] is None else f"{v['cosine']:.2f}",
-            _share(v["rank_kept_min"]), _share(v["codes_changed"]),
+            report.recipe["target"], share(v["predicted_kept"]), share(v["kept"]), share(v["rank_kept_min"]),
+            decimal(v["noise"]), decimal(v["cosine"]), share(v["codes_changed"]),
         )  # fmt: skip
     return table
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else percent(value)
+
+
+def decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if value >= 0.01 or value == 0 else "< 0.01"
 
 
 def size_text(nbytes: int) -> str:
@@ -140,3 +134,17 @@ def size_text(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes} B"
+
+
+__all__ = [
+    "TerminalWatcher",
+    "decimal",
+    "err",
+    "measured_table",
+    "out",
+    "printable",
+    "share",
+    "size_text",
+    "survival_table",
+    "times",
+]

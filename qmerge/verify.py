@@ -1,0 +1,128 @@
+"""Is a folder what qmerge wrote, whole, and does the stock loader take it?
+
+Hashes against qmerge.json; headers by our strict reader and by the safetensors library; index against headers; and a
+load with transformers that must leave nothing missing and nothing over.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.scan import Checkpoint, scan
+from qmerge.checkpoint.writer import hash_file
+from qmerge.errors import CheckpointError, QmergeError
+from qmerge.report.json import ReportData, read_report
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    found: str
+
+
+def verify(folder: Path, reload: bool = True) -> list[Check]:
+    """Every check that can be made; a later one is left out where an earlier one makes it meaningless.
+
+    Raises:
+        CheckpointError: ``folder`` has no qmerge.json.
+    """
+    report = read_report(folder)
+    checks = [_check("hashes", lambda: hashes(folder, report)), _check("headers", lambda: headers(folder))]
+    if all(check.ok for check in checks):
+        checks.append(_check("finite", lambda: finite(folder)))
+        checks.append(_check("reload", lambda: loads(folder)) if reload else Check("reload", True, "not asked for"))
+    return checks
+
+
+def _check(name: str, work: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, work())
+    except QmergeError as error:
+        return Check(name, False, str(error))
+
+
+def hashes(folder: Path, report: ReportData) -> str:
+    """SHA-256 of every output file, as when it was written."""
+    for record in report.outputs:
+        path = folder / record.file
+        if not path.is_file():
+            raise CheckpointError(f"{record.file} is missing")
+        if path.stat().st_size != record.bytes or hash_file(path) != record.sha256:
+            raise CheckpointError(
+                f"{record.file} is not as it was written: its size or SHA-256 differs from qmerge.json"
+            )
+    return f"{len(report.outputs)} files as written"
+
+
+def headers(folder: Path) -> str:
+    """Our reader, the safetensors library and the index agree on what is there."""
+    from safetensors import SafetensorError, safe_open
+
+    with Reader() as reader:
+        checkpoint = scan(folder, reader)
+    count = 0
+    for file in checkpoint.files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = set(opened.keys())
+        except SafetensorError as cause:
+            raise CheckpointError(f"{file.name}: the safetensors library refuses it: {cause}") from cause
+        ours = {
+            part.name for weight in checkpoint.weights.values() for part in weight.parts.values() if part.file == file
+        }
+        if names != ours:
+            raise CheckpointError(f"{file.name}: the safetensors library sees other tensors than its header lists")
+        count += len(names)
+    return f"{count} tensors in {len(checkpoint.files)} files, {_formats(checkpoint)}"
+
+
+def finite(folder: Path) -> str:
+    """The small parts (scales) of every quantized weight open without NaN or infinity."""
+    import torch
+
+    from qmerge import plugins
+
+    with Reader() as reader:
+        checkpoint = scan(folder, reader)
+        quantized = [w for w in checkpoint.weights.values() if plugins.load("formats", w.format).FORMAT.quant_method]
+        for weight in quantized:
+            plugins.load("formats", weight.format).FORMAT.open(weight, reader, torch.device("cpu"))
+    return f"scales of {len(quantized)} quantized weights"
+
+
+def loads(folder: Path) -> str:
+    """transformers loads the model, with nothing missing and nothing over."""
+    size, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory().available
+    if size > free / 2:
+        return f"left out: the model has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB of memory are free"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, device_map="cpu", output_loading_info=True
+            )
+    except Exception as cause:  # whatever the stock loader raises, it means that it does not load
+        raise CheckpointError(f"transformers {transformers.__version__} does not load it: {cause}") from cause
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise CheckpointError(
+                f"transformers {transformers.__version__} reports {problem}: {sorted(info[problem])[:3]}"
+            )
+    return f"{type(model).__name__} with transformers {transformers.__version__}"
+
+
+def _formats(checkpoint: Checkpoint) -> str:
+    return ", ".join(f"{count} {name}" for name, count in checkpoint.formats().items())
