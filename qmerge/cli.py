@@ -83,7 +83,7 @@ def option(name: str) -> inspect.Parameter:
         rich_help_panel=PANELS.get(name, "How"),
         metavar=METAVARS.get(name),
     )
-    annotation: Any = Annotated[Optional[TYPES.get(name, str)], shown]  # type: ignore[valid-type]  # noqa: UP045
+    annotation: Any = Annotated[Optional[TYPES.get(name, str)], shown]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
 
 
