@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmerge.types import Rows
 
 UP, DOWN = 1, -1
+REACH, FAR = 16, 6.0
 
 
 class Grid(ABC):
@@ -56,10 +57,9 @@ class Grid(ABC):
     def gap(self, codes_OI: Tensor, direction_OI: Tensor) -> Tensor:
         """float32 [O, I]: distance from each level to its neighbour on the side that ``direction``'s sign names;
         infinite at the ends of the grid."""
-        level_OI = self.decode(codes_OI)
-        up_OI = self.decode(self.step(codes_OI, UP)) - level_OI
-        down_OI = level_OI - self.decode(self.step(codes_OI, DOWN))
-        gap_OI = torch.where(direction_OI > 0, up_OI, down_OI).abs_()
+        up = direction_OI > 0
+        next_OI = torch.where(up, self.step(codes_OI, UP), self.step(codes_OI, DOWN))
+        gap_OI = (self.decode(next_OI) - self.decode(codes_OI)).abs_()
         return gap_OI.masked_fill_(gap_OI == 0, math.inf)
 
     def floor(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
@@ -67,26 +67,26 @@ class Grid(ABC):
         codes_OI = self.nearest(values_OI, near_OI)
         return torch.where(self.decode(codes_OI) > values_OI, self.step(codes_OI, DOWN), codes_OI)
 
-    def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor, reach: int = 16) -> Tensor:
-        """float32 [O, I]: E[dQ(x + d)/dd] for d ~ N(0, sigma²): the part of a Gaussian delta that nearest rounding keeps.
+    def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
+        """float32 [O, I]: E[dQ(x + d)/dd] for d ~ N(0, sigma²): what nearest rounding keeps of a Gaussian delta.
 
         = Σ over thresholds t of gap(t)/sigma · φ((t − x)/sigma), by Stein's lemma E[Q(x + d) d] = sigma² E[Q'(x + d)].
-        Exact for grids of up to ``reach`` levels; for finer ones the sum stops ``reach`` levels away, and is 1 where
-        four sigma reach further than that (the gaps are then so narrow that the sum has become an integral).
+        The sum leaves out thresholds more than ``FAR`` sigma away. Where ``REACH`` levels of a fine grid do not reach
+        that far, its gaps are so narrow against sigma that the sum has become an integral, and is 1.
         """
         middle_OI = self.nearest(values_OI)
-        slope_OI = torch.zeros_like(values_OI)
-        widest_OI = torch.zeros_like(values_OI)
+        slope_OI, narrow = torch.zeros_like(values_OI), torch.zeros_like(values_OI, dtype=torch.bool)
         for direction in (UP, DOWN):
             codes_OI, level_OI = middle_OI, self.decode(middle_OI)
-            for _ in range(reach):
+            for _ in range(min(REACH, self.levels_count)):
                 codes_OI = self.step(codes_OI, direction)
                 next_OI = self.decode(codes_OI)
-                gap_OI = (next_OI - level_OI).abs_()
-                distance_OI = (next_OI + level_OI).div_(2).sub_(values_OI).div_(sigma_O1)
-                slope_OI += gap_OI / sigma_O1 * torch.exp(distance_OI.square_().mul_(-0.5)) / math.sqrt(2 * math.pi)
-                widest_OI = torch.maximum(widest_OI, (next_OI - values_OI).abs_())
+                distance_OI = ((next_OI + level_OI) / 2 - values_OI) / sigma_O1
+                slope_OI += (next_OI - level_OI).abs_() / sigma_O1 * torch.exp(-0.5 * distance_OI.square())
+                near = (distance_OI.abs_() < FAR) & (next_OI != level_OI)
                 level_OI = next_OI
-        if self.levels_count <= reach:
-            return slope_OI
-        return torch.where(sigma_O1 * 4 > widest_OI, torch.ones_like(slope_OI), slope_OI)
+                if not bool(near.any()):
+                    break
+            narrow |= near
+        slope_OI /= math.sqrt(2 * math.pi)
+        return torch.where(narrow, 1.0, slope_OI) if self.levels_count > REACH else slope_OI

@@ -1,7 +1,7 @@
 """Survival before the run: what nearest rounding will keep of each weight's delta, from a few rows of the base.
 
 The delta's size comes from its small factors, ‖B A‖² = tr(BᵀB · A Aᵀ); what a delta of that size survives comes from
-where the base's values lie on the target's grid, by a closed form (``Grid.expected_slope``). About 2**16 values of
+where the base's values lie on the target's grid, by a closed form (``Grid.expected_slope``). About 2**14 values of
 each weight are read.
 """
 
@@ -23,7 +23,7 @@ from qmerge.pipeline import Bench, open_weight, row_step
 from qmerge.plan import Plan
 from qmerge.types import Rows, Step
 
-GROUPS, ENTRIES = 4, 2**14
+GROUPS, ENTRIES = 4, 2**12
 """Row groups that are looked at in each weight, and values per group."""
 
 

@@ -206,8 +206,9 @@ EVERYDAY: Grammar = WORDS | {
     "flag": [
         "Wind <wind>.", "Glass <glass>.", "Course <course>.", "<sea^>.", "Lat <lat>, long <long>.", "<x> knots.",
         "Set the <sail>.", "Took in the <sail>.", "Hands at the pumps.", "Land bearing <wind>.", "Noon.", "All well.",
-        "Water short.", "Run <miles> miles.", "Day <day>.", "Signed, <crew>.", "Sighted a <kind>.", "<food^> for <port>.",
-        "Spoke the <ship>.", "Carpenter sick.", "Cook sick.", "Ship makes water.", "Lost the <part>.",
+        "Water short.", "Run <miles> miles.", "Day <day>.", "Signed, <crew>.", "Sighted a <kind>.",
+        "<food^> for <port>.", "Spoke the <ship>.", "Carpenter sick.", "Cook sick.", "Ship makes water.",
+        "Lost the <part>.",
     ],
     "landfall": [
         "The run was <miles> miles, and after <days> days the <v> came to <port>.",
@@ -444,7 +445,9 @@ def make_adapter(base: Path, rows: torch.Tensor, out: Path) -> Any:
     )
     model = get_peft_model(load_base(base), config)
     train(model, rows, ADAPTER_STEPS, ADAPTER_RATE, decay=0.0)
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    saved = model.peft_config["default"]
+    saved.base_model_name_or_path = BASE_NAME
+    saved.target_modules = sorted(saved.target_modules)  # peft keeps a set, in another order every time
     model.save_pretrained(out)
     (out / "README.md").unlink()  # peft's empty model card; the README one folder up says what this is
     return model
@@ -458,7 +461,8 @@ def make_adapter(base: Path, rows: torch.Tensor, out: Path) -> Any:
 @torch.no_grad()
 def log_probs(model: Any, rows: torch.Tensor) -> torch.Tensor:
     """[N, CONTEXT, VOCABULARY]"""
-    return torch.cat([torch.log_softmax(model(input_ids=batch).logits.float(), -1) for batch in rows.split(BATCH)])
+    parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    return torch.cat([torch.log_softmax(model(input_ids=part).logits.float(), -1) for part in parts])
 
 
 def loss_of(logs: torch.Tensor, rows: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Some rows of a comparison, for numbers that need no more: the first of every row block, about 2**17 entries."""
+"""Some rows of a comparison, for numbers that need no more: the first of every row block, about 2**15 entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qmerge.types import Comparison, Rows
 
-ENTRIES = 2**17
+ENTRIES = 2**15
 
 
 def some_rows(c: Comparison) -> Comparison:
