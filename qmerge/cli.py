@@ -27,7 +27,7 @@ app = typer.Typer(
 INPUTS = (
     "base", "adapter", "target", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
-HOW = ("rounding", "merge_onto", "block_size", "double_quant", "quant_storage", "seed")
+HOW = ("rounding", "merge_onto", "scales", "block_size", "double_quant", "quant_storage", "seed")
 WORK = ("device", "workers", "max_memory", "max_shard_size")
 PANELS = {
     **dict.fromkeys(INPUTS, "What to merge"),

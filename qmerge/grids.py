@@ -72,7 +72,7 @@ class Grid(ABC):
 
         = Σ over thresholds t of gap(t)/sigma · φ((t − x)/sigma), by Stein's lemma E[Q(x + d) d] = sigma² E[Q'(x + d)].
         The sum leaves out thresholds more than ``FAR`` sigma away. Where ``REACH`` levels of a fine grid do not reach
-        that far, its gaps are so narrow against sigma that the sum has become an integral, and is 1.
+        that far, its gaps are so narrow against sigma that the sum has become the integral of φ over the grid.
         """
         middle_OI = self.nearest(values_OI)
         slope_OI, narrow = torch.zeros_like(values_OI), torch.zeros_like(values_OI, dtype=torch.bool)
@@ -89,4 +89,12 @@ class Grid(ABC):
                     break
             narrow |= near
         slope_OI /= math.sqrt(2 * math.pi)
-        return torch.where(narrow, 1.0, slope_OI) if self.levels_count > REACH else slope_OI
+        if self.levels_count <= REACH:
+            return slope_OI
+        low, high = self.ends()
+        inside_OI = torch.special.ndtr((high - values_OI) / sigma_O1) - torch.special.ndtr((low - values_OI) / sigma_O1)
+        return torch.where(narrow, inside_OI, slope_OI)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """float32, broadcast to [O, I]: lowest and highest value; values beyond are clipped. Infinite by default."""
+        return torch.tensor(-math.inf), torch.tensor(math.inf)

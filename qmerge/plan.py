@@ -272,7 +272,7 @@ class StepMaker:
         self, weight: Weight, target: Format, options: Options, simulated: tuple[str, Options] | None
     ) -> bool:
         name, own = simulated if simulated else (weight.format, weight.options)
-        return name == target.name and target.same_grid(own, options)
+        return self.recipe.scales == "keep" and name == target.name and target.same_grid(own, options)
 
     def _comes_from_original(self, weight: Weight, update: Update | None, keeps_grid: bool) -> bool:
         """With an original, everything that is rounded anew starts from it; untouched codes on kept grids do not."""

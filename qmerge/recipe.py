@@ -62,6 +62,10 @@ class Recipe(BaseModel):
         None,
         description="for a dense base: how training quantized it: nf4, nf4-dq (double quantization), fp4, fp4-dq or int8",
     )
+    scales: Literal["keep", "fresh"] = Field(
+        "keep",
+        description="where the format stays the same: keep the base's scales, or fresh ones as its library makes",
+    )
     block_size: int | None = Field(None, description="NF4/FP4 block size (default: the base's, else 64)")
     double_quant: bool | None = Field(None, description="NF4/FP4 double quantization (default: the base's)")
     quant_storage: str | None = Field(None, description="NF4/FP4 storage dtype (default: the base's, else uint8)")

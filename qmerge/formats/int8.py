@@ -39,6 +39,9 @@ class Int8Grid(Grid):
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         return (codes_OI.short() + direction).clamp_(-127, 127).to(torch.int8)
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return -self.scb_O[:, None], self.scb_O[:, None]
+
     def rows(self, rows: Rows) -> Int8Grid:
         return Int8Grid(self.scb_O[rows.start : rows.stop])
 
