@@ -30,7 +30,7 @@ from qmerge.metrics._totals import Sums, added, plain, sums_of
 from qmerge.rounding._context import Context
 from qmerge.types import Comparison, Rows, Step, Update, Weight
 
-COPY_BYTES = 2**24
+COPY_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,18 @@ def do(step: Step, sink: TensorSink, bench: Bench) -> Sums | None:
     grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench)
     total: Sums | None = None
     for rows in blocks(step, bench.block_entries):
+        here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
         merged_OI = merge(step, base_OI, update, rows)
-        codes_OI = choose(
-            merged_OI, grid.rows(rows), Context(step.name, rows, bench.seed, near_OI), bench.rounding, step
-        )
-        stored_OI = grid.rows(rows).decode(codes_OI)
+        codes_OI = choose(merged_OI, here, Context(step.name, rows, bench.seed, near_OI), bench.rounding, step)
+        stored_OI = here.decode(codes_OI)
         target.check_range(stored_OI, merged_OI, step.name)
         sink.append(step.name, target.pack(as_on_disk(codes_OI, step, target), step.options))
         if update is not None:
-            comparison = compare(
-                step, (base_OI, merged_OI, stored_OI), (near_OI, codes_OI), grid.rows(rows), rows, update
-            )
-            total = added(total, sums_of(comparison))
+            base_codes_OI = here.nearest(base_OI) if near_OI is None else near_OI
+            compared = Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, here, rows, update)
+            total = added(total, sums_of(compared))
     write_scales(step, target, grid, sink, bench.reader)
     return plain(total) if total else None
 
@@ -131,15 +129,6 @@ def choose(merged_OI: Tensor, grid: Grid, context: Context, rounding: str, step:
     name = rounding if step.action == "merge" else "nearest"
     codes_OI: Tensor = plugins.load("rounding", name).choose(merged_OI, grid, context)
     return codes_OI
-
-
-def compare(
-    step: Step, values: tuple[Tensor, Tensor, Tensor], codes: tuple[Tensor | None, Tensor], grid: Grid, rows: Rows, update: Update
-) -> Comparison:  # fmt: skip
-    (base_OI, merged_OI, stored_OI), (near_OI, codes_OI) = values, codes
-    base_codes_OI = grid.nearest(base_OI) if near_OI is None else near_OI
-    norms_O = update.row_norms()[rows.start : rows.stop]
-    return Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, grid, rows, norms_O, update.directions())
 
 
 def as_on_disk(codes_OI: Tensor, step: Step, target: Format) -> Tensor:

@@ -18,7 +18,7 @@ from qmerge.checkpoint.skeleton import Skeleton, skeleton
 from qmerge.checkpoint.writer import Layout
 from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
 from qmerge.formats._base import Format
-from qmerge.pipeline import blocks
+from qmerge.pipeline import COPY_BYTES, blocks
 from qmerge.recipe import Recipe, parse_size
 from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 
@@ -354,7 +354,7 @@ def block_entries(recipe: Recipe, steps: tuple[Step, ...]) -> int:
 def step_memory(step: Step, entries: int) -> int:
     """Bytes of memory at a step's peak: the float32 arrays of one block, and the scales of the whole weight."""
     if step.action == "copy":
-        return 2**24
+        return COPY_BYTES
     rows = next(blocks(step, entries))
     scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != step.name and spec.shape != (-1,))
     scales += sum(info.nbytes for local, info in step.weight.parts.items() if local != step.weight.local)

@@ -135,9 +135,16 @@ def make_bench(plan: Plan, reader: Reader) -> Bench:
 def warn_before(plan: Plan, bench: Bench, watcher: Watcher) -> list[Survival]:
     watcher.stage("predicting", len(plan.merged))
     predicted = predict(plan, bench)
-    for line in advice.warnings(predicted, predicted=True):
+    for line in [*input_warnings(plan), *advice.warnings(predicted, predicted=True)]:
         watcher.warn(line)
     return predicted
+
+
+def input_warnings(plan: Plan) -> list[str]:
+    """What is odd about the inputs, but no error."""
+    files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder)
+    tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
+    return [tokens] if tokens else []
 
 
 def write_model(
@@ -281,7 +288,8 @@ def make_report(
         total=group("all", list(measured), measured),
         groups=[group(kind, names, measured) for kind, names in kinds.items()],
         weights=weights,
-        warnings=advice.warnings([survival(record, measured) for record in weights], predicted=False),
+        warnings=input_warnings(plan)
+        + advice.warnings([survival(record, measured) for record in weights], predicted=False),
     )
 
 

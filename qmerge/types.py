@@ -206,8 +206,7 @@ class Comparison:
     codes_OI: Tensor
     grid: Grid
     rows: Rows
-    row_norms_O: Tensor
-    directions: tuple[Tensor, Tensor, Tensor] | None = None
+    update: Update
 
     @cached_property
     def delta_OI(self) -> Tensor:

@@ -69,6 +69,10 @@ class LoraUpdate:
         return base_OI + (self.B_OR[rows.start : rows.stop] @ self.A_RI) * self.scale
 
     def row_norms(self) -> Tensor:
+        return self._row_norms_O
+
+    @cached_property
+    def _row_norms_O(self) -> Tensor:
         gram_RR = self.A_RI.double() @ self.A_RI.double().T
         B_OR = self.B_OR.double()
         return (B_OR @ gram_RR * B_OR).sum(dim=1).clamp(min=0).sqrt().mul(abs(self.scale)).float()

@@ -130,6 +130,26 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     return {**chosen, **theirs}
 
 
+def tokens_beyond(tokenizer: Path | None, config: Mapping[str, Any]) -> str | None:
+    """A warning when a tokenizer.json knows more tokens than the embedding has rows."""
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if tokenizer is None or not rows:
+        return None
+    try:
+        content = json.loads(tokenizer.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        largest = max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if largest < rows:
+        return None
+    return (
+        f"the tokenizer has ids up to {largest}, but the embedding has {rows} rows: tokens were added without training "
+        f"them into the adapter; the model cannot read them"
+    )
+
+
 def copy_side_files(out: Path, files: Mapping[str, Path]) -> None:
     for name, path in sorted(files.items()):
         (out / name).parent.mkdir(exist_ok=True)

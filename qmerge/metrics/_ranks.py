@@ -11,9 +11,10 @@ from qmerge.types import Comparison
 
 def rank_sums(c: Comparison) -> dict[str, Tensor]:
     """float32 [R] each: what landed along every singular direction, and its singular value (shared out over rows)."""
-    if c.directions is None:
+    directions = c.update.directions()
+    if directions is None:
         return {}
-    u_OR, s_R, v_IR = c.directions
+    u_OR, s_R, v_IR = directions
     u_rows = u_OR[c.rows.start : c.rows.stop]
     landed_R = ((c.change_OI @ v_IR) * u_rows).sum(dim=0)
     return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}

@@ -18,6 +18,6 @@ def some_rows(c: Comparison) -> Comparison:
     part = slice(0, count)
     return replace(
         c, base_OI=c.base_OI[part], merged_OI=c.merged_OI[part], stored_OI=c.stored_OI[part],
-        base_codes_OI=c.base_codes_OI[part], codes_OI=c.codes_OI[part], row_norms_O=c.row_norms_O[part],
+        base_codes_OI=c.base_codes_OI[part], codes_OI=c.codes_OI[part],
         grid=c.grid.rows(Rows(0, count)), rows=Rows(c.rows.start, c.rows.start + count),
     )  # fmt: skip

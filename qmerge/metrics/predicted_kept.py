@@ -13,7 +13,8 @@ from qmerge.types import Comparison
 
 def sums(c: Comparison) -> dict[str, float]:
     some = some_rows(c)
-    kept = expected_kept(some.base_OI, some.row_norms_O, some.grid)
+    norms_O = some.update.row_norms()[some.rows.start : some.rows.stop]
+    kept = expected_kept(some.base_OI, norms_O, some.grid)
     return {"expected": (kept or 0.0) * c.delta_delta, "weight": c.delta_delta}
 
 

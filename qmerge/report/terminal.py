@@ -86,7 +86,7 @@ def survival_table(report: ReportData) -> Table:
         title=f"What survived in {report.recipe['target']} ({rounding})", title_justify="left", title_style="bold"
     )
     table.add_column("modules")
-    for name in ("n", "delta", "predicted", "kept", "worst rank", "noise", "codes"):
+    for name in ("n", "delta", predicted_name(rounding), "kept", "worst rank", "noise", "codes"):
         table.add_column(name, justify="right")
     for group in report.groups:
         table.add_row(escape(printable(group.name)), *_cells(group))
@@ -95,6 +95,11 @@ def survival_table(report: ReportData) -> Table:
     table.caption = "delta: of the weight; noise: in deltas; codes: changed"
     table.caption_justify = "left"
     return table
+
+
+def predicted_name(rounding: str) -> str:
+    """The closed form is about nearest rounding, whatever was used."""
+    return "predicted" if rounding == "nearest" else "if nearest"
 
 
 def _cells(group: GroupRecord) -> list[str]:
@@ -110,7 +115,7 @@ def measured_table(reports: Sequence[ReportData]) -> Table:
     rounding = reports[0].recipe.get("rounding", "nearest")
     table = Table(title=f"What survives ({rounding})", title_justify="left", title_style="bold")
     table.add_column("target")
-    for name in ("predicted", "kept", "worst rank", "noise", "cosine", "codes"):
+    for name in (predicted_name(rounding), "kept", "worst rank", "noise", "cosine", "codes"):
         table.add_column(name, justify="right")
     for report in reports:
         v = report.total.values
