@@ -75,6 +75,9 @@ class Grid(ABC):
         that far, its gaps are so narrow against sigma that the sum has become the integral of φ over the grid.
         """
         middle_OI = self.nearest(values_OI)
+        fine = self.levels_count > REACH
+        if fine and bool((self.gap(middle_OI, values_OI) * 4 < sigma_O1).all()):
+            return self._inside(values_OI, sigma_O1)
         slope_OI, narrow = torch.zeros_like(values_OI), torch.zeros_like(values_OI, dtype=torch.bool)
         for direction in (UP, DOWN):
             codes_OI, level_OI = middle_OI, self.decode(middle_OI)
@@ -89,11 +92,13 @@ class Grid(ABC):
                     break
             narrow |= near
         slope_OI /= math.sqrt(2 * math.pi)
-        if self.levels_count <= REACH:
-            return slope_OI
+        return torch.where(narrow, self._inside(values_OI, sigma_O1), slope_OI) if fine else slope_OI
+
+    def _inside(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
+        """The part of N(x, sigma²) that lies between the ends of the grid."""
         low, high = self.ends()
-        inside_OI = torch.special.ndtr((high - values_OI) / sigma_O1) - torch.special.ndtr((low - values_OI) / sigma_O1)
-        return torch.where(narrow, inside_OI, slope_OI)
+        inside_OI: Tensor = torch.special.ndtr((high - values_OI) / sigma_O1)
+        return inside_OI - torch.special.ndtr((low - values_OI) / sigma_O1)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """float32, broadcast to [O, I]: lowest and highest value; values beyond are clipped. Infinite by default."""

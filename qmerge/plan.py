@@ -345,8 +345,8 @@ def block_entries(recipe: Recipe, steps: tuple[Step, ...]) -> int:
     needed = step_memory(worst, entries)
     if needed > budget:
         raise RoomError(
-            f"{worst.name} needs {needed / 1e6:.0f} MB even in the smallest row blocks, but --max-memory {recipe.max_memory} "
-            f"for {recipe.workers} workers leaves {budget / 1e6:.0f} MB"
+            f"{worst.name} needs {needed / 1e6:.1f} MB even in the smallest row blocks, but --max-memory {recipe.max_memory} "
+            f"for {recipe.workers} workers leaves {budget / 1e6:.1f} MB"
         )
     return entries
 
