@@ -97,8 +97,9 @@ class Grid(ABC):
     def _inside(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
         """The part of N(x, sigma²) that lies between the ends of the grid."""
         low, high = self.ends()
-        inside_OI: Tensor = torch.special.ndtr((high - values_OI) / sigma_O1)
-        return inside_OI - torch.special.ndtr((low - values_OI) / sigma_O1)
+        below_OI, above_OI = (torch.special.ndtr((end - values_OI) / sigma_O1) for end in (low, high))
+        inside_OI: Tensor = above_OI - below_OI
+        return inside_OI
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """float32, broadcast to [O, I]: lowest and highest value; values beyond are clipped. Infinite by default."""
