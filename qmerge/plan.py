@@ -12,6 +12,7 @@ from typing import Any
 
 from qmerge import hub, plugins
 from qmerge.adapters._folder import Adapter, read_adapter
+from qmerge.checkpoint.config import output_config
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
 from qmerge.checkpoint.skeleton import Skeleton, skeleton
@@ -303,19 +304,10 @@ class StepMaker:
 
     def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
         """config.json of the output: dtype and quantization_config as the stock library would have written them."""
-        config = {name: value for name, value in self.inputs.base.config.items() if name != "quantization_config"}
-        named = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        if self.target.dense_dtype:
-            config.pop("torch_dtype", None)
-            return {**config, "dtype": named[self.target.dense_dtype]}
-        dtype = named.get(self.inputs.base.dtype, "float32")
-        if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = dtype
         options = next((step.options for step in steps if step.target == self.target.name), None)
-        if options is None:
+        if options is None and self.target.quant_method:
             raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
-        quantization = self.target.quantization_config(options, self.inputs.base.quantization, dtype)
-        return {**config, "quantization_config": quantization}
+        return output_config(self.inputs.base, self.target, options)
 
 
 def _format(name: str) -> Format:
@@ -326,6 +318,8 @@ def _format(name: str) -> Format:
 def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
     """A hint when the base has the module under another prefix."""
     module = tensor.split(".lora_")[0]
+    if module.rpartition(".")[2] == "lm_head":
+        return "The base stores no lm_head of its own: it is tied to the input embedding, which this version cannot untie. "
     tail = ".".join(module.split(".")[-4:])
     close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
     return f"The base has {close[0]}, under another prefix. " if close else ""

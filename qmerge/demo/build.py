@@ -5,8 +5,7 @@
 The story, in the order of `main`:
 
 1. **Text.** Two small grammars below write all text, so there is nothing to download and nobody else's work in it.
-   `EVERYDAY` writes short stories, sums, letters, diaries, lists, news of the harbour and signals at sea: what
-   the base model learns.
+   `EVERYDAY` writes short stories, sums, letters, diaries, lists and news of the harbour: what the base learns.
    `SHIP_LOG` writes the log books of sailing ships: other words, other form, and figures that hang together
    (force of the wind and state of the sea, speed and day's run, the date, the rising or falling glass): what the
    adapter learns.
@@ -14,7 +13,7 @@ The story, in the order of `main`:
 3. **Base.** A Llama with grouped-query attention, trained in float32 on `EVERYDAY`, then quantized by transformers and
    bitsandbytes and saved by `save_pretrained`: what lies in `base-nf4/` is a stock NF4 checkpoint.
 4. **Adapter.** peft's LoRA on all seven projections, trained on the NF4 base with `SHIP_LOG`: real QLoRA, and short, so
-   that rms(delta) is about one percent of rms(weight), as it is in most adapters that people publish. A change that
+   that rms(delta) is one or two percent of rms(weight), as it is in most adapters that people publish. A change that
    small lies far below half a step of NF4, so rounding to nearest forgets it: the reason for this demo.
 5. **Numbers.** The loss on held-out log books of the base, of the base with the adapter, and of peft's own merge.
 
@@ -55,7 +54,7 @@ THREADS = 2  # fixed, because the order of float sums depends on it
 
 BASE_CHARACTERS, BASE_STEPS, BASE_RATE = 6_000_000, 500, 3e-3
 LORA_RANK, LORA_ALPHA = 8, 16
-ADAPTER_STEPS, ADAPTER_RATE = 60, 8e-5
+ADAPTER_STEPS, ADAPTER_RATE = 60, 1e-4
 TEXT_CHARACTERS = 90_000  # of calibration.txt, which is the adapter's training text, and of heldout.txt
 
 Memory = dict[str, str]
@@ -199,17 +198,6 @@ EVERYDAY: Grammar = WORDS | {
         "Seaman <crew> was sick, so the mate stood his watch.", "The cook had no <food> left, only <food> and <food>.",
         "The carpenter mended the <part> with timber and iron.", "They spoke a <kind> of <port> bound for <port>.",
     ],
-    "signal": [
-        "Signals of <weekday>:\n<hour> <flag> <flag> <flag>\n<flag> <flag>",
-        "Signals from the <kind> <ship>, <date>:\n<flag> <flag>\n<flag> <flag> <flag>",
-    ],
-    "flag": [
-        "Wind <wind>.", "Glass <glass>.", "Course <course>.", "<sea^>.", "Lat <lat>, long <long>.", "<x> knots.",
-        "Set the <sail>.", "Took in the <sail>.", "Hands at the pumps.", "Land bearing <wind>.", "Noon.", "All well.",
-        "Water short.", "Run <miles> miles.", "Day <day>.", "Signed, <crew>.", "Sighted a <kind>.",
-        "<food^> for <port>.", "Spoke the <ship>.", "Carpenter sick.", "Cook sick.", "Ship makes water.",
-        "Lost the <part>.",
-    ],
     "landfall": [
         "The run was <miles> miles, and after <days> days the <v> came to <port>.",
         "At noon on day <days> they saw the light of <port>, and all were well.",
@@ -303,7 +291,7 @@ def weather(hour: int, force: int, glass: int, change: int) -> Memory:
 
 def everyday(rng: random.Random) -> str:
     """One document for the base model."""
-    kinds = {"story": 6, "sum": 3, "letter": 2, "diary": 2, "list": 1, "calendar": 1, "harbour": 3, "signal": 2}
+    kinds = {"story": 6, "sum": 3, "letter": 2, "diary": 2, "list": 1, "calendar": 1, "harbour": 3}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     week, day = WORDS["weekday"], rng.randrange(7)
     facts = people(rng) | figures(rng)

@@ -1,0 +1,44 @@
+"""config.json of the output: dtype and quantization_config as the stock library would have written them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qmerge.checkpoint.scan import Checkpoint
+from qmerge.formats._base import Format
+from qmerge.types import Options
+
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def output_config(base: Checkpoint, target: Format, options: Options | None) -> dict[str, Any]:
+    """The base's config for another format; ``options`` are those of the weights that are stored as ``target``."""
+    config = without_quantization(base.config)
+    if target.dense_dtype:
+        return {**with_dtype(config, NAMES[target.dense_dtype]), "dtype": NAMES[target.dense_dtype]}
+    dtype = NAMES.get(base.dtype, "float32")
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+    assert options is not None
+    return {**config, "quantization_config": target.quantization_config(options, base.quantization, dtype)}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config (and the configs of its parts, in a multimodal model) without ``quantization_config``."""
+    return {
+        name: without_quantization(value) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "quantization_config"
+    }
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config (and the configs of its parts) that names another dtype, wherever it names one."""
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("dtype", "torch_dtype"):
+            result["dtype"] = dtype
+        else:
+            result[name] = with_dtype(value, dtype) if name.endswith("_config") and isinstance(value, dict) else value
+    return result
