@@ -169,7 +169,7 @@ def write_model(
     write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
     write_file(out / html.NAME, html.html_report(report).encode())
     write_file(out / "README.md", model_card(report, plan).encode())
-    folder.write_json(out / "config.json", plan.config)
+    folder.write_json(out / "config.json", plan.config, sort_keys=True)
     journal.remove()
     return report
 

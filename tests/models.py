@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from qmerge.adapters.lora import LoraUpdate
+
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": False,
@@ -75,3 +77,11 @@ def logits(model: torch.nn.Module, vocabulary: int = 96) -> torch.Tensor:
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def lora_update(shape: tuple[int, int], rank: int = 4, size: float = 0.02, seed: int = 2) -> LoraUpdate:
+    """A random LoRA update whose delta has about ``size`` as root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    A_RI = torch.randn(rank, shape[1], generator=generator)
+    B_OR = torch.randn(shape[0], rank, generator=generator)
+    return LoraUpdate(A_RI, B_OR, size / rank**0.5)

@@ -156,8 +156,8 @@ def copy_side_files(out: Path, files: Mapping[str, Path]) -> None:
         write_file(out / name, path.read_bytes())
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode())
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

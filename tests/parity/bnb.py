@@ -1,0 +1,106 @@
+"""One weight at a time, through bitsandbytes and through qmerge's formats: the same bytes on disk, the same values back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmerge import plugins
+from qmerge.checkpoint.header import read_header
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import CheckpointError
+from qmerge.formats._base import Format, Stored
+from qmerge.formats._bnb4bit import Bnb4bitOptions
+from qmerge.types import Options, Rows, Weight
+
+MODULE = "layer.proj"
+STORAGES = {
+    name: getattr(torch, name)
+    for name in ("uint8", "int8", "bfloat16", "float16", "float32", "int32", "float8_e4m3fn")
+}  # fmt: skip
+
+
+def form(name: str) -> Format:
+    found: Format = plugins.load("formats", name).FORMAT
+    return found
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Same dtype, shape and bits (so that 0 and -0 differ)."""
+    return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """The same but for the sign of zero: FP4 has two zeros, and bitsandbytes' own kernels disagree about the second."""
+    return same(one + 0.0, other + 0.0)
+
+
+def raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def quantized_4bit(weight_OI: Tensor, name: str, options: Bnb4bitOptions) -> tuple[Tensor, Any]:
+    """(packed codes, quant state) by bitsandbytes."""
+    return bnb.quantize_4bit(
+        weight_OI, blocksize=options.block_size, compress_statistics=options.double_quant, quant_type=name,
+        quant_storage=STORAGES[options.storage],
+    )  # fmt: skip
+
+
+def tensors_4bit(packed: Tensor, state: Any) -> dict[str, Tensor]:
+    """Local name → tensor, as Linear4bit puts them into its state dict."""
+    return {"weight": packed, **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
+
+
+def dequantized_4bit(packed: Tensor, state: Any) -> Tensor:
+    """float32 values by bitsandbytes, whatever dtype the weight had."""
+    state.dtype = torch.float32
+    return bnb.dequantize_4bit(packed, state).reshape(state.shape)  # it transposes what fits into one element
+
+
+def tensors_int8(weight_OI: Tensor) -> dict[str, Tensor]:
+    codes, scb, _ = bnb.int8_vectorwise_quant(weight_OI.clone())
+    return {"weight": codes, "SCB": scb, "weight_format": torch.zeros((), dtype=torch.uint8)}
+
+
+def saved(tensors: Mapping[str, Tensor], folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    save_file({f"{MODULE}.{name}": part.contiguous() for name, part in tensors.items()}, path)
+    return path
+
+
+def opened(path: Path, name: str, reader: Reader) -> tuple[Weight, Stored]:
+    """The one weight in a file."""
+    infos, _ = read_header(path, CheckpointError)
+    (weight,) = form(name).find(infos, reader)
+    return weight, form(name).open(weight, reader, torch.device("cpu"))
+
+
+def row_blocks(name: str, shape: tuple[int, int], options: Options, many: int = 1) -> Iterator[Rows]:
+    """``many`` times the smallest row block that the format allows."""
+    unit = form(name).row_step(shape, options) * many
+    return (Rows(start, min(start + unit, shape[0])) for start in range(0, shape[0], unit))
+
+
+def fresh(values_OI: Tensor, name: str, options: Options) -> dict[str, Tensor]:
+    """Local name → tensor as qmerge writes them, for a grid made for these values, one row block at a time."""
+    target, shape = form(name), (values_OI.shape[0], values_OI.shape[1])
+    parts = [values_OI[rows.start : rows.stop] for rows in row_blocks(name, shape, options)]
+    grid = target.grid(torch.cat([target.scales(part, options) for part in parts]), shape, options)
+    places = row_blocks(name, shape, options)
+    packed = [
+        raw(target.pack(grid.rows(rows).nearest(part), options)) for rows, part in zip(places, parts, strict=True)
+    ]
+    written = dict(target.companions(grid, "weight", shape, options))
+    spec = target.outputs("weight", shape, options)["weight"]
+    dtype = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}[spec.dtype]  # fmt: skip
+    data = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8)
+    return {"weight": data.view(dtype).view(spec.shape), **written}
