@@ -54,6 +54,10 @@ class Grid(ABC):
     def rows(self, rows: Rows) -> Grid:
         """The same grid for some of the rows."""
 
+    def as_stored(self) -> Grid:
+        """The grid as a loader knows it: what later values are rounded to when the scales are kept."""
+        return self
+
     def gap(self, codes_OI: Tensor, direction_OI: Tensor) -> Tensor:
         """float32 [O, I]: distance from each level to its neighbour on the side that ``direction``'s sign names;
         infinite at the ends of the grid."""

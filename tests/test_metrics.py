@@ -1,121 +1,268 @@
-"""Every metric against a plain formula in float64, and the closed form against what happens to Gaussian deltas."""
+"""Every metric against its formula in plain numpy float64, and against the others."""
 
 from __future__ import annotations
 
-import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from qmerge import plugins
-from qmerge.formats._base import Format
+from qmerge.adapters.lora import LoraUpdate
 from qmerge.grids import Grid
-from qmerge.metrics._totals import over_weights, plain, sums_of, values_of
-from qmerge.metrics.predicted_kept import expected_kept
-from qmerge.types import Comparison, Rows, Update
+from qmerge.metrics._totals import added, over_weights, plain, sums_of, values_of
+from qmerge.rounding import nearest, stochastic
+from qmerge.rounding._context import Context
+from qmerge.types import Comparison, Rows
 
-from .models import lora_update
+from .test_grids import gaussian, grid_for
 
-SHAPE = (64, 192)
-ROWS = Rows(0, SHAPE[0])
-
-
-def compared(size: float, target: str = "nf4", update: Update | None = None, seed: int = 0) -> Comparison:
-    """A weight of rms 1 on a target's grid, merged with a delta of rms ``size``, rounded to nearest."""
-    base, grid = on_grid(target, seed)
-    update = update or lora_update(SHAPE, size=size)
-    merged = update.apply(base, ROWS)
-    base_codes = grid.nearest(base)
-    codes = grid.nearest(merged, base_codes)
-    return Comparison(base, merged, grid.decode(codes), base_codes, codes, grid, ROWS, update)
+SHAPE = (96, 160)
+RANK = 4
+TARGETS = ["nf4", "fp4", "int8", "bf16", "fp32"]
 
 
-def on_grid(target: str, seed: int = 0, shape: tuple[int, int] = SHAPE) -> tuple[torch.Tensor, Grid]:
-    form: Format = plugins.load("formats", target).FORMAT
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    options = form.options({}, None, "BF16")
-    grid = form.grid(form.scales(values, options), shape, options)
-    return grid.decode(grid.nearest(values)), grid
+def update_of(size: float, seed: int = 1, shape: tuple[int, int] = SHAPE, rank: int = RANK) -> LoraUpdate:
+    """A delta whose rms is about ``size``, every rank of another strength."""
+    strength_R = torch.linspace(1, 2, rank)
+    B_OR = gaussian(seed, (shape[0], rank)) * strength_R
+    A_RI = gaussian(seed + 1, (rank, shape[1]))
+    return LoraUpdate(A_RI, B_OR, size / float((B_OR @ A_RI).square().mean().sqrt()))
 
 
-def measured(c: Comparison) -> dict[str, float | None]:
+def comparison(
+    target: str, size: float = 0.05, rounding: Any = nearest, shape: tuple[int, int] = SHAPE, base_OI: Tensor | None = None
+) -> Comparison:  # fmt: skip
+    """A Gaussian weight on the target's grid, a LoRA delta, and what rounding makes of the sum."""
+    values_OI = gaussian(0, shape) if base_OI is None else base_OI
+    grid: Grid = grid_for(target, values_OI)
+    codes_OI = grid.nearest(values_OI)
+    base_OI, rows, update = grid.decode(codes_OI), Rows(0, shape[0]), update_of(size, shape=shape)
+    merged_OI = update.apply(base_OI, rows)
+    chosen_OI = rounding.choose(merged_OI, grid, Context("layer.weight", rows))
+    return Comparison(base_OI, merged_OI, grid.decode(chosen_OI), codes_OI, chosen_OI, grid, rows, update)
+
+
+def part(c: Comparison, start: int, stop: int) -> Comparison:
+    """Some rows of it."""
+    cut = {
+        name: getattr(c, name)[start:stop]
+        for name in ("base_OI", "merged_OI", "stored_OI", "base_codes_OI", "codes_OI")
+    }
+    return replace(c, **cut, grid=c.grid.rows(Rows(start, stop)), rows=Rows(start, stop))
+
+
+def numbers(c: Comparison) -> dict[str, float | None]:
     return values_of(plain(sums_of(c)))
 
 
-@pytest.mark.parametrize("size", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("target", ["nf4", "fp4", "int8", "bf16"])
-def test_against_float64(target: str, size: float) -> None:
-    c = compared(size, target)
-    base, merged, stored = (x.double().numpy() for x in (c.base_OI, c.merged_OI, c.stored_OI))
-    delta, change = merged - base, stored - base
-    found = measured(c)
-    expected = {
-        "kept": (change * delta).sum() / (delta * delta).sum(),
-        "noise": np.linalg.norm(stored - merged) / np.linalg.norm(delta),
-        "cosine": (change * delta).sum() / max(np.linalg.norm(change) * np.linalg.norm(delta), 1e-300),
-        "codes_changed": (stored != base).mean(),
-        "relative_size": np.linalg.norm(delta) / np.linalg.norm(base),
-    }
-    for name, value in expected.items():
-        # float32 sums within a row of 192: relative error below 192 * 2**-24
-        assert found[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+# --- formulas --------------------------------------------------------------------------------------------------------
 
 
-def test_kept_and_noise_hang_together() -> None:
-    """‖stored − merged‖² = (1 − 2 kept) ‖delta‖² + ‖stored − base‖²."""
-    c = compared(0.1)
-    found = measured(c)
-    kept, noise = found["kept"], found["noise"]
-    assert kept is not None and noise is not None
-    assert noise**2 * c.delta_delta == pytest.approx((1 - 2 * kept) * c.delta_delta + c.change_change, rel=1e-5)
+def np64(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+    return tuple(tensor.double().numpy() for tensor in tensors)
 
 
-def test_ranks_against_a_full_svd() -> None:
-    c = compared(0.2)
-    u, s, vt = np.linalg.svd(c.delta_OI.double().numpy(), full_matrices=False)
-    change = c.change_OI.double().numpy()
-    survival = [float(u[:, k] @ change @ vt[k] / s[k]) for k in range(4)]
-    found = measured(c)
-    assert found["rank_kept_min"] == pytest.approx(min(survival), rel=1e-3)
-    assert found["rank_kept_median"] == pytest.approx(float(np.median(survival)), rel=1e-3)
+def delta_and_change(c: Comparison) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    base, merged, stored = np64(c.base_OI, c.merged_OI, c.stored_OI)
+    return merged - base, stored - base
 
 
-def test_under_half_gap_counts_what_nearest_leaves_alone() -> None:
-    """On the base's own grid, away from its ends, an entry moves exactly when it passes half its gap."""
-    c = compared(0.1)
-    found = measured(c)
-    inside = (c.base_codes_OI > 0) & (c.base_codes_OI < 15)
-    still = (c.codes_OI == c.base_codes_OI)[inside].double().mean()
-    assert found["under_half_gap"] == pytest.approx(float(still), abs=0.04)  # the 3 % at the ends count as still
+def kept(c: Comparison) -> float:
+    delta, change = delta_and_change(c)
+    return float((change * delta).sum() / (delta * delta).sum())
 
 
-@pytest.mark.parametrize("target", ["nf4", "int8", "bf16", "fp16"])
-def test_a_delta_of_zero_has_no_numbers(target: str) -> None:
-    found = measured(compared(0.0, target))
-    for name in ("kept", "noise", "cosine", "predicted_kept", "rank_kept_min", "gap_to_delta"):
-        assert found[name] is None, name
-    assert found["codes_changed"] == 0.0
+def noise(c: Comparison) -> float:
+    delta, change = delta_and_change(c)
+    return float(np.linalg.norm(change - delta) / np.linalg.norm(delta))
 
 
-@pytest.mark.parametrize(
-    ("target", "sizes"),
-    [("nf4", (0.03, 0.05, 0.1, 0.3)), ("fp4", (0.05, 0.2)), ("int8", (0.005, 0.01)), ("bf16", (3e-4, 1e-3, 3e-3))],
-)
-def test_closed_form_against_gaussian_deltas(target: str, sizes: tuple[float, ...]) -> None:
-    """kept is a mean over n entries of Q'-weighted d²; its standard error over 400 k entries is below 0.01."""
-    base, grid = on_grid(target, seed=7, shape=(640, 640))
-    for size in sizes:
-        delta = torch.randn(base.shape, generator=torch.Generator().manual_seed(8)) * size
-        change = grid.decode(grid.nearest(base + delta)) - base
-        kept = float((change * delta).sum() / (delta * delta).sum())
-        norms = torch.full((640,), size * math.sqrt(640))
-        assert expected_kept(base, norms, grid) == pytest.approx(kept, abs=0.03), (target, size)
+def cosine(c: Comparison) -> float:
+    delta, change = delta_and_change(c)
+    lengths = np.linalg.norm(change) * np.linalg.norm(delta)
+    return float((change * delta).sum() / lengths) if lengths else 0.0
+
+
+def relative_size(c: Comparison) -> float:
+    delta, _ = delta_and_change(c)
+    return float(np.sqrt((delta**2).mean() / (np64(c.base_OI)[0] ** 2).mean()))
+
+
+def codes_changed(c: Comparison) -> float:
+    return float((c.codes_OI.float().numpy() != c.base_codes_OI.float().numpy()).mean())
+
+
+def gaps(c: Comparison) -> np.ndarray[Any, Any]:
+    """Distance to the next level on the delta's side: the smallest positive one, over all levels that any entry has."""
+    return np64(c.grid.gap(c.base_codes_OI, c.delta_OI))[0]
+
+
+def under_half_gap(c: Comparison) -> float:
+    return float((np.abs(delta_and_change(c)[0]) * 2 < gaps(c)).mean())
+
+
+def gap_to_delta(c: Comparison) -> float:
+    found = gaps(c)
+    return float(found[np.isfinite(found)].mean() / np.sqrt((delta_and_change(c)[0] ** 2).mean()))
+
+
+def ranks(c: Comparison) -> list[float]:
+    """u_kᵀ (stored − base) v_k / s_k, by a full decomposition of B·A in float64."""
+    assert isinstance(c.update, LoraUpdate)
+    B, A = np64(c.update.B_OR, c.update.A_RI)
+    u, s, vt = np.linalg.svd(c.update.scale * B @ A)
+    change = delta_and_change(c)[1]
+    return [float(u[:, k] @ change @ vt[k] / s[k]) for k in range(c.update.rank)]
+
+
+FORMULAS: dict[str, Callable[[Comparison], float]] = {
+    "kept": kept,
+    "noise": noise,
+    "cosine": cosine,
+    "relative_size": relative_size,
+    "codes_changed": codes_changed,
+    "under_half_gap": under_half_gap,
+    "gap_to_delta": gap_to_delta,
+    "rank_kept_min": lambda c: min(ranks(c)),
+    "rank_kept_median": lambda c: statistics.median(ranks(c)),
+}
+
+
+def test_every_metric_has_a_formula_here() -> None:
+    """predicted_kept is held against what is measured, below."""
+    assert {*FORMULAS, "predicted_kept"} == set(plugins.names("metrics"))
+
+
+@pytest.mark.parametrize("rounding", [nearest, stochastic])
+@pytest.mark.parametrize("size", [0.002, 0.05, 0.5])
+@pytest.mark.parametrize("target", TARGETS)
+def test_formulas(target: str, size: float, rounding: Any) -> None:
+    """float32 differences of numbers near 1 carry 1e-7; what is left of a delta of 0.002 is exact to 1e-4."""
+    c = comparison(target, size, rounding)
+    found = numbers(c)
+    for name, formula in FORMULAS.items():
+        value = found[name]
+        assert value is not None
+        assert value == pytest.approx(formula(c), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sums_add_up_over_row_blocks(target: str) -> None:
+    c = comparison(target)
+    total = None
+    step = 2 * c.grid.row_step
+    for start in range(0, SHAPE[0], step):
+        total = added(total, sums_of(part(c, start, start + step)))
+    assert total is not None
+    whole, apart = numbers(c), values_of(plain(total))
+    for name, value in whole.items():
+        # The mean gap leaves the ends of the grid out, block by block: a share of a share, in a number for orientation.
+        rel = 1e-3 if name == "gap_to_delta" else 1e-5
+        assert apart[name] == pytest.approx(value, rel=rel, abs=1e-6), name
 
 
 def test_totals_count_each_weight_by_its_delta() -> None:
-    small, large = compared(0.02), compared(0.5)
+    """kept of two weights together is that of one matrix that holds both."""
+    small, large = comparison("nf4", 0.01), comparison("nf4", 0.2)
     total = values_of(over_weights([plain(sums_of(small)), plain(sums_of(large))]))
-    numerator = small.change_delta + large.change_delta
-    assert total["kept"] == pytest.approx(numerator / (small.delta_delta + large.delta_delta))
-    assert total["rank_kept_min"] == pytest.approx(min(measured(c)["rank_kept_min"] or 0.0 for c in (small, large)))
+    one, other = (delta_and_change(c) for c in (small, large))
+    delta, change = (np.concatenate(pair) for pair in zip(one, other, strict=True))
+    assert total["kept"] == pytest.approx((change * delta).sum() / (delta**2).sum(), rel=1e-4)
+    assert total["noise"] == pytest.approx(np.linalg.norm(change - delta) / np.linalg.norm(delta), rel=1e-4)
+    assert total["rank_kept_min"] == pytest.approx(min(ranks(small) + ranks(large)), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("rounding", [nearest, stochastic])
+@pytest.mark.parametrize("target", ["nf4", "int8", "bf16"])
+def test_noise_follows_from_kept(target: str, rounding: Any) -> None:
+    """‖stored − merged‖² = (1 − 2·kept)‖D‖² + ‖stored − base‖²: kept alone says nothing of the noise."""
+    c = comparison(target, rounding=rounding)
+    found, (delta, change) = numbers(c), delta_and_change(c)
+    assert found["noise"] is not None and found["kept"] is not None
+    squared = (delta**2).sum()
+    assert found["noise"] ** 2 * squared == pytest.approx(
+        (1 - 2 * found["kept"]) * squared + (change**2).sum(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_delta_of_zero_has_no_survival(target: str) -> None:
+    c = comparison(target)
+    nothing = LoraUpdate(c.update.A_RI, torch.zeros_like(c.update.B_OR), 1.0)  # type: ignore[attr-defined]
+    c = replace(c, merged_OI=c.base_OI, stored_OI=c.base_OI, codes_OI=c.base_codes_OI, update=nothing)
+    found = numbers(c)
+    assert [found[name] for name in ("kept", "noise", "cosine", "gap_to_delta", "predicted_kept", "rank_kept_min")] == [
+        None
+    ] * 6
+    assert found["codes_changed"] == 0 and found["relative_size"] == 0
+
+
+# --- the small factors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (3, 160), (96, 3)])
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_row_norms_and_directions(shape: tuple[int, int], rank: int) -> None:
+    """From B and A alone, also where the rank is larger than the matrix."""
+    update = update_of(0.1, shape=shape, rank=rank)
+    B, A = np64(update.B_OR, update.A_RI)
+    delta = update.scale * B @ A
+    assert update.row_norms().numpy() == pytest.approx(np.linalg.norm(delta, axis=1), rel=1e-5)
+    u_OR, s_R, v_IR = update.directions()
+    (u, s, v), count = np64(u_OR, s_R, v_IR), min(*shape, rank)
+    assert s[:count] == pytest.approx(np.linalg.svd(delta)[1][:count], rel=1e-5)
+    assert (u * s) @ v.T == pytest.approx(delta, abs=1e-5 * np.abs(delta).max())
+    assert u.T @ u == pytest.approx(np.eye(u.shape[1]), abs=1e-5)
+
+
+def test_ranks_that_carry_nothing_do_not_count() -> None:
+    c = comparison("bf16", 0.05)
+    assert isinstance(c.update, LoraUpdate)
+    B_OR = c.update.B_OR.clone()
+    B_OR[:, 0] = 0
+    update = replace(c.update, B_OR=B_OR)
+    merged_OI = update.apply(c.base_OI, c.rows)
+    codes_OI = c.grid.nearest(merged_OI)
+    c = replace(c, merged_OI=merged_OI, stored_OI=c.grid.decode(codes_OI), codes_OI=codes_OI, update=update)
+    assert numbers(c)["rank_kept_min"] == pytest.approx(min(ranks(replace(c, update=trimmed(update)))), rel=1e-4)
+
+
+def trimmed(update: LoraUpdate) -> LoraUpdate:
+    return replace(update, B_OR=update.B_OR[:, 1:], A_RI=update.A_RI[1:])
+
+
+# --- what is predicted is what is measured ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "size"), [("nf4", 0.05), ("nf4", 0.1), ("fp4", 0.1), ("int8", 0.008), ("bf16", 0.001), ("bf16", 0.01)]
+)
+def test_predicted_kept_is_what_is_measured(target: str, size: float) -> None:
+    """For a Gaussian delta. kept is a mean over N entries of Q·d/σ², whose variance is at most E[(gap + |d|)² d²]/σ⁴:
+    with the entries' own numbers that is five standard errors here; 1 % of it more for what rows share."""
+    shape = (256, 512)
+    c = comparison(target, size, shape=shape)
+    rank = 256  # a delta of this rank is Gaussian, entry by entry, to within 1/√rank in its variance
+    update = update_of(size, shape=shape, rank=rank)
+    merged_OI = update.apply(c.base_OI, c.rows)
+    codes_OI = c.grid.nearest(merged_OI)
+    c = replace(c, merged_OI=merged_OI, stored_OI=c.grid.decode(codes_OI), codes_OI=codes_OI, update=update)
+    found, (delta, change) = numbers(c), delta_and_change(c)
+    each = change * delta / (delta**2).mean()
+    error = float(each.std() / np.sqrt(each.size))
+    assert found["predicted_kept"] is not None and found["kept"] is not None
+    assert error < 0.02
+    assert abs(found["predicted_kept"] - found["kept"]) < 5 * error + 0.01 * found["kept"]
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(0.01, 0, 0.02), (0.071, 0.4, 0.6), (0.5, 0.9, 1.1)])
+def test_what_survives_in_nf4(size: float, low: float, high: float) -> None:
+    """Nearly nothing of a typical QLoRA delta, about half at 7 % of the weight, nearly all of a large one."""
+    value = numbers(comparison("nf4", size, shape=(512, 512)))["kept"]
+    assert value is not None and low <= value <= high

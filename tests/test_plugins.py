@@ -1,135 +1,143 @@
-"""The contract of plug-ins, held against every one that is there: a new file is found and tested by itself."""
+"""The contract of every plug-in: a new file is found and held to it without a change here."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qmerge import plugins
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.scan import find_weights
-from qmerge.checkpoint.writer import Layout, ShardWriter
 from qmerge.errors import RecipeError
 from qmerge.formats._base import Format
-from qmerge.metrics._totals import added, plain
+from qmerge.grids import DOWN, UP
 from qmerge.rounding._context import Context
-from qmerge.types import Comparison, Rows
+from qmerge.types import Rows
 
-from .models import lora_update
+from .parity import bnb as parity
+from .test_grids import gaussian, grid_for
 
 EVERY = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
-TARGETS = [name for name in plugins.names("formats") if plugins.load("formats", name).FORMAT.is_target]
-SHAPE = (48, 80)
+FORMATS = plugins.names("formats")
+TARGETS = [name for name in FORMATS if parity.form(name).is_target]
+SHAPES = [(1, 64), (16, 64), (24, 96), (7, 160), (64, 33), (128, 2)]
+
+
+def arguments(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_help_is_one_line(kind: str, name: str) -> None:
+def test_help_line(kind: str, name: str) -> None:
+    """The first line of its docstring: one sentence that fits on a line."""
     line = plugins.help_line(kind, name)
-    assert line.endswith(".") and 20 < len(line) < 130
+    assert 10 < len(line) <= 120 and not line.startswith(" ")
+    assert line[-1] in ".)" or kind == "metrics", line
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_has_what_its_kind_needs(kind: str, name: str) -> None:
-    needed = {
-        "formats": ["FORMAT"],
-        "adapters": ["PEFT_TYPES", "updates"],
-        "rounding": ["choose"],
-        "metrics": ["sums", "value"],
-    }[kind]
-    module = plugins.load(kind, name)
-    assert [attribute for attribute in needed if not hasattr(module, attribute)] == []
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(name: str) -> None:
+    plugin = plugins.load("formats", name).FORMAT
+    assert isinstance(plugin, Format)
+    assert plugin.name == name
+    assert (plugin.quant_method is None) or (plugin.dense_dtype is None), "dense and quantized at once"
+    assert plugin.loaders or not plugin.is_target, "who reads it?"
+    assert plugin.find({}, Reader()) == []
 
 
-def test_unknown_plugin_says_what_was_meant() -> None:
-    with pytest.raises(RecipeError, match=r"no format is called 'nf5'\. Did you mean 'nf4'\?"):
-        plugins.load("formats", "nf5")
+@pytest.mark.parametrize("name", plugins.names("adapters"))
+def test_adapter(name: str) -> None:
+    plugin = plugins.load("adapters", name)
+    assert plugin.PEFT_TYPES and all(kind == kind.upper() for kind in plugin.PEFT_TYPES)
+    assert arguments(plugin.updates) == ["config", "tensors"]
 
 
-@pytest.mark.parametrize("name", plugins.names("formats"))
-def test_format_is_named_as_its_file(name: str) -> None:
-    assert plugins.load("formats", name).FORMAT.name == name
+def test_no_two_adapter_kinds_take_the_same_peft_type() -> None:
+    taken = [kind for plugin in plugins.every("adapters").values() for kind in plugin.PEFT_TYPES]
+    assert len(taken) == len(set(taken))
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
-    """values → fresh grid → codes → file → weights found by their marks → the same values and codes."""
-    form: Format = plugins.load("formats", name).FORMAT
-    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-    options = form.options({}, None, "BF16")
-    grid = form.grid(form.scales(values, options), SHAPE, options)
-    codes = grid.nearest(values)
-    specs = {f"m.{local}": spec for local, spec in form.outputs("weight", SHAPE, options).items()}
-    writer = ShardWriter(tmp_path / "model.safetensors", Layout.of(specs))
-    sink = writer.step(tuple(specs))
-    sink.append("m.weight", form.pack(codes, options))
-    for local, part in form.companions(grid, "weight", SHAPE, options).items():
-        sink.append(f"m.{local}", part)
-    sink.finish()
-    writer.add_texts(sink.texts)
-    writer.finish()
-    writer.publish()
-    with Reader() as reader:
-        weight = find_weights(_headers(tmp_path / "model.safetensors"), reader)["m.weight"]
-        assert (weight.format, weight.shape) == (name, SHAPE)
-        stored = form.open(weight, reader, torch.device("cpu"))
-        assert torch.equal(stored.values(Rows(0, 48)), grid.decode(codes))
-        assert torch.equal(stored.values(Rows(16, 32)), grid.decode(codes)[16:32])
-        assert torch.equal(stored.grid.decode(stored.codes(Rows(0, 48))), grid.decode(codes))
-
-
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", plugins.names("rounding"))
-def test_rounding_chooses_a_neighbour_on_every_grid(name: str, target: str) -> None:
-    form: Format = plugins.load("formats", target).FORMAT
-    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
-    options = form.options({}, None, "BF16")
-    grid = form.grid(form.scales(values, options), SHAPE, options)
-    codes = plugins.load("rounding", name).choose(values, grid, Context("m.weight", Rows(0, 48)))
-    nearest = grid.nearest(values)
-    between = (grid.decode(codes) == grid.decode(nearest)) | (
-        (grid.decode(codes) - values) * (grid.decode(nearest) - values) <= 0
-    )
-    assert bool(between.all())
-    assert torch.equal(
-        grid.decode(
-            plugins.load("rounding", name).choose(grid.decode(codes), grid, Context("m", Rows(0, 48), 1, codes))
-        ),
-        grid.decode(codes),
-    ), "values on the grid stay where they are"
+def test_rounding(name: str) -> None:
+    choose = plugins.load("rounding", name).choose
+    assert arguments(choose) == ["values_OI", "grid", "context"]
+    values_OI = gaussian()
+    before_OI = values_OI.clone()
+    for target in TARGETS:
+        grid = grid_for(target, values_OI)
+        codes_OI = choose(values_OI, grid, Context("layer.weight", Rows(0, len(values_OI))))
+        assert codes_OI.dtype == grid.nearest(values_OI).dtype and codes_OI.shape == values_OI.shape
+    assert torch.equal(values_OI, before_OI), "the values were changed in place"
 
 
 @pytest.mark.parametrize("name", plugins.names("metrics"))
-def test_metric_adds_up_over_row_blocks(name: str) -> None:
-    """Sums over blocks are the sums over the whole weight (sampled metrics agree within their sampling error)."""
-    metric = plugins.load("metrics", name)
-    whole = metric.value(plain({name: metric.sums(_comparison(Rows(0, 48)))})[name])
-    total = None
-    for rows in (Rows(0, 16), Rows(16, 32), Rows(32, 48)):
-        total = added(total, {name: dict(metric.sums(_comparison(rows)))})
-    assert total is not None
-    assert metric.value(plain(total)[name]) == pytest.approx(whole, rel=1e-4)
+def test_metric(name: str) -> None:
+    plugin = plugins.load("metrics", name)
+    assert len(arguments(plugin.sums)) == 1 and len(arguments(plugin.value)) == 1
+    assert plugins.help_line("metrics", name).startswith(name), "the help line begins with the metric's name"
 
 
-def _comparison(rows: Rows) -> Comparison:
-    form: Format = plugins.load("formats", "nf4").FORMAT
-    base = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
-    options = form.options({}, None, "BF16")
-    grid = form.grid(form.scales(base, options), SHAPE, options)
-    update = lora_update(SHAPE, rank=4, size=0.1)
-    codes = grid.nearest(base)
-    base = grid.decode(codes)
-    merged = update.apply(base, Rows(0, 48))
-    new = grid.nearest(merged)
-    part = slice(rows.start, rows.stop)
-    return Comparison(
-        base[part], merged[part], grid.decode(new)[part], codes[part], new[part], grid.rows(rows), rows, update
-    )
+# --- a format reads what it writes -----------------------------------------------------------------------------------
 
 
-def _headers(path: Path) -> dict:  # type: ignore[type-arg]
-    from qmerge.checkpoint.header import read_header
-    from qmerge.errors import CheckpointError
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_written_is_read_back(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    """Fresh grid → codes → parts → file → weight: the same values, codes and options."""
+    target, values_OI = parity.form(name), gaussian(1, shape)
+    options = target.options({}, None, "BF16")
+    grid = target.grid(target.scales(values_OI, options), shape, options)
+    codes_OI = grid.nearest(values_OI)
+    path = parity.saved(parity.fresh(values_OI, name, options), tmp_path)
+    with Reader() as reader:
+        weight, stored = parity.opened(path, name, reader)
+        assert (weight.name, weight.shape, weight.format) == (f"{parity.MODULE}.weight", shape, name)
+        assert weight.options == options and target.same_grid(weight.options, options)
+        assert parity.same(stored.values(Rows(0, shape[0])), grid.decode(codes_OI))
+        assert torch.equal(stored.grid.decode(stored.codes(Rows(0, shape[0]))), grid.decode(codes_OI))
+        for rows in parity.row_blocks(name, shape, options):
+            part_OI = stored.grid.rows(rows).decode(stored.codes(rows))
+            assert torch.equal(part_OI, grid.decode(codes_OI)[rows.start : rows.stop])
 
-    return read_header(path, CheckpointError)[0]
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_outputs_announce_what_is_written(name: str, shape: tuple[int, int]) -> None:
+    """Names, dtypes and shapes are planned before the work: the work must keep to them."""
+    target = parity.form(name)
+    options = target.options({}, None, "BF16")
+    specs = target.outputs("weight", shape, options)
+    written = parity.fresh(gaussian(1, shape), name, options)
+    assert written.keys() == specs.keys()
+    for local, tensor in written.items():
+        assert specs[local].shape in (tuple(tensor.shape), (-1,)), local
+        assert specs[local].nbytes == tensor.nbytes or specs[local].shape == (-1,), local
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_grid(name: str) -> None:
+    """The operations that every rounding relies on."""
+    values_OI = gaussian()
+    grid = grid_for(name, values_OI)
+    codes_OI = grid.nearest(values_OI)
+    level_OI = grid.decode(codes_OI)
+    assert level_OI.dtype == torch.float32 and level_OI.shape == values_OI.shape
+    assert torch.equal(grid.decode(grid.nearest(level_OI)), level_OI), "a level is its own nearest"
+    assert bool((grid.decode(grid.step(codes_OI, UP)) >= level_OI).all())
+    assert bool((grid.decode(grid.step(codes_OI, DOWN)) <= level_OI).all())
+    assert bool((grid.gap(codes_OI, values_OI) > 0).all())
+    low, high = grid.ends()
+    assert bool((low <= level_OI).all()) and bool((level_OI <= high).all())
+
+
+def test_unknown_names_are_refused_with_a_guess() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'nf4'"):
+        plugins.load("formats", "nf5")
+
+
+def test_helpers_are_no_plugins() -> None:
+    assert not [name for kind in plugins.KINDS for name in plugins.names(kind) if name.startswith("_")]

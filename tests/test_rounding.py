@@ -93,7 +93,7 @@ def test_a_hint_changes_no_value(target: str) -> None:
 def test_stochastic_is_right_on_average(target: str) -> None:
     """A share p goes up: the mean of N tries has standard deviation √(p(1 − p)/N) gaps. Six of those for each of the
     2304 entries (2e-9 each, for a normal distribution), and 20/N where p is too near 0 or 1 to be normal."""
-    tries = 1500
+    tries = 1000
     goal_OI, grid = goal_and_grid(target)
     low_OI, high_OI = (side.double() for side in neighbours(goal_OI, grid))
     total_OI = torch.zeros(SHAPE, dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_nearest_is_not_right_on_average() -> None:
     goal_OI, grid = goal_and_grid("nf4")
     low_OI, high_OI = neighbours(goal_OI, grid)
     error_OI = (grid.decode(nearest.choose(goal_OI, grid, whole())) - goal_OI).abs() / (high_OI - low_OI)
-    assert float((error_OI > 6 * 0.5 / 1500**0.5 + 20 / 1500).float().mean()) > 0.5
+    assert float((error_OI > 6 * 0.5 / 1000**0.5 + 20 / 1000).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("target", ["nf4", "int8", "bf16"])
@@ -137,7 +137,7 @@ def test_uniform_numbers_are_uniform_and_unrelated() -> None:
     for numbers in drawn:
         assert abs(float(numbers.mean()) - 0.5) < 6 / (12 * numbers.numel()) ** 0.5
         assert abs(float(numbers.var()) - 1 / 12) < 6 * 0.0745 / numbers.numel() ** 0.5
-        assert 0 <= float(numbers.min()) and float(numbers.max()) <= 1
+        assert float(numbers.min()) >= 0 and float(numbers.max()) <= 1
     centred = [(numbers - 0.5).flatten() * 12**0.5 for numbers in drawn]
     for one, other in [(0, 1), (0, 2), (1, 2)]:
         assert abs(float((centred[one] * centred[other]).mean())) < 6 / centred[0].numel() ** 0.5

@@ -19,6 +19,8 @@ PEFT_TYPES = ("LORA",)
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight")
 
+FEWEST_ROWS = 16
+
 # Options of LoraConfig (peft 0.21) that change what a correct merge is, with the values that leave it plain.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -66,7 +68,10 @@ class LoraUpdate:
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         # The order of peft's get_delta_weight, so that float32 results are bit-identical: (B @ A) * scale, then added.
-        return base_OI + (self.B_OR[rows.start : rows.stop] @ self.A_RI) * self.scale
+        # BLAS gives other last bits for products of a few rows: never take fewer, so that row blocks change no byte.
+        start = max(0, min(rows.start, self.shape[0] - FEWEST_ROWS))
+        product_OI = self.B_OR[start : max(rows.stop, start + FEWEST_ROWS)] @ self.A_RI
+        return base_OI + product_OI[rows.start - start : rows.stop - start] * self.scale
 
     def row_norms(self) -> Tensor:
         return self._row_norms_O

@@ -52,6 +52,9 @@ class Bnb4bitGrid(Grid):
     def row_step(self) -> int:
         return self.block_size // math.gcd(self.block_size, self.columns)
 
+    def as_stored(self) -> Bnb4bitGrid:
+        return replace(self, rounding_absmax_B=self.absmax_B)
+
     @property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         return levels(self.quant_type, self.absmax_B.device)
@@ -78,9 +81,13 @@ class Bnb4bitGrid(Grid):
         """Looks up only the entries that left their cell (a typical delta moves 1 %); same codes as ``nearest``."""
         offset_OI = values_OI - self.decode(near_OI)
         moved_OI = offset_OI.abs().mul_(2 / SAFE_PART) > self.gap(near_OI, offset_OI)
-        index_N = moved_OI.flatten().nonzero().squeeze(1)
+        moved_N = moved_OI.flatten()
+        if bool((self.absmax_B < 0).any()):  # there the levels run the other way, and so does the gap
+            backwards_B = (self.absmax_B < 0).repeat_interleave(self.block_size)
+            moved_N |= backwards_B[: moved_N.numel()]
+        index_N = moved_N.nonzero().squeeze(1)
         values_N, block_N = values_OI.flatten()[index_N], index_N // self.block_size
-        absmax_N = self.rounding_absmax_B[block_N].clamp(min=1e-38)
+        absmax_N = without_zeros(self.rounding_absmax_B[block_N])
         tail = block_N >= values_OI.numel() // self.block_size
         scaled_N = torch.where(tail, values_N / absmax_N, values_N * (1.0 / absmax_N)).clamp_(-1, 1)
         codes_OI = near_OI.clone()
@@ -113,12 +120,18 @@ class Bnb4bitGrid(Grid):
 def scale_blocks(values_OI: Tensor, absmax_B: Tensor, block_size: int) -> Tensor:
     """Values / absmax of their block, in [−1, 1], flat; bitsandbytes' own arithmetic: whole blocks are multiplied by
     the reciprocal, a short last block is divided."""
-    flat, safe_B = values_OI.flatten(), absmax_B.clamp(min=1e-38)
+    flat, safe_B = values_OI.flatten(), without_zeros(absmax_B)
     whole = flat.numel() // block_size * block_size
     scaled = (flat[:whole].view(-1, block_size) * (1.0 / safe_B[: whole // block_size])[:, None]).view(-1)
     if whole < flat.numel():
         scaled = torch.cat([scaled, flat[whole:] / safe_B[-1]])
     return scaled.clamp_(-1, 1)
+
+
+def without_zeros(absmax: Tensor) -> Tensor:
+    """absmax to divide by. bitsandbytes lifts zeros to 1e-38; a negative one (double quantization can store a little
+    less than zero for a block of zeros) keeps its sign, because the loader multiplies with it."""
+    return torch.where(absmax.abs() < 1e-38, torch.full_like(absmax, 1e-38), absmax)
 
 
 def pack_nibbles(codes: Tensor, padding: int = 0) -> Tensor:

@@ -22,10 +22,11 @@ class OnTheFly(Stored):
     ) -> None:
         self._dense, self._form = dense, form
         scales = [form.scales(self._loaded(rows), options) for rows in blocks]
-        self.grid = form.grid(torch.cat(scales), shape, options)
+        self._fresh = form.grid(torch.cat(scales), shape, options)
+        self.grid = self._fresh.as_stored()
 
     def codes(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).nearest(self._loaded(rows))
+        return self._fresh.rows(rows).nearest(self._loaded(rows))
 
     def values(self, rows: Rows) -> Tensor:
         return self.grid.rows(rows).decode(self.codes(rows))

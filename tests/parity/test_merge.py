@@ -103,7 +103,6 @@ def test_row_blocks_change_no_byte(
     assert stock.differing(stock.tensors(parts), stock.tensors(whole)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a product of fewer than eight rows has other last bits")
 @pytest.mark.parametrize("count", [1, 3, 5, 21])
 def test_short_row_blocks_change_no_byte(
     dense: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
@@ -311,12 +310,7 @@ def test_trained_on(base: Made, dense: Path, few: Path, tmp_path: Path, kind: st
     assert set(changed) == stock.quantized_names(base(kind))
 
 
-ALIKE = [kind if kind != "nf4-dq" else pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=(
-    "merged values are divided by the exact absmax of the base, and stored on the one that double quantization left"
-))) for kind in QUANTIZED]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_trained_on_and_stored_alike(base: Made, dense: Path, few: Path, tmp_path: Path, kind: str) -> None:
     """The same as merging into the checkpoint that the stock library saved."""
     more = {"double_quant": kind == "nf4-dq"} if target_of(kind) != "int8" else {}

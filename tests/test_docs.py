@@ -1,0 +1,218 @@
+"""The documentation says what the code does: files, commands, options, exit codes, formats, fields, links, numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+from qmerge import errors, plugins
+from qmerge.cli import app
+from qmerge.recipe import Recipe
+from qmerge.report import json as schema
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TARGETS = (ROOT / "docs/choosing-a-target.md").read_text()
+SCHEMA = (ROOT / "docs/qmerge-json.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, *sorted((ROOT / "recipes").iterdir()), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+MODELS = [
+    model for model in vars(schema).values()
+    if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == schema.__name__
+]  # fmt: skip
+
+
+def section(text: str, title: str) -> str:
+    """What stands under a heading, up to the next one of the same level or a higher one."""
+    match = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |^#(?!\1)|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match, f"no heading {title!r}"
+    return match[2]
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """A Markdown table's rows: first cell without backquotes → the other cells."""
+    cells = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if re.match(r"\| *[`\d]", line)
+    ]  # fmt: skip
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def commands() -> dict[str, set[str]]:
+    """Command of the console program → its options; the empty name is the program itself."""
+    group = typer.main.get_command(app)
+    found = {"": group, **group.commands}  # type: ignore[attr-defined]
+    return {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
+        for name, command in found.items()
+    }
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_tree_names_every_file_and_folder_of_the_package() -> None:
+    tree = section(README, "The tree")
+    inside, beside = tree.split("recipes/", 1)
+    named = set(re.findall(r"^  (\S+) ", inside, re.MULTILINE))
+    package = ROOT / "qmerge"
+    there = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    there |= {path.name for path in package.glob("*.py")}
+    assert named == there
+    tracked = {f"{name}/" for name in ("notebooks", "docs", "benchmarks", "tests")} | {"constraints.txt"}
+    assert all(f"\n{name}" in beside and (ROOT / name).exists() for name in tracked)
+
+
+@pytest.mark.parametrize("kind", ["formats", "adapters", "rounding"])
+def test_tree_names_every_plugin(kind: str) -> None:
+    line = re.search(rf"^  {kind}/ .*: (.*)$", section(README, "The tree"), re.MULTILINE)
+    assert line
+    assert set(line[1].split()) == set(plugins.names(kind))
+
+
+def test_table_of_commands_is_the_programs() -> None:
+    table = rows(section(README, "Commands").split("| exit code")[0])
+    named = [name.removeprefix("qmerge").split("--")[0].strip() for name in table]
+    assert sorted(named) == sorted(commands())
+
+
+def test_table_of_exit_codes_is_the_programs() -> None:
+    raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.QmergeError)}
+    codes = raised | {errors.OK, errors.BUG, errors.BELOW_MIN_KEPT, errors.INTERRUPTED}
+    assert set(rows(section(README, "Commands").split("| exit code")[1])) == {str(code) for code in codes}
+
+
+def test_tables_of_targets_are_the_programs() -> None:
+    targets = {name for name in plugins.names("formats") if plugins.load("formats", name).FORMAT.is_target}
+    assert rows(section(README, "Targets")).keys() == targets
+    assert rows(section(TARGETS, "Formats")).keys() == targets
+
+
+# --- every page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_option_exists(path: Path) -> None:
+    known = {"--help"}.union(*commands().values())
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()))
+    assert used <= known | benchmark_options()
+
+
+def benchmark_options() -> set[str]:
+    return {flag for path in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r"--[a-z-]+", path.read_text())}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_line_is_understood(path: Path) -> None:
+    """Lines that begin with ``qmerge`` in code blocks: the command exists, and takes those options."""
+    options = commands()
+    for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if not line.startswith("qmerge "):
+                continue
+            words = line.split("#")[0].split()[1:]
+            name = words[0] if words[0] in options else ""
+            assert words[0].startswith("-") or name, line
+            assert {word for word in words if word.startswith("--")} <= options[name], line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_inside_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+def test_paths_in_contributing_exist() -> None:
+    for name in re.findall(r"`((?:qmerge|tests|docs|recipes)/[\w/.-]+)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        if "NAME" not in name:
+            assert (ROOT / name).exists(), name
+
+
+# --- formats, in CONTRIBUTING ----------------------------------------------------------------------------------------
+
+
+def test_contributing_lists_what_a_format_defines() -> None:
+    from qmerge.formats._base import Format
+
+    text = section((ROOT / "CONTRIBUTING.md").read_text(), "A format: `qmerge/formats/NAME.py`")
+    must, may = text.split("| may define")
+    assert rows(must).keys() == Format.__abstractmethods__
+    named = set(re.findall(r"`(\w+)`", may.split("Parity")[0]))
+    assert named <= vars(Format).keys() | Format.__annotations__.keys()
+    public = {name for name in vars(Format) if not name.startswith("_")} - Format.__abstractmethods__
+    assert public - named <= {"dense_dtype", "needs_scales"}, "for dense formats; set by their base class"
+
+
+# --- qmerge.json -----------------------------------------------------------------------------------------------------
+
+
+def test_schema_version_is_documented() -> None:
+    assert f"schema version {schema.SCHEMA_VERSION}\n" in SCHEMA
+    assert rows(SCHEMA)["schema_version"][1] == str(schema.SCHEMA_VERSION)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_field_is_documented(model: type[BaseModel]) -> None:
+    heading = re.search(rf"^## (.*\(`{model.__name__}`\))$", SCHEMA, re.MULTILINE)
+    assert heading, f"no section for {model.__name__}"
+    documented = rows(section(SCHEMA, heading[1]))
+    assert documented.keys() == model.model_fields.keys()
+    assert all(kind and what for kind, what in documented.values())
+
+
+def test_every_metric_is_documented() -> None:
+    assert rows(section(SCHEMA, "Metrics")).keys() == set(plugins.names("metrics"))
+
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_in_the_python_example_are_fields() -> None:
+    example = re.search(r"```python\n(.*?)```", section(README, "From Python"), re.DOTALL)
+    assert example
+    assert set(re.findall(r"[(,] ?(\w+)=", example[1])) <= Recipe.model_fields.keys() | {"targets", "resume", "quiet"}
+
+
+def test_python_names_stay_what_they_are() -> None:
+    """``qmerge.plan`` and the others are functions after their modules have been imported, too."""
+    import qmerge
+    import qmerge.api
+
+    for name in (name for name in qmerge.__all__ if name != "__version__"):
+        assert callable(getattr(qmerge, name)), name
+
+
+@pytest.mark.slow
+def test_the_judge_gives_the_numbers_of_the_table(tmp_path: Path) -> None:
+    """The script in docs/choosing-a-target.md, run as a user would, on the demo model."""
+    import qmerge
+
+    script = re.search(r"```python\n(.*?)```", TARGETS, re.DOTALL)
+    assert script
+    demo, judge, merged = ROOT / "qmerge/demo", tmp_path / "judge.py", tmp_path / "merged"
+    judge.write_text(script[1])
+    inputs = {"base": str(demo / "base-nf4"), "adapter": str(demo / "adapter")}
+    report = qmerge.merge(**inputs, target="nf4", rounding="stochastic", out=str(merged), quiet=True)
+    arguments = [demo / "base-nf4", demo / "adapter", demo / "heldout.txt", merged]
+    ran = subprocess.run(
+        [sys.executable, judge, *arguments], capture_output=True, text=True, check=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    found = re.search(r"gain kept ([\d.]+), KL ratio ([\d.]+)", ran.stdout)
+    assert found, ran.stderr
+    table = next(line for line in TARGETS.splitlines() if line.startswith("| `nf4` | `--rounding stochastic`"))
+    kept, noise, gain, divergence = (float(cell) for cell in table.strip("|").split("|")[2:])
+    assert report.kept == pytest.approx(kept, abs=0.002)
+    assert report.noise == pytest.approx(noise, abs=0.02)
+    # Other processors sum in another order: a few codes differ, and so do the last digits.
+    assert float(found[1]) == pytest.approx(gain, abs=0.02)
+    assert float(found[2]) == pytest.approx(divergence, abs=0.01)
