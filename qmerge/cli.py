@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qmerge.errors import BELOW_MIN_KEPT, INTERRUPTED, OK, QmergeError, RecipeError
+from qmerge.errors import BELOW_MIN_KEPT, OK, Interrupted, QmergeError, RecipeError
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
@@ -41,6 +41,8 @@ METAVARS = {
 }  # fmt: skip
 EVERYTHING = (*INPUTS, *HOW, "min_kept", *WORK)
 
+GO_ON = "interrupted. Nothing unfinished carries a final name; the same command with --resume goes on."
+
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
@@ -61,7 +63,10 @@ def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[...,
             for name in names:
                 if given[name] is None or given[name] == []:
                     del given[name]
-            command(**given)
+            try:
+                command(**given)
+            except KeyboardInterrupt as cause:  # here, because typer would end the process without a word
+                raise Interrupted(GO_ON) from cause
 
         call.__doc__ = command.__doc__
         call.__signature__ = inspect.Signature([*first, *made, *rest])  # type: ignore[attr-defined]
@@ -287,6 +292,11 @@ def exit_code(reports: list[Any], min_kept: float | None) -> int:
     return BELOW_MIN_KEPT
 
 
+def one_line(message: str) -> str:
+    """Names in messages come from files: no line breaks, no control characters reach the terminal."""
+    return "".join(c for c in " ".join(message.split()) if c.isprintable())
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -297,14 +307,8 @@ def main() -> None:
     try:
         app()
     except QmergeError as error:
-        print(f"qmerge: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qmerge: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "qmerge: interrupted. Nothing unfinished carries a final name; the same command with --resume goes on.",
-            file=sys.stderr,
-        )
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ QmergeError                   the message is one line that says what, where, exp
 │   ├── CheckpointError       the base (or the original)
 │   └── AdapterError          the adapter
 ├── NumbersError      (4)     values that the target cannot hold: NaN, or past the target's range
-└── RoomError         (6)     no room on the disk or under --max-memory
+├── RoomError         (6)     no room on the disk or under --max-memory
+└── Interrupted     (130)     Ctrl-C or SIGTERM; --resume goes on
 
-Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but less was kept than --min-kept; 130 interrupted.
+Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but less was kept than --min-kept.
 """
 
-OK, BUG, BELOW_MIN_KEPT, INTERRUPTED = 0, 1, 5, 130
+OK, BUG, BELOW_MIN_KEPT = 0, 1, 5
 
 
 class QmergeError(Exception):
@@ -42,6 +43,10 @@ class NumbersError(QmergeError):
 
 class RoomError(QmergeError):
     exit_code = 6
+
+
+class Interrupted(QmergeError):
+    exit_code = 130
 
 
 def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:

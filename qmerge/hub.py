@@ -51,7 +51,12 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
 
 def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Source:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         commit = _commit(hub_id, revision)
@@ -59,7 +64,7 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
             hub_id, revision=commit or revision, allow_patterns=MODEL_FILES, ignore_patterns=UNUSED_FILES,
             local_files_only=commit is None,
         )  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
         where = f" at revision {revision}" if revision else ""
         reason = str(cause).strip().splitlines()[0]
         raise error(

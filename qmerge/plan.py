@@ -20,7 +20,7 @@ from qmerge.checkpoint.writer import Layout
 from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
 from qmerge.formats._base import Format
 from qmerge.pipeline import COPY_BYTES, blocks
-from qmerge.recipe import Recipe, parse_size
+from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 
 ARRAYS_PER_BLOCK = 16
@@ -154,11 +154,12 @@ class StepMaker:
 
     @cached_property
     def conv1d(self) -> frozenset[str]:
-        """Modules whose dense weight lies as [I, O]; none where transformers does not know the architecture."""
+        """Modules whose dense weight lies as [I, O]. Where transformers does not know the architecture, the adapter's
+        word counts: peft sets ``fan_in_fan_out`` for such layers."""
         try:
             return self.skeleton.conv1d
         except CheckpointError:
-            return frozenset()
+            return frozenset(self.inputs.adapter.updates if self.inputs.adapter.config.get("fan_in_fan_out") else ())
 
     def matched_updates(self) -> dict[str, Update]:
         """Weight name → update; every update finds its weight, of its shape, or AdapterError says which does not."""
@@ -194,8 +195,8 @@ class StepMaker:
     def _is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
         if not _format(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
             return False
-        if update is not None and update.shape[0] != update.shape[1]:
-            return weight.shape == update.shape[::-1]
+        if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
+            return False  # plain to see, without asking transformers
         return weight.module in self.conv1d
 
     def step(self, weight: Weight, update: Update | None) -> Step:
@@ -319,7 +320,7 @@ def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
     """A hint when the base has the module under another prefix."""
     module = tensor.split(".lora_")[0]
     if module.rpartition(".")[2] == "lm_head":
-        return "The base stores no lm_head of its own: it is tied to the input embedding, which this version cannot untie. "
+        return "The base ties lm_head to its input embedding and stores it once; this version cannot untie them. "
     tail = ".".join(module.split(".")[-4:])
     close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
     return f"The base has {close[0]}, under another prefix. " if close else ""
@@ -375,4 +376,4 @@ def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without options that the other target lacks."""
     asked = {} if target in ("nf4", "fp4") else {"block_size": None, "double_quant": None, "quant_storage": None}
-    return recipe.model_copy(update={"target": target, **asked})
+    return make_recipe({**recipe.model_dump(), "target": target, **asked})

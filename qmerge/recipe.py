@@ -138,6 +138,17 @@ class Recipe(BaseModel):
         return settings
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML without a key that stands twice (PyYAML silently takes the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise RecipeError(f"recipe: {twice!r} stands there twice")
+        return super().construct_mapping(node, deep=deep)
+
+
 def make_recipe(settings: dict[str, Any]) -> Recipe:
     """Settings by name → a checked recipe.
 
@@ -159,7 +170,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_YAML:
             raise RecipeError(f"{path}: larger than a recipe can be ({LARGEST_YAML >> 20} MiB)")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except OSError as cause:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
     except (yaml.YAMLError, UnicodeDecodeError) as cause:
@@ -180,10 +191,11 @@ def parse_size(text: str) -> int:
 
 
 def _explain(problem: ValidationError) -> str:
-    first = problem.errors()[0]
+    # An unknown key comes first: it is often why another one is missing.
+    first = min(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"recipe: unknown key {name!r}. {plugins.suggestion(name, list(Recipe.model_fields))}"
     if first["type"] == "missing":
         return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {first.get('input')!r}"
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {str(first.get('input'))[:80]!r}"

@@ -285,7 +285,7 @@ def make_report(
         outputs=outputs,
         actions=dict(Counter(step.action for step in plan.steps)),
         predicted={"total": total_kept(predicted), **{s.module: s.kept for s in predicted}},
-        total=group("all", list(measured), measured),
+        total=group("all", [step.name for step in plan.merged], measured),
         groups=[group(kind, names, measured) for kind, names in kinds.items()],
         weights=weights,
         warnings=input_warnings(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import struct
@@ -164,7 +165,7 @@ def first_two(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     entries = sorted((e for n, e in header.items() if n != "__metadata__"), key=lambda e: e["data_offsets"][0])
     return next(
         (a, b)
-        for a, b in zip(entries, entries[1:], strict=False)
+        for a, b in itertools.pairwise(entries)
         if a["data_offsets"][1] - a["data_offsets"][0] == b["data_offsets"][1] - b["data_offsets"][0]
     )
 

@@ -116,7 +116,9 @@ def size(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("target", ["nf4", "bf16"])
-def test_four_times_the_model_takes_no_more_memory(small: tuple[Path, Path], large: tuple[Path, Path], target: str, tmp_path: Path) -> None:  # fmt: skip
+def test_four_times_the_model_takes_no_more_memory(
+    small: tuple[Path, Path], large: tuple[Path, Path], target: str, tmp_path: Path
+) -> None:
     one = rise(base=str(small[0]), adapter=str(small[1]), target=target, out=str(tmp_path / "small"))
     four = rise(base=str(large[0]), adapter=str(large[1]), target=target, out=str(tmp_path / "large"))
     # What may grow: the adapter, in float32, with its singular vectors and a factor kept; 10 kB of names, header and

@@ -30,6 +30,7 @@ DTYPES = [
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
     lambda n: n != "__metadata__"
 )
+TEXTS = st.dictionaries(NAMES, st.text(st.characters(exclude_categories=("Cs",)), max_size=100), max_size=3)
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 
 
@@ -97,8 +98,10 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
 
 
 @settings(max_examples=150)
-@given(found=tensors(), texts=st.dictionaries(NAMES, st.text(st.characters(exclude_categories=("Cs",)), max_size=100), max_size=3), data=st.data())  # fmt: skip
-def test_written_in_any_order_and_read_by_the_library(found: dict[str, torch.Tensor], texts: dict[str, str], data: st.DataObject) -> None:  # fmt: skip
+@given(found=tensors(), texts=TEXTS, data=st.data())
+def test_written_in_any_order_and_read_by_the_library(
+    found: dict[str, torch.Tensor], texts: dict[str, str], data: st.DataObject
+) -> None:
     texts = {name: text for name, text in texts.items() if name not in found}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -113,7 +116,7 @@ def test_written_in_any_order_and_read_by_the_library(found: dict[str, torch.Ten
         content = path.read_bytes()
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         check_specification(path)
-        assert os.listdir(folder) == ["model.safetensors"]
+        assert list(Path(folder).iterdir()) == [path]
 
 
 def check_specification(path: Path) -> None:

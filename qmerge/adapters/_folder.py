@@ -91,7 +91,7 @@ def without_prefix(name: str) -> str:
 
 def finite(info: TensorInfo, reader: Reader) -> Tensor:
     """float32; NaN and infinity are refused."""
-    if info.dtype not in TORCH_DTYPES:
+    if info.dtype not in TORCH_DTYPES or not TORCH_DTYPES[info.dtype].is_floating_point:
         raise AdapterError(f"{TENSORS}: {info.name} has dtype {info.dtype}, expected floats")
     tensor = reader.tensor(info).float()
     if not bool(tensor.isfinite().all()):

@@ -167,6 +167,8 @@ def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
     try:
         rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        if int(rank) < 1:
+            raise AdapterError(f"adapter_config.json gives {module} the rank {rank}; expected 1 or more")
         return int(rank), float(alpha)
     except (KeyError, TypeError, ValueError, re.error) as cause:
         raise AdapterError(
@@ -175,6 +177,10 @@ def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    if not isinstance(patterns, dict):
+        raise AdapterError(
+            f"adapter_config.json: rank_pattern and alpha_pattern map names to numbers, found {patterns!r}"
+        )
     if not patterns:
         return default  # most adapters have none, and importing peft takes seconds
     from peft.utils.other import get_pattern_key

@@ -43,6 +43,8 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
             raise RecipeError(f"--out {out} lies inside {role} ({folder}); write somewhere else")
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out} is a file; expected a folder that is new or empty")
+    if (out / LOCK).exists():
+        hold(out).release()  # a killed run leaves the file behind, but nobody holds it
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     unfinished = journal.NAME in names
     if resume and not unfinished:
@@ -81,6 +83,16 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise RecipeError(f"--out {out}: cannot be made: {cause.strerror}") from cause
+    lock = hold(out)
+    try:
+        yield
+    finally:
+        lock.release()
+        (out / LOCK).unlink(missing_ok=True)
+
+
+def hold(out: Path) -> FileLock:
+    """Take the lock, or raise RecipeError: another run has it, or the folder cannot be written to."""
     lock = FileLock(out / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -88,11 +100,7 @@ def locked(out: Path) -> Iterator[None]:
         raise RecipeError(f"--out {out}: another qmerge is writing there") from cause
     except OSError as cause:
         raise RecipeError(f"--out {out}: cannot be written to: {cause.strerror}") from cause
-    try:
-        yield
-    finally:
-        lock.release()
-        (out / LOCK).unlink(missing_ok=True)
+    return lock
 
 
 def discard(out: Path, made_by_us: bool) -> None:
@@ -167,5 +175,5 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def _has_template(path: Path) -> bool:
     try:
         return "chat_template" in json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False

@@ -58,9 +58,17 @@ def _parse(
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error(f"{path.name}: __metadata__ must map names to texts")
+    odd = next((name for name in entries if not _is_text(name)), None)
+    if odd is not None:
+        raise error(f"{path.name}: the tensor name {odd!a} is no Unicode text")
     tensors = {name: _tensor(path, name, entry, data_start, error) for name, entry in entries.items()}
     _check_covers(path, tensors, data_start, data_bytes, error)
     return tensors, metadata
+
+
+def _is_text(name: str) -> bool:
+    """Lone surrogates are valid JSON, but no text: they could not be written again."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int, error: type[InputError]) -> TensorInfo:

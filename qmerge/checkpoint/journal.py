@@ -51,16 +51,23 @@ class Journal:
                 os.fsync(file.fileno())
 
     def _load(self, identity: dict[str, Any]) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        whole = len(b"\n".join(lines[:-1])) + (1 if len(lines) > 1 else 0)
-        os.truncate(self.path, whole)  # a line that a kill cut short
-        records = [json.loads(line) for line in lines[:-1] if line]
-        if not records:
-            self._append({"run": identity})
-            return
+        """Take what is whole: a kill or a power cut may have spoiled any line, which then costs work, but no bytes."""
+        records = [record for line in self.path.read_bytes().split(b"\n") if (record := _record(line))]
+        if not records or "run" not in records[0]:
+            records = [{"run": identity}]
         _check_same(records[0]["run"], json.loads(json.dumps(identity)))
         for record in records[1:]:
-            self.steps.update({record["step"]: record} if "step" in record else {})
+            if {"step", "sha256", "texts", "sums"} <= record.keys():
+                self.steps[record["step"]] = record
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _check_same(earlier: dict[str, Any], now: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def read_absmax(weight: Weight, reader: Reader) -> Tensor:
         state["nested_blocksize"],
         torch.float32,
     )
-    result: Tensor = blockwise + torch.tensor(float(state["nested_offset"]))
+    result: Tensor = blockwise + torch.tensor(state["nested_offset"])
     return result
 
 
@@ -91,11 +91,15 @@ def quant_state(parts: Mapping[str, TensorInfo], local: str, reader: Reader) -> 
     """The JSON text in ``…quant_state.bitsandbytes__nf4``."""
     info = next(info for name, info in parts.items() if name.startswith(f"{local}.quant_state."))
     try:
-        state = json.loads(bytes(reader.bytes(info, 0, info.nbytes)))
-        state["blocksize"], state["shape"], state["dtype"]
+        state = dict(json.loads(bytes(reader.bytes(info, 0, info.nbytes))))
+        state |= {"blocksize": int(state["blocksize"]), "shape": tuple(int(n) for n in state["shape"])}
+        state |= {"dtype": str(state["dtype"]), "quant_type": str(state["quant_type"])}
+        for name, convert in (("nested_blocksize", int), ("nested_offset", float)):
+            if name in state:
+                state[name] = convert(state[name])
     except (ValueError, KeyError, TypeError) as cause:
         raise CheckpointError(f"{info.name} is no bitsandbytes quant state: {cause!r}") from cause
-    return dict(state)
+    return state
 
 
 class Bnb4bit(Format):
@@ -128,12 +132,12 @@ class Bnb4bit(Format):
             raise CheckpointError(f"{name} is stored as {self.name}, but {module}.{missing[0]} is missing")
         state = quant_state(parts, local, reader)
         options = Bnb4bitOptions(
-            block_size=int(state["blocksize"]),
+            block_size=state["blocksize"],
             double_quant=f"{local}.nested_absmax" in parts,
             storage=str(TORCH_DTYPES[parts[local].dtype]).removeprefix("torch."),
-            dtype=str(state["dtype"]),
+            dtype=state["dtype"],
         )
-        shape = tuple(int(n) for n in state["shape"])
+        shape = state["shape"]
         self._check(name, shape, parts, local, options, state)
         return Weight(module, local, self.name, shape, parts, options)
 
@@ -148,14 +152,29 @@ class Bnb4bit(Format):
                 f"{name}: a {list(shape)} weight in blocks of {options.block_size} needs {(numel + 1) // 2} bytes of codes "
                 f"and {blocks} absmax, found {parts[local].nbytes} and {math.prod(absmax.shape)}"
             )
-        if options.double_quant and not {"nested_blocksize", "nested_offset"} <= state.keys():
+        if state["quant_type"] != self.name:
             raise CheckpointError(
-                f"{name}: double quantization needs nested_blocksize and nested_offset in the quant state"
+                f"{name}: its quant state says {state['quant_type']!r}, its name bitsandbytes__{self.name}"
             )
+        if options.double_quant:
+            self._check_nested(name, parts, local, blocks, state)
         if absmax.dtype != ("U8" if options.double_quant else "F32"):
             raise CheckpointError(
                 f"{name}.absmax is {absmax.dtype}, expected {'U8' if options.double_quant else 'F32'}"
             )
+
+    def _check_nested(
+        self, name: str, parts: Mapping[str, TensorInfo], local: str, blocks: int, state: Mapping[str, Any]
+    ) -> None:
+        if "nested_offset" not in state or state.get("nested_blocksize", 0) < 1:
+            raise CheckpointError(
+                f"{name}: double quantization needs nested_blocksize and nested_offset in its quant state"
+            )
+        needed = {"nested_absmax": -(-blocks // state["nested_blocksize"]), "nested_quant_map": 256}
+        for part, count in needed.items():
+            info = parts[f"{local}.{part}"]
+            if math.prod(info.shape) != count or info.dtype != "F32":
+                raise CheckpointError(f"{name}.{part} is {info.dtype} {list(info.shape)}, expected F32 [{count}]")
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return Stored4bit(weight, reader, device, self.name)

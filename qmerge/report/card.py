@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qmerge import hub, plugins
 from qmerge.plan import Plan
 from qmerge.report.json import GroupRecord, InputRecord, ReportData
@@ -81,7 +83,7 @@ def licence_of(base: Path) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
-    except (ValueError, OSError):
+    except (ValueError, OSError, AttributeError, yaml.YAMLError):
         return {}
     return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
 

@@ -6,13 +6,13 @@ Other faces (terminal, card, HTML) show this data and compute nothing. Shares ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qmerge.errors import CheckpointError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 NAME = "qmerge.json"
 
 
@@ -63,7 +63,7 @@ class ReportData(BaseModel):
     """Everything in qmerge.json."""
 
     model_config = ConfigDict(extra="forbid")
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     recipe: dict[str, Any]
     versions: dict[str, str]
     device: str
