@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qmerge.errors import BELOW_MIN_KEPT, OK, Interrupted, QmergeError, RecipeError
+from qmerge.errors import BELOW_MIN_KEPT, OK, StoppedError, QmergeError, RecipeError
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[...,
             try:
                 command(**given)
             except KeyboardInterrupt as cause:  # here, because typer would end the process without a word
-                raise Interrupted(GO_ON) from cause
+                raise StoppedError(GO_ON) from cause
 
         call.__doc__ = command.__doc__
         call.__signature__ = inspect.Signature([*first, *made, *rest])  # type: ignore[attr-defined]

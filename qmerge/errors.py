@@ -7,7 +7,7 @@ QmergeError                   the message is one line that says what, where, exp
 │   └── AdapterError          the adapter
 ├── NumbersError      (4)     values that the target cannot hold: NaN, or past the target's range
 ├── RoomError         (6)     no room on the disk or under --max-memory
-└── Interrupted     (130)     Ctrl-C or SIGTERM; --resume goes on
+└── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
 Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but less was kept than --min-kept.
 """
@@ -45,7 +45,7 @@ class RoomError(QmergeError):
     exit_code = 6
 
 
-class Interrupted(QmergeError):
+class StoppedError(QmergeError):
     exit_code = 130
 
 
