@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qmerge.errors import BELOW_MIN_KEPT, OK, StoppedError, QmergeError, RecipeError
+from qmerge.errors import BELOW_MIN_KEPT, OK, QmergeError, RecipeError, StoppedError
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
