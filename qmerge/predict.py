@@ -17,7 +17,7 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.formats._base import Format, Stored
 from qmerge.grids import UP, Grid
-from qmerge.metrics.gap_to_delta import mean_gap
+from qmerge.metrics.gap_to_delta import gap_sum
 from qmerge.metrics.predicted_kept import expected_kept
 from qmerge.pipeline import Bench, open_weight, row_step
 from qmerge.plan import Plan
@@ -57,7 +57,7 @@ def predict_step(step: Step, rounding: str, bench: Bench) -> Survival:
     norms_O = step.update.row_norms()
     squared = float(norms_O.double().square().sum())
     rms_delta = math.sqrt(squared / math.prod(step.shape))
-    kept, gaps, squares, errors, entries, weight = 0.0, 0.0, 0.0, 0.0, 0, 0.0
+    kept, gaps, inside, squares, errors, entries, weight = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0
     source = open_weight(step.weight, step, bench)
     original = open_weight(step.original, step, bench) if step.original else None
     for rows in row_groups(step):
@@ -67,7 +67,8 @@ def predict_step(step: Step, rounding: str, bench: Bench) -> Survival:
         kept, weight = kept + share * (expected_kept(base_OI, norms, grid) or 0.0), weight + share
         merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
         errors += rounding_error(merged_OI, grid, rounding)
-        gaps += mean_gap(grid, grid.nearest(base_OI), torch.ones_like(base_OI)) * base_OI.numel()
+        gap, number = gap_sum(grid, grid.nearest(base_OI), torch.ones_like(base_OI))
+        gaps, inside = gaps + gap, inside + number
         squares, entries = squares + float(base_OI.double().square().sum()), entries + base_OI.numel()
     expected = kept / weight if weight else None
     return Survival(
@@ -76,7 +77,7 @@ def predict_step(step: Step, rounding: str, bench: Bench) -> Survival:
         kept=expected if expected is None or rounding == "nearest" else 1.0,
         noise=math.sqrt(errors / weight) if weight else None,
         relative_size=rms_delta / math.sqrt(squares / entries) if squares else None,
-        gap_to_delta=gaps / entries / rms_delta if rms_delta else None,
+        gap_to_delta=gaps / inside / rms_delta if rms_delta and inside else None,
         delta_squared=squared,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_table_of_commands_is_the_programs() -> None:
 
 def test_table_of_exit_codes_is_the_programs() -> None:
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.QmergeError)}
-    codes = raised | {errors.OK, errors.BUG, errors.BELOW_MIN_KEPT, errors.INTERRUPTED}
+    codes = raised | {errors.OK, errors.BUG, errors.BELOW_MIN_KEPT}
     assert set(rows(section(README, "Commands").split("| exit code")[1])) == {str(code) for code in codes}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from bitsandbytes import functional as bnb
@@ -16,6 +16,10 @@ from qmerge.types import Parts, Rows
 # Inside this part of its cell a value keeps its code whatever float32 rounding does to the scaled value (relative
 # error 2**-22 of absmax; the narrowest NF4 cell leaves 4e-5 of absmax beyond this part).
 SAFE_PART = 0.999
+
+# On CPUs with AVX-512 bitsandbytes leaves its kernel for torch.compile from this block size on
+# (backends/cpu/ops.py): seconds of compiling for a gather and a product.
+UNUSUAL_BLOCK = 2048
 
 
 @cache
@@ -81,11 +85,7 @@ class Bnb4bitGrid(Grid):
         """Looks up only the entries that left their cell (a typical delta moves 1 %); same codes as ``nearest``."""
         offset_OI = values_OI - self.decode(near_OI)
         moved_OI = offset_OI.abs().mul_(2 / SAFE_PART) > self.gap(near_OI, offset_OI)
-        moved_N = moved_OI.flatten()
-        if bool((self.absmax_B < 0).any()):  # there the levels run the other way, and so does the gap
-            backwards_B = (self.absmax_B < 0).repeat_interleave(self.block_size)
-            moved_N |= backwards_B[: moved_N.numel()]
-        index_N = moved_N.nonzero().squeeze(1)
+        index_N = moved_OI.flatten().nonzero().squeeze(1)
         values_N, block_N = values_OI.flatten()[index_N], index_N // self.block_size
         absmax_N = without_zeros(self.rounding_absmax_B[block_N])
         tail = block_N >= values_OI.numel() // self.block_size
@@ -103,11 +103,21 @@ class Bnb4bitGrid(Grid):
         return unpack_values(pack_nibbles(disk_OI), self.absmax_B, self.block_size, self.quant_type, codes_OI.shape)
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
-        if self.quant_type == "nf4":
-            return (
-                (codes_OI + 1).clamp_(max=15) if direction == UP else torch.where(codes_OI == 0, codes_OI, codes_OI - 1)
-            )
-        return self._neighbours(direction)[codes_OI.long()]
+        stepped_OI = self._stepped(codes_OI, direction)
+        if not self._has_backwards:
+            return stepped_OI
+        backwards_OI = (self.absmax_B < 0).repeat_interleave(self.block_size)[: codes_OI.numel()].view(codes_OI.shape)
+        return torch.where(backwards_OI, self._stepped(codes_OI, -direction), stepped_OI)
+
+    @cached_property
+    def _has_backwards(self) -> bool:
+        """Whether an absmax is negative (see ``without_zeros``): there a higher code is a lower value."""
+        return bool((self.absmax_B < 0).any())
+
+    def _stepped(self, codes_OI: Tensor, direction: int) -> Tensor:
+        if self.quant_type != "nf4":
+            return self._neighbours(direction)[codes_OI.long()]
+        return (codes_OI + 1).clamp_(max=15) if direction == UP else torch.where(codes_OI == 0, codes_OI, codes_OI - 1)
 
     def _neighbours(self, direction: int) -> Tensor:
         """uint8 [16]: the next code of another value (FP4's two zeros are one value)."""
@@ -155,6 +165,11 @@ def unpack_values(packed: Tensor, absmax_B: Tensor, block_size: int, quant_type:
     bitsandbytes into slower or less trodden code; the blocks are the same.
     """
     numel = math.prod(shape)
+    if block_size >= UNUSUAL_BLOCK and packed.device.type == "cpu":
+        ordered_L, _, disk_L = levels(quant_type, packed.device)
+        table_L = torch.empty_like(ordered_L).index_copy_(0, disk_L.long(), ordered_L)
+        scale = absmax_B.repeat_interleave(block_size)[:numel]
+        return (table_L[unpack_nibbles(packed, numel).long()] * scale).view(shape)
     flat = (1, packed.numel() * 2)
     values = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax_B, block_size, quant_type, flat, torch.float32)
     result: Tensor = values.view(-1)[:numel].view(shape)

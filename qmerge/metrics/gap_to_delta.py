@@ -14,22 +14,18 @@ from qmerge.types import Comparison
 
 def sums(c: Comparison) -> dict[str, float]:
     some = some_rows(c)
-    entries = float(c.delta_OI.numel())
-    return {
-        "gap": mean_gap(some.grid, some.base_codes_OI, some.delta_OI) * entries,
-        "count": entries,
-        "delta_delta": c.delta_delta,
-    }
+    gap, inside = gap_sum(some.grid, some.base_codes_OI, some.delta_OI)
+    return {"gap": gap, "inside": inside, "count": float(c.delta_OI.numel()), "delta_delta": c.delta_delta}
 
 
 def value(total: Mapping[str, float]) -> float | None:
-    if not total["delta_delta"]:
+    if not total["delta_delta"] or not total["inside"]:
         return None
-    return (total["gap"] / total["count"]) / math.sqrt(total["delta_delta"] / total["count"])
+    return (total["gap"] / total["inside"]) / math.sqrt(total["delta_delta"] / total["count"])
 
 
-def mean_gap(grid: Grid, codes_OI: Tensor, direction_OI: Tensor) -> float:
-    """Mean distance from the levels to their neighbours, leaving out the ends of the grid."""
+def gap_sum(grid: Grid, codes_OI: Tensor, direction_OI: Tensor) -> tuple[float, float]:
+    """Sum of the distances from the levels to their neighbours, and their number; the ends of the grid are left out."""
     gap_OI = grid.gap(codes_OI, direction_OI)
     inside = gap_OI.isfinite()
-    return float(gap_OI.where(inside, gap_OI.new_zeros(())).double().sum() / inside.sum().clamp(min=1))
+    return float(gap_OI.where(inside, gap_OI.new_zeros(())).double().sum()), float(inside.sum())

@@ -162,7 +162,6 @@ def test_nearest_where_absmax_is_negative() -> None:
     assert torch.allclose((goal_OI[0] - stored_OI[0]).abs(), best_I, rtol=1e-5, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="a step up is a higher code, and where absmax is negative a lower value")
 def test_floor_and_steps_where_absmax_is_negative() -> None:
     """What stochastic rounding relies on: the value below, and the one above it."""
     grid, values_OI = negative_absmax()
