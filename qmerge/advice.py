@@ -112,4 +112,6 @@ def percent(share: float) -> str:
 
 
 def times(ratio: float) -> str:
+    if not ratio < 1e6:
+        return "over a million times"
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"

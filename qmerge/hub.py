@@ -39,6 +39,8 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     Raises:
         error: neither a folder nor an id that can be had.
     """
+    if not reference.strip():
+        raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
     folder = Path(reference).expanduser()
     if folder.is_dir():
         if revision:

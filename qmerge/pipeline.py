@@ -115,6 +115,8 @@ def fresh_grid(step: Step, target: Format, base: Stored, update: Update | None, 
 def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Tensor:
     """base + delta in float32, added once."""
     if update is None:
+        if bool(base_OI.isnan().any()):
+            raise NumbersError(f"{step.name}: the base holds NaN; it is damaged, download it again")
         return base_OI
     merged_OI = update.apply(base_OI, rows)
     if not bool(merged_OI.isfinite().all()):

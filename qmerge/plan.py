@@ -15,7 +15,7 @@ from qmerge.adapters._folder import Adapter, read_adapter
 from qmerge.checkpoint.config import output_config
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
-from qmerge.checkpoint.skeleton import Skeleton, skeleton
+from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
 from qmerge.checkpoint.writer import Layout
 from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
 from qmerge.formats._base import Format
@@ -185,8 +185,8 @@ class StepMaker:
                 f"{weight.name} is {list(weight.shape)}, but the adapter's delta is {list(update.shape)}. "
                 f"Is this the base that the adapter was trained on?"
             )
-        tied = self.inputs.base.config.get("tie_word_embeddings", False)
-        if tied and weight.module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_out"):
+        embedding = weight.module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_out")
+        if embedding and ties_embeddings(self.inputs.base.config):
             raise AdapterError(
                 f"the adapter changes {weight.module}, which the base ties to its other embedding: merging only one of "
                 f"them is not supported in this version"

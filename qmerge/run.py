@@ -18,7 +18,7 @@ from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.writer import NullSink, ShardWriter, hash_file, write_file
-from qmerge.errors import NumbersError, RecipeError
+from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
 from qmerge.metrics._totals import Sums, over_weights, values_of
 from qmerge.pipeline import Bench, do
@@ -85,7 +85,7 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
         with folder.locked(out):
             try:
                 return write_model(plan, bench, out, resume, predicted, watcher, started)
-            except NumbersError:
+            except (NumbersError, InputError):  # no --resume can mend these
                 folder.discard(out, made_by_us=not existed)
                 raise
             finally:
@@ -244,7 +244,7 @@ def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
 
 
 def source_name(source: hub.Source) -> str:
-    """The Hub id, or the last part of a local folder (no path of this machine goes into the output)."""
+    """The Hub id, or the last part of a local folder. (The recipe keeps paths as they were given, home as ``~``.)"""
     return source.id or source.folder.name
 
 

@@ -20,6 +20,7 @@ PEFT_TYPES = ("LORA",)
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight")
 
 FEWEST_ROWS = 16
+LARGEST_ALPHA = 1e6
 
 # Options of LoraConfig (peft 0.21) that change what a correct merge is, with the values that leave it plain.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -169,6 +170,8 @@ def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         if int(rank) < 1:
             raise AdapterError(f"adapter_config.json gives {module} the rank {rank}; expected 1 or more")
+        if not abs(float(alpha)) < LARGEST_ALPHA:
+            raise AdapterError(f"adapter_config.json gives {module} the alpha {alpha}; expected a number like 16")
         return int(rank), float(alpha)
     except (KeyError, TypeError, ValueError, re.error) as cause:
         raise AdapterError(

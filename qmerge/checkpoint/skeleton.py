@@ -55,6 +55,19 @@ def _skeleton(config: str, skip: tuple[str, ...] | None) -> Skeleton:
     return Skeleton(frozenset(chosen), frozenset(conv1d))
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether input and output embedding are one tensor; what a config leaves out, its class decides (Gemma ties)."""
+    for part in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    import transformers
+
+    try:
+        return bool(transformers.AutoConfig.for_model(str(config.get("model_type"))).tie_word_embeddings)
+    except (ValueError, AttributeError):
+        return False
+
+
 def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """The model of a config.json without weights."""
     import transformers
