@@ -73,7 +73,9 @@ def _nothing_to_merge(survivals: Sequence[Survival]) -> str:
 def _way_out(s: Survival) -> str:
     better = {"nf4": "bf16", "fp4": "bf16", "int8": "bf16", "bf16": "fp16", "fp16": "fp32"}.get(s.target, "fp32")
     roundings = [
-        f"--rounding {name}" for name in ("preserve",) if name in plugins.names("rounding") and name != s.rounding
+        f"--rounding {name}"
+        for name in ("preserve", "stochastic")
+        if name in plugins.names("rounding") and name != s.rounding
     ]
     ways = [*roundings, f"--target {better}", "serve the adapter unmerged"]
     return f"Use {', or '.join(ways)}."

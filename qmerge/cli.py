@@ -292,11 +292,6 @@ def exit_code(reports: list[Any], min_kept: float | None) -> int:
     return BELOW_MIN_KEPT
 
 
-def one_line(message: str) -> str:
-    """Names in messages come from files: no line breaks, no control characters reach the terminal."""
-    return "".join(c for c in " ".join(message.split()) if c.isprintable())
-
-
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -307,7 +302,7 @@ def main() -> None:
     try:
         app()
     except QmergeError as error:
-        print(f"qmerge: {one_line(str(error))}", file=sys.stderr)
+        print(f"qmerge: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -20,6 +20,10 @@ class QmergeError(Exception):
 
     exit_code = BUG
 
+    def __init__(self, message: str) -> None:
+        # Names in messages come from files: no line breaks and no control characters reach a terminal.
+        super().__init__("".join(c for c in " ".join(message.split()) if c.isprintable()))
+
 
 class RecipeError(QmergeError):
     exit_code = 2

@@ -21,7 +21,7 @@ MODEL_FILES = [
     "README.md",
 ]
 UNUSED_FILES = ["original/*", "consolidated*", "*.gguf", "onnx/*", "openvino/*"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
 def _commit(hub_id: str, revision: str | None) -> str | None:
     """The commit that a revision stands for now; None offline, where the cache decides."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return huggingface_hub.HfApi().repo_info(hub_id, revision=revision).sha
-    except (OfflineModeIsEnabled, OSError) as cause:
-        if isinstance(cause, HfHubHTTPError):
-            raise
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # offline, or no connection: which class says so depends on the Hub library's HTTP library
         return None
 
 

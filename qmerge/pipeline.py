@@ -6,7 +6,7 @@
         merge                      # base → + delta → the target's grid → codes → bytes; base, merged, stored compared
 
 float32 values exist for some rows of one weight at a time, so memory grows neither with the model nor with its largest
-weight. ``plan.py`` makes the steps, ``run.py`` walks them and publishes; ``checkpoint/`` reads and writes files;
+weight. ``planning.py`` makes the steps, ``run.py`` walks them and publishes; ``checkpoint/`` reads and writes files;
 ``formats/``, ``adapters/``, ``rounding/`` and ``metrics/`` hold one plug-in per file.
 """
 

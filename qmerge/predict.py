@@ -20,7 +20,7 @@ from qmerge.grids import UP, Grid
 from qmerge.metrics.gap_to_delta import gap_sum
 from qmerge.metrics.predicted_kept import expected_kept
 from qmerge.pipeline import Bench, open_weight, row_step
-from qmerge.plan import Plan
+from qmerge.planning import Plan
 from qmerge.types import Rows, Step
 
 GROUPS, ENTRIES = 4, 2**12

@@ -126,7 +126,7 @@ class Recipe(BaseModel):
         return self.model_dump(exclude=WORKPLACE)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.portable(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.portable(exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def portable(self, **dump: Any) -> dict[str, Any]:
         """The recipe for publishing: the user's home folder is written ``~`` (and read so)."""

@@ -22,7 +22,7 @@ from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
 from qmerge.metrics._totals import Sums, over_weights, values_of
 from qmerge.pipeline import Bench, do
-from qmerge.plan import Inputs, Plan, Shard, make_plan, plan_from, read_inputs, retargeted
+from qmerge.planning import Inputs, Plan, Shard, make_plan, plan_from, read_inputs, retargeted
 from qmerge.predict import Survival, predict, total_kept
 from qmerge.recipe import Recipe
 from qmerge.report import html
@@ -133,7 +133,6 @@ def make_bench(plan: Plan, reader: Reader) -> Bench:
 
 
 def warn_before(plan: Plan, bench: Bench, watcher: Watcher) -> list[Survival]:
-    watcher.stage("predicting", len(plan.merged))
     predicted = predict(plan, bench)
     for line in [*input_warnings(plan), *advice.warnings(predicted, predicted=True)]:
         watcher.warn(line)
@@ -165,7 +164,7 @@ def write_model(
     folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder))
     outputs = [FileRecord(file=name, **record) for name, record in journal.files.items()]
     report = make_report(plan, bench, records, outputs, predicted, measured, started)
-    write_file(out / RECIPE_NAME, plan.recipe.to_yaml().encode())
+    write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
     write_file(out / html.NAME, html.html_report(report).encode())
     write_file(out / "README.md", model_card(report, plan).encode())
@@ -203,6 +202,17 @@ def write_shard(
     finally:
         writer.close()
     return writer
+
+
+def pinned(plan: Plan) -> Recipe:
+    """The recipe with the commits that its revisions stood for, so that it makes the same model again."""
+    inputs = plan.inputs
+    commits = {
+        "revision": inputs.base_source.commit,
+        "adapter_revision": inputs.adapter_source.commit,
+        "original_revision": inputs.original_source.commit if inputs.original_source else None,
+    }
+    return plan.recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
 
 
 def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord]) -> dict[str, Any]:

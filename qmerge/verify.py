@@ -112,7 +112,7 @@ def loads(folder: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, device_map="cpu", output_loading_info=True
+                folder, device_map="cpu", output_loading_info=True, trust_remote_code=False
             )
     except Exception as cause:  # whatever the stock loader raises, it means that it does not load
         raise CheckpointError(f"transformers {transformers.__version__} does not load it: {cause}") from cause

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from qmerge import run
 from qmerge.checkpoint.reader import Reader
-from qmerge.plan import make_plan
+from qmerge.planning import make_plan
 from qmerge.recipe import make_recipe
 
 from .conftest import SERVER

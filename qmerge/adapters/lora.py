@@ -132,6 +132,8 @@ def refuse_options(config: Mapping[str, Any]) -> None:
     ]
     if refused:
         raise AdapterError(f"adapter_config.json has {listed(refused)}: this version merges plain LoRA and rsLoRA only")
+    if config.get("use_rslora") not in (True, False, None):
+        raise AdapterError(f"adapter_config.json has use_rslora={config['use_rslora']!r}; expected true or false")
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise AdapterError(

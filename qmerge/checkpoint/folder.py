@@ -45,7 +45,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
         raise RecipeError(f"--out {out} is a file; expected a folder that is new or empty")
     if (out / LOCK).exists():
         hold(out).release()  # a killed run leaves the file behind, but nobody holds it
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    names = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
     unfinished = journal.NAME in names
     if resume and not unfinished:
         if names:
@@ -169,7 +169,10 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    """Files of a folder; a link that leads out of it (and not into the Hub cache) is left alone."""
+    places = (folder.resolve(), hub.cache_folder())
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if any(path.resolve().is_relative_to(place) for place in places))
 
 
 def _has_template(path: Path) -> bool:

@@ -29,12 +29,17 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The model's own dtype, safetensors spelling: what the config says, else the most common float dtype."""
+        """The model's own dtype, safetensors spelling: what the config says, else the one that is stored."""
         named = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
         for config in (self.config, self.config.get("text_config") or {}):
             declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
             if declared in named:
                 return named[declared]
+        return self.stored_dtype
+
+    @property
+    def stored_dtype(self) -> str:
+        """The most common float dtype of the dense weights, by bytes, whatever the config says."""
         sizes: dict[str, int] = {"F32": 0}
         for weight in self.weights.values():
             dtype = plugins.load("formats", weight.format).FORMAT.dense_dtype

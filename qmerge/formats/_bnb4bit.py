@@ -138,12 +138,12 @@ class Bnb4bit(Format):
             dtype=state["dtype"],
         )
         shape = state["shape"]
-        self._check(name, shape, parts, local, options, state)
+        self._check(name, shape, parts, local, options, state, reader)
         return Weight(module, local, self.name, shape, parts, options)
 
     def _check(
         self, name: str, shape: tuple[int, ...], parts: Mapping[str, TensorInfo], local: str, options: Bnb4bitOptions,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any], reader: Reader,
     ) -> None:  # fmt: skip
         numel, absmax = math.prod(shape), parts[f"{local}.absmax"]
         blocks = -(-numel // options.block_size) if options.block_size in BLOCK_SIZES else -1
@@ -158,6 +158,13 @@ class Bnb4bit(Format):
             )
         if options.double_quant:
             self._check_nested(name, parts, local, blocks, state)
+        quant_map = parts.get(f"{local}.quant_map")
+        if quant_map is not None:
+            standard_L = bnb.get_4bit_type(self.name, device=torch.device("cpu"))
+            if not torch.equal(reader.tensor(quant_map).float().flatten(), standard_L):
+                raise CheckpointError(
+                    f"{name}.quant_map is not {self.name}'s: most loaders would ignore it, and so must qmerge"
+                )
         if absmax.dtype != ("U8" if options.double_quant else "F32"):
             raise CheckpointError(
                 f"{name}.absmax is {absmax.dtype}, expected {'U8' if options.double_quant else 'F32'}"

@@ -68,7 +68,7 @@ class Int8(Format):
 
     name = "int8"
     quant_method = "bitsandbytes"
-    loaders = "transformers, vLLM"
+    loaders = "transformers, vLLM (CUDA)"
 
     def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
         return [_weight(name.removesuffix(".SCB"), tensors, reader) for name in tensors if name.endswith(".SCB")]
@@ -119,6 +119,8 @@ def _weight(module: str, tensors: Mapping[str, TensorInfo], reader: Reader) -> W
     if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
         found = f"{codes.dtype} {list(codes.shape)}" if codes else "nothing"
         raise CheckpointError(f"{module}.SCB needs {module}.weight as int8 [O, I], found {found}")
+    if parts["SCB"].dtype != "F32":
+        raise CheckpointError(f"{module}.SCB is {parts['SCB'].dtype}, expected F32")
     if parts["SCB"].shape not in ((codes.shape[0],), (codes.shape[0], 1)):
         raise CheckpointError(
             f"{module}.SCB has shape {list(parts['SCB'].shape)}, expected [{codes.shape[0]}], one per row of the weight"

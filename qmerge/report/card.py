@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qmerge import hub, plugins
-from qmerge.plan import Plan
+from qmerge.planning import Plan
 from qmerge.report.json import GroupRecord, InputRecord, ReportData
 
 COLUMNS = ("kept", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size", "rank_kept_min")

@@ -13,7 +13,7 @@ from qmerge import advice, plugins
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import QmergeError
-from qmerge.plan import Inputs, Plan, plan_from, read_inputs, retargeted
+from qmerge.planning import Inputs, Plan, plan_from, read_inputs, retargeted
 from qmerge.predict import Survival, predict, total_kept, total_noise
 from qmerge.recipe import Recipe
 from qmerge.report.terminal import err, out, printable, share, size_text, times

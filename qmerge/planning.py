@@ -179,6 +179,9 @@ class StepMaker:
         return matched
 
     def _check_shape(self, weight: Weight, update: Update) -> None:
+        if weight.format == "raw":
+            found = weight.parts[weight.local].dtype
+            raise CheckpointError(f"{weight.name} is stored as {found}, which qmerge copies but cannot merge into")
         shapes = [update.shape, update.shape[::-1]] if self._is_dense_conv1d(weight, update) else [update.shape]
         if weight.shape not in shapes:
             raise AdapterError(
@@ -202,7 +205,7 @@ class StepMaker:
     def step(self, weight: Weight, update: Update | None) -> Step:
         """What happens to one weight of the base."""
         conv1d = self._conv1d(weight, update)
-        target = self._target_of(weight)
+        target = self._target_of(weight, merged=update is not None)
         simulated = self._trained_on(weight)
         options = self._options(weight, target, simulated)
         keeps_grid = bool(target.quant_method) and self._same_grid(weight, target, options, simulated)
@@ -222,7 +225,10 @@ class StepMaker:
             and not (simulated and target.dense_dtype)
         ):
             action = "copy"
-        outputs = self._outputs(source, action, target, options, conv1d)
+        outputs = dict(self._outputs(source, action, target, options, conv1d))
+        if keeps_grid and not simulated:  # the scales leave as they came, whichever optional parts there are
+            own = {info.name: TensorSpec(info.dtype, info.shape) for info in weight.parts.values()}
+            outputs = {**own, weight.name: outputs[weight.name]}
         return Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
             simulated, self.recipe.merge_onto == "original", original, conv1d,
@@ -244,7 +250,7 @@ class StepMaker:
         wanted = self.target.quant_method or self.recipe.trained_on
         return bool(dense_base and matrix and wanted) and weight.module in self.skeleton.quantizable
 
-    def _target_of(self, weight: Weight) -> Format:
+    def _target_of(self, weight: Weight, merged: bool) -> Format:
         """Quantized targets take what the stock loader would quantize. Dense targets take all that is quantized, and
         all that is stored in the base's own dtype; what the base keeps in another width on purpose keeps it."""
         own = _format(weight.format)
@@ -252,7 +258,7 @@ class StepMaker:
             return own
         if self.target.quant_method:
             return self.target if self._is_quantizable(weight) else own
-        return self.target if own.quant_method or own.dense_dtype == self.inputs.base.dtype else own
+        return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own
 
     def _trained_on(self, weight: Weight) -> tuple[str, Options] | None:
         spec = self.recipe.trained_on_format
