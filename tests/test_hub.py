@@ -96,7 +96,7 @@ def test_a_merge_of_ids(cache: Path, tmp_path: Path, cli: Cli) -> None:
         (("--base", "../base", "--adapter", ADAPTER), CheckpointError, ("../base", "no such folder")),
         (("--base", "a b/c", "--adapter", ADAPTER), CheckpointError, ("a b/c", "no such folder")),
         (("--base", "/", "--adapter", ADAPTER), CheckpointError, ("config.json",)),
-        (("--base", "", "--adapter", ADAPTER), CheckpointError, ("config.json",)),
+        (("--base", "", "--adapter", ADAPTER), CheckpointError, ("an empty name",)),
         (("--base", "./--x/y--z", "--adapter", ADAPTER), CheckpointError, ("no such folder",)),
         (("--base", "a--b/c..d", "--adapter", ADAPTER), CheckpointError, ("a--b/c..d", "no such folder")),
     ],
