@@ -231,7 +231,7 @@ class StepMaker:
             outputs = {**own, weight.name: outputs[weight.name]}
         return Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
-            simulated, self.recipe.merge_onto == "original", original, conv1d,
+            simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
         )  # fmt: skip
 
     def _conv1d(self, weight: Weight, update: Update | None) -> bool:

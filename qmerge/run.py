@@ -113,9 +113,11 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
                 measured[step.name] = sums
                 watcher.advance(step.weight.nbytes, step.name)
 
-            threads.run(plan.merged, work, recipe.workers)
+            try:
+                threads.run(plan.merged, work, recipe.workers)
+            finally:
+                watcher.end()
             reports.append(make_report(plan, bench, records, [], predicted, measured, started))
-    watcher.end()
     return reports
 
 
