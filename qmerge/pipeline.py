@@ -103,6 +103,14 @@ def open_weight(weight: Weight, step: Step, bench: Bench) -> Stored:
     return Transposed(stored, step.shape[1]) if step.conv1d and form.dense_dtype else stored
 
 
+def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: bool = False) -> Tensor:
+    """float32 values of a whole weight, in the shape that a dense checkpoint gives it (``conv1d``: [I, O])."""
+    form: Format = plugins.load("formats", weight.format).FORMAT
+    rows = weight.shape[0] if len(weight.shape) > 1 else 1
+    values = form.open(weight, reader, device).values(Rows(0, rows)).view(weight.shape)
+    return values.T.contiguous() if conv1d and not form.dense_dtype else values
+
+
 def fresh_grid(step: Step, target: Format, base: Stored, update: Update | None, bench: Bench) -> Grid:
     """A grid whose scales fit the merged values, as the format's own library would choose them."""
     scales = [torch.empty(0, device=bench.device)]

@@ -70,13 +70,24 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """The model of a config.json without weights."""
+    return _built(config, torch.device("meta"))
+
+
+def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """The same with its buffers (rotary frequencies, masks), so that it can run once weights are put in."""
+    from accelerate import init_empty_weights
+
+    return _built(config, init_empty_weights(include_buffers=False))
+
+
+def _built(config: Mapping[str, Any], place: Any) -> torch.nn.Module:
     import transformers
 
     plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
     names = config.get("architectures") or []
     model_class = getattr(transformers, str(names[0]), None) if names else None
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings(), place:
             warnings.simplefilter("ignore")
             parsed = transformers.AutoConfig.for_model(**plain)
             factory = model_class or transformers.AutoModelForCausalLM
