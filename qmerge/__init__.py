@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qmerge.api import Report
+    from qmerge.report.json import FidelityRecord
 
-__all__ = ["__version__", "measure", "merge", "plan"]
+__all__ = ["__version__", "fidelity", "measure", "merge", "plan"]
 __version__ = "0.1.0"
 
 
@@ -43,6 +44,20 @@ def measure(*, targets: list[str] | None = None, **settings: Any) -> list[Report
     from qmerge import api
 
     return api.measure(settings, targets)
+
+
+def fidelity(*, out: str, text: str, against: tuple[str, str] | None = None, **settings: Any) -> FidelityRecord:
+    """Judge a merged model on held-out text: loss of base, unmerged and merged, gain kept, KL ratio, top-1 agreement.
+
+    Args:
+        out: a folder that qmerge wrote.
+        text: a text or jsonl file that the model was not trained on.
+        against: base and adapter; by default those of the folder's own recipe.
+        settings: ``tokens`` (default: all), ``sequence_length`` (512), ``device`` ("auto"), ``quiet``.
+    """
+    from qmerge import api
+
+    return api.fidelity(out, text, against, **settings)
 
 
 def plan(**settings: Any) -> dict[str, Any]:

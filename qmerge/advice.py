@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from qmerge import plugins
 from qmerge.predict import Survival, total_kept
 
 ENOUGH = 0.5
@@ -72,13 +71,11 @@ def _nothing_to_merge(survivals: Sequence[Survival]) -> str:
 
 def _way_out(s: Survival) -> str:
     better = {"nf4": "bf16", "fp4": "bf16", "int8": "bf16", "bf16": "fp16", "fp16": "fp32"}.get(s.target, "fp32")
-    roundings = [
-        f"--rounding {name}"
-        for name in ("preserve", "stochastic")
-        if name in plugins.names("rounding") and name != s.rounding
-    ]
-    ways = [*roundings, f"--target {better}", "serve the adapter unmerged"]
-    return f"Use {', or '.join(ways)}."
+    if s.rounding == "preserve":
+        first = ["--calibration with text of your training", "more --calibration-tokens"]
+    else:
+        first = ["--rounding preserve"]
+    return f"Use {', or '.join([*first, f'--target {better}', 'serve the adapter unmerged'])}."
 
 
 def _names(group: list[Survival]) -> str:

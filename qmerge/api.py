@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qmerge import run
+from qmerge import run, verify
 from qmerge.recipe import make_recipe
-from qmerge.report.json import ReportData
+from qmerge.report.json import FidelityRecord, ReportData, survived
 from qmerge.report.terminal import TerminalWatcher, out, survival_table
 
 
@@ -19,8 +20,9 @@ class Report:
 
     @property
     def kept(self) -> float | None:
-        """Share of the delta that survived, each weight counted by its ‖delta‖²; None when the delta is zero."""
-        return self.data.total.values["kept"]
+        """Share of the delta that survived: in the layers' output where calibration saw their inputs, else in the weights,
+        each counted by its ‖delta‖². None when the delta is zero."""
+        return survived(self.data.total.values)
 
     @property
     def noise(self) -> float | None:
@@ -53,3 +55,13 @@ def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]
     targets = targets or [settings.get("target", "nf4")]
     recipe = make_recipe({**settings, "target": targets[0]})
     return [Report(data) for data in run.measure(recipe, targets, TerminalWatcher(quiet))]
+
+
+def fidelity(
+    out: str, text: str, against: tuple[str, str] | None, tokens: int | None = None, sequence_length: int = 512,
+    device: str = "auto", quiet: bool = False,
+) -> FidelityRecord:  # fmt: skip
+    watcher = TerminalWatcher(quiet)
+    return verify.judge(
+        Path(out).expanduser(), Path(text).expanduser(), against, tokens, sequence_length, device, watcher
+    )

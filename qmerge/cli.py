@@ -27,19 +27,26 @@ app = typer.Typer(
 INPUTS = (
     "base", "adapter", "target", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
-HOW = ("rounding", "merge_onto", "scales", "block_size", "double_quant", "quant_storage", "seed")
+HOW = (
+    "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "block_size",
+    "double_quant", "quant_storage", "seed",
+)  # fmt: skip
 WORK = ("device", "workers", "max_memory", "max_shard_size")
 PANELS = {
     **dict.fromkeys(INPUTS, "What to merge"),
     **dict.fromkeys(HOW, "How"),
     **dict.fromkeys(WORK, "Where and with what"),
 }
-TYPES = {"adapter": list[str], "block_size": int, "seed": int, "workers": int, "min_kept": float, "double_quant": bool}
+TYPES = {
+    "adapter": list[str], "block_size": int, "calibration_tokens": int, "sequence_length": int, "seed": int, "workers": int,
+    "min_kept": float, "double_quant": bool, "sequential": bool,
+}  # fmt: skip
 METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"), **dict.fromkeys(("max_memory", "max_shard_size"), "SIZE"),
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"), "target": "FORMAT", "out": "DIR",
+    "calibration": "SOURCE", "verify": "FILE",
 }  # fmt: skip
-EVERYTHING = (*INPUTS, *HOW, "min_kept", *WORK)
+EVERYTHING = (*INPUTS, *HOW, "verify", "min_kept", *WORK)
 
 GO_ON = "interrupted. Nothing unfinished carries a final name; the same command with --resume goes on."
 
@@ -147,7 +154,7 @@ def plan_command(
 
 
 @app.command("measure")
-@recipe_options(*(name for name in EVERYTHING if name not in ("target", "out", "max_shard_size")))
+@recipe_options(*(name for name in EVERYTHING if name not in ("target", "out", "max_shard_size", "verify")))
 def measure_command(
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -197,17 +204,41 @@ def inspect_command(
 def verify_command(
     out: Finished,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="also load it with transformers")] = True,
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="held-out text: judge the model against the unmerged adapter model (txt or jsonl)"),
+    ] = None,
+    against: Annotated[
+        Optional[tuple[str, str]],  # noqa: UP045
+        typer.Option(help="BASE and ADAPTER to judge against (default: those of the recipe)", metavar="BASE ADAPTER"),
+    ] = None,
+    tokens: Annotated[Optional[int], typer.Option(help="tokens of the text (default: all)", min=2)] = None,  # noqa: UP045
+    sequence_length: Annotated[int, typer.Option(help="tokens per sequence", min=2)] = 512,
+    device: Annotated[str, typer.Option(help="where to compute: auto, cpu or cuda")] = "auto",
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Check a folder: hashes, headers, index, and that the stock loader loads it with nothing missing or left over."""
+    """Check a folder: hashes, headers, index, and that the stock loader loads it with nothing missing or left over.
+
+    With --text, also what the whole model kept of the fine-tuning: losses, gain kept, KL ratio.
+    """
     from qmerge import verify
+    from qmerge.report import terminal
 
     checks = verify.verify(out, reload)
+    record = None
+    if text or against:
+        if text is None:
+            raise RecipeError("--against needs --text FILE: the held-out text to judge on")
+        record = verify.judge(out, text, against, tokens, sequence_length, device, terminal.TerminalWatcher(quiet))
     if json:
-        typer.echo(jsonlib.dumps([vars(check) for check in checks], indent=1))
+        judged = {"fidelity": record.model_dump()} if record else {}
+        typer.echo(jsonlib.dumps({"checks": [vars(check) for check in checks], **judged}, indent=1))
     else:
         for check in checks:
             typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.found}")
+        if record:
+            terminal.out().print(terminal.fidelity_table(record))
     raise typer.Exit(OK if all(check.ok for check in checks) else 3)
 
 
@@ -271,6 +302,8 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
         typer.echo(report.model_dump_json(indent=1))
     else:
         terminal.out().print(terminal.survival_table(report))
+        if report.fidelity:
+            terminal.out().print(terminal.fidelity_table(report.fidelity))
         show_warnings(report.warnings)
         typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
     raise typer.Exit(exit_code([report], recipe.min_kept))
@@ -284,7 +317,9 @@ def show_warnings(lines: list[str], prefix: str = "") -> None:
 
 
 def exit_code(reports: list[Any], min_kept: float | None) -> int:
-    kept = [report.total.values["kept"] for report in reports]
+    from qmerge.report.json import survived
+
+    kept = [survived(report.total.values) for report in reports]
     worst = min((value for value in kept if value is not None), default=None)
     if min_kept is None or worst is None or worst >= min_kept:
         return OK

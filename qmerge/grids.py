@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from qmerge.types import Rows
+
+ColumnRounder = Callable[[int, Tensor], Tensor]
 
 UP, DOWN = 1, -1
 REACH, FAR = 16, 6.0
@@ -49,6 +52,11 @@ class Grid(ABC):
     @abstractmethod
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         """The neighbouring codes: ``UP`` or ``DOWN`` to the next other value; the last level is its own neighbour."""
+
+    @abstractmethod
+    def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
+        """For methods that decide column by column: (i, float32 values [len(rows)]) → the values of the levels nearest
+        to them in column ``columns[i]``, as a loader knows them. ``columns``, ``rows``: int64 indices, in any order."""
 
     @abstractmethod
     def rows(self, rows: Rows) -> Grid:

@@ -59,9 +59,17 @@ class LayeredModel:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def is_conv1d(self, name: str) -> bool:
+        """Whether this weight is that of a Conv1D (GPT-2), which a dense checkpoint holds as [I, O]."""
+        from transformers.pytorch_utils import Conv1D
+
+        module, _, local = self.parameters[name].rpartition(".")
+        return local == "weight" and isinstance(self.model.get_submodule(module), Conv1D)
+
     def run_layer(self, visit: Visit) -> Any:
         """What the layer returns, by its own code; its weights must be loaded."""
-        return self._forwards[visit.index](*visit.args, **visit.kwargs)
+        with torch.inference_mode():
+            return self._forwards[visit.index](*visit.args, **visit.kwargs)
 
     def names(self, index: int | None) -> list[str]:
         """Weights (names on disk) of a decoder layer; of everything else, for None."""
@@ -167,10 +175,12 @@ def _stopping(index: int) -> Callable[..., Any]:
 class Loading:
     """transformers' conversion of checkpoint names and tensors, for some weights at a time."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
+        from transformers import logging
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
+        logging.disable_progress_bar()  # one bar per layer otherwise
         self._model = model
         mapping = get_model_conversion_mapping(model)
         self._mapping = mapping
@@ -200,8 +210,8 @@ class Loading:
         self._model.tie_weights()
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder layers: the longest list of modules of the text model.
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder layers: the outermost list of modules in the text model, with its name.
 
     Raises:
         CheckpointError: there is none.
@@ -212,4 +222,3 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not inside:
         raise CheckpointError(f"{type(model).__name__} has no list of decoder layers")
     return min(inside, key=lambda named: named[0].count("."))
-

@@ -13,14 +13,15 @@ weight. ``planning.py`` makes the steps, ``run.py`` walks them and publishes; ``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qmerge import plugins
-from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.reader import MemoryReader, Reader
 from qmerge.checkpoint.writer import TensorSink
 from qmerge.errors import NumbersError
 from qmerge.formats._base import Format, Stored
@@ -28,7 +29,8 @@ from qmerge.formats._views import OnTheFly, Transposed
 from qmerge.grids import Grid
 from qmerge.metrics._totals import Sums, added, plain, sums_of
 from qmerge.rounding._context import Context
-from qmerge.types import Comparison, Rows, Step, Update, Weight
+from qmerge.rounding._metric import Metric, Statistics, make_metric
+from qmerge.types import Comparison, Rows, Step, TensorInfo, Update, Weight
 
 COPY_BYTES = 2**22
 
@@ -39,16 +41,26 @@ class Bench:
 
     reader: Reader
     device: torch.device
-    rounding: str
     seed: int
     block_entries: int
 
 
-def do(step: Step, sink: TensorSink, bench: Bench) -> Sums | None:
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a merge: the sums of every metric, and what ``preserve`` knew of the inputs."""
+
+    sums: Sums
+    seen: dict[str, float] | None = None
+
+
+def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = None) -> Outcome | None:
     """One step, start to end.
 
+    Args:
+        inputs: what calibration saw of the inputs of this weight.
+
     Returns:
-        The sums of every metric, for a merge.
+        What came out, for a merge.
 
     Raises:
         NumbersError: NaN or infinity, in the base or after merging, or past the target's range.
@@ -60,22 +72,33 @@ def do(step: Step, sink: TensorSink, bench: Bench) -> Sums | None:
     source, base = open_source(step, bench)
     update = step.update.to(bench.device) if step.update else None
     grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench)
+    metric = metric_of(step, update, inputs, bench)
     total: Sums | None = None
     for rows in blocks(step, bench.block_entries):
         here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
         merged_OI = merge(step, base_OI, update, rows)
-        codes_OI = choose(merged_OI, here, Context(step.name, rows, bench.seed, near_OI), bench.rounding, step)
+        delta_OI = merged_OI - base_OI if step.rounding == "preserve" else None
+        context = Context(step.name, rows, bench.seed, near_OI, metric, delta_OI, beside(step, update, rows, bench))
+        codes_OI: Tensor = plugins.load("rounding", step.rounding).choose(merged_OI, here, context)
         stored_OI = here.decode(codes_OI)
         target.check_range(stored_OI, merged_OI, step.name)
         sink.append(step.name, target.pack(as_on_disk(codes_OI, step, target), step.options))
         if update is not None:
             base_codes_OI = here.nearest(base_OI) if near_OI is None else near_OI
-            compared = Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, here, rows, update)
+            seen_II = metric.hessian_II if metric else None
+            compared = Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, here, rows, update, seen_II)
             total = added(total, sums_of(compared))
     write_scales(step, target, grid, sink, bench.reader)
-    return plain(total) if total else None
+    return Outcome(plain(total), seen_of(inputs, metric)) if total else None
+
+
+def seen_of(inputs: Statistics | None, metric: Metric | None) -> dict[str, float] | None:
+    if metric is None:
+        return None
+    tokens, borrowed = (inputs.tokens, inputs.borrowed) if inputs else (0, 0.0)
+    return {"tokens": tokens, "borrowed": borrowed, "damping": metric.damping}
 
 
 def copy(step: Step, sink: TensorSink, reader: Reader) -> None:
@@ -111,6 +134,32 @@ def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: b
     return values.T.contiguous() if conv1d and not form.dense_dtype else values
 
 
+def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: bool = True) -> Tensor:
+    """What the adapter model computes with (the base alone, without the delta), in the shape of a dense checkpoint."""
+    if step.action == "copy":
+        return dense_values(step.weight, bench.reader, bench.device, conv1d)
+    _, base = open_source(step, bench)
+    rows = Rows(0, step.shape[0])
+    values_OI = base.values(rows)
+    if step.update and with_delta:
+        values_OI = step.update.to(bench.device).apply(values_OI, rows)
+    worked_on_OI = step.conv1d or not step.source_is_dense
+    return values_OI.T.contiguous() if conv1d and worked_on_OI else values_OI.view(step.weight.shape)
+
+
+def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Tensor:
+    """float32 [O, I] that a loader will read of a step that is done; ``read`` gives the bytes of an output tensor."""
+    target: Format = plugins.load("formats", step.target).FORMAT
+    prefix, parts = f"{step.weight.module}." if step.weight.module else "", {}
+    for name, spec in step.outputs.items():
+        shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
+        parts[name.removeprefix(prefix)] = TensorInfo(spec.dtype, shape, name, Path(), 0)
+    on_disk = step.shape[::-1] if step.conv1d and target.dense_dtype else step.shape
+    weight = replace(step.weight, format=step.target, shape=on_disk, parts=parts, options=step.options)
+    with MemoryReader(read) as reader:
+        return open_weight(weight, step, replace(bench, reader=reader)).values(Rows(0, step.shape[0]))
+
+
 def fresh_grid(step: Step, target: Format, base: Stored, update: Update | None, bench: Bench) -> Grid:
     """A grid whose scales fit the merged values, as the format's own library would choose them."""
     scales = [torch.empty(0, device=bench.device)]
@@ -134,11 +183,17 @@ def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Ten
     return merged_OI
 
 
-def choose(merged_OI: Tensor, grid: Grid, context: Context, rounding: str, step: Step) -> Tensor:
-    """Codes: by the rounding that was asked for where something was merged, else the nearest."""
-    name = rounding if step.action == "merge" else "nearest"
-    codes_OI: Tensor = plugins.load("rounding", name).choose(merged_OI, grid, context)
-    return codes_OI
+def metric_of(step: Step, update: Update | None, inputs: Statistics | None, bench: Bench) -> Metric | None:
+    if step.rounding != "preserve" or update is None:
+        return None
+    return make_metric(inputs, update.directions(), step.shape[1], bench.device)
+
+
+def beside(step: Step, update: Update | None, rows: Rows, bench: Bench) -> Tensor | None:
+    """The 16-bit weight with the delta, where it is given beside a quantized base that is merged onto."""
+    if step.beside is None or update is None:
+        return None
+    return update.apply(open_weight(step.beside, step, bench).values(rows), rows)
 
 
 def as_on_disk(codes_OI: Tensor, step: Step, target: Format) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qmerge import hub, plugins
@@ -52,6 +53,12 @@ class Inputs:
     adapter: Adapter
     original_source: hub.Source | None = None
     original: Checkpoint | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's, when it brings its own tokenizer, else the base's."""
+        own = any((self.adapter.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        return self.adapter.folder if own else self.base.folder
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,13 @@ class StepMaker:
         return Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
             simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
+            self.recipe.rounding if update else "nearest", self._beside(weight, update, keeps_grid),
         )  # fmt: skip
+
+    def _beside(self, weight: Weight, update: Update | None, keeps_grid: bool) -> Weight | None:
+        """The 16-bit weight, where it is given for ``preserve`` to lean on."""
+        wanted = self.inputs.original and self.recipe.merge_onto != "original"
+        return self._in_original(weight) if wanted and update and keeps_grid else None
 
     def _conv1d(self, weight: Weight, update: Update | None) -> bool:
         if weight.local != "weight" or len(weight.shape) != 2:

@@ -47,12 +47,13 @@ class Survival:
 
 
 def predict(plan: Plan, bench: Bench) -> list[Survival]:
-    """One prediction per merged weight of a plan."""
-    return [predict_step(step, plan.recipe.rounding, bench) for step in plan.merged]
+    """One prediction per merged weight of a plan: for stochastic rounding where it is asked for, else for nearest."""
+    return [predict_step(step, bench) for step in plan.merged]
 
 
-def predict_step(step: Step, rounding: str, bench: Bench) -> Survival:
+def predict_step(step: Step, bench: Bench) -> Survival:
     assert step.update is not None
+    rounding = "stochastic" if step.rounding == "stochastic" else "nearest"
     target: Format = plugins.load("formats", step.target).FORMAT
     norms_O = step.update.row_norms()
     squared = float(norms_O.double().square().sum())

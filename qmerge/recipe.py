@@ -37,7 +37,7 @@ TRAINED_ON = {
 }
 
 # Where the work is done, not what comes out of it: these may differ between a run and its --resume.
-WORKPLACE = {"out", "workers", "max_memory", "min_kept"}
+WORKPLACE = {"out", "workers", "max_memory", "min_kept", "verify"}
 
 
 class Recipe(BaseModel):
@@ -51,7 +51,19 @@ class Recipe(BaseModel):
     adapter_revision: str | None = Field(None, description="revision of the adapter on the Hub")
     target: str = Field(description="format to write: nf4, fp4, int8, fp16, bf16 or fp32")
     out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
-    rounding: str = Field("nearest", description="how codes are chosen: nearest or stochastic")
+    rounding: str = Field(
+        "auto",
+        description="how codes are chosen: nearest, stochastic, preserve, or auto (nearest where it keeps enough, else preserve)",
+    )
+    calibration: str | None = Field(
+        None,
+        description="what preserve calibrates on: a text or jsonl file, a Hub dataset, generate, random or none (default: random)",
+    )
+    calibration_tokens: int = Field(16384, description="tokens to calibrate on", ge=1)
+    sequence_length: int = Field(512, description="tokens per sequence of the calibration text", ge=2)
+    sequential: bool = Field(
+        True, description="calibrate each layer on what rounding did to those before it (slower, better)"
+    )
     merge_onto: Literal["dequantized", "original"] = Field(
         "dequantized",
         description="what the delta is added to: dequantized (what the adapter saw) or original (the 16-bit model)",
@@ -69,11 +81,14 @@ class Recipe(BaseModel):
     block_size: int | None = Field(None, description="NF4/FP4 block size (default: the base's, else 64)")
     double_quant: bool | None = Field(None, description="NF4/FP4 double quantization (default: the base's)")
     quant_storage: str | None = Field(None, description="NF4/FP4 storage dtype (default: the base's, else uint8)")
-    seed: int = Field(0, description="seed of stochastic rounding", ge=0)
+    seed: int = Field(0, description="seed of stochastic rounding and of random calibration tokens", ge=0)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute: auto, cpu or cuda")
     workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
     max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
     max_shard_size: str = Field("5GB", description="largest size of one output file")
+    verify: str | None = Field(
+        None, description="held-out text to judge the merged model on, against the unmerged one (txt or jsonl)"
+    )
     min_kept: float | None = Field(
         None, description="exit with 5 when less of the delta than this was kept", ge=-1, le=1
     )
@@ -89,7 +104,8 @@ class Recipe(BaseModel):
     @field_validator("rounding")
     @classmethod
     def _known_rounding(cls, name: str) -> str:
-        plugins.load("rounding", name)
+        if name != "auto":
+            plugins.load("rounding", name)
         return name
 
     @field_validator("max_memory", "max_shard_size")
@@ -102,9 +118,10 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if self.trained_on and self.original:
             raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")
-        if self.original and self.merge_onto != "original":
+        if self.original and self.merge_onto != "original" and self.rounding not in ("auto", "preserve"):
             raise RecipeError(
-                "original is given, but merge_onto is 'dequantized': add --merge-onto original, or leave it out"
+                f"original is given, but merge_onto is 'dequantized' and {self.rounding} rounding has no use for it: add "
+                f"--merge-onto original, or --rounding preserve, or leave it out"
             )
         return self
 

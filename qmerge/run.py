@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from qmerge import advice, hub
+from qmerge import calibration, hub, texts
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.writer import NullSink, ShardWriter, hash_file, write_file
+from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, hash_file, write_file
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
-from qmerge.metrics._totals import Sums, over_weights, values_of
-from qmerge.pipeline import Bench, do
-from qmerge.planning import Inputs, Plan, Shard, make_plan, plan_from, read_inputs, retargeted
-from qmerge.predict import Survival, predict, total_kept
+from qmerge.fidelity import fidelity
+from qmerge.outlook import Outlook, for_identity, look_ahead
+from qmerge.pipeline import Bench, Outcome, do, stored_values
+from qmerge.planning import Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
 from qmerge.recipe import Recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
-from qmerge.report.json import FileRecord, GroupRecord, InputRecord, ReportData, WeightRecord
+from qmerge.report.json import FileRecord, InputRecord, ReportData
+from qmerge.report.make import make_report
+from qmerge.rounding._metric import Statistics
 from qmerge.types import Step
 
 RECIPE_NAME = "qmerge_recipe.yaml"
-VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
 
 
 class Watcher(Protocol):
@@ -43,6 +42,9 @@ class Watcher(Protocol):
 
     def advance(self, nbytes: int, label: str = "") -> None:
         """So many bytes more are done."""
+
+    def say(self, line: str) -> None:
+        """What the user should know."""
 
     def warn(self, line: str) -> None:
         """A warning in plain words."""
@@ -56,6 +58,9 @@ class Silent:
         pass
 
     def advance(self, nbytes: int, label: str = "") -> None:
+        pass
+
+    def say(self, line: str) -> None:
         pass
 
     def warn(self, line: str) -> None:
@@ -80,11 +85,17 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
         bench = make_bench(plan, reader)
         folder.check_out(out, input_folders(plan.inputs), resume)
         folder.check_room(out, plan.bytes_out - reserved(out))
-        predicted = warn_before(plan, bench, watcher)
+        plan, outlook = look_ahead(plan, bench)
+        if recipe.verify:
+            texts.read_texts(Path(recipe.verify).expanduser())  # now, not when all else is done
+        for line in outlook.says(plan):
+            watcher.say(line)
+        for line in outlook.warnings(plan):
+            watcher.warn(line)
         existed = out.exists()
         with folder.locked(out):
             try:
-                return write_model(plan, bench, out, resume, predicted, watcher, started)
+                return write_model(plan, bench, out, resume, outlook, watcher, started)
             except (NumbersError, InputError):  # no --resume can mend these
                 folder.discard(out, made_by_us=not existed)
                 raise
@@ -103,21 +114,14 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
             started = time.monotonic()
             plan = plan_from(retargeted(recipe, target), inputs)
             bench = make_bench(plan, reader)
-            predicted = predict(plan, bench)
-            measured: dict[str, Sums] = {}
+            plan, outlook = look_ahead(plan, bench)
+            place = Measuring(bench, recipe.workers, watcher)
             watcher.stage(f"measuring {target}", sum(step.weight.nbytes for step in plan.merged))
-
-            def work(step: Step, bench: Bench = bench, measured: dict[str, Sums] = measured) -> None:
-                sums = do(step, NullSink(), bench)
-                assert sums is not None
-                measured[step.name] = sums
-                watcher.advance(step.weight.nbytes, step.name)
-
             try:
-                threads.run(plan.merged, work, recipe.workers)
+                walk(plan, plan.merged, bench, place, outlook.batches, watcher)
             finally:
                 watcher.end()
-            reports.append(make_report(plan, bench, records, [], predicted, measured, started))
+            reports.append(make_report(plan, bench, records, [], outlook, place.outcomes, started))
     return reports
 
 
@@ -127,83 +131,143 @@ def make_bench(plan: Plan, reader: Reader) -> Bench:
     Raises:
         RecipeError: cuda was asked for, and there is none.
     """
-    asked = plan.recipe.device
+    return Bench(reader, compute_device(plan.recipe.device), plan.recipe.seed, plan.block_entries)
+
+
+def compute_device(asked: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` → a device.
+
+    Raises:
+        RecipeError: cuda was asked for, and there is none.
+    """
     if asked == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    name = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return Bench(reader, torch.device(name), plan.recipe.rounding, plan.recipe.seed, plan.block_entries)
-
-
-def warn_before(plan: Plan, bench: Bench, watcher: Watcher) -> list[Survival]:
-    predicted = predict(plan, bench)
-    for line in [*input_warnings(plan), *advice.warnings(predicted, predicted=True)]:
-        watcher.warn(line)
-    return predicted
-
-
-def input_warnings(plan: Plan) -> list[str]:
-    """What is odd about the inputs, but no error."""
-    files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder)
-    tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
-    return [tokens] if tokens else []
+    return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_model(
-    plan: Plan, bench: Bench, out: Path, resume: bool, predicted: list[Survival], watcher: Watcher, started: float
+    plan: Plan, bench: Bench, out: Path, resume: bool, outlook: Outlook, watcher: Watcher, started: float
 ) -> ReportData:  # fmt: skip
     """Every step, then every file; index, card and config last, so that an unfinished folder does not load."""
     records = input_records(plan.inputs, watcher)
-    journal = Journal(out, identity(plan, bench, records), resume)
+    journal = Journal(out, identity(plan, bench, records, outlook), resume)
+    place = Writing(plan, bench, out, resume, journal, watcher)
     watcher.stage("merging", sum(step.weight.nbytes for step in plan.steps))
-    measured: dict[str, Sums] = {}
-    writers = {
-        shard.file: write_shard(shard, out, resume, journal, bench, measured, plan.recipe.workers, watcher)
-        for shard in plan.shards
-    }
-    applied = {step.name for step in plan.merged}
-    assert measured.keys() == applied, "planned and applied updates differ"
-    folder.write_index(out, writers)
+    try:
+        walk(plan, plan.steps, bench, place, outlook.batches, watcher)
+    finally:
+        place.close()
+    folder.write_index(out, place.writers)
     folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder))
-    outputs = [FileRecord(file=name, **record) for name, record in journal.files.items()]
-    report = make_report(plan, bench, records, outputs, predicted, measured, started)
+    outputs = [FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)]
+    report = make_report(plan, bench, records, outputs, outlook, place.outcomes, started)
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
-    write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
-    write_file(out / html.NAME, html.html_report(report).encode())
-    write_file(out / "README.md", model_card(report, plan).encode())
+    write_faces(report, plan, out)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)
+    if plan.recipe.verify:
+        watcher.stage("judging", 1)
+        text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
+        record = fidelity(out, plan.recipe, text, bench.device, None, length, lambda at: watcher.advance(0, at))
+        report = report.model_copy(update={"fidelity": record})
+        write_faces(report, plan, out)
     journal.remove()
     return report
 
 
-def write_shard(
-    shard: Shard, out: Path, resume: bool, journal: Journal, bench: Bench, measured: dict[str, Sums], workers: int, watcher: Watcher
-) -> ShardWriter:  # fmt: skip
-    """One output file. What an earlier run left is kept where its bytes hash to what the journal says."""
-    writer = ShardWriter(out / shard.file, shard.layout, resume)
+def write_faces(report: ReportData, plan: Plan, out: Path) -> None:
+    write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
+    write_file(out / html.NAME, html.html_report(report).encode())
+    write_file(out / "README.md", model_card(report, plan).encode())
 
-    def work(step: Step) -> None:
-        names = tuple(step.outputs)
-        earlier = journal.steps.get(step.name)
+
+def walk(
+    plan: Plan, steps: Sequence[Step], bench: Bench, place: Writing | Measuring, batches: Sequence[Tensor] | None, watcher: Watcher
+) -> None:  # fmt: skip
+    """Every step once: those that need no calibration as they come, the others wave by wave of the calibration."""
+    calibrated = {step.name for step in steps if step.rounding == "preserve"} if batches is not None else set()
+    place.do([step for step in steps if step.name not in calibrated], {})
+    if calibrated:
+        assert batches is not None
+        for wave, inputs in calibration.waves(plan, bench, batches, place.stored, lambda at: watcher.advance(0, at)):
+            place.do(wave, inputs)
+    applied = {step.name for step in plan.merged}
+    assert place.outcomes.keys() == applied, "planned and applied updates differ"
+
+
+class Writing:
+    """Steps go to the shards that they belong to. What an earlier run left is kept where its bytes hash to what the
+    journal says; a shard is published when its last step is done."""
+
+    def __init__(self, plan: Plan, bench: Bench, out: Path, resume: bool, journal: Journal, watcher: Watcher) -> None:
+        self.bench, self.out, self.resume, self.journal, self.watcher = bench, out, resume, journal, watcher
+        self.workers = plan.recipe.workers
+        self.shards = {step.name: shard for shard in plan.shards for step in shard.steps}
+        self.left = {shard.file: len(shard.steps) for shard in plan.shards}
+        self.writers: dict[str, ShardWriter] = {}
+        self.outcomes: dict[str, Outcome] = {}
+
+    def do(self, steps: Sequence[Step], inputs: Mapping[str, Statistics]) -> None:
+        by_shard: dict[str, list[Step]] = {}
+        for step in steps:
+            by_shard.setdefault(self.shards[step.name].file, []).append(step)
+        for file, group in by_shard.items():
+            if file not in self.writers:
+                layout = self.shards[group[0].name].layout
+                self.writers[file] = ShardWriter(self.out / file, layout, self.resume)
+            threads.run(group, lambda step: self._step(step, inputs.get(step.name)), self.workers)
+            self.left[file] -= len(group)
+            if not self.left[file]:
+                self.journal.file_done(file, self.writers[file].finish())
+                self.writers[file].publish()
+
+    def _step(self, step: Step, inputs: Statistics | None) -> None:
+        names, writer = tuple(step.outputs), self.writers[self.shards[step.name].file]
+        earlier = self.journal.steps.get(step.name)
         if earlier and earlier["sha256"].keys() == writer.fixed(names) and writer.matches(earlier["sha256"]):
             record = earlier
         else:
             sink = writer.step(names)
-            sums = do(step, sink, bench)
-            record = {"sha256": sink.finish(), "texts": sink.texts, "sums": sums}
-            journal.step_done(step.name, record)
+            outcome = do(step, sink, self.bench, inputs)
+            record = {"sha256": sink.finish(), "texts": sink.texts, "outcome": outcome and vars(outcome)}
+            self.journal.step_done(step.name, record)
         writer.add_texts(record["texts"])
-        if record["sums"] is not None:
-            measured[step.name] = record["sums"]
-        watcher.advance(step.weight.nbytes, step.name)
+        if record["outcome"] is not None:
+            self.outcomes[step.name] = Outcome(**record["outcome"])
+        self.watcher.advance(step.weight.nbytes, step.name)
 
-    try:
-        threads.run(shard.steps, work, workers)
-        record = writer.finish()
-        journal.file_done(shard.file, record)
-        writer.publish()
-    finally:
-        writer.close()
-    return writer
+    def stored(self, step: Step) -> Tensor:
+        """float32 [O, I] of a step that is done, read back from what was written."""
+        writer = self.writers[self.shards[step.name].file]
+        return stored_values(step, writer.read, self.bench)
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+class Measuring:
+    """Steps go nowhere; what the last ones would have written is there to be read back."""
+
+    def __init__(self, bench: Bench, workers: int, watcher: Watcher) -> None:
+        self.bench, self.workers, self.watcher = bench, workers, watcher
+        self.outcomes: dict[str, Outcome] = {}
+        self._sinks: dict[str, MemorySink] = {}
+
+    def do(self, steps: Sequence[Step], inputs: Mapping[str, Statistics]) -> None:
+        self._sinks.clear()
+        threads.run(steps, lambda step: self._step(step, inputs), self.workers)
+
+    def _step(self, step: Step, inputs: Mapping[str, Statistics]) -> None:
+        sink = MemorySink() if step.name in inputs else NullSink()
+        if isinstance(sink, MemorySink):
+            self._sinks[step.name] = sink
+        outcome = do(step, sink, self.bench, inputs.get(step.name))
+        assert outcome is not None
+        self.outcomes[step.name] = outcome
+        self.watcher.advance(step.weight.nbytes, step.name)
+
+    def stored(self, step: Step) -> Tensor:
+        return stored_values(step, self._sinks[step.name].read, self.bench)
 
 
 def pinned(plan: Plan) -> Recipe:
@@ -217,14 +281,14 @@ def pinned(plan: Plan) -> Recipe:
     return plan.recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
 
 
-def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord]) -> dict[str, Any]:
+def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: Outlook) -> dict[str, Any]:
     """What a resumed run must share with the one it resumes."""
     return {
-        "qmerge": version("qmerge"),
-        "torch": torch.__version__,
+        **{name: version(name) for name in ("qmerge", "torch", "bitsandbytes", "transformers")},
         "device": bench.device.type,
         "recipe": plan.recipe.identity(),
         "input": {f"{r.role} {f.file}": f.sha256 for r in records for f in r.files},
+        **for_identity(outlook),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},
     }
 
@@ -263,75 +327,3 @@ def source_name(source: hub.Source) -> str:
 def reserved(out: Path) -> int:
     """Bytes that an unfinished run in ``out`` has taken already."""
     return sum(path.stat().st_size for path in out.glob("*.safetensors*")) if out.is_dir() else 0
-
-
-def make_report(
-    plan: Plan, bench: Bench, records: list[InputRecord], outputs: list[FileRecord], predicted: Sequence[Survival],
-    measured: dict[str, Sums], started: float,
-) -> ReportData:  # fmt: skip
-    """Sums → values, per weight, per kind of module and in total; and the warnings about them."""
-    weights, kinds = [], defaultdict(list)
-    for step in plan.merged:
-        values = values_of(measured[step.name])
-        assert step.update is not None
-        kinds[step.weight.module.rpartition(".")[2]].append(step.name)
-        weights.append(
-            WeightRecord(
-                module=step.weight.module,
-                shape=step.shape,
-                base_format=base_format(step),
-                target=step.target,
-                rounding=plan.recipe.rounding,
-                rank=step.update.rank,
-                scale=step.update.scale,
-                values=values,
-            )
-        )
-    return ReportData(
-        recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
-        versions=versions(),
-        device=device_name(bench.device),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - started, 3),
-        inputs=records,
-        outputs=outputs,
-        actions=dict(Counter(step.action for step in plan.steps)),
-        predicted={"total": total_kept(predicted), **{s.module: s.kept for s in predicted}},
-        total=group("all", [step.name for step in plan.merged], measured),
-        groups=[group(kind, names, measured) for kind, names in kinds.items()],
-        weights=weights,
-        warnings=input_warnings(plan)
-        + advice.warnings([survival(record, measured) for record in weights], predicted=False),
-    )
-
-
-def group(name: str, names: Sequence[str], measured: dict[str, Sums]) -> GroupRecord:
-    return GroupRecord(name=name, weights=len(names), values=values_of(over_weights(measured[n] for n in names)))
-
-
-def survival(record: WeightRecord, measured: dict[str, Sums]) -> Survival:
-    """A measured weight, as the warnings want it."""
-    v = record.values
-    squared = measured[f"{record.module}.weight"]["kept"]["delta_delta"]
-    return Survival(
-        record.module, record.target, record.rounding, record.rank, v["kept"], v["noise"], v["relative_size"],
-        v["gap_to_delta"], squared,
-    )  # fmt: skip
-
-
-def base_format(step: Step) -> str:
-    return step.trained_on[0] if step.trained_on else step.weight.format
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu"

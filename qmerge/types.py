@@ -159,7 +159,9 @@ class Step:
     ``trained_on``  a dense weight is first quantized this way, as it was on the fly in training;
     ``original``    values come from this weight, the grid from ``weight`` (merge onto the original);
     ``onto_original``  with ``trained_on``: values are the dense ones, only the grid is that of training;
-    ``conv1d``      dense weights of this module lie as [I, O] (GPT-2); all work is done as [O, I].
+    ``conv1d``      dense weights of this module lie as [I, O] (GPT-2); all work is done as [O, I];
+    ``rounding``    how codes are chosen (``auto`` until it is settled);
+    ``beside``      the 16-bit weight, which ``preserve`` may lean on while merging onto the quantized one.
     """
 
     weight: Weight
@@ -173,6 +175,8 @@ class Step:
     onto_original: bool = False
     original: Weight | None = None
     conv1d: bool = False
+    rounding: str = "nearest"
+    beside: Weight | None = None
 
     @property
     def name(self) -> str:
@@ -197,6 +201,7 @@ class Comparison:
     base     what the adapter was added to
     merged   base + delta, before rounding
     stored   what a loader will read from the file that was written
+    hessian  float32 [I, I], E[x xᵀ] of the layer's inputs (any scale), where they were seen
     """
 
     base_OI: Tensor
@@ -207,6 +212,7 @@ class Comparison:
     grid: Grid
     rows: Rows
     update: Update
+    hessian_II: Tensor | None = None
 
     @cached_property
     def delta_OI(self) -> Tensor:
@@ -217,6 +223,11 @@ class Comparison:
     def change_OI(self) -> Tensor:
         """stored − base: what did change."""
         return self.stored_OI - self.base_OI
+
+    @cached_property
+    def seen_delta_OI(self) -> Tensor | None:
+        """delta · H; None where the inputs were not seen."""
+        return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
 
     @cached_property
     def delta_delta(self) -> float:

@@ -18,7 +18,9 @@ from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.checkpoint.writer import hash_file
 from qmerge.errors import CheckpointError, QmergeError
-from qmerge.report.json import ReportData, read_report
+from qmerge.recipe import make_recipe
+from qmerge.report.json import FidelityRecord, ReportData, read_report
+from qmerge.run import Watcher, compute_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,32 @@ def verify(folder: Path, reload: bool = True) -> list[Check]:
         checks.append(_check("finite", lambda: finite(folder)))
         checks.append(_check("reload", lambda: loads(folder)) if reload else Check("reload", True, "not asked for"))
     return checks
+
+
+def judge(
+    folder: Path, text: Path, against: tuple[str, str] | None, tokens: int | None, length: int, device: str, watcher: Watcher
+) -> FidelityRecord:  # fmt: skip
+    """Gain kept and KL ratio of a folder on held-out text.
+
+    Args:
+        against: base and adapter; None for those that the recipe in the folder names.
+
+    Raises:
+        QmergeError: as ``fidelity.fidelity``.
+    """
+    from qmerge.fidelity import fidelity
+
+    recipe = read_report(folder).recipe
+    if against:
+        recipe = {**recipe, "base": against[0], "adapter": against[1], "revision": None, "adapter_revision": None}
+    checked = make_recipe({**recipe, "device": device})
+    try:
+        watcher.stage("judging", 1)
+        return fidelity(
+            folder, checked, text, compute_device(device), tokens, length, lambda at: watcher.advance(0, at)
+        )
+    finally:
+        watcher.end()
 
 
 def _check(name: str, work: Callable[[], str]) -> Check:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
@@ -22,6 +23,36 @@ from hypothesis import settings
 from qmerge.errors import QmergeError
 
 from . import models
+
+
+class FlatKernels:
+    """bitsandbytes' native CPU library, dequantizing 4-bit weights as one row: with AVX512 it begins a new block at every
+    row (bitsandbytes 0.50), which is wrong where rows are no multiple of the block. Elsewhere this changes nothing."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self._library, name)
+        if not name.startswith(("cdequantize_blockwise_cpu_nf4", "cdequantize_blockwise_cpu_fp4")):
+            return kernel
+        return lambda packed, absmax, out, size, rows, columns: kernel(
+            packed, absmax, out, size, type(rows)(1), type(columns)(rows.value * columns.value)
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sound_bitsandbytes() -> None:
+    """The oracle must be right on every CPU. With AVX512-BF16, bitsandbytes 0.50 also repacks 4-bit weights in their first
+    forward pass: it then computes in bfloat16, and is wrong once an adapter is attached."""
+    from bitsandbytes import functional
+    from bitsandbytes.backends.cpu import ops
+    from bitsandbytes.nn import modules
+
+    for module in (functional, ops, modules):
+        module.has_avx512bf16 = lambda: False  # type: ignore[assignment]
+    ops.lib = FlatKernels(ops.lib)
+
 
 settings.register_profile("qmerge", deadline=None, max_examples=60)
 settings.load_profile("qmerge")

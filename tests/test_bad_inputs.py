@@ -565,7 +565,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, lora: Path) -> Place:
 def merge(cli: Cli, place: Place, target: str = "bf16", *more: object, out: object = None) -> Ran:
     """Later options win, as on any command line; --adapter is the one that adds up."""
     adapter = [] if "--adapter" in more and "another" not in more else ["--adapter", place.adapter]
-    return cli("--base", place.base, *adapter, "--target", target, "--out", out or place.out, "--device", "cpu", *more)
+    plain = ("--target", target, "--out", out or place.out, "--device", "cpu", "--rounding", "nearest")
+    return cli("--base", place.base, *adapter, *plain, *more)
 
 
 def check(ran: Ran, error: type[QmergeError], words: tuple[str, ...]) -> None:

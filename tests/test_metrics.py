@@ -24,6 +24,8 @@ from .test_grids import gaussian, grid_for
 
 SHAPE = (96, 160)
 RANK = 4
+# Inputs of a layer, as a calibration would see them: some directions far stronger than others.
+INPUTS_NI = np.random.default_rng(0).normal(size=(300, SHAPE[1])) * np.geomspace(1, 0.05, SHAPE[1])
 TARGETS = ["nf4", "fp4", "int8", "bf16", "fp32"]
 
 
@@ -45,7 +47,8 @@ def comparison(
     base_OI, rows, update = grid.decode(codes_OI), Rows(0, shape[0]), update_of(size, shape=shape)
     merged_OI = update.apply(base_OI, rows)
     chosen_OI = rounding.choose(merged_OI, grid, Context("layer.weight", rows))
-    return Comparison(base_OI, merged_OI, grid.decode(chosen_OI), codes_OI, chosen_OI, grid, rows, update)
+    seen_II = torch.from_numpy(INPUTS_NI.T @ INPUTS_NI).float() if shape[1] == SHAPE[1] else None
+    return Comparison(base_OI, merged_OI, grid.decode(chosen_OI), codes_OI, chosen_OI, grid, rows, update, seen_II)
 
 
 def part(c: Comparison, start: int, stop: int) -> Comparison:
@@ -112,6 +115,17 @@ def gap_to_delta(c: Comparison) -> float:
     return float(found[np.isfinite(found)].mean() / np.sqrt((delta_and_change(c)[0] ** 2).mean()))
 
 
+def output_kept(c: Comparison) -> float:
+    """By explicit inputs: what the stored change adds to the outputs, along what the delta adds."""
+    (delta, change), x = delta_and_change(c), INPUTS_NI
+    return float(((x @ change.T) * (x @ delta.T)).sum() / ((x @ delta.T) ** 2).sum())
+
+
+def output_noise(c: Comparison) -> float:
+    (delta, change), x = delta_and_change(c), INPUTS_NI
+    return float(np.linalg.norm(x @ (change - delta).T) / np.linalg.norm(x @ delta.T))
+
+
 def ranks(c: Comparison) -> list[float]:
     """u_kᵀ (stored − base) v_k / s_k, by a full decomposition of B·A in float64."""
     assert isinstance(c.update, LoraUpdate)
@@ -129,6 +143,8 @@ FORMULAS: dict[str, Callable[[Comparison], float]] = {
     "codes_changed": codes_changed,
     "under_half_gap": under_half_gap,
     "gap_to_delta": gap_to_delta,
+    "output_kept": output_kept,
+    "output_noise": output_noise,
     "rank_kept_min": lambda c: min(ranks(c)),
     "rank_kept_median": lambda c: statistics.median(ranks(c)),
 }

@@ -43,7 +43,7 @@ SETTINGS = st.fixed_dictionaries(
         "revision": TEXTS,
         "adapter_revision": TEXTS,
         "out": TEXTS,
-        "rounding": st.sampled_from(["nearest", "stochastic"]),
+        "rounding": st.sampled_from(["auto", "nearest", "stochastic", "preserve"]),
         "trained_on": st.sampled_from(sorted(TRAINED_ON)),
         "block_size": st.sampled_from([32, 64, 4096]),
         "double_quant": st.booleans(),
@@ -75,7 +75,7 @@ def test_yaml_of_names_that_yaml_reads_as_something_else(name: str) -> None:
 
 def test_yaml_holds_every_default_so_that_a_later_version_makes_the_same_model() -> None:
     written = yaml.safe_load(make_recipe(LEAST).to_yaml())
-    assert written.items() >= LEAST.items() and written["rounding"] == "nearest" and written["seed"] == 0
+    assert written.items() >= LEAST.items() and written["rounding"] == "auto" and written["seed"] == 0
     assert make_recipe(written) == make_recipe(LEAST)
 
 
@@ -101,7 +101,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"min_kept": 2}, ["min_kept", "less than or equal to 1"]),
         ({"max_memory": "much"}, ["'much'", "5GB"]),
         ({"trained_on": "nf4", "original": "x/y", "merge_onto": "original"}, ["trained_on", "original"]),
-        ({"original": "x/y"}, ["merge_onto"]),
+        ({"original": "x/y", "rounding": "nearest"}, ["merge_onto", "--rounding preserve"]),
         ({"base": None}, ["base"]),
         ({"adapter": ["a", "b"]}, ["adapter", "['a', 'b']"]),
     ],

@@ -355,7 +355,7 @@ CHANGES: dict[str, tuple[Callable[[Job, Path], object], tuple[str, ...], tuple[s
     ),
     "config": (lambda job, out: edit_json(job.base / "config.json", rope_theta=5), (), ("input base config.json",)),
     "seed": (lambda job, out: None, ("--seed", "3"), ("recipe seed", "0", "3")),
-    "rounding": (lambda job, out: None, ("--rounding", "stochastic"), ("recipe rounding", "nearest", "stochastic")),
+    "rounding": (lambda job, out: None, ("--rounding", "stochastic"), ("recipe rounding", "auto", "stochastic")),
     "target": (lambda job, out: None, ("--target", "bf16"), ("target", "nf4", "bf16")),
     "shards": (lambda job, out: None, ("--max-shard-size", "1GB"), ("max_shard_size", "30kB", "1GB")),
     "version": (lambda job, out: journal_says(out, qmerge="0.0.1"), (), ("qmerge", "0.0.1")),

@@ -57,7 +57,7 @@ class Journal:
             records = [{"run": identity}]
         _check_same(records[0]["run"], json.loads(json.dumps(identity)))
         for record in records[1:]:
-            if {"step", "sha256", "texts", "sums"} <= record.keys():
+            if {"step", "sha256", "texts", "outcome"} <= record.keys():
                 self.steps[record["step"]] = record
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,3 +65,14 @@ class Reader:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
             return self._descriptors[file]
+
+
+class MemoryReader(Reader):
+    """The same for tensors that ``read`` gives the bytes of, by name."""
+
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._read = read
+
+    def bytes(self, info: TensorInfo, start: int, stop: int) -> bytearray:
+        return bytearray(self._read(info.name)[start:stop])

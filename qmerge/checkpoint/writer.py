@@ -131,6 +131,13 @@ class ShardWriter:
                 count = os.pwrite(self._descriptor, view, position)
                 position, view = position + count, view[count:]
 
+    def read(self, name: str) -> bytes:
+        """What has been written of a tensor."""
+        if name in self.layout.texts:
+            return self.texts[name].encode()
+        spec, offset = self.layout.tensors[name]
+        return read_range(self._descriptor, 8 + self.layout.header_length + offset, spec.nbytes)
+
     def add_texts(self, texts: Mapping[str, str]) -> None:
         with self._lock:
             self.texts.update(texts)
@@ -166,8 +173,7 @@ class ShardWriter:
         return {"bytes": start + position, "sha256": hash_range(self._descriptor, 0, start + position)}
 
     def publish(self) -> None:
-        """Give the whole file its name."""
-        self.close()
+        """Give the whole file its name. It stays open to be read from."""
         self._partial.replace(self.path)
         fsync_folder(self.path.parent)
 
@@ -185,6 +191,22 @@ class NullSink:
 
     def append_bytes(self, name: str, data: bytearray) -> None:
         pass
+
+
+class MemorySink:
+    """Holds what a step writes, to be read back."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, bytearray] = {}
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        self.append_bytes(name, bytearray(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+
+    def append_bytes(self, name: str, data: bytearray) -> None:
+        self._data.setdefault(name, bytearray()).extend(data)
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._data[name])
 
 
 @contextmanager
@@ -219,6 +241,13 @@ def hash_range(descriptor: int, start: int, length: int, piece: int = 2**22) -> 
         digest.update(data)
         position += len(data)
     return digest.hexdigest()
+
+
+def read_range(descriptor: int, start: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        data += os.pread(descriptor, length - len(data), start + len(data))
+    return data
 
 
 def hash_file(path: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from qmerge.grids import UP, Grid
+from qmerge.grids import UP, ColumnRounder, Grid
 from qmerge.types import Parts, Rows
 
 # Inside this part of its cell a value keeps its code whatever float32 rounding does to the scaled value (relative
@@ -101,6 +101,15 @@ class Bnb4bitGrid(Grid):
     def decode(self, codes_OI: Tensor) -> Tensor:
         disk_OI = codes_OI if self.quant_type == "nf4" else self._tables[2][codes_OI.long()]
         return unpack_values(pack_nibbles(disk_OI), self.absmax_B, self.block_size, self.quant_type, codes_OI.shape)
+
+    def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
+        absmax = self.absmax_B[(rows[None] * self.columns + columns[:, None]) // self.block_size]
+        inverse, (table_L, midpoints, _) = 1.0 / without_zeros(absmax), self._tables
+
+        def nearest(here: int, values_O: Tensor) -> Tensor:
+            return table_L[torch.bucketize(values_O * inverse[here], midpoints, out_int32=True)].mul_(absmax[here])
+
+        return nearest
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         stepped_OI = self._stepped(codes_OI, direction)

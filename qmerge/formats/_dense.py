@@ -11,7 +11,7 @@ from torch import Tensor
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import NumbersError
 from qmerge.formats._base import Format, NoOptions, Stored
-from qmerge.grids import Grid
+from qmerge.grids import ColumnRounder, Grid
 from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
 
 
@@ -37,6 +37,9 @@ class FloatGrid(Grid):
         ordered = torch.where(bits < 0, -(bits & 0x7FFF), bits) + direction
         stepped = torch.where(ordered < 0, -ordered | -0x8000, ordered).to(torch.int16).view(self.dtype)
         return torch.where(stepped.isfinite(), stepped, codes_OI)
+
+    def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
+        return lambda _, values_O: values_O.to(self.dtype).float()
 
     def rows(self, rows: Rows) -> FloatGrid:
         return self

@@ -12,7 +12,7 @@ from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
 from qmerge.formats._base import Format, NoOptions, Stored
 from qmerge.formats._bnb4bit import bitsandbytes_config
-from qmerge.grids import Grid
+from qmerge.grids import ColumnRounder, Grid
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 # bitsandbytes multiplies by this constant, after the scale: any other order differs in the last bit
@@ -38,6 +38,11 @@ class Int8Grid(Grid):
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         return (codes_OI.short() + direction).clamp_(-127, 127).to(torch.int8)
+
+    def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
+        scale_O = self.scb_O[rows] * ONE_OVER_127
+        inverse_O = torch.where(scale_O == 0, scale_O, 1.0 / scale_O)
+        return lambda _, values_O: (values_O * inverse_O).round_().clamp_(-127, 127) * scale_O
 
     def ends(self) -> tuple[Tensor, Tensor]:
         return -self.scb_O[:, None], self.scb_O[:, None]

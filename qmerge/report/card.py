@@ -10,9 +10,12 @@ import yaml
 
 from qmerge import hub, plugins
 from qmerge.planning import Plan
-from qmerge.report.json import GroupRecord, InputRecord, ReportData
+from qmerge.report.json import FidelityRecord, GroupRecord, InputRecord, ReportData, survived
 
-COLUMNS = ("kept", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size", "rank_kept_min")
+COLUMNS = (
+    "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
+    "rank_kept_min",
+)  # fmt: skip
 
 
 def model_card(report: ReportData, plan: Plan) -> str:
@@ -31,8 +34,8 @@ def model_card(report: ReportData, plan: Plan) -> str:
 
 
 def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[str]:
-    recipe, kept = report.recipe, _number(report.total.values["kept"])
-    made = f"{recipe.get('rounding', 'nearest')} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base"
+    recipe, kept = report.recipe, _number(survived(report.total.values))
+    made = f"{report.rounding} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base"
     sources = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
     warnings = ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)] if report.warnings else []
     return [
@@ -48,12 +51,33 @@ def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[s
         *(_row(group) for group in [*report.groups, report.total]),
         "",
         *(f"- {text(plugins.help_line('metrics', name))}" for name in COLUMNS),
+        *_judged(report.fidelity),
         *warnings,
         "",
         "## How it was made",
         "",
         f"From {sources}. The recipe is in `qmerge_recipe.yaml`; hashes of inputs and outputs, versions and all",
         "measurements are in `qmerge.json`, and to look at in `qmerge.html`.",
+    ]
+
+
+def _judged(fidelity: FidelityRecord | None) -> list[str]:
+    if fidelity is None:
+        return []
+    f = fidelity
+    row = (
+        f"| {f.loss_base:.4f} | {f.loss_unmerged:.4f} | {f.loss_merged:.4f} | {_number(f.gain_kept)} | {_number(f.kl_ratio)} "
+        f"| {f.top1_agreement:.3g} | {f.kl_p99:.3g} |"
+    )
+    return [
+        "",
+        "## The whole model, on held-out text",
+        "",
+        f"{f.tokens} tokens of {text(f.text)}; the unmerged adapter model is the reference.",
+        "",
+        "| loss of base | unmerged | merged | gain kept | KL ratio | same top token | KL, 99th percentile |",
+        "|---|---|---|---|---|---|---|",
+        row,
     ]
 
 

@@ -12,12 +12,14 @@ import jinja2
 
 from qmerge import plugins
 from qmerge.advice import percent
-from qmerge.report.json import ReportData, WeightRecord
+from qmerge.report.json import ReportData, WeightRecord, survived
 from qmerge.report.terminal import decimal, printable, share
 
 NAME = "qmerge.html"
 COLUMNS = (
     "kept",
+    "output_kept",
+    "output_noise",
     "predicted_kept",
     "noise",
     "cosine",
@@ -28,6 +30,7 @@ COLUMNS = (
 )
 SHARES = {
     "kept",
+    "output_kept",
     "predicted_kept",
     "rank_kept_min",
     "rank_kept_median",
@@ -42,14 +45,19 @@ PLOT_WIDTH, PLOT_HEIGHT = 560, 240
 def html_report(report: ReportData) -> str:
     """The whole page."""
     return template("report.html").render(
-        report=report, heat=heat_map(report), plot=scatter(report), columns=COLUMNS, metrics=metric_help(),
-        weights=sorted(report.weights, key=lambda w: w.values["kept"] if w.values["kept"] is not None else math.inf),
+        report=report, survived=survived, heat=heat_map(report), plot=scatter(report), columns=COLUMNS, metrics=metric_help(),
+        weights=sorted(report.weights, key=worst_first),
     )  # fmt: skip
+
+
+def worst_first(weight: WeightRecord) -> float:
+    kept = survived(weight.values)
+    return math.inf if kept is None else kept
 
 
 def summary(report: ReportData) -> str:
     """A table for a notebook cell."""
-    return template("summary.html").render(report=report, columns=COLUMNS[:6])
+    return template("summary.html").render(report=report, columns=COLUMNS[:6], survived=survived)
 
 
 def heat_map(report: ReportData) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def scatter(report: ReportData) -> dict[str, Any]:
     points = [
         (math.log10(size), kept, w)
         for w in report.weights
-        if (kept := w.values["kept"]) is not None and (size := w.values["relative_size"])
+        if (kept := survived(w.values)) is not None and (size := w.values["relative_size"])
     ]
     if not points:
         return {"points": [], "ticks": []}

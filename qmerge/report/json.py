@@ -5,6 +5,7 @@ Other faces (terminal, card, HTML) show this data and compute nothing. Shares ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,32 @@ class InputRecord(BaseModel):
     files: list[FileRecord]
 
 
+class CalibrationRecord(BaseModel):
+    """The text that ``preserve`` rounding was calibrated on. ``sha256``: of the token ids."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str
+    tokens: int = 0
+    sequence_length: int = 0
+    sequential: bool = False
+    sha256: str | None = None
+
+
+class SeenRecord(BaseModel):
+    """What calibration saw of one weight's inputs. ``borrowed``: share of the Hessian that other experts lent;
+    ``damping``: what the metric needed to be factored, a share of its mean diagonal."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: int
+    borrowed: float
+    damping: float
+
+
+def survived(values: Mapping[str, float | None]) -> float | None:
+    """The one number: kept in the layers' output where their inputs were seen, else in the weights."""
+    return values["kept"] if values.get("output_kept") is None else values["output_kept"]
+
+
 class WeightRecord(BaseModel):
     """One merged weight. ``values``: metric → number, or None where it does not exist (a delta of zero)."""
 
@@ -48,6 +75,7 @@ class WeightRecord(BaseModel):
     rank: int
     scale: float
     values: dict[str, float | None]
+    calibration: SeenRecord | None = None
 
 
 class GroupRecord(BaseModel):
@@ -59,6 +87,24 @@ class GroupRecord(BaseModel):
     values: dict[str, float | None]
 
 
+class FidelityRecord(BaseModel):
+    """A whole merged model, judged on text that it was not calibrated on. Losses and divergences in nats per token."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: str
+    tokens: int
+    sequence_length: int
+    loss_base: float
+    loss_unmerged: float
+    loss_merged: float
+    gain_kept: float | None
+    kl_base: float
+    kl_merged: float
+    kl_ratio: float | None
+    top1_agreement: float
+    kl_p99: float
+
+
 class ReportData(BaseModel):
     """Everything in qmerge.json."""
 
@@ -67,6 +113,9 @@ class ReportData(BaseModel):
     recipe: dict[str, Any]
     versions: dict[str, str]
     device: str
+    rounding: str
+    rounding_reason: str
+    calibration: CalibrationRecord | None = None
     created: str
     seconds: float
     inputs: list[InputRecord]
@@ -77,6 +126,7 @@ class ReportData(BaseModel):
     groups: list[GroupRecord]
     weights: list[WeightRecord]
     warnings: list[str]
+    fidelity: FidelityRecord | None = None
 
 
 def read_report(folder: Path) -> ReportData:

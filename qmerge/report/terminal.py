@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qmerge.advice import percent, times
-from qmerge.report.json import GroupRecord, ReportData
+from qmerge.report.json import FidelityRecord, GroupRecord, ReportData
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -64,6 +64,10 @@ class TerminalWatcher:
                 f"{self._label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
             )
 
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self.console.print(escape(printable(line)))
+
     def warn(self, line: str) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {escape(printable(line))}")
 
@@ -79,20 +83,28 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
+WITHOUT_INPUTS, WITH_INPUTS = ("kept", "worst rank", "noise"), ("kept", "output kept", "output noise")
+
+
 def survival_table(report: ReportData) -> Table:
     """What survived, by kind of module."""
-    rounding = report.recipe.get("rounding", "nearest")
+    rounding = report.rounding
     table = Table(
         title=f"What survived in {report.recipe['target']} ({rounding})", title_justify="left", title_style="bold"
     )
     table.add_column("modules")
-    for name in ("n", "delta", predicted_name(rounding), "kept", "worst rank", "noise", "codes"):
+    seen = report.total.values["output_kept"] is not None
+    for name in ("n", "delta", predicted_name(rounding), *(WITH_INPUTS if seen else WITHOUT_INPUTS), "codes"):
         table.add_column(name, justify="right")
     for group in report.groups:
-        table.add_row(escape(printable(group.name)), *_cells(group))
+        table.add_row(escape(printable(group.name)), *_cells(group, seen))
     table.add_section()
-    table.add_row("all", *_cells(report.total), style="bold")
-    table.caption = "delta: of the weight; noise: in deltas; codes: changed"
+    table.add_row("all", *_cells(report.total, seen), style="bold")
+    table.caption = (
+        "delta: of the weight; output: of the layers, for the calibration text; noise: in deltas; codes: changed"
+        if seen
+        else "delta: of the weight; noise: in deltas; codes: changed"
+    )
     table.caption_justify = "left"
     return table
 
@@ -102,17 +114,20 @@ def predicted_name(rounding: str) -> str:
     return "predicted" if rounding == "nearest" else "if nearest"
 
 
-def _cells(group: GroupRecord) -> list[str]:
+def _cells(group: GroupRecord, seen: bool) -> list[str]:
     v = group.values
-    return [
-        str(group.weights), share(v["relative_size"]), share(v["predicted_kept"]), share(v["kept"]),
-        share(v["rank_kept_min"]), decimal(v["noise"]), share(v["codes_changed"]),
-    ]  # fmt: skip
+    survived = (
+        [share(v["kept"]), share(v["output_kept"]), decimal(v["output_noise"])]
+        if seen
+        else [share(v["kept"]), share(v["rank_kept_min"]), decimal(v["noise"])]
+    )
+    first = [str(group.weights), share(v["relative_size"]), share(v["predicted_kept"])]
+    return [*first, *survived, share(v["codes_changed"])]
 
 
 def measured_table(reports: Sequence[ReportData]) -> Table:
     """Targets side by side, measured."""
-    rounding = reports[0].recipe.get("rounding", "nearest")
+    rounding = reports[0].rounding
     table = Table(title=f"What survives ({rounding})", title_justify="left", title_style="bold")
     table.add_column("target")
     for name in (predicted_name(rounding), "kept", "worst rank", "noise", "cosine", "codes"):
@@ -123,6 +138,26 @@ def measured_table(reports: Sequence[ReportData]) -> Table:
             report.recipe["target"], share(v["predicted_kept"]), share(v["kept"]), share(v["rank_kept_min"]),
             decimal(v["noise"]), decimal(v["cosine"]), share(v["codes_changed"]),
         )  # fmt: skip
+    return table
+
+
+def fidelity_table(record: FidelityRecord) -> Table:
+    """The whole model on held-out text."""
+    table = Table(
+        title=f"The whole model, on {record.tokens} tokens of {escape(printable(record.text))}", title_justify="left"
+    )
+    table.title_style = "bold"
+    for name in ("", "loss", "gain kept", "KL ratio", "same top token", "KL, 99th %"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("base", f"{record.loss_base:.4f}", "0", "1", "", "")
+    table.add_row("unmerged", f"{record.loss_unmerged:.4f}", "1", "0", "", "")
+    gain = "–" if record.gain_kept is None else f"{record.gain_kept:.3f}"
+    ratio = "–" if record.kl_ratio is None else f"{record.kl_ratio:.4f}"
+    table.add_row(
+        "merged", f"{record.loss_merged:.4f}", gain, ratio, share(record.top1_agreement), f"{record.kl_p99:.2g}"
+    )
+    if record.gain_kept is None:
+        table.caption = "The adapter does not lower the loss of this text, so there is no gain to keep."
     return table
 
 
@@ -145,6 +180,7 @@ __all__ = [
     "TerminalWatcher",
     "decimal",
     "err",
+    "fidelity_table",
     "measured_table",
     "out",
     "printable",

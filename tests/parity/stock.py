@@ -33,6 +33,7 @@ BASES = {
 def merged(out: Path, base: Path, adapter: Path, target: str, **more: Any) -> Path:
     """qmerge's result, in float32 on the CPU."""
     settings = {"base": str(base), "adapter": str(adapter), "target": target, "out": str(out), "device": "cpu"}
+    settings["rounding"] = "nearest"
     merge(make_recipe({**settings, **more}))
     return out
 

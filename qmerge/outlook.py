@@ -1,0 +1,178 @@
+"""What is known before the first step: survival as predicted, which rounding is used and why, and the calibration text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge import advice, texts
+from qmerge.checkpoint import folder
+from qmerge.errors import CheckpointError, RecipeError
+from qmerge.layered import LayeredModel
+from qmerge.pipeline import Bench
+from qmerge.planning import Plan
+from qmerge.predict import Survival, predict
+from qmerge.report.json import CalibrationRecord
+
+NEAREST_IS_ENOUGH = 0.95
+"""``auto`` takes nearest rounding for a weight that keeps so much of its delta."""
+
+BETTER_TEXT = (
+    "Calibrated on random tokens. Text like that of your training is better: --calibration train.jsonl "
+    "(on a small test model, KL ratio {text} instead of {random})."
+)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """``predicted``: survival by nearest rounding (by the rounding that was asked for, where it has a closed form).
+    ``reason``: why this rounding. ``batches``: token ids to calibrate on, int64 [sequences, length] each."""
+
+    predicted: list[Survival]
+    reason: str
+    batches: list[Tensor] | None
+    calibration: CalibrationRecord | None
+    notes: tuple[str, ...]
+
+    def says(self, plan: Plan) -> list[str]:
+        """Which rounding and why, where it was not asked for; and what would be better."""
+        chosen = [] if plan.recipe.rounding != "auto" else [f"Rounding {rounding_name(plan)}: {self.reason}."]
+        return [*chosen, *self.notes]
+
+    def warnings(self, plan: Plan) -> list[str]:
+        """What to say before the run starts; ``preserve`` is judged when it is done."""
+        preserved = {step.weight.module for step in plan.merged if step.rounding == "preserve"}
+        judged = [survival for survival in self.predicted if survival.module not in preserved]
+        return [*input_warnings(plan), *(advice.warnings(judged, predicted=True) if judged else [])]
+
+
+def look_ahead(plan: Plan, bench: Bench) -> tuple[Plan, Outlook]:
+    """Predict, settle ``auto``, and read the calibration text.
+
+    Raises:
+        RecipeError, CheckpointError: the calibration text cannot be used.
+    """
+    predicted = predict(plan, bench)
+    plan, reason = settled(plan, predicted)
+    notes: list[str] = []
+    batches, record = None, None
+    if any(step.rounding == "preserve" for step in plan.merged):
+        plan, batches, record = calibration_of(plan, bench, notes)
+    return plan, Outlook(predicted, reason, batches, record, tuple(notes))
+
+
+def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
+    """The plan with a rounding for every merged weight, and why."""
+    asked = plan.recipe.rounding
+    if asked != "auto":
+        return plan, "as asked"
+    kept = {survival.module: 1.0 if survival.kept is None else survival.kept for survival in predicted}
+    low = {module for module, share in kept.items() if share < NEAREST_IS_ENOUGH}
+    least = min(kept.values(), default=1.0)
+    roundings = {step.name: "preserve" if step.weight.module in low else "nearest" for step in plan.merged}
+    reason = f"nearest rounding keeps {advice.percent(least)} or more of every weight's delta (predicted)"
+    if low:
+        enough = len(kept) - len(low)
+        others = f"; {enough} of {len(kept)} weights keep enough and are rounded to nearest" if enough else ""
+        reason = f"nearest rounding would keep only {advice.percent(least)} of a delta (predicted){others}"
+    return with_roundings(plan, roundings), reason
+
+
+def with_roundings(plan: Plan, roundings: Mapping[str, str]) -> Plan:
+    steps = {step.name: replace(step, rounding=roundings.get(step.name, step.rounding)) for step in plan.steps}
+    shards = tuple(replace(shard, steps=tuple(steps[step.name] for step in shard.steps)) for shard in plan.shards)
+    return replace(plan, steps=tuple(steps.values()), shards=shards)
+
+
+def rounding_name(plan: Plan) -> str:
+    """``preserve``, or ``preserve and nearest``: what the merged weights are rounded with."""
+    names = Counter(step.rounding for step in plan.merged)
+    return " and ".join(name for name, _ in names.most_common())
+
+
+def calibration_of(plan: Plan, bench: Bench, notes: list[str]) -> tuple[Plan, list[Tensor] | None, CalibrationRecord]:
+    """Token batches for the recipe's ``calibration``; none where it says so, or where the default cannot be had."""
+    recipe = plan.recipe
+    source = recipe.calibration or "random"
+    if source == "none":
+        return plan, None, CalibrationRecord(source="none")
+    try:
+        LayeredModel(plan.inputs.base.config, (), bench.device)
+    except CheckpointError as error:
+        if recipe.calibration:
+            raise
+        notes.append(f"No calibration (as with --calibration none), because the model cannot be run: {error}")
+        return plan, None, CalibrationRecord(source="none")
+    length = min(recipe.sequence_length, longest(plan.inputs.base.config))
+    batches = token_batches(source, plan, bench, length)
+    record = CalibrationRecord(
+        source=source if source in ("random", "generate") else Path(source).name,
+        tokens=sum(batch.numel() for batch in batches),
+        sequence_length=length,
+        sequential=recipe.sequential,
+        sha256=digest(batches),
+    )
+    if not recipe.calibration:
+        notes.append(BETTER_TEXT.format(text="0.004", random="0.01"))
+    return plan, batches, record
+
+
+def token_batches(source: str, plan: Plan, bench: Bench, length: int) -> list[Tensor]:
+    recipe, config = plan.recipe, plan.inputs.base.config
+    if source == "random":
+        return random_tokens(vocabulary(config), recipe.calibration_tokens, length, recipe.seed)
+    if source == "generate":
+        raise RecipeError("calibration 'generate' is not there yet")
+    return texts.token_batches(
+        texts.find(source), plan.inputs.tokenizer_folder, recipe.calibration_tokens, length, vocabulary(config)
+    )
+
+
+def random_tokens(vocabulary: int, tokens: int, length: int, seed: int) -> list[Tensor]:
+    """int64 [sequences, length] each, uniform over the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, tokens // length)
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+    return texts.in_batches(ids)
+
+
+def vocabulary(config: Mapping[str, Any]) -> int:
+    """Number of token ids that the model knows."""
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not size:
+        raise CheckpointError(
+            "config.json has no vocab_size, so there are no random tokens; give a text: --calibration FILE"
+        )
+    return int(size)
+
+
+def longest(config: Mapping[str, Any]) -> int:
+    """Most tokens of a sequence (no limit where the config names none)."""
+    text = {**config, **(config.get("text_config") or {})}
+    return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**20)
+
+
+def digest(batches: Sequence[Tensor]) -> str:
+    sha256 = hashlib.sha256()
+    for batch in batches:
+        sha256.update(f"{tuple(batch.shape)}".encode() + batch.contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def input_warnings(plan: Plan) -> list[str]:
+    """What is odd about the inputs, but no error."""
+    files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder)
+    tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
+    return [tokens] if tokens else []
+
+
+def for_identity(outlook: Outlook) -> dict[str, Any]:
+    """What a resumed run must share, of what is settled here."""
+    return {"calibration": outlook.calibration.model_dump() if outlook.calibration else None}

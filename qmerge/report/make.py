@@ -1,0 +1,110 @@
+"""What a run did → the content of qmerge.json."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from qmerge import advice
+from qmerge.metrics._totals import Sums, over_weights, values_of
+from qmerge.outlook import Outlook, input_warnings, rounding_name
+from qmerge.pipeline import Bench, Outcome
+from qmerge.planning import Plan
+from qmerge.predict import Survival, total_kept
+from qmerge.report.json import FileRecord, GroupRecord, InputRecord, ReportData, SeenRecord, WeightRecord
+from qmerge.types import Step
+
+VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
+
+
+def make_report(
+    plan: Plan, bench: Bench, records: list[InputRecord], outputs: list[FileRecord], outlook: Outlook,
+    outcomes: Mapping[str, Outcome], started: float,
+) -> ReportData:  # fmt: skip
+    """Sums → values, per weight, per kind of module and in total; and the warnings about them."""
+    measured = {name: outcome.sums for name, outcome in outcomes.items()}
+    predicted, weights, kinds = outlook.predicted, [], defaultdict(list)
+    for step in plan.merged:
+        values = values_of(measured[step.name])
+        assert step.update is not None
+        kinds[step.weight.module.rpartition(".")[2]].append(step.name)
+        weights.append(
+            WeightRecord(
+                module=step.weight.module,
+                shape=step.shape,
+                base_format=base_format(step),
+                target=step.target,
+                rounding=step.rounding,
+                rank=step.update.rank,
+                scale=step.update.scale,
+                values=values,
+                calibration=seen_record(outcomes[step.name]),
+            )
+        )
+    return ReportData(
+        recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
+        versions=versions(),
+        device=device_name(bench.device),
+        rounding=rounding_name(plan),
+        rounding_reason=outlook.reason,
+        calibration=outlook.calibration,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 3),
+        inputs=records,
+        outputs=outputs,
+        actions=dict(Counter(step.action for step in plan.steps)),
+        predicted={"total": total_kept(predicted), **{s.module: s.kept for s in predicted}},
+        total=group("all", [step.name for step in plan.merged], measured),
+        groups=[group(kind, names, measured) for kind, names in kinds.items()],
+        weights=weights,
+        warnings=input_warnings(plan)
+        + advice.warnings([survival(record, measured) for record in weights], predicted=False),
+    )
+
+
+def seen_record(outcome: Outcome) -> SeenRecord | None:
+    return SeenRecord.model_validate(outcome.seen) if outcome.seen else None
+
+
+def group(name: str, names: Sequence[str], measured: dict[str, Sums]) -> GroupRecord:
+    return GroupRecord(name=name, weights=len(names), values=values_of(over_weights(measured[n] for n in names)))
+
+
+def survival(record: WeightRecord, measured: dict[str, Sums]) -> Survival:
+    """A measured weight, as the warnings want it: by the layer's output where its inputs were seen.
+
+    ``preserve`` puts its errors where no input points and the adapter does not read: in weight space they are large.
+    """
+    v = record.values
+    squared = measured[f"{record.module}.weight"]["kept"]["delta_delta"]
+    kept, noise = v["kept"], v["noise"]
+    if record.rounding == "preserve":
+        kept, noise = v["kept"] if v["output_kept"] is None else v["output_kept"], v["output_noise"]
+    return Survival(
+        record.module, record.target, record.rounding, record.rank, kept, noise, v["relative_size"], v["gap_to_delta"],
+        squared,
+    )  # fmt: skip
+
+
+def base_format(step: Step) -> str:
+    return step.trained_on[0] if step.trained_on else step.weight.format
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu"
