@@ -28,8 +28,8 @@ INPUTS = (
     "base", "adapter", "target", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
 HOW = (
-    "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "block_size",
-    "double_quant", "quant_storage", "seed",
+    "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "residual",
+    "promote", "block_size", "double_quant", "quant_storage", "seed",
 )  # fmt: skip
 WORK = ("device", "workers", "max_memory", "max_shard_size")
 PANELS = {
@@ -39,12 +39,12 @@ PANELS = {
 }
 TYPES = {
     "adapter": list[str], "block_size": int, "calibration_tokens": int, "sequence_length": int, "seed": int, "workers": int,
-    "min_kept": float, "double_quant": bool, "sequential": bool,
+    "residual": int, "min_kept": float, "double_quant": bool, "sequential": bool,
 }  # fmt: skip
 METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"), **dict.fromkeys(("max_memory", "max_shard_size"), "SIZE"),
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"), "target": "FORMAT", "out": "DIR",
-    "calibration": "SOURCE", "verify": "FILE",
+    "calibration": "SOURCE", "verify": "FILE", "promote": "SIZE", "residual": "RANK",
 }  # fmt: skip
 EVERYTHING = (*INPUTS, *HOW, "verify", "min_kept", *WORK)
 
@@ -154,7 +154,9 @@ def plan_command(
 
 
 @app.command("measure")
-@recipe_options(*(name for name in EVERYTHING if name not in ("target", "out", "max_shard_size", "verify")))
+@recipe_options(
+    *(name for name in EVERYTHING if name not in ("target", "out", "max_shard_size", "verify", "residual", "promote"))
+)
 def measure_command(
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -302,6 +304,8 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
         typer.echo(report.model_dump_json(indent=1))
     else:
         terminal.out().print(terminal.survival_table(report))
+        for line in terminal.extras(report):
+            typer.echo(line)
         if report.fidelity:
             terminal.out().print(terminal.fidelity_table(report.fidelity))
         show_warnings(report.warnings)

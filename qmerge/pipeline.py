@@ -134,15 +134,19 @@ def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: b
     return values.T.contiguous() if conv1d and not form.dense_dtype else values
 
 
-def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: bool = True) -> Tensor:
-    """What the adapter model computes with (the base alone, without the delta), in the shape of a dense checkpoint."""
-    if step.action == "copy":
-        return dense_values(step.weight, bench.reader, bench.device, conv1d)
+def worked_values(step: Step, bench: Bench, with_delta: bool = True) -> Tensor:
+    """float32 [O, I]: what the adapter is merged into, whole; with the delta, what the adapter model computes with."""
     _, base = open_source(step, bench)
     rows = Rows(0, step.shape[0])
-    values_OI = base.values(rows)
-    if step.update and with_delta:
-        values_OI = step.update.to(bench.device).apply(values_OI, rows)
+    base_OI = base.values(rows)
+    return step.update.to(bench.device).apply(base_OI, rows) if step.update and with_delta else base_OI
+
+
+def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: bool = True) -> Tensor:
+    """The same in the shape of a dense checkpoint."""
+    if step.action == "copy":
+        return dense_values(step.weight, bench.reader, bench.device, conv1d)
+    values_OI = worked_values(step, bench, with_delta)
     worked_on_OI = step.conv1d or not step.source_is_dense
     return values_OI.T.contiguous() if conv1d and worked_on_OI else values_OI.view(step.weight.shape)
 

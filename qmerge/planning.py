@@ -27,6 +27,8 @@ from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 ARRAYS_PER_BLOCK = 16
 """float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
 
+PROMOTED = "bf16"
+
 MOST_ENTRIES, FEWEST_ENTRIES = 2**22, 2**16
 """Values per row block: larger ones gain no speed on a CPU, smaller ones lose it."""
 
@@ -71,6 +73,7 @@ class Plan:
     shards: tuple[Shard, ...]
     config: dict[str, Any]
     block_entries: int
+    promoted: frozenset[str] = frozenset()
 
     @property
     def merged(self) -> tuple[Step, ...]:
@@ -111,17 +114,27 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     return Inputs(base_source, adapter_source, base, adapter, original_source, original)
 
 
-def plan_from(recipe: Recipe, inputs: Inputs) -> Plan:
-    """The plan for inputs that have been read already (``measure`` makes several from the same inputs)."""
+def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozenset()) -> Plan:
+    """The plan for inputs that have been read already (``measure`` makes several from the same inputs).
+
+    Args:
+        promoted: weights that stay dense, in bf16, beside a quantized target.
+    """
     check_recipe(recipe, inputs)
-    maker = StepMaker(recipe, inputs)
+    maker = StepMaker(recipe, inputs, promoted)
     updates = maker.matched_updates()
     steps = tuple(maker.step(weight, updates.get(weight.name)) for weight in inputs.base.weights.values())
     applied = sum(step.update is not None for step in steps)
     assert applied == len(updates), "an update was matched, but no step applies it"
     entries = block_entries(recipe, steps)
     return Plan(
-        recipe, inputs, steps, shards_of(steps, parse_size(recipe.max_shard_size)), maker.config(steps), entries
+        recipe,
+        inputs,
+        steps,
+        shards_of(steps, parse_size(recipe.max_shard_size)),
+        maker.config(steps),
+        entries,
+        promoted,
     )
 
 
@@ -149,6 +162,7 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
 class StepMaker:
     recipe: Recipe
     inputs: Inputs
+    promoted: frozenset[str] = frozenset()
 
     @property
     def target(self) -> Format:
@@ -269,6 +283,8 @@ class StepMaker:
         own = _format(weight.format)
         if own.name == "raw":
             return own
+        if weight.name in self.promoted:
+            return _format(PROMOTED)
         if self.target.quant_method:
             return self.target if self._is_quantizable(weight) else own
         return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own
@@ -327,7 +343,14 @@ class StepMaker:
         options = next((step.options for step in steps if step.target == self.target.name), None)
         if options is None and self.target.quant_method:
             raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
-        return output_config(self.inputs.base, self.target, options)
+        return output_config(self.inputs.base, self.target, options, self._skip_list())
+
+    def _skip_list(self) -> list[str] | None:
+        """``llm_int8_skip_modules`` with the promoted modules; None where the base's own says it all."""
+        if not self.promoted:
+            return None
+        modules = sorted(name.removesuffix(".weight") for name in self.promoted)
+        return [*self.skeleton.skipped, *modules]
 
 
 def _format(name: str) -> Format:

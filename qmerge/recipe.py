@@ -86,6 +86,13 @@ class Recipe(BaseModel):
     workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
     max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
     max_shard_size: str = Field("5GB", description="largest size of one output file")
+    residual: int | None = Field(
+        None, description="also write a LoRA of this rank with what the target could not hold (in OUT/residual)", ge=1
+    )
+    promote: str | None = Field(
+        None,
+        description="extra bytes that the weights which survive worst may take in bf16, such as 100MB (takes two passes)",
+    )
     verify: str | None = Field(
         None, description="held-out text to judge the merged model on, against the unmerged one (txt or jsonl)"
     )
@@ -108,14 +115,19 @@ class Recipe(BaseModel):
             plugins.load("rounding", name)
         return name
 
-    @field_validator("max_memory", "max_shard_size")
+    @field_validator("max_memory", "max_shard_size", "promote")
     @classmethod
-    def _readable_size(cls, text: str) -> str:
-        parse_size(text)
+    def _readable_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
         return text
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.promote and plugins.load("formats", self.target).FORMAT.dense_dtype:
+            raise RecipeError(
+                f"promote: keeps weights in bf16 beside a quantized format; the target {self.target} is dense"
+            )
         if self.trained_on and self.original:
             raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")
         if self.original and self.merge_onto != "original" and self.rounding not in ("auto", "preserve"):

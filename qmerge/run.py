@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,18 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qmerge import calibration, hub, texts
+from qmerge import calibration, hub, residual, texts
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, hash_file, write_file
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
-from qmerge.fidelity import fidelity
+from qmerge.judging import fidelity
+from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
 from qmerge.pipeline import Bench, Outcome, do, stored_values
-from qmerge.planning import Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
-from qmerge.recipe import Recipe
+from qmerge.planning import PROMOTED, Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
+from qmerge.recipe import Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
@@ -83,6 +85,8 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
     with Reader() as reader:
         plan = make_plan(recipe, reader)
         bench = make_bench(plan, reader)
+        if recipe.promote:
+            plan = with_promoted(plan, bench, watcher)
         folder.check_out(out, input_folders(plan.inputs), resume)
         folder.check_room(out, plan.bytes_out - reserved(out))
         plan, outlook = look_ahead(plan, bench)
@@ -125,6 +129,40 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
     return reports
 
 
+def with_promoted(plan: Plan, bench: Bench, watcher: Watcher) -> Plan:
+    """A first pass that writes nothing; the weights whose output is worst for each byte that bf16 would cost are then
+    planned in bf16, as far as the budget goes."""
+    assert plan.recipe.promote is not None
+    rehearsed, outlook = look_ahead(plan, bench)
+    place = Measuring(bench, plan.recipe.workers, watcher)
+    watcher.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.merged))
+    try:
+        walk(rehearsed, rehearsed.merged, bench, place, outlook.batches, watcher)
+    finally:
+        watcher.end()
+    losses = {step.name: loss(place.outcomes[step.name].sums) for step in rehearsed.merged}
+    costs = {step.name: extra_bytes(step) for step in rehearsed.merged}
+    budget, chosen = parse_size(plan.recipe.promote), list[str]()
+    for name in sorted(losses, key=lambda name: -losses[name] / max(1, costs[name])):
+        if 0 < costs[name] <= budget and losses[name] > 0:
+            chosen, budget = [*chosen, name], budget - costs[name]
+    spent = sum(costs[name] for name in chosen)
+    watcher.say(f"Promoted to {PROMOTED}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
+    return plan_from(plan.recipe, plan.inputs, frozenset(chosen))
+
+
+def loss(sums: Sums) -> float:
+    """What rounding does to the layer's output (to the weight, where its inputs were not seen)."""
+    error = sums["output_noise"].get("error_error")
+    return float(sums["noise"]["error_error"] if error is None else error)
+
+
+def extra_bytes(step: Step) -> int:
+    """What the weight takes more in bf16 than as planned."""
+    stored = sum(max(0, spec.nbytes) for spec in step.outputs.values())
+    return 2 * math.prod(step.shape) - stored if step.target != PROMOTED else 0
+
+
 def make_bench(plan: Plan, reader: Reader) -> Bench:
     """Where to compute.
 
@@ -161,6 +199,8 @@ def write_model(
     folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder))
     outputs = [FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)]
     report = make_report(plan, bench, records, outputs, outlook, place.outcomes, started)
+    if place.rank and place.residuals:
+        report.residual = residual.write(out, place.residuals, place.rank)
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_faces(report, plan, out)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)
@@ -204,6 +244,7 @@ class Writing:
         self.shards = {step.name: shard for shard in plan.shards for step in shard.steps}
         self.left = {shard.file: len(shard.steps) for shard in plan.shards}
         self.writers: dict[str, ShardWriter] = {}
+        self.rank, self.residuals = plan.recipe.residual, dict[str, residual.Residual]()
         self.outcomes: dict[str, Outcome] = {}
 
     def do(self, steps: Sequence[Step], inputs: Mapping[str, Statistics]) -> None:
@@ -233,6 +274,8 @@ class Writing:
         writer.add_texts(record["texts"])
         if record["outcome"] is not None:
             self.outcomes[step.name] = Outcome(**record["outcome"])
+            if self.rank and step.target != PROMOTED:
+                self.residuals[step.name] = residual.fit(step, self.stored(step), inputs, self.bench, self.rank)
         self.watcher.advance(step.weight.nbytes, step.name)
 
     def stored(self, step: Step) -> Tensor:
@@ -289,6 +332,7 @@ def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: 
         "recipe": plan.recipe.identity(),
         "input": {f"{r.role} {f.file}": f.sha256 for r in records for f in r.files},
         **for_identity(outlook),
+        "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},
     }
 

@@ -53,9 +53,9 @@ def judge(
         against: base and adapter; None for those that the recipe in the folder names.
 
     Raises:
-        QmergeError: as ``fidelity.fidelity``.
+        QmergeError: as ``judging.fidelity``.
     """
-    from qmerge.fidelity import fidelity
+    from qmerge.judging import fidelity
 
     recipe = read_report(folder).recipe
     if against:

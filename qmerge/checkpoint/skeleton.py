@@ -21,10 +21,12 @@ from qmerge.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Skeleton:
-    """``quantizable``: modules that become 4- or 8-bit; ``conv1d``: modules whose dense weight lies as [I, O]."""
+    """``quantizable``: modules that become 4- or 8-bit; ``conv1d``: modules whose dense weight lies as [I, O];
+    ``skipped``: what the loader leaves dense, as its skip list names it."""
 
     quantizable: frozenset[str]
     conv1d: frozenset[str]
+    skipped: tuple[str, ...]
 
 
 def skeleton(config: Mapping[str, Any], skip: Sequence[str] | None) -> Skeleton:
@@ -52,7 +54,7 @@ def _skeleton(config: str, skip: tuple[str, ...] | None) -> Skeleton:
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     chosen = {name for name in linear | conv1d if should_convert_module(name, skipped)}
-    return Skeleton(frozenset(chosen), frozenset(conv1d))
+    return Skeleton(frozenset(chosen), frozenset(conv1d), tuple(skipped))
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:

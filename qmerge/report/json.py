@@ -87,6 +87,16 @@ class GroupRecord(BaseModel):
     values: dict[str, float | None]
 
 
+class ResidualRecord(BaseModel):
+    """The small adapter beside the merged model. ``noise``: as ``output_noise`` over all merged weights."""
+
+    model_config = ConfigDict(extra="forbid")
+    rank: int
+    bytes: int
+    noise_without: float
+    noise_with: float
+
+
 class FidelityRecord(BaseModel):
     """A whole merged model, judged on text that it was not calibrated on. Losses and divergences in nats per token."""
 
@@ -126,6 +136,8 @@ class ReportData(BaseModel):
     groups: list[GroupRecord]
     weights: list[WeightRecord]
     warnings: list[str]
+    promoted: list[str] = []
+    residual: ResidualRecord | None = None
     fidelity: FidelityRecord | None = None
 
 

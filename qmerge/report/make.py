@@ -63,6 +63,7 @@ def make_report(
         total=group("all", [step.name for step in plan.merged], measured),
         groups=[group(kind, names, measured) for kind, names in kinds.items()],
         weights=weights,
+        promoted=sorted(plan.promoted),
         warnings=input_warnings(plan)
         + advice.warnings([survival(record, measured) for record in weights], predicted=False),
     )

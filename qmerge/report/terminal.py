@@ -141,6 +141,22 @@ def measured_table(reports: Sequence[ReportData]) -> Table:
     return table
 
 
+def extras(report: ReportData) -> list[str]:
+    """What was done beside the merge, a line each."""
+    lines = []
+    if report.promoted:
+        lines.append(
+            f"Kept in bf16, because they survived worst: {', '.join(printable(name) for name in report.promoted)}."
+        )
+    if report.residual:
+        r = report.residual
+        lines.append(
+            f"residual/: a LoRA of rank {r.rank} ({size_text(r.bytes)}) with what did not fit. With it, output noise is "
+            f"{r.noise_with:.3f} deltas instead of {r.noise_without:.3f}."
+        )
+    return lines
+
+
 def fidelity_table(record: FidelityRecord) -> Table:
     """The whole model on held-out text."""
     table = Table(
@@ -180,6 +196,7 @@ __all__ = [
     "TerminalWatcher",
     "decimal",
     "err",
+    "extras",
     "fidelity_table",
     "measured_table",
     "out",

@@ -27,7 +27,7 @@ ORDERS = 4
 SWEEPS = 4
 """Most sweeps of descent; a row that did not move in a sweep has arrived."""
 
-LEAN = 0.125
+LEAN = 0.17
 """How far the aim moves towards the 16-bit original: more brings more of its lower loss, and more noise."""
 
 BLOCK = 64
