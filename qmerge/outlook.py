@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qmerge import advice, texts
 from qmerge.checkpoint import folder
-from qmerge.errors import CheckpointError, RecipeError
+from qmerge.errors import CheckpointError
+from qmerge.generation import generated_tokens
 from qmerge.layered import LayeredModel
 from qmerge.pipeline import Bench
 from qmerge.planning import Plan
@@ -23,6 +24,9 @@ from qmerge.report.json import CalibrationRecord
 
 NEAREST_IS_ENOUGH = 0.95
 """``auto`` takes nearest rounding for a weight that keeps so much of its delta."""
+
+Tell = Callable[[str], None]
+"""Is told how far the work is."""
 
 BETTER_TEXT = (
     "Calibrated on random tokens. Text like that of your training is better: --calibration train.jsonl "
@@ -53,7 +57,7 @@ class Outlook:
         return [*input_warnings(plan), *(advice.warnings(judged, predicted=True) if judged else [])]
 
 
-def look_ahead(plan: Plan, bench: Bench) -> tuple[Plan, Outlook]:
+def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tuple[Plan, Outlook]:
     """Predict, settle ``auto``, and read the calibration text.
 
     Raises:
@@ -64,7 +68,7 @@ def look_ahead(plan: Plan, bench: Bench) -> tuple[Plan, Outlook]:
     notes: list[str] = []
     batches, record = None, None
     if any(step.rounding == "preserve" for step in plan.merged):
-        plan, batches, record = calibration_of(plan, bench, notes)
+        plan, batches, record = calibration_of(plan, bench, notes, tell)
     return plan, Outlook(predicted, reason, batches, record, tuple(notes))
 
 
@@ -97,7 +101,9 @@ def rounding_name(plan: Plan) -> str:
     return " and ".join(name for name, _ in names.most_common())
 
 
-def calibration_of(plan: Plan, bench: Bench, notes: list[str]) -> tuple[Plan, list[Tensor] | None, CalibrationRecord]:
+def calibration_of(
+    plan: Plan, bench: Bench, notes: list[str], tell: Tell
+) -> tuple[Plan, list[Tensor] | None, CalibrationRecord]:
     """Token batches for the recipe's ``calibration``; none where it says so, or where the default cannot be had."""
     recipe = plan.recipe
     source = recipe.calibration or "random"
@@ -111,7 +117,7 @@ def calibration_of(plan: Plan, bench: Bench, notes: list[str]) -> tuple[Plan, li
         notes.append(f"No calibration (as with --calibration none), because the model cannot be run: {error}")
         return plan, None, CalibrationRecord(source="none")
     length = min(recipe.sequence_length, longest(plan.inputs.base.config))
-    batches = token_batches(source, plan, bench, length)
+    batches = token_batches(source, plan, bench, length, tell)
     record = CalibrationRecord(
         source=source if source in ("random", "generate") else Path(source).name,
         tokens=sum(batch.numel() for batch in batches),
@@ -120,16 +126,16 @@ def calibration_of(plan: Plan, bench: Bench, notes: list[str]) -> tuple[Plan, li
         sha256=digest(batches),
     )
     if not recipe.calibration:
-        notes.append(BETTER_TEXT.format(text="0.004", random="0.01"))
+        notes.append(BETTER_TEXT.format(text="0.004", random="0.007"))
     return plan, batches, record
 
 
-def token_batches(source: str, plan: Plan, bench: Bench, length: int) -> list[Tensor]:
+def token_batches(source: str, plan: Plan, bench: Bench, length: int, tell: Tell) -> list[Tensor]:
     recipe, config = plan.recipe, plan.inputs.base.config
     if source == "random":
         return random_tokens(vocabulary(config), recipe.calibration_tokens, length, recipe.seed)
     if source == "generate":
-        raise RecipeError("calibration 'generate' is not there yet")
+        return generated_tokens(plan, bench, recipe.calibration_tokens, length, recipe.seed, tell)
     return texts.token_batches(
         texts.find(source), plan.inputs.tokenizer_folder, recipe.calibration_tokens, length, vocabulary(config)
     )

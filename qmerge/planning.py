@@ -27,7 +27,8 @@ from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 ARRAYS_PER_BLOCK = 16
 """float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
 
-PROMOTED = "bf16"
+DENSE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""The model's own dtype → the format of promoted weights: transformers does not cast what a quantized checkpoint holds."""
 
 MOST_ENTRIES, FEWEST_ENTRIES = 2**22, 2**16
 """Values per row block: larger ones gain no speed on a CPU, smaller ones lose it."""
@@ -118,7 +119,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     """The plan for inputs that have been read already (``measure`` makes several from the same inputs).
 
     Args:
-        promoted: weights that stay dense, in bf16, beside a quantized target.
+        promoted: weights that stay dense, in the model's own dtype, beside a quantized target.
     """
     check_recipe(recipe, inputs)
     maker = StepMaker(recipe, inputs, promoted)
@@ -284,7 +285,7 @@ class StepMaker:
         if own.name == "raw":
             return own
         if weight.name in self.promoted:
-            return _format(PROMOTED)
+            return _format(DENSE[self.inputs.base.dtype])
         if self.target.quant_method:
             return self.target if self._is_quantizable(weight) else own
         return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own

@@ -91,7 +91,7 @@ class Recipe(BaseModel):
     )
     promote: str | None = Field(
         None,
-        description="extra bytes that the weights which survive worst may take in bf16, such as 100MB (takes two passes)",
+        description="extra bytes for keeping the weights that survive worst dense, such as 100MB (takes two passes)",
     )
     verify: str | None = Field(
         None, description="held-out text to judge the merged model on, against the unmerged one (txt or jsonl)"
@@ -126,7 +126,7 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if self.promote and plugins.load("formats", self.target).FORMAT.dense_dtype:
             raise RecipeError(
-                f"promote: keeps weights in bf16 beside a quantized format; the target {self.target} is dense"
+                f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
             )
         if self.trained_on and self.original:
             raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")

@@ -23,7 +23,7 @@ from qmerge.judging import fidelity
 from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
 from qmerge.pipeline import Bench, Outcome, do, stored_values
-from qmerge.planning import PROMOTED, Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
+from qmerge.planning import DENSE, Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
 from qmerge.recipe import Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
@@ -89,7 +89,9 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
             plan = with_promoted(plan, bench, watcher)
         folder.check_out(out, input_folders(plan.inputs), resume)
         folder.check_room(out, plan.bytes_out - reserved(out))
-        plan, outlook = look_ahead(plan, bench)
+        watcher.stage("looking ahead", 1)
+        plan, outlook = look_ahead(plan, bench, lambda at: watcher.advance(0, at))
+        watcher.end()
         if recipe.verify:
             texts.read_texts(Path(recipe.verify).expanduser())  # now, not when all else is done
         for line in outlook.says(plan):
@@ -130,8 +132,8 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
 
 
 def with_promoted(plan: Plan, bench: Bench, watcher: Watcher) -> Plan:
-    """A first pass that writes nothing; the weights whose output is worst for each byte that bf16 would cost are then
-    planned in bf16, as far as the budget goes."""
+    """A first pass that writes nothing; the weights whose output is worst for each byte that 16 bits would cost are then
+    planned in the model's own dtype, as far as the budget goes."""
     assert plan.recipe.promote is not None
     rehearsed, outlook = look_ahead(plan, bench)
     place = Measuring(bench, plan.recipe.workers, watcher)
@@ -141,13 +143,15 @@ def with_promoted(plan: Plan, bench: Bench, watcher: Watcher) -> Plan:
     finally:
         watcher.end()
     losses = {step.name: loss(place.outcomes[step.name].sums) for step in rehearsed.merged}
-    costs = {step.name: extra_bytes(step) for step in rehearsed.merged}
+    form = DENSE[plan.inputs.base.dtype]
+    width = 4 if form == "fp32" else 2
+    costs = {step.name: extra_bytes(step, width) for step in rehearsed.merged}
     budget, chosen = parse_size(plan.recipe.promote), list[str]()
     for name in sorted(losses, key=lambda name: -losses[name] / max(1, costs[name])):
         if 0 < costs[name] <= budget and losses[name] > 0:
             chosen, budget = [*chosen, name], budget - costs[name]
     spent = sum(costs[name] for name in chosen)
-    watcher.say(f"Promoted to {PROMOTED}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
+    watcher.say(f"Promoted to {form}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
     return plan_from(plan.recipe, plan.inputs, frozenset(chosen))
 
 
@@ -157,10 +161,9 @@ def loss(sums: Sums) -> float:
     return float(sums["noise"]["error_error"] if error is None else error)
 
 
-def extra_bytes(step: Step) -> int:
-    """What the weight takes more in bf16 than as planned."""
-    stored = sum(max(0, spec.nbytes) for spec in step.outputs.values())
-    return 2 * math.prod(step.shape) - stored if step.target != PROMOTED else 0
+def extra_bytes(step: Step, width: int) -> int:
+    """What the weight takes more when it is dense, ``width`` bytes per value, than as planned."""
+    return width * math.prod(step.shape) - sum(max(0, spec.nbytes) for spec in step.outputs.values())
 
 
 def make_bench(plan: Plan, reader: Reader) -> Bench:
@@ -274,7 +277,7 @@ class Writing:
         writer.add_texts(record["texts"])
         if record["outcome"] is not None:
             self.outcomes[step.name] = Outcome(**record["outcome"])
-            if self.rank and step.target != PROMOTED:
+            if self.rank:
                 self.residuals[step.name] = residual.fit(step, self.stored(step), inputs, self.bench, self.rank)
         self.watcher.advance(step.weight.nbytes, step.name)
 

@@ -123,8 +123,9 @@ def token_batches(
     return in_batches(whole)
 
 
-def in_batches(ids: Tensor) -> list[Tensor]:
-    return list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+def in_batches(ids: Tensor, length: int | None = None) -> list[Tensor]:
+    """[sequences, …] cut so that each batch holds about ``BATCH_TOKENS``, at ``length`` tokens per sequence."""
+    return list(torch.split(ids, max(1, BATCH_TOKENS // (length or ids.shape[1]))))
 
 
 def tokenized(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]:

@@ -146,7 +146,7 @@ def extras(report: ReportData) -> list[str]:
     lines = []
     if report.promoted:
         lines.append(
-            f"Kept in bf16, because they survived worst: {', '.join(printable(name) for name in report.promoted)}."
+            f"Kept dense, because they survived worst: {', '.join(printable(name) for name in report.promoted)}."
         )
     if report.residual:
         r = report.residual
