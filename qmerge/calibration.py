@@ -276,10 +276,10 @@ class Gathering:
             count = self.tokens[name]
             cross = self.crosses.get(leader)
             found[name] = Statistics(self.squares[leader] / count, None if cross is None else cross / count, count)
-        return blended(found, self.names, self.squares, self.tokens, self.leader) if self.experts else found
+        return shared_out(found, self.names, self.squares, self.tokens, self.leader) if self.experts else found
 
 
-def blended(
+def shared_out(
     found: dict[str, Statistics], names: list[str], squares: dict[str, Tensor], tokens: dict[str, int], leader: dict[str, str]
 ) -> dict[str, Statistics]:  # fmt: skip
     """Experts that saw fewer tokens than they have inputs borrow the rest from the other experts at the same place."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qmerge.checkpoint.config import with_dtype
 from qmerge.errors import CheckpointError
 
 
@@ -76,10 +77,17 @@ def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
-    """The same with its buffers (rotary frequencies, masks), so that it can run once weights are put in."""
+    """The same with its buffers (rotary frequencies, masks), so that it can run in float32 once weights are put in.
+
+    Experts run one after the other, in plain products, whichever kernels there are.
+    """
     from accelerate import init_empty_weights
 
-    return _built(config, init_empty_weights(include_buffers=False))
+    model: Any = _built(with_dtype(config, "float32"), init_empty_weights(include_buffers=False))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    built: torch.nn.Module = model
+    return built
 
 
 def _built(config: Mapping[str, Any], place: Any) -> torch.nn.Module:
