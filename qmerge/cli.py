@@ -224,14 +224,16 @@ def verify_command(
 
     With --text, also what the whole model kept of the fine-tuning: losses, gain kept, KL ratio.
     """
-    from qmerge import verify
+    from qmerge import texts, verify
     from qmerge.report import terminal
 
+    if against and text is None:
+        raise RecipeError("--against needs --text FILE: the held-out text to judge on")
+    if text:
+        texts.read_texts(text)  # what is wrong with it is said before gigabytes are hashed and loaded
     checks = verify.verify(out, reload)
-    record = None
-    if text or against:
-        if text is None:
-            raise RecipeError("--against needs --text FILE: the held-out text to judge on")
+    sound, record = all(check.ok for check in checks), None
+    if text and sound:  # a damaged folder is not judged: what is wrong with it is the answer
         record = verify.judge(out, text, against, tokens, sequence_length, device, terminal.TerminalWatcher(quiet))
     if json:
         judged = {"fidelity": record.model_dump()} if record else {}
@@ -241,7 +243,7 @@ def verify_command(
             typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.found}")
         if record:
             terminal.out().print(terminal.fidelity_table(record))
-    raise typer.Exit(OK if all(check.ok for check in checks) else 3)
+    raise typer.Exit(OK if sound else 3)
 
 
 @app.command("report")

@@ -68,6 +68,18 @@ def run_streams(
     """All batches through the three models, layer by layer; logits of one batch at a time."""
     sources = [base_values(plan, bench, False), base_values(plan, bench, True), folder_values(plan, merged, bench)]
     streams = [Stream(model, batches, logits=True) for model, _ in sources]
+    try:
+        return lockstep(sources, streams, batches, tell)
+    finally:  # after an error, passes still wait in their threads, and hold what they computed
+        for stream in streams:
+            stream.stop()
+
+
+def lockstep(
+    sources: Sequence[tuple[LayeredModel, Values]], streams: Sequence[Stream], batches: Sequence[Tensor],
+    tell: Callable[[str], None],
+) -> Scores:  # fmt: skip
+    """Every layer of every model once; only one model's layer is in memory at a time, and all three heads at the end."""
     for stream, (model, values) in zip(streams, sources, strict=True):
         with model.loaded(None, values):
             stream.start()
@@ -81,7 +93,7 @@ def run_streams(
     for model, values in sources:
         model.load(None, model.names(None), values)
     for batch, ids in enumerate(batches):
-        scores.add([stream.finish(batch) for stream in streams], ids.to(bench.device))
+        scores.add([stream.finish(batch) for stream in streams], ids.to(sources[0][0].device))
     return scores
 
 

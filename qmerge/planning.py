@@ -266,7 +266,8 @@ class StepMaker:
         if weight.local != "weight" or len(weight.shape) != 2:
             return False
         if _format(weight.format).dense_dtype:
-            changes = update is not None or self.target.quant_method is not None
+            # Blocks run over [O, I] in training, too.
+            changes = update is not None or self.target.quant_method is not None or self._trained_on(weight) is not None
             return changes and self._is_dense_conv1d(weight, update)
         return bool(self.target.dense_dtype) and weight.module in self.conv1d
 

@@ -155,7 +155,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.model_max_length = 2**40  # texts are cut into sequences here; no warning about their length
+        return tokenizer
     except Exception as cause:  # transformers raises whatever it finds
         raise CheckpointError(
             f"{folder}: no tokenizer that transformers can load, so no text can be read: {' '.join(str(cause).split())[:200]}"

@@ -101,7 +101,7 @@ def survival_table(report: ReportData) -> Table:
     table.add_section()
     table.add_row("all", *_cells(report.total, seen), style="bold")
     table.caption = (
-        "delta: of the weight; output: of the layers, for the calibration text; noise: in deltas; codes: changed"
+        "delta: of the weight; output: of the layers, on the calibration text;\nnoise: in deltas; codes: changed"
         if seen
         else "delta: of the weight; noise: in deltas; codes: changed"
     )

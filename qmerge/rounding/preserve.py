@@ -24,8 +24,9 @@ from qmerge.rounding._metric import Metric, damped, make_metric, upper_factor
 ORDERS = 4
 """Orders of the columns that are tried: as they are, and at random."""
 
-SWEEPS = 4
-"""Most sweeps of descent; a row that did not move in a sweep has arrived."""
+SWEEPS = 2
+"""Most sweeps of descent from each start; a row that did not move in a sweep has arrived. (Eight instead of two lower
+the KL by 4 %, two more orders by 10 %.)"""
 
 LEAN = 0.17
 """How far the aim moves towards the 16-bit original: more brings more of its lower loss, and more noise."""
