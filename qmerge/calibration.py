@@ -58,14 +58,16 @@ class Walk:
 
     def run(self, batches: Sequence[Tensor]) -> Iterator[Wave]:
         streams = [Stream(model, batches) for model in (self.unmerged, self.merged) if model]
-        for stream in streams:
-            with stream.model.loaded(None, self.unmerged_values):
-                stream.start()
-        for index in range(len(self.unmerged)):
-            self.tell(f"calibrating layer {index + 1} of {len(self.unmerged)}")
-            yield from self.layer(index, streams)
-        for stream in streams:
-            stream.stop()
+        try:
+            for stream in streams:
+                with stream.model.loaded(None, self.unmerged_values):
+                    stream.start()
+            for index in range(len(self.unmerged)):
+                self.tell(f"calibrating layer {index + 1} of {len(self.unmerged)}")
+                yield from self.layer(index, streams)
+        finally:  # after an error, passes still wait in their threads, and hold what they computed
+            for stream in streams:
+                stream.stop()
         left = [step for name, step in self.wanted.items() if name not in self.done]
         if left:  # lm_head, or what the text never reached
             yield left, {}

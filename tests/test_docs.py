@@ -179,7 +179,12 @@ def test_every_metric_is_documented() -> None:
 def test_settings_in_the_python_example_are_fields() -> None:
     example = re.search(r"```python\n(.*?)```", section(README, "From Python"), re.DOTALL)
     assert example
-    assert set(re.findall(r"[(,] ?(\w+)=", example[1])) <= Recipe.model_fields.keys() | {"targets", "resume", "quiet"}
+    assert set(re.findall(r"[(,] ?(\w+)=", example[1])) <= Recipe.model_fields.keys() | {
+        "targets",
+        "resume",
+        "quiet",
+        "text",
+    }
 
 
 def test_python_names_stay_what_they_are() -> None:

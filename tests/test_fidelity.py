@@ -52,7 +52,7 @@ def log_probabilities(model: Any, batches: list[Tensor]) -> list[Tensor]:
         return [torch.log_softmax(model(input_ids=ids).logits.double(), -1) for ids in batches]
 
 
-def expected(base: Any, unmerged: Any, merged: Any, batches: list[Tensor]) -> dict[str, float]:
+def expected(base: Any, unmerged: Any, merged: Any, batches: list[Tensor]) -> dict[str, float | None]:
     """By the definitions, in float64, all logits at once."""
     logs = [log_probabilities(model, batches) for model in (base, unmerged, merged)]
     losses = [
@@ -67,14 +67,14 @@ def expected(base: Any, unmerged: Any, merged: Any, batches: list[Tensor]) -> di
     to_base, to_merged = ((u.exp() * (u - q)).sum(-1) for q in (b, m))
     return {
         "loss_base": losses[0], "loss_unmerged": losses[1], "loss_merged": losses[2],
-        "gain_kept": (losses[0] - losses[2]) / (losses[0] - losses[1]),
+        "gain_kept": (losses[0] - losses[2]) / (losses[0] - losses[1]) if losses[1] < losses[0] else None,
         "kl_base": float(to_base.mean()), "kl_merged": float(to_merged.mean()),
         "kl_ratio": float(to_merged.mean() / to_base.mean()),
         "top1_agreement": float((u.argmax(-1) == m.argmax(-1)).double().mean()), "kl_p99": float(to_merged.quantile(0.99)),
     }  # fmt: skip
 
 
-def close(found: FidelityRecord, numbers: dict[str, float]) -> None:
+def close(found: FidelityRecord, numbers: dict[str, float | None]) -> None:
     """Log-probabilities near 6 in float32, summed over a few layers: off by about 1e-6, and so are their means. A
     divergence is a difference of those, so its error is absolute, too; what is divided by is in the quotients' errors."""
     off = 5e-6
@@ -84,7 +84,8 @@ def close(found: FidelityRecord, numbers: dict[str, float]) -> None:
         "top1_agreement": 2.1 / found.tokens,  # two near ties that fall otherwise
     }
     for name, value in numbers.items():
-        assert getattr(found, name) == pytest.approx(value, abs=allowed[name]), name
+        same = None if value is None else pytest.approx(value, abs=allowed[name])
+        assert getattr(found, name) == same, name
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_equals_transformers_and_peft(merged: Path, tmp_path: Path) -> None:
     numbers = expected(whole(base), whole(base, DEMO / "adapter"), whole(stored), batches)
     close(found, numbers)
     assert (found.tokens, found.sequence_length, found.text) == (TOKENS, LENGTH, "heldout.txt")
-    assert numbers["gain_kept"] > 0.5, "the adapter and the text are of one domain"
+    assert numbers["gain_kept"] and numbers["gain_kept"] > 0.5, "the adapter and the text are of one domain"
 
 
 def test_the_base_itself_keeps_nothing(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(texts, "token_batches", lambda *_: batches)
     model = make()
     base = models.save(model, tmp_path / "base")
-    lora = models.adapter(model, tmp_path / "lora", size=0.2, target_modules=["q_proj", "v_proj"])
+    lora = models.adapter(model, tmp_path / "lora", size=0.1, target_modules=["q_proj", "v_proj"])
     out = tmp_path / "out"
     qmerge.merge(base=str(base), adapter=str(lora), target="int8", rounding="nearest", out=str(out), quiet=True)
     found = qmerge.fidelity(out=str(out), text="any", device="cpu", quiet=True)
