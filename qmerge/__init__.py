@@ -53,7 +53,7 @@ def fidelity(*, out: str, text: str, against: tuple[str, str] | None = None, **s
         out: a folder that qmerge wrote.
         text: a text or jsonl file that the model was not trained on.
         against: base and adapter; by default those of the folder's own recipe.
-        settings: ``tokens`` (default: all), ``sequence_length`` (512), ``device`` ("auto"), ``quiet``.
+        settings: ``tokens`` (20480), ``sequence_length`` (512), ``device`` ("auto"), ``quiet``.
     """
     from qmerge import api
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge import run, verify
-from qmerge.recipe import make_recipe
+from qmerge.recipe import JUDGED_TOKENS, make_recipe
 from qmerge.report.json import FidelityRecord, ReportData, survived
 from qmerge.report.terminal import TerminalWatcher, out, survival_table
 
@@ -58,7 +58,7 @@ def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]
 
 
 def fidelity(
-    out: str, text: str, against: tuple[str, str] | None, tokens: int | None = None, sequence_length: int = 512,
+    out: str, text: str, against: tuple[str, str] | None, tokens: int = JUDGED_TOKENS, sequence_length: int = 512,
     device: str = "auto", quiet: bool = False,
 ) -> FidelityRecord:  # fmt: skip
     watcher = TerminalWatcher(quiet)

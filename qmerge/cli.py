@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from qmerge.errors import BELOW_MIN_KEPT, OK, QmergeError, RecipeError, StoppedError
-from qmerge.recipe import Recipe, make_recipe, read_recipe
+from qmerge.recipe import JUDGED_TOKENS, Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -214,7 +214,7 @@ def verify_command(
         Optional[tuple[str, str]],  # noqa: UP045
         typer.Option(help="BASE and ADAPTER to judge against (default: those of the recipe)", metavar="BASE ADAPTER"),
     ] = None,
-    tokens: Annotated[Optional[int], typer.Option(help="tokens of the text (default: all)", min=2)] = None,  # noqa: UP045
+    tokens: Annotated[int, typer.Option(help="tokens of the text", min=2)] = JUDGED_TOKENS,
     sequence_length: Annotated[int, typer.Option(help="tokens per sequence", min=2)] = 512,
     device: Annotated[str, typer.Option(help="where to compute: auto, cpu or cuda")] = "auto",
     json: Json = False,

@@ -6,8 +6,9 @@
         merge                      # base → + delta → the target's grid → codes → bytes; base, merged, stored compared
 
 float32 values exist for some rows of one weight at a time, so memory grows neither with the model nor with its largest
-weight. ``planning.py`` makes the steps, ``run.py`` walks them and publishes; ``checkpoint/`` reads and writes files;
-``formats/``, ``adapters/``, ``rounding/`` and ``metrics/`` hold one plug-in per file.
+weight. (``preserve`` also holds a few [I, I] matrices of what the layer's inputs look like, and one decoder layer while
+``calibration.py`` collects them.) ``planning.py`` makes the steps, ``run.py`` walks them and publishes; ``checkpoint/``
+reads and writes files; ``formats/``, ``adapters/``, ``rounding/`` and ``metrics/`` hold one plug-in per file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from qmerge.rounding._context import Context
 from qmerge.rounding._metric import Metric, Statistics, make_metric
 from qmerge.types import Comparison, Rows, Step, TensorInfo, Update, Weight
 
-COPY_BYTES = 2**22
+COPY_BYTES, AMPLE_ENTRIES = 2**22, 2**22
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench)
     metric = metric_of(step, update, inputs, bench)
     total: Sums | None = None
-    for rows in blocks(step, bench.block_entries):
+    for rows in blocks(step, entries_for(step, bench)):
         here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
@@ -92,6 +93,12 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
             total = added(total, sums_of(compared))
     write_scales(step, target, grid, sink, bench.reader)
     return Outcome(plain(total), seen_of(inputs, metric)) if total else None
+
+
+def entries_for(step: Step, bench: Bench) -> int:
+    """``preserve`` factors its metric for every row block: fewer and larger ones, unless memory is short."""
+    ample = step.rounding == "preserve" and bench.block_entries >= AMPLE_ENTRIES
+    return 4 * bench.block_entries if ample else bench.block_entries
 
 
 def seen_of(inputs: Statistics | None, metric: Metric | None) -> dict[str, float] | None:

@@ -13,25 +13,19 @@ from typing import Any
 
 from qmerge import hub, plugins
 from qmerge.adapters._folder import Adapter, read_adapter
+from qmerge.budget import block_entries, step_memory
 from qmerge.checkpoint.config import output_config
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
 from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
 from qmerge.checkpoint.writer import Layout
-from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
+from qmerge.errors import AdapterError, CheckpointError, RecipeError
 from qmerge.formats._base import Format
-from qmerge.pipeline import COPY_BYTES, blocks
 from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 
-ARRAYS_PER_BLOCK = 16
-"""float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
-
 DENSE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The model's own dtype → the format of promoted weights: transformers does not cast what a quantized checkpoint holds."""
-
-MOST_ENTRIES, FEWEST_ENTRIES = 2**22, 2**16
-"""Values per row block: larger ones gain no speed on a CPU, smaller ones lose it."""
 
 
 @dataclass(frozen=True)
@@ -368,37 +362,6 @@ def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
     tail = ".".join(module.split(".")[-4:])
     close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
     return f"The base has {close[0]}, under another prefix. " if close else ""
-
-
-def block_entries(recipe: Recipe, steps: tuple[Step, ...]) -> int:
-    """How many values to work on at a time, so that every step stays within ``max_memory``.
-
-    Raises:
-        RoomError: not even the smallest block of the largest weight fits.
-    """
-    budget = parse_size(recipe.max_memory) // recipe.workers
-    entries = MOST_ENTRIES
-    while entries > FEWEST_ENTRIES and any(step_memory(step, entries) > budget for step in steps):
-        entries //= 2
-    worst = max(steps, key=lambda step: step_memory(step, entries))
-    needed = step_memory(worst, entries)
-    if needed > budget:
-        raise RoomError(
-            f"{worst.name} needs {needed / 1e6:.1f} MB even in the smallest row blocks, but --max-memory {recipe.max_memory} "
-            f"for {recipe.workers} workers leaves {budget / 1e6:.1f} MB"
-        )
-    return entries
-
-
-def step_memory(step: Step, entries: int) -> int:
-    """Bytes of memory at a step's peak: the float32 arrays of one block, and the scales of the whole weight."""
-    if step.action == "copy":
-        return COPY_BYTES
-    rows = next(blocks(step, entries))
-    scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != step.name and spec.shape != (-1,))
-    scales += sum(info.nbytes for local, info in step.weight.parts.items() if local != step.weight.local)
-    factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update else 0
-    return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + factors
 
 
 def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:

@@ -40,6 +40,10 @@ TRAINED_ON = {
 WORKPLACE = {"out", "workers", "max_memory", "min_kept", "verify"}
 
 
+JUDGED_TOKENS = 20480
+"""Tokens of a held-out text that a model is judged on: hidden states of all of them are in memory, three times."""
+
+
 class Recipe(BaseModel):
     """One merge. Field names are the command line's, with ``_`` for ``-``."""
 

@@ -24,7 +24,7 @@ from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
 from qmerge.pipeline import Bench, Outcome, do, stored_values
 from qmerge.planning import DENSE, Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
-from qmerge.recipe import Recipe, parse_size
+from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
@@ -43,7 +43,7 @@ class Watcher(Protocol):
         """A new stage of ``total`` bytes."""
 
     def advance(self, nbytes: int, label: str = "") -> None:
-        """So many bytes more are done."""
+        """So many bytes more are done. With none, ``label`` says where work is that is not counted in bytes."""
 
     def say(self, line: str) -> None:
         """What the user should know."""
@@ -210,7 +210,9 @@ def write_model(
     if plan.recipe.verify:
         watcher.stage("judging", 1)
         text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
-        record = fidelity(out, plan.recipe, text, bench.device, None, length, lambda at: watcher.advance(0, at))
+        record = fidelity(
+            out, plan.recipe, text, bench.device, JUDGED_TOKENS, length, lambda at: watcher.advance(0, at)
+        )
         report = report.model_copy(update={"fidelity": record})
         write_faces(report, plan, out)
     journal.remove()

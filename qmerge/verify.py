@@ -45,7 +45,7 @@ def verify(folder: Path, reload: bool = True) -> list[Check]:
 
 
 def judge(
-    folder: Path, text: Path, against: tuple[str, str] | None, tokens: int | None, length: int, device: str, watcher: Watcher
+    folder: Path, text: Path, against: tuple[str, str] | None, tokens: int, length: int, device: str, watcher: Watcher
 ) -> FidelityRecord:  # fmt: skip
     """Gain kept and KL ratio of a folder on held-out text.
 

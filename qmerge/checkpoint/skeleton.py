@@ -73,7 +73,10 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """The model of a config.json without weights."""
-    return _built(config, torch.device("meta"))
+    unknown = (
+        "so it is not known which modules are linear layers. Use a 16-bit target, or a base that is quantized already"
+    )
+    return _built(config, torch.device("meta"), unknown)
 
 
 def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
@@ -83,14 +86,15 @@ def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """
     from accelerate import init_empty_weights
 
-    model: Any = _built(with_dtype(config, "float32"), init_empty_weights(include_buffers=False))
+    unknown = "so it cannot be run. Merging needs no run: --calibration none"
+    model: Any = _built(with_dtype(config, "float32"), init_empty_weights(include_buffers=False), unknown)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     built: torch.nn.Module = model
     return built
 
 
-def _built(config: Mapping[str, Any], place: Any) -> torch.nn.Module:
+def _built(config: Mapping[str, Any], place: Any, unknown: str) -> torch.nn.Module:
     import transformers
 
     plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
@@ -105,6 +109,6 @@ def _built(config: Mapping[str, Any], place: Any) -> torch.nn.Module:
             return model
     except Exception as cause:
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r}, so it is not known "
-            f"which modules are linear layers. Use a 16-bit target, or a base that is quantized already. ({cause})"
+            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r}, {unknown}. "
+            f"({' '.join(str(cause).split())[:160]})"
         ) from cause

@@ -54,8 +54,12 @@ class TerminalWatcher:
 
     def advance(self, nbytes: int, label: str = "") -> None:
         self._done += nbytes
+        part = label if label and not nbytes else ""  # work that is not counted in bytes: which layer, which token
         if self._bar:
-            self._bar.advance(self._task, nbytes)
+            self._bar.update(self._task, advance=nbytes, **({"description": part} if part else {}))
+        elif part and not self.quiet and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.console.print(escape(printable(part)))
         elif not self.quiet and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             rate = self._done / (self._said - self._started)
