@@ -56,7 +56,7 @@ class TerminalWatcher:
         self._done += nbytes
         part = label if label and not nbytes else ""  # work that is not counted in bytes: which layer, which token
         if self._bar:
-            self._bar.update(self._task, advance=nbytes, **({"description": part} if part else {}))
+            self._bar.update(self._task, advance=nbytes, description=part or None)
         elif part and not self.quiet and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             self.console.print(escape(printable(part)))
