@@ -91,7 +91,9 @@ class Recipe(BaseModel):
     max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
     max_shard_size: str = Field("5GB", description="largest size of one output file")
     residual: int | None = Field(
-        None, description="also write a LoRA of this rank with what the target could not hold (in OUT/residual)", ge=1
+        None,
+        description="also write a LoRA of this rank with what the target could not hold, to be loaded with the model (OUT/residual)",
+        ge=1,
     )
     promote: str | None = Field(
         None,

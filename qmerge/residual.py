@@ -46,7 +46,7 @@ def fit(step: Step, stored_OI: Tensor, inputs: Statistics | None, bench: Bench, 
     factor_II = upper_factor(metric.K_II)
     assert factor_II is not None, "make_metric gave a metric without a factor"
     error_OI = merged_OI - stored_OI
-    u_OR, s_R, v_IR = leading(error_OI @ factor_II, rank)
+    u_OR, s_R, v_IR = leading((metric.aim(merged_OI) - stored_OI) @ factor_II, rank)
     B_OR = u_OR * s_R.sqrt()
     A_RI = torch.linalg.solve_triangular(factor_II, (v_IR * s_R.sqrt()).T, upper=True, left=False)
     seen_II = metric.hessian_II if metric.hessian_II is not None else torch.eye(step.shape[1], device=bench.device)

@@ -101,10 +101,14 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
         existed = out.exists()
         with folder.locked(out):
             try:
-                return write_model(plan, bench, out, resume, outlook, watcher, started)
+                report = write_model(plan, bench, out, resume, outlook, watcher, started)
             except (NumbersError, InputError):  # no --resume can mend these
                 folder.discard(out, made_by_us=not existed)
                 raise
+            finally:
+                watcher.end()
+            try:
+                return judged(report, plan, bench, out, watcher) if recipe.verify else report
             finally:
                 watcher.end()
 
@@ -207,15 +211,18 @@ def write_model(
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_faces(report, plan, out)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)
-    if plan.recipe.verify:
-        watcher.stage("judging", 1)
-        text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
-        record = fidelity(
-            out, plan.recipe, text, bench.device, JUDGED_TOKENS, length, lambda at: watcher.advance(0, at)
-        )
-        report = report.model_copy(update={"fidelity": record})
-        write_faces(report, plan, out)
     journal.remove()
+    return report
+
+
+def judged(report: ReportData, plan: Plan, bench: Bench, out: Path, watcher: Watcher) -> ReportData:
+    """The report with the fidelity of the finished model; the model stays, whatever happens here."""
+    assert plan.recipe.verify is not None
+    watcher.stage("judging", 1)
+    text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
+    record = fidelity(out, plan.recipe, text, bench.device, JUDGED_TOKENS, length, lambda at: watcher.advance(0, at))
+    report = report.model_copy(update={"fidelity": record})
+    write_faces(report, plan, out)
     return report
 
 
@@ -284,9 +291,12 @@ class Writing:
         self.watcher.advance(step.weight.nbytes, step.name)
 
     def stored(self, step: Step) -> Tensor:
-        """float32 [O, I] of a step that is done, read back from what was written."""
+        """float32 [O, I] of a step that is done, read back from what was written; with its residual, where one is
+        written beside it, because then the next layers see both."""
         writer = self.writers[self.shards[step.name].file]
-        return stored_values(step, writer.read, self.bench)
+        values_OI = stored_values(step, writer.read, self.bench)
+        beside = self.residuals.get(step.name)
+        return values_OI if beside is None else values_OI + (beside.B_OR @ beside.A_RI).to(values_OI.device)
 
     def close(self) -> None:
         for writer in self.writers.values():

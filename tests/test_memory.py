@@ -89,7 +89,7 @@ def merge_in_child(settings: dict[str, Any], pipe: Any) -> None:
 def rise(**settings: Any) -> int:
     """Bytes by which a merge raises the peak of a process."""
     receiver, sender = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=merge_in_child, args=({"device": "cpu", **settings}, sender))
+    process = SERVER.Process(target=merge_in_child, args=({"device": "cpu", "rounding": "nearest", **settings}, sender))
     process.start()
     sender.close()
     process.join(300)
