@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     max_shard_size: str = Field("5GB", description="largest size of one output file")
     residual: int | None = Field(
         None,
-        description="also write a LoRA of this rank with what the target could not hold, to be loaded with the model (OUT/residual)",
+        description="also write a LoRA of this rank with what the target could not hold, to be loaded beside it (OUT/residual)",
         ge=1,
     )
     promote: str | None = Field(
@@ -130,6 +130,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.calibration and self.rounding in ("nearest", "stochastic"):
+            raise RecipeError(
+                f"calibration is for preserve; {self.rounding} rounding has no use for it: leave one of them out"
+            )
         if self.promote and plugins.load("formats", self.target).FORMAT.dense_dtype:
             raise RecipeError(
                 f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"

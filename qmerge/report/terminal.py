@@ -155,8 +155,8 @@ def extras(report: ReportData) -> list[str]:
     if report.residual:
         r = report.residual
         lines.append(
-            f"residual/: a LoRA of rank {r.rank} ({size_text(r.bytes)}) with what did not fit, to be loaded with the model. With it, output noise is "
-            f"{r.noise_with:.3f} deltas instead of {r.noise_without:.3f}."
+            f"residual/: a LoRA of rank {r.rank} ({size_text(r.bytes)}) with what did not fit, to be loaded with the model. "
+            f"With it, output noise is {r.noise_with:.3f} deltas instead of {r.noise_without:.3f}."
         )
     return lines
 
