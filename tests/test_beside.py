@@ -140,7 +140,7 @@ def test_a_judge_that_fails_leaves_the_model(tmp_path: Path) -> None:
     text = tmp_path / "one.txt"
     text.write_text("a")
     with pytest.raises(RecipeError):
-        merged(tmp_path / "out", rounding="nearest", verify=str(text))
+        merged(tmp_path / "out", rounding="nearest", calibration=None, verify=str(text))
     assert (tmp_path / "out" / "config.json").exists() and qmerge.fidelity(
         out=str(tmp_path / "out"), text=str(DEMO / "heldout.txt"), tokens=256, sequence_length=64, quiet=True
     )
