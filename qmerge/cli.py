@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json as jsonlib
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -340,6 +341,7 @@ def interrupt(*_: object) -> None:
 def main() -> None:
     """The console command: errors raised on purpose become one line and their exit code."""
     signal.signal(signal.SIGTERM, interrupt)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel that nothing here uses
     try:
         app()
     except QmergeError as error:
