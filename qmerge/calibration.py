@@ -254,23 +254,26 @@ class Gathering:
         return calls
 
     def add(self, calls: list[list[Call]]) -> None:
-        """Weights that share an input share the sums (the first one keeps them)."""
+        """Weights that share an input share the sums (the first one keeps them). The two streams may send a token to
+        different experts: there, inputs cannot be paired, and nothing is corrected."""
+        first, last = (calls[-1] if self.experts else calls[0]), calls[-1]
         seen: dict[tuple[int, int], str] = {}
-        for unmerged, merged in (
-            zip(calls[0], calls[-1], strict=False) if not self.experts else zip(calls[-1], calls[-1], strict=True)
-        ):
-            x, leader = merged.x, unmerged.names[0]
-            leader = seen.setdefault((x.data_ptr(), len(x)), leader)
+        for unmerged, merged in zip(first, last, strict=True):
+            x = merged.x
+            leader = seen.setdefault((x.data_ptr(), len(x)), merged.names[0])
             for name in merged.names:
                 self.tokens[name] += len(x)
                 self.leader[name] = leader
             if leader != merged.names[0]:
                 continue
-            square = self.squares.setdefault(leader, torch.zeros(x.shape[1], x.shape[1], device=self.device))
-            square.addmm_(x.T, x)
+            self.add_product(self.squares, leader, x, x)
             if len(calls) > 1 and not self.experts:
-                cross = self.crosses.setdefault(leader, torch.zeros_like(square))
-                cross.addmm_((unmerged.x - x).T, x)
+                self.add_product(self.crosses, leader, unmerged.x - x, x)
+
+    def add_product(self, sums: dict[str, Tensor], leader: str, one: Tensor, other: Tensor) -> None:
+        if leader not in sums:
+            sums[leader] = torch.zeros(one.shape[1], other.shape[1], device=self.device)
+        sums[leader].addmm_(one.T, other)
 
     def statistics(self) -> dict[str, Statistics]:
         found: dict[str, Statistics] = {}
