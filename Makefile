@@ -16,6 +16,7 @@ INSTALL = $(PIP) install --quiet -c constraints.txt
 # Small matrices gain nothing from many threads, and containers often show more cores than they may use.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export GPTQMODEL_CPU_WORKERS ?= 2  # it does not start on two cores otherwise
 export PIP_NO_INPUT = 1
 
 .PHONY: demo test clean
@@ -39,6 +40,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
+	-$(PIP) install --quiet --no-deps --only-binary :all: auto-gptq==0.7.1  # an oracle; wheels for Python 3.8 to 3.11
 	touch $@
 
 clean:

@@ -49,7 +49,7 @@ def waves(
 class Walk:
     def __init__(self, plan: Plan, bench: Bench, stored: Callable[[Step], Tensor], tell: Callable[[str], None]) -> None:
         self.steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
-        self.wanted = {step.name: step for step in plan.merged if step.rounding == "preserve"}
+        self.wanted = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
         self.bench, self.stored, self.tell = bench, stored, tell
         config = plan.inputs.base.config
         self.unmerged = LayeredModel(config, self.steps, bench.device)

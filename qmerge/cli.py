@@ -18,7 +18,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from qmerge.errors import BELOW_MIN_KEPT, OK, QmergeError, RecipeError, StoppedError
-from qmerge.recipe import JUDGED_TOKENS, Recipe, make_recipe, read_recipe
+from qmerge.recipe import JUDGED_TOKENS, OPTIONS, Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -30,7 +30,7 @@ INPUTS = (
 )  # fmt: skip
 HOW = (
     "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "residual",
-    "promote", "block_size", "double_quant", "quant_storage", "seed",
+    "promote", *OPTIONS, "seed",
 )  # fmt: skip
 WORK = ("device", "workers", "max_memory", "max_shard_size")
 PANELS = {
@@ -40,7 +40,8 @@ PANELS = {
 }
 TYPES = {
     "adapter": list[str], "block_size": int, "calibration_tokens": int, "sequence_length": int, "seed": int, "workers": int,
-    "residual": int, "min_kept": float, "double_quant": bool, "sequential": bool,
+    "residual": int, "min_kept": float, "double_quant": bool, "sequential": bool, "bits": int, "group_size": int,
+    "sym": bool, "act_order": bool, "static_groups": bool,
 }  # fmt: skip
 METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"), **dict.fromkeys(("max_memory", "max_shard_size"), "SIZE"),
@@ -260,6 +261,34 @@ def report_command(
     path = html or out / NAME
     write_file(path, html_report(read_report(out)).encode())
     typer.echo(str(path))
+
+
+@app.command("gguf")
+def gguf_command(
+    model: Annotated[Path, typer.Argument(help="a dense model folder, as --target bf16 writes it")],
+    out: Annotated[Path, typer.Option(help="the file to write", metavar="FILE")],
+    type: Annotated[str, typer.Option(help="what matrices become: f16, bf16, f32 or q8_0", metavar="TYPE")],
+    pre: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="llama.cpp's name for how the tokenizer splits text, where it is not known", metavar="NAME"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """One GGUF file from a dense model folder, for llama.cpp and what is built on it."""
+    from qmerge.gguf.export import export
+
+    try:
+        written = export(model, out, type, pre)
+    except KeyboardInterrupt as cause:
+        raise StoppedError("interrupted. Nothing was left behind; the same command starts again.") from cause
+    if json:
+        typer.echo(jsonlib.dumps(vars(written), indent=1, default=str))
+        return
+    counts = ", ".join(f"{count} {name}" for name, count in written.tensors.items())
+    typer.echo(
+        f"Written to {out}: {written.nbytes / 1e6:.1f} MB, {written.arch}, {counts}; tokenizer {written.tokenizer}"
+    )
+    show_warnings(list(written.notes))
 
 
 @app.command("formats")

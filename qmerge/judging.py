@@ -22,7 +22,7 @@ from qmerge.checkpoint.scan import scan
 from qmerge.layered import LayeredModel, Values
 from qmerge.pipeline import Bench, dense_values, unmerged_values
 from qmerge.planning import Plan, make_plan
-from qmerge.recipe import Recipe
+from qmerge.recipe import OPTIONS, Recipe
 from qmerge.report.json import FidelityRecord
 
 POSITIONS = 256
@@ -51,7 +51,7 @@ def fidelity(
         "original_revision": None,
         "scales": "keep",
     }
-    dropped = dict.fromkeys(("block_size", "double_quant", "quant_storage", "calibration"))
+    dropped = dict.fromkeys((*OPTIONS, "calibration"))
     with Reader() as reader:
         plan = make_plan(recipe.model_copy(update={**plain, **dropped, "rounding": "nearest"}), reader)
         config = plan.inputs.base.config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import advice, texts
+from qmerge import advice, plugins, texts
 from qmerge.checkpoint import folder
 from qmerge.errors import CheckpointError
 from qmerge.generation import generated_tokens
@@ -22,8 +22,9 @@ from qmerge.planning import Plan
 from qmerge.predict import Survival, predict
 from qmerge.report.json import CalibrationRecord
 
-NEAREST_IS_ENOUGH = 0.95
-"""``auto`` takes nearest rounding for a weight that keeps so much of its delta."""
+NEAREST_IS_ENOUGH, FINE_ENOUGH = 0.95, 0.015
+"""``auto`` takes nearest rounding for a weight that keeps so much of its delta, and, where the weight comes onto a fresh
+grid, whose rounding error is no larger than this against the weight (int8 has about 0.01, 4 bits 0.1)."""
 
 Tell = Callable[[str], None]
 """Is told how far the work is."""
@@ -48,7 +49,7 @@ class Outlook:
     def says(self, plan: Plan) -> list[str]:
         """Which rounding and why, where it was not asked for; and what would be better."""
         chosen = [] if plan.recipe.rounding != "auto" else [f"Rounding {rounding_name(plan)}: {self.reason}."]
-        return [*chosen, *self.notes]
+        return [*written_as(plan), *chosen, *self.notes]
 
     def warnings(self, plan: Plan) -> list[str]:
         """What to say before the run starts; ``preserve`` is judged when it is done."""
@@ -67,7 +68,7 @@ def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tupl
     plan, reason = settled(plan, predicted)
     notes: list[str] = []
     batches, record = None, None
-    if any(step.rounding == "preserve" for step in plan.merged):
+    if any(step.rounding == "preserve" for step in plan.rounded):
         plan, batches, record = calibration_of(plan, bench, notes, tell)
     return plan, Outlook(predicted, reason, batches, record, tuple(notes))
 
@@ -79,14 +80,40 @@ def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
         return plan, "as asked"
     kept = {survival.module: 1.0 if survival.kept is None else survival.kept for survival in predicted}
     low = {module for module, share in kept.items() if share < NEAREST_IS_ENOUGH}
-    least = min(kept.values(), default=1.0)
-    roundings = {step.name: "preserve" if step.weight.module in low else "nearest" for step in plan.merged}
+    fresh = {step.weight.module for step in plan.merged if not step.keeps_grid}
+    errors = {s.module: (s.noise or 0.0) * (s.relative_size or 0.0) for s in predicted if s.module in fresh}
+    coarse = {module for module, error in errors.items() if error > FINE_ENOUGH}
+    chosen, least = low | coarse, min(kept.values(), default=1.0)
     reason = f"nearest rounding keeps {advice.percent(least)} or more of every weight's delta (predicted)"
-    if low:
-        enough = len(kept) - len(low)
+    if chosen:
+        enough = len(kept) - len(chosen)
         others = f"; {enough} of {len(kept)} weights keep enough and are rounded to nearest" if enough else ""
         reason = f"nearest rounding would keep only {advice.percent(least)} of a delta (predicted){others}"
-    return with_roundings(plan, roundings), reason
+        if not low:
+            worst = advice.percent(max(errors.values()))
+            reason = f"nearest rounding would change weights by {worst} of their size (predicted){others}"
+    roundings = {step.name: "preserve" if step.weight.module in chosen else "nearest" for step in plan.merged}
+    return with_roundings(
+        plan, {**roundings, **(dict.fromkeys(fresh_ones(plan), "preserve") if coarse else {})}
+    ), reason
+
+
+def fresh_ones(plan: Plan) -> list[str]:
+    """Weights without an update that come onto a fresh quantized grid."""
+    target = plugins.load("formats", plan.recipe.target).FORMAT
+    return [
+        step.name
+        for step in plan.steps
+        if step.action == "convert" and step.target == target.name and target.quant_method and not step.keeps_grid
+    ]
+
+
+def written_as(plan: Plan) -> list[str]:
+    """How the target is written, where it could be otherwise."""
+    target = plugins.load("formats", plan.recipe.target).FORMAT
+    options = dict.fromkeys(step.options for step in plan.steps if step.target == target.name)
+    described = " and ".join(filter(None, map(target.described, options)))
+    return [f"Target {target.name}: {described}."] if described else []
 
 
 def with_roundings(plan: Plan, roundings: Mapping[str, str]) -> Plan:
@@ -176,7 +203,15 @@ def input_warnings(plan: Plan) -> list[str]:
     """What is odd about the inputs, but no error."""
     files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder)
     tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
-    return [tokens] if tokens else []
+    base, odd = plan.inputs.base, list[str]()
+    for name in base.formats():
+        stored = [weight for weight in base.weights.values() if weight.format == name]
+        odd += plugins.load("formats", name).FORMAT.oddities(stored, base.quantization)
+    written = [step for step in plan.steps if step.target == plan.recipe.target]
+    for options in dict.fromkeys(step.options for step in written):
+        shapes = {step.name: step.shape for step in written if step.options == options}
+        odd += plugins.load("formats", plan.recipe.target).FORMAT.cautions(options, shapes)
+    return [*([tokens] if tokens else []), *odd]
 
 
 def for_identity(outlook: Outlook) -> dict[str, Any]:

@@ -14,7 +14,7 @@ reads and writes files; ``formats/``, ``adapters/``, ``rounding/`` and ``metrics
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,25 +72,31 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     target: Format = plugins.load("formats", step.target).FORMAT
     source, base = open_source(step, bench)
     update = step.update.to(bench.device) if step.update else None
-    grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench)
+    grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench, inputs)
     metric = metric_of(step, update, inputs, bench)
+    rounding = step.rounding if update is not None or metric is not None else "nearest"
     total: Sums | None = None
+    packed: list[Tensor] = []
     for rows in blocks(step, entries_for(step, bench)):
         here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
         merged_OI = merge(step, base_OI, update, rows)
-        delta_OI = merged_OI - base_OI if step.rounding == "preserve" else None
+        delta_OI = merged_OI - base_OI if rounding == "preserve" and update is not None else None
         context = Context(step.name, rows, bench.seed, near_OI, metric, delta_OI, beside(step, update, rows, bench))
-        codes_OI: Tensor = plugins.load("rounding", step.rounding).choose(merged_OI, here, context)
+        codes_OI: Tensor = plugins.load("rounding", rounding).choose(merged_OI, here, context)
         stored_OI = here.decode(codes_OI)
         target.check_range(stored_OI, merged_OI, step.name)
-        sink.append(step.name, target.pack(as_on_disk(codes_OI, step, target), step.options))
+        packed.append(target.pack(as_on_disk(codes_OI, step, target), step.options))
+        if target.row_axis == 0:
+            sink.append(codes_name(step, target), packed.pop())
         if update is not None:
             base_codes_OI = here.nearest(base_OI) if near_OI is None else near_OI
             seen_II = metric.hessian_II if metric else None
             compared = Comparison(base_OI, merged_OI, stored_OI, base_codes_OI, codes_OI, here, rows, update, seen_II)
             total = added(total, sums_of(compared))
+    if packed:  # rows are columns on disk: the codes are written when all are there
+        sink.append(codes_name(step, target), torch.cat(packed, dim=target.row_axis))
     write_scales(step, target, grid, sink, bench.reader)
     return Outcome(plain(total), seen_of(inputs, metric)) if total else None
 
@@ -161,7 +167,7 @@ def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: 
 def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Tensor:
     """float32 [O, I] that a loader will read of a step that is done; ``read`` gives the bytes of an output tensor."""
     target: Format = plugins.load("formats", step.target).FORMAT
-    prefix, parts = f"{step.weight.module}." if step.weight.module else "", {}
+    prefix, parts = step.weight.prefix, {}
     for name, spec in step.outputs.items():
         shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
         parts[name.removeprefix(prefix)] = TensorInfo(spec.dtype, shape, name, Path(), 0)
@@ -171,13 +177,17 @@ def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Ten
         return open_weight(weight, step, replace(bench, reader=reader)).values(Rows(0, step.shape[0]))
 
 
-def fresh_grid(step: Step, target: Format, base: Stored, update: Update | None, bench: Bench) -> Grid:
-    """A grid whose scales fit the merged values, as the format's own library would choose them."""
+def fresh_grid(
+    step: Step, target: Format, base: Stored, update: Update | None, bench: Bench, inputs: Statistics | None = None
+) -> Grid:  # fmt: skip
+    """A grid whose scales fit the merged values, as the format's own library would choose them, or better: some formats
+    weight errors by the inputs that calibration saw."""
+    inputs_I = inputs.hessian_II.diagonal().to(bench.device) if inputs else None
     scales = [torch.empty(0, device=bench.device)]
     if target.needs_scales:
         for rows in blocks(step, bench.block_entries):
-            scales.append(target.scales(merge(step, base.values(rows), update, rows), step.options))
-    return target.grid(torch.cat(scales), step.shape, step.options)
+            scales.append(target.scales(merge(step, base.values(rows), update, rows), step.options, inputs_I))
+    return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
 
 
 def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Tensor:
@@ -195,9 +205,10 @@ def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Ten
 
 
 def metric_of(step: Step, update: Update | None, inputs: Statistics | None, bench: Bench) -> Metric | None:
-    if step.rounding != "preserve" or update is None:
+    """None where nothing says which errors matter: neither an adapter nor inputs that calibration saw."""
+    if step.rounding != "preserve" or (update is None and inputs is None):
         return None
-    return make_metric(inputs, update.directions(), step.shape[1], bench.device)
+    return make_metric(inputs, update.directions() if update else None, step.shape[1], bench.device)
 
 
 def beside(step: Step, update: Update | None, rows: Rows, bench: Bench) -> Tensor | None:
@@ -212,16 +223,23 @@ def as_on_disk(codes_OI: Tensor, step: Step, target: Format) -> Tensor:
 
 
 def write_scales(step: Step, target: Format, grid: Grid, sink: TensorSink, reader: Reader) -> None:
-    """The other parts: the base's own bytes where its grid is kept, else those of the fresh grid."""
-    prefix = f"{step.weight.module}." if step.weight.module else ""
-    local = step.weight.local
-    if step.keeps_grid and not step.trained_on:
-        for name, info in step.weight.parts.items():
-            if name != local:
-                sink.append_bytes(info.name, reader.bytes(info, 0, info.nbytes))
+    """The other parts: the base's own bytes where its grid is kept (what it lacks is added), else those of the grid."""
+    kept: Mapping[str, TensorInfo] = step.weight.parts if step.keeps_grid and not step.trained_on else {}
+    codes = codes_name(step, target)
+    for info in kept.values():
+        if info.name != codes:
+            sink.append_bytes(info.name, reader.bytes(info, 0, info.nbytes))
+    own = {info.name for info in kept.values()}
+    if own >= step.outputs.keys():
         return
-    for name, part in target.companions(grid, local, step.shape, step.options).items():
-        sink.append(prefix + name, part)
+    for name, part in target.companions(grid, step.weight.local, step.shape, step.options).items():
+        if step.weight.prefix + name not in own:
+            sink.append(step.weight.prefix + name, part)
+
+
+def codes_name(step: Step, target: Format) -> str:
+    """Full name of the output tensor with the codes."""
+    return step.weight.prefix + target.codes_part(step.weight.local)
 
 
 def blocks(step: Step, entries: int) -> Iterator[Rows]:

@@ -14,13 +14,13 @@ from typing import Any
 from qmerge import hub, plugins
 from qmerge.adapters._folder import Adapter, read_adapter
 from qmerge.budget import block_entries, step_memory
+from qmerge.checkpoint import writer
 from qmerge.checkpoint.config import output_config
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
 from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
-from qmerge.checkpoint.writer import Layout
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
-from qmerge.formats._base import Format
+from qmerge.formats._base import Format, Layout
 from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
 
@@ -36,8 +36,8 @@ class Shard:
     steps: tuple[Step, ...]
 
     @cached_property
-    def layout(self) -> Layout:
-        return Layout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
+    def layout(self) -> writer.Layout:
+        return writer.Layout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Plan:
     @property
     def merged(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.action == "merge")
+
+    @property
+    def rounded(self) -> tuple[Step, ...]:
+        """The merged weights, and the others that are rounded with calibration because they come onto a fresh grid."""
+        return tuple(
+            s for s in self.steps if s.action == "merge" or (s.action == "convert" and s.rounding == "preserve")
+        )
 
     @property
     def bytes_in(self) -> int:
@@ -147,10 +154,10 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         raise RecipeError("--original is for a quantized base; this one is dense and is the original itself")
     if inputs.original and inputs.original.quantization:
         raise CheckpointError(f"--original {recipe.original} is quantized itself; expected a dense 16- or 32-bit model")
-    if recipe.asked and not _format(recipe.target).quant_method:
-        raise RecipeError(f"{', '.join(recipe.asked)}: options of NF4 and FP4, but the target is {recipe.target}")
-    if recipe.asked and recipe.target == "int8":
-        raise RecipeError(f"{', '.join(recipe.asked)}: options of NF4 and FP4, int8 has none")
+    target = _format(recipe.target)
+    for name in recipe.asked.keys() - set(target.asks):
+        takers = [name_ for name_, plugin in plugins.every("formats").items() if name in plugin.FORMAT.asks]
+        raise RecipeError(f"--{name.replace('_', '-')} is for {', '.join(takers)}, but the target is {recipe.target}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,15 @@ class StepMaker:
             return self.skeleton.conv1d
         except CheckpointError:
             return frozenset(self.inputs.adapter.updates if self.inputs.adapter.config.get("fan_in_fan_out") else ())
+
+    @cached_property
+    def _asked(self) -> Mapping[str, Any]:
+        """The recipe's options for the target, and the target's defaults for this model where the base has none."""
+        if not self.target.quant_method or self.target.name in self.inputs.base.formats():
+            return self.recipe.asked
+        weights = [weight for weight in self.inputs.base.weights.values() if self._is_quantizable(weight)]
+        shapes = [w.shape[::-1] if self._is_dense_conv1d(w) else w.shape for w in weights]
+        return self.target.fitted(self.recipe.asked, shapes)
 
     def matched_updates(self) -> dict[str, Update]:
         """Weight name → update; every update finds its weight, of its shape, or AdapterError says which does not."""
@@ -244,12 +260,23 @@ class StepMaker:
         outputs = dict(self._outputs(source, action, target, options, conv1d))
         if keeps_grid and not simulated:  # the scales leave as they came, whichever optional parts there are
             own = {info.name: TensorSpec(info.dtype, info.shape) for info in weight.parts.values()}
-            outputs = {**own, weight.name: outputs[weight.name]}
-        return Step(
+            added = {weight.prefix + local for local in target.always_written}
+            needed = {weight.prefix + target.codes_part(weight.local), *(added - own.keys())}
+            outputs = {**own, **{name: outputs[name] for name in needed if name in outputs}}
+        step = Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
             simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
-            self.recipe.rounding if update else "nearest", self._beside(weight, update, keeps_grid),
+            self._rounding(update, target, keeps_grid), self._beside(weight, update, keeps_grid),
         )  # fmt: skip
+        if target.quant_method and action != "copy" and not step.keeps_grid:
+            target.check(step.name, step.shape, options)
+        return step
+
+    def _rounding(self, update: Update | None, target: Format, keeps_grid: bool) -> str:
+        """Weights without an update are rounded too, where they come onto a fresh quantized grid; ``preserve`` then keeps
+        their layer's output. (``auto`` is settled later, by what it does to the merged ones.)"""
+        anew = bool(target.quant_method) and not keeps_grid and self.recipe.rounding == "preserve"
+        return self.recipe.rounding if update or anew else "nearest"
 
     def _beside(self, weight: Weight, update: Update | None, keeps_grid: bool) -> Weight | None:
         """The 16-bit weight, where it is given for ``preserve`` to lean on."""
@@ -267,7 +294,7 @@ class StepMaker:
 
     def _is_quantizable(self, weight: Weight) -> bool:
         if _format(weight.format).quant_method:
-            return True
+            return not self.target.quant_method or self.target.accepts(weight.shape)
         dense_base = not self.inputs.base.quantization
         matrix = weight.local == "weight" and len(weight.shape) == 2 and _format(weight.format).dense_dtype
         wanted = self.target.quant_method or self.recipe.trained_on
@@ -282,7 +309,8 @@ class StepMaker:
         if weight.name in self.promoted:
             return _format(DENSE[self.inputs.base.dtype])
         if self.target.quant_method:
-            return self.target if self._is_quantizable(weight) else own
+            dense = _format(DENSE[self.inputs.base.dtype]) if own.quant_method else own
+            return self.target if self._is_quantizable(weight) else dense
         return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own
 
     def _trained_on(self, weight: Weight) -> tuple[str, Options] | None:
@@ -298,8 +326,7 @@ class StepMaker:
         if target.name == weight.format and (target.dense_dtype or target.name == "raw"):
             return weight.options
         source = simulated[1] if simulated else weight.options
-        asked = self.recipe.asked if target.quant_method else {}
-        return target.options(asked, source, self.inputs.base.dtype)
+        return target.options(self._asked, source, self.inputs.base.dtype)
 
     def _same_grid(
         self, weight: Weight, target: Format, options: Options, simulated: tuple[str, Options] | None
@@ -339,14 +366,27 @@ class StepMaker:
         options = next((step.options for step in steps if step.target == self.target.name), None)
         if options is None and self.target.quant_method:
             raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
-        return output_config(self.inputs.base, self.target, options, self._skip_list())
+        return output_config(self.inputs.base, self.target, options, self.layout(steps))
 
-    def _skip_list(self) -> list[str] | None:
-        """``llm_int8_skip_modules`` with the promoted modules; None where the base's own says it all."""
-        if not self.promoted:
-            return None
-        modules = sorted(name.removesuffix(".weight") for name in self.promoted)
-        return [*self.skeleton.skipped, *modules]
+    def _default_skeleton(self) -> Skeleton:
+        """What the stock loader quantizes when it is not told what to skip."""
+        try:
+            return skeleton(self.inputs.base.config, None)
+        except CheckpointError:
+            return Skeleton(frozenset(), frozenset(), ("lm_head",))
+
+    def layout(self, steps: tuple[Step, ...]) -> Layout:
+        """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
+        ones, and what a base of another library left dense on purpose."""
+        if not self.target.quant_method:
+            return Layout()
+        quantized = tuple(step.weight.module for step in steps if step.target == self.target.name)
+        dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
+        base = self.inputs.base.quantization
+        if base and base.get("quant_method") != self.target.quant_method:
+            dense |= known.quantizable - set(quantized)
+        left = tuple(step.weight.module for step in steps if step.weight.module in dense)
+        return Layout(quantized, left, known.skipped)
 
 
 def _format(name: str) -> Format:
@@ -382,5 +422,5 @@ def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
 
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without options that the other target lacks."""
-    asked = {} if target in ("nf4", "fp4") else {"block_size": None, "double_quant": None, "quant_storage": None}
-    return make_recipe({**recipe.model_dump(), "target": target, **asked})
+    lacking = {name: None for name in recipe.asked if name not in _format(target).asks}
+    return make_recipe({**recipe.model_dump(), "target": target, **lacking})

@@ -36,6 +36,12 @@ TRAINED_ON = {
     "int8": ("int8", None),
 }
 
+OPTIONS = (
+    "block_size", "double_quant", "quant_storage",
+    "bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format",
+)  # fmt: skip
+"""How a target format is written; every format says which of these it takes (``Format.asks``)."""
+
 # Where the work is done, not what comes out of it: these may differ between a run and its --resume.
 WORKPLACE = {"out", "workers", "max_memory", "min_kept", "verify"}
 
@@ -85,6 +91,21 @@ class Recipe(BaseModel):
     block_size: int | None = Field(None, description="NF4/FP4 block size (default: the base's, else 64)")
     double_quant: bool | None = Field(None, description="NF4/FP4 double quantization (default: the base's)")
     quant_storage: str | None = Field(None, description="NF4/FP4 storage dtype (default: the base's, else uint8)")
+    bits: int | None = Field(None, description="GPTQ bits per weight: 2, 3, 4 or 8 (default: the base's, else 4)")
+    group_size: int | None = Field(
+        None, description="inputs that share a scale: 32, 64, 128, or -1 for all (default: the base's, else 128)"
+    )
+    sym: bool | None = Field(
+        None, description="GPTQ levels symmetric around zero (default: the base's, else yes; vLLM reads nothing else)"
+    )
+    act_order: bool | None = Field(
+        None,
+        description="GPTQ groups made of the inputs that matter alike: a little better, slower to run (default: no)",
+    )
+    static_groups: bool | None = Field(None, description="GPTQ act-order with groups of neighbours (default: no)")
+    checkpoint_format: str | None = Field(
+        None, description="GPTQ zeros as gptq (v1) or gptq_v2 (default: the base's, else gptq where symmetric)"
+    )
     seed: int = Field(0, description="seed of stochastic rounding and of random calibration tokens", ge=0)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute: auto, cpu or cuda")
     workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
@@ -150,8 +171,8 @@ class Recipe(BaseModel):
     @property
     def asked(self) -> dict[str, Any]:
         """Options for the target format that were asked for."""
-        options = {"block_size": self.block_size, "double_quant": self.double_quant, "storage": self.quant_storage}
-        return {name: value for name, value in options.items() if value is not None}
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def trained_on_format(self) -> tuple[str, dict[str, Any]] | None:

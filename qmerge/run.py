@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qmerge import calibration, hub, residual, texts
+from qmerge import calibration, hub, plugins, residual, texts
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, hash_file, write_file
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
+from qmerge.formats._base import Format
 from qmerge.judging import fidelity
 from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
@@ -126,9 +127,9 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
             bench = make_bench(plan, reader)
             plan, outlook = look_ahead(plan, bench)
             place = Measuring(bench, recipe.workers, watcher)
-            watcher.stage(f"measuring {target}", sum(step.weight.nbytes for step in plan.merged))
+            watcher.stage(f"measuring {target}", sum(step.weight.nbytes for step in plan.rounded))
             try:
-                walk(plan, plan.merged, bench, place, outlook.batches, watcher)
+                walk(plan, plan.rounded, bench, place, outlook.batches, watcher)
             finally:
                 watcher.end()
             reports.append(make_report(plan, bench, records, [], outlook, place.outcomes, started))
@@ -141,9 +142,9 @@ def with_promoted(plan: Plan, bench: Bench, watcher: Watcher) -> Plan:
     assert plan.recipe.promote is not None
     rehearsed, outlook = look_ahead(plan, bench)
     place = Measuring(bench, plan.recipe.workers, watcher)
-    watcher.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.merged))
+    watcher.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in rehearsed.rounded))
     try:
-        walk(rehearsed, rehearsed.merged, bench, place, outlook.batches, watcher)
+        walk(rehearsed, rehearsed.rounded, bench, place, outlook.batches, watcher)
     finally:
         watcher.end()
     losses = {step.name: loss(place.outcomes[step.name].sums) for step in rehearsed.merged}
@@ -210,6 +211,9 @@ def write_model(
         report.residual = residual.write(out, place.residuals, place.rank)
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_faces(report, plan, out)
+    target: Format = plugins.load("formats", plan.recipe.target).FORMAT
+    for name, content in target.side_files(plan.config.get("quantization_config") or {}).items():
+        folder.write_json(out / name, content)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)
     journal.remove()
     return report
@@ -320,8 +324,8 @@ class Measuring:
         if isinstance(sink, MemorySink):
             self._sinks[step.name] = sink
         outcome = do(step, sink, self.bench, inputs.get(step.name))
-        assert outcome is not None
-        self.outcomes[step.name] = outcome
+        if outcome is not None:
+            self.outcomes[step.name] = outcome
         self.watcher.advance(step.weight.nbytes, step.name)
 
     def stored(self, step: Step) -> Tensor:

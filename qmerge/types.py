@@ -96,7 +96,12 @@ class Weight:
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.local}" if self.module else self.local
+        return self.prefix + self.local
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the local names of its parts."""
+        return f"{self.module}." if self.module else ""
 
     @property
     def nbytes(self) -> int:

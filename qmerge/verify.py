@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,6 +20,7 @@ from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.checkpoint.writer import hash_file
 from qmerge.errors import CheckpointError, QmergeError
 from qmerge.recipe import make_recipe
+from qmerge.report.json import NAME as REPORT_NAME
 from qmerge.report.json import FidelityRecord, ReportData, read_report
 from qmerge.run import Watcher, compute_device
 
@@ -50,6 +52,7 @@ def judge(
     """Gain kept and KL ratio of a folder on held-out text.
 
     Args:
+        folder: a model; one that qmerge did not write needs ``against``.
         against: base and adapter; None for those that the recipe in the folder names.
 
     Raises:
@@ -57,7 +60,8 @@ def judge(
     """
     from qmerge.judging import fidelity
 
-    recipe = read_report(folder).recipe
+    foreign = against is not None and not (folder / REPORT_NAME).is_file()
+    recipe: dict[str, Any] = {"target": "fp32"} if foreign else read_report(folder).recipe
     if against:
         recipe = {**recipe, "base": against[0], "adapter": against[1], "revision": None, "adapter_revision": None}
     checked = make_recipe({**recipe, "device": device})

@@ -459,8 +459,8 @@ OPTIONS = [
 
 W = f"{Q}.weight"
 QUANTIZED = [
-    Case("gptq", configure(quantization_config={"quant_method": "gptq", "bits": 4}), CheckpointError, ("gptq", "bitsandbytes")),
-    Case("awq", configure(quantization_config={"quant_method": "awq"}), CheckpointError, ("awq", "bitsandbytes")),
+    Case("exl2", configure(quantization_config={"quant_method": "exl2", "bits": 4}), CheckpointError, ("exl2", "bitsandbytes")),
+    Case("quip", configure(quantization_config={"quant_method": "quip"}), CheckpointError, ("quip", "bitsandbytes")),
     Case("no_method", configure(quantization_config={"bits": 4}), CheckpointError, ("quantiz",)),
     Case("says_nf4_is_dense", configure(quantization_config=QUANT), CheckpointError, ("config.json", "no tensor is")),
     Case("nf4_says_dense", configure(quantization_config=None), CheckpointError, ("nf4", "config.json"), "nf4"),
@@ -543,7 +543,7 @@ COMMANDS = [
     Case("adapter_revision_of_a_folder", lambda p: None, AdapterError, ("local folder", "main"), arguments=("--adapter-revision", "main")),
     Case("no_such_folder", lambda p: None, CheckpointError, ("no such folder", "owner/name"), arguments=("--base", "./no/such/folder")),
     Case("no_such_adapter", lambda p: None, AdapterError, ("no such folder", "owner/name"), arguments=("--adapter", "./no/such/folder")),
-    Case("block_size_of_bf16", lambda p: None, RecipeError, ("block_size", "bf16"), arguments=("--block-size", "64")),
+    Case("block_size_of_bf16", lambda p: None, RecipeError, ("--block-size", "bf16"), arguments=("--block-size", "64")),
     Case("block_size", lambda p: None, RecipeError, ("48", "64"), "nf4", "nf4", ("--block-size", "48")),
     Case("storage", lambda p: None, RecipeError, ("uint7", "uint8"), "nf4", "nf4", ("--quant-storage", "uint7")),
     Case("trained_on_a_quantized_base", lambda p: None, RecipeError, ("--trained-on",), "nf4", "nf4", ("--trained-on", "nf4")),

@@ -23,8 +23,8 @@ SHAPE = (16, 64)
 def grid_for(name: str, values_OI: Tensor) -> Grid:
     """A fresh grid with the format's defaults."""
     target: Format = plugins.load("formats", name).FORMAT
-    options = target.options({}, None, "BF16")
     shape = (values_OI.shape[0], values_OI.shape[1])
+    options = target.options(target.fitted({}, [shape]), None, "BF16")
     return target.grid(target.scales(values_OI, options), shape, options)
 
 

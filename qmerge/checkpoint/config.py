@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.formats._base import Format
+from qmerge.formats._base import Format, Layout
 from qmerge.types import Options
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def output_config(
-    base: Checkpoint, target: Format, options: Options | None, skip: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """The base's config for another format; ``options`` are those of the weights that are stored as ``target``, ``skip``
-    the modules that stay dense (None: as in the base)."""
+    base: Checkpoint, target: Format, options: Options | None, layout: Layout
+) -> dict[str, Any]:  # fmt: skip
+    """The base's config for another format; ``options`` are those of the weights that are stored as ``target``."""
     config = without_quantization(base.config)
     if target.dense_dtype:
         return {**with_dtype(config, NAMES[target.dense_dtype]), "dtype": NAMES[target.dense_dtype]}
@@ -24,8 +23,8 @@ def output_config(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
     assert options is not None
-    like = base.quantization if skip is None else {**base.quantization, "llm_int8_skip_modules": list(skip)}
-    return {**config, "quantization_config": target.quantization_config(options, like, dtype)}
+    like = base.quantization if base.quantization.get("quant_method") == target.quant_method else {}
+    return {**config, "quantization_config": target.quantization_config(options, like, dtype, layout)}
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

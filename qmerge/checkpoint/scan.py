@@ -14,6 +14,9 @@ from qmerge.errors import CheckpointError, InputError, listed
 from qmerge.types import TensorInfo, Weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where auto-gptq and AutoAWQ kept ``quantization_config`` → what they did not say in it: the method."""
+
 LARGEST_JSON = 64 * 2**20
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
@@ -79,10 +82,22 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
             )
         tensors.update(found)
     check_index(folder, tensors)
-    weights = find_weights(tensors, reader)
-    checkpoint = Checkpoint(folder, config, weights, files)
+    config = with_quantize_config(config, folder)
+    quantization = Checkpoint(folder, config, {}, files).quantization
+    checkpoint = Checkpoint(folder, config, find_weights(tensors, reader, quantization), files)
     check_quantization(checkpoint)
     return checkpoint
+
+
+def with_quantize_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Old GPTQ and AWQ folders have ``quantization_config`` in a file of its own, which config.json does not repeat."""
+    for name, method in QUANTIZE_CONFIGS.items():
+        if not config.get("quantization_config") and (folder / name).is_file():
+            return {
+                **config,
+                "quantization_config": {"quant_method": method, **read_json(folder / name, CheckpointError)},
+            }
+    return config
 
 
 def shard_files(folder: Path) -> tuple[Path, ...]:
@@ -135,13 +150,15 @@ def check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
             raise CheckpointError(f"{INDEX} says that {name!r} is in {mapping[name]}, but it is in {info.file.name}")
 
 
-def find_weights(tensors: Mapping[str, TensorInfo], reader: Reader) -> dict[str, Weight]:
+def find_weights(
+    tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any]
+) -> dict[str, Weight]:
     """Group tensors into weights: each format claims what carries its marks, and every tensor belongs to one weight."""
     formats = plugins.every("formats")
     left = dict(tensors)
     weights: list[Weight] = []
     for name in sorted(formats, key=lambda name: (formats[name].FORMAT.claims_last, name)):
-        claimed = formats[name].FORMAT.find(left, reader)
+        claimed = formats[name].FORMAT.find(left, reader, quantization)
         for weight in claimed:
             for part in weight.parts.values():
                 del left[part.name]

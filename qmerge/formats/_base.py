@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,22 @@ from qmerge.checkpoint.reader import Reader
 from qmerge.grids import Grid
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
+NOT_QUANTIZED: Mapping[str, Any] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class NoOptions:
     """For formats that can be written in one way only."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Module names: ``quantized`` are stored in the target format; ``dense`` are not, though its loaders would expect them
+    to be; ``skipped`` are those that loaders leave dense by themselves (lm_head)."""
+
+    quantized: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ("lm_head",)
 
 
 class Stored(ABC):
@@ -43,6 +56,9 @@ class Format(ABC):
     loaders         who reads it
     claims_last     takes what no other format has claimed
     needs_scales    fresh grids depend on the values (absmax, SCB)
+    asks            options of the recipe that it understands
+    row_axis        axis of the part with the codes along which the rows of a weight follow one another
+    always_written  optional parts that loaders look for: added where the base lacks them
     """
 
     name: str
@@ -52,10 +68,15 @@ class Format(ABC):
     loaders: ClassVar[str] = ""
     claims_last: bool = False
     needs_scales: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ()
+    row_axis: ClassVar[int] = 0
+    always_written: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
-        """The weights among ``tensors`` that are stored this way.
+    def find(
+        self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
+    ) -> list[Weight]:
+        """The weights among ``tensors`` that are stored this way; ``quantization`` is the config's word on it.
 
         Raises:
             CheckpointError: a weight carries the format's marks, but a part is missing or disagrees.
@@ -76,18 +97,27 @@ class Format(ABC):
 
     @abstractmethod
     def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        """Local names, dtypes and shapes of the parts that will be written; the one named ``local`` holds the codes."""
+        """Local names, dtypes and shapes of the parts that will be written; ``codes_part`` names the one with the codes."""
+
+    def codes_part(self, local: str) -> str:
+        """Local name of the part that holds the codes of the weight ``local``."""
+        return local
 
     def row_step(self, shape: tuple[int, int], options: Options) -> int:
         """Row ranges must start at a multiple of this."""
         return 1
 
-    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
-        """The scales of a fresh grid for some rows, 1-D; concatenated over all rows they go to ``grid``."""
+    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+        """The scales of a fresh grid for some rows; concatenated over all rows they go to ``grid``.
+
+        ``inputs_I``: float32 [I], mean square of every input of the layer, where calibration saw them.
+        """
         return torch.empty(0)
 
     @abstractmethod
-    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
         """A fresh grid for a whole [O, I] weight from its scales."""
 
     def same_grid(self, one: Options, other: Options) -> bool:
@@ -107,14 +137,40 @@ class Format(ABC):
         return {}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
     ) -> dict[str, Any] | None:
-        """``quantization_config`` for config.json as the stock library would have written it; None for dense."""
+        """``quantization_config`` for config.json as the stock library would have written it; None for dense.
+
+        ``base`` is that of the base, where it is quantized by the same library, else empty.
+        """
         return None
 
+    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Further JSON files that the format's loaders look for: name → content."""
+        return {}
+
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape can be stored this way."""
+        """Whether a weight of this shape is one that the loaders of this format expect in it."""
         return len(shape) == 2
+
+    def fitted(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
+        """``asked`` with defaults that depend on the model: ``shapes`` [O, I] of all weights that will be stored this way."""
+        return asked
+
+    def described(self, options: Options) -> str:
+        """The options in a few words, where there is something to say."""
+        return ""
+
+    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:  # noqa: B027  (most take any)
+        """Raise RecipeError when a matrix of this shape cannot be stored this way."""
+
+    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What fewer loaders will read, of weights written this way: ``shapes`` are their [O, I] by name."""
+        return []
+
+    def oddities(self, weights: Sequence[Weight], quantization: Mapping[str, Any]) -> list[str]:
+        """What is odd about a base that is stored this way, but no error."""
+        return []
 
     def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:  # noqa: B027  (most have no limit)
         """Raise NumbersError when a finite value became infinite."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._base import Format, Stored
+from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid, levels, pack_nibbles, unpack_nibbles, unpack_values
 from qmerge.grids import Grid
 from qmerge.types import SAFETENSORS_DTYPES, TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -35,7 +35,7 @@ class Bnb4bitOptions:
 
     block_size: int = 64
     double_quant: bool = False
-    storage: str = "uint8"
+    quant_storage: str = "uint8"
     dtype: str = "bfloat16"
 
 
@@ -108,12 +108,15 @@ class Bnb4bit(Format):
 
     quant_method = "bitsandbytes"
     loaders = "transformers, vLLM (CUDA)"
+    asks = ("block_size", "double_quant", "quant_storage")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._mark = f".quant_state.bitsandbytes__{name}"
 
-    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+    def find(
+        self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
+    ) -> list[Weight]:
         return [
             self._weight(name.removesuffix(self._mark), tensors, reader)
             for name in tensors
@@ -134,7 +137,7 @@ class Bnb4bit(Format):
         options = Bnb4bitOptions(
             block_size=state["blocksize"],
             double_quant=f"{local}.nested_absmax" in parts,
-            storage=str(TORCH_DTYPES[parts[local].dtype]).removeprefix("torch."),
+            quant_storage=str(TORCH_DTYPES[parts[local].dtype]).removeprefix("torch."),
             dtype=state["dtype"],
         )
         shape = state["shape"]
@@ -192,8 +195,8 @@ class Bnb4bit(Format):
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if options.block_size not in BLOCK_SIZES:
             raise RecipeError(f"block size {options.block_size}: bitsandbytes has {', '.join(map(str, BLOCK_SIZES))}")
-        if options.storage not in STORAGES:
-            raise RecipeError(f"quant storage {options.storage!r}: there are {', '.join(STORAGES)}")
+        if options.quant_storage not in STORAGES:
+            raise RecipeError(f"quant storage {options.quant_storage!r}: there are {', '.join(STORAGES)}")
         return options
 
     def same_grid(self, one: Options, other: Options) -> bool:
@@ -203,11 +206,11 @@ class Bnb4bit(Format):
     def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
         assert isinstance(options, Bnb4bitOptions)
         numel = math.prod(shape)
-        storage = getattr(torch, options.storage)
+        storage = getattr(torch, options.quant_storage)
         blocks, count = -(-numel // options.block_size), (numel + 1) // 2
         if count % storage.itemsize:
             raise RecipeError(
-                f"a {list(shape)} weight has {count} bytes of codes: no whole number of {options.storage}"
+                f"a {list(shape)} weight has {count} bytes of codes: no whole number of {options.quant_storage}"
             )
         specs = {
             local: TensorSpec(SAFETENSORS_DTYPES[storage], (count // storage.itemsize, 1)),
@@ -224,7 +227,7 @@ class Bnb4bit(Format):
         assert isinstance(options, Bnb4bitOptions)
         return options.block_size // math.gcd(options.block_size, shape[1])
 
-    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
+    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
         assert isinstance(options, Bnb4bitOptions)
         flat, size = values_OI.flatten(), options.block_size
         whole = flat.numel() // size * size
@@ -233,7 +236,9 @@ class Bnb4bit(Format):
             absmax_B = torch.cat([absmax_B, flat[whole:].abs().amax().clamp(min=1e-38)[None]])
         return absmax_B
 
-    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
         assert isinstance(options, Bnb4bitOptions)
         if not options.double_quant:
             parts = {"absmax": scales.cpu()}
@@ -271,7 +276,7 @@ class Bnb4bit(Format):
         return {**scales, f"{local}.quant_map": quant_map, local + self._mark: text}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
     ) -> dict[str, Any] | None:
         assert isinstance(options, Bnb4bitOptions)
         return bitsandbytes_config(
@@ -279,16 +284,20 @@ class Bnb4bit(Format):
             load_in_4bit=True,
             bnb_4bit_quant_type=self.name,
             bnb_4bit_use_double_quant=options.double_quant,
-            bnb_4bit_quant_storage=options.storage,
+            bnb_4bit_quant_storage=options.quant_storage,
             bnb_4bit_compute_dtype=base.get("bnb_4bit_compute_dtype", compute_dtype),
+            layout=layout,
         )
 
 
-def bitsandbytes_config(base: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-    """``quantization_config`` as transformers writes it; ``base`` keeps its skip list and thresholds."""
+def bitsandbytes_config(base: Mapping[str, Any], layout: Layout, **settings: Any) -> dict[str, Any]:
+    """``quantization_config`` as transformers writes it; ``base`` keeps its skip list and thresholds. Where there is no
+    list, the loader has its own; one that is written replaces it."""
     from transformers import BitsAndBytesConfig
 
     kept = {name: base[name] for name in ("llm_int8_skip_modules", "llm_int8_threshold") if name in base}
+    if layout.dense:
+        kept["llm_int8_skip_modules"] = [*(kept.get("llm_int8_skip_modules") or layout.skipped), *layout.dense]
     if isinstance(settings.get("bnb_4bit_compute_dtype"), str):
         settings["bnb_4bit_compute_dtype"] = str(settings["bnb_4bit_compute_dtype"]).removeprefix("torch.")
     return dict(BitsAndBytesConfig(**kept, **settings).to_dict())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import NumbersError
-from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.formats._base import NOT_QUANTIZED, Format, NoOptions, Stored
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
 
@@ -75,7 +75,9 @@ class Dense(Format):
     def __init__(self, name: str, dtype: str) -> None:
         self.name, self.dense_dtype = name, dtype
 
-    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+    def find(
+        self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
+    ) -> list[Weight]:
         found = []
         for name, info in tensors.items():
             if info.dtype == self.dense_dtype:
@@ -93,7 +95,9 @@ class Dense(Format):
         assert self.dense_dtype is not None
         return {local: TensorSpec(self.dense_dtype, shape)}
 
-    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
         assert self.dense_dtype is not None
         return FloatGrid(TORCH_DTYPES[self.dense_dtype])
 

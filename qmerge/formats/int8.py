@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, NoOptions, Stored
 from qmerge.formats._bnb4bit import bitsandbytes_config
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -75,7 +75,9 @@ class Int8(Format):
     quant_method = "bitsandbytes"
     loaders = "transformers, vLLM (CUDA)"
 
-    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+    def find(
+        self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
+    ) -> list[Weight]:
         return [_weight(name.removesuffix(".SCB"), tensors, reader) for name in tensors if name.endswith(".SCB")]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
@@ -91,10 +93,12 @@ class Int8(Format):
             "weight_format": TensorSpec("U8", ()),
         }
 
-    def scales(self, values_OI: Tensor, options: Options) -> Tensor:
+    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
         return values_OI.abs().amax(dim=1)
 
-    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
         return Int8Grid(scales)
 
     def as_loaded(self, values_OI: Tensor) -> Tensor:
@@ -109,9 +113,9 @@ class Int8(Format):
         return {"SCB": grid.scb_O.cpu(), "weight_format": torch.zeros((), dtype=torch.uint8)}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str
+        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
     ) -> dict[str, Any] | None:
-        return bitsandbytes_config(base, load_in_8bit=True)
+        return bitsandbytes_config(base, layout, load_in_8bit=True)
 
 
 def _weight(module: str, tensors: Mapping[str, TensorInfo], reader: Reader) -> Weight:

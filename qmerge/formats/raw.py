@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import Format, NoOptions, Stored
+from qmerge.formats._base import NOT_QUANTIZED, Format, NoOptions, Stored
 from qmerge.grids import Grid
 from qmerge.types import Options, TensorInfo, TensorSpec, Weight
 
@@ -35,7 +35,9 @@ class Raw(Format):
     claims_last = True
     needs_scales = False
 
-    def find(self, tensors: Mapping[str, TensorInfo], reader: Reader) -> list[Weight]:
+    def find(
+        self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
+    ) -> list[Weight]:
         found = []
         for name, info in tensors.items():
             if info.dtype in ("F32", "F16", "BF16") and not name.endswith(ORPHANS):
@@ -60,7 +62,9 @@ class Raw(Format):
     def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
         raise AssertionError("raw is never a target")
 
-    def grid(self, scales: Tensor, shape: tuple[int, int], options: Options) -> Grid:
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
         raise AssertionError("raw is never a target")
 
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:

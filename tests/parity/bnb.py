@@ -15,9 +15,9 @@ from qmerge import plugins
 from qmerge.checkpoint.header import read_header
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import Format, Stored
+from qmerge.formats._base import Format, Layout, Stored
 from qmerge.formats._bnb4bit import Bnb4bitOptions
-from qmerge.types import Options, Rows, Weight
+from qmerge.types import TORCH_DTYPES, Options, Rows, Weight
 
 MODULE = "layer.proj"
 STORAGES = {
@@ -50,7 +50,7 @@ def quantized_4bit(weight_OI: Tensor, name: str, options: Bnb4bitOptions) -> tup
     """(packed codes, quant state) by bitsandbytes."""
     return bnb.quantize_4bit(
         weight_OI, blocksize=options.block_size, compress_statistics=options.double_quant, quant_type=name,
-        quant_storage=STORAGES[options.storage],
+        quant_storage=STORAGES[options.quant_storage],
     )  # fmt: skip
 
 
@@ -76,10 +76,11 @@ def saved(tensors: Mapping[str, Tensor], folder: Path) -> Path:
     return path
 
 
-def opened(path: Path, name: str, reader: Reader) -> tuple[Weight, Stored]:
-    """The one weight in a file."""
+def opened(path: Path, name: str, reader: Reader, options: Options | None = None) -> tuple[Weight, Stored]:
+    """The one weight in a file; the config says what it would for ``options``."""
     infos, _ = read_header(path, CheckpointError)
-    (weight,) = form(name).find(infos, reader)
+    config = form(name).quantization_config(options, {}, "bfloat16", Layout()) if options is not None else None
+    (weight,) = form(name).find(infos, reader, config or {})
     return weight, form(name).open(weight, reader, torch.device("cpu"))
 
 
@@ -95,12 +96,10 @@ def fresh(values_OI: Tensor, name: str, options: Options) -> dict[str, Tensor]:
     parts = [values_OI[rows.start : rows.stop] for rows in row_blocks(name, shape, options)]
     grid = target.grid(torch.cat([target.scales(part, options) for part in parts]), shape, options)
     places = row_blocks(name, shape, options)
-    packed = [
-        raw(target.pack(grid.rows(rows).nearest(part), options)) for rows, part in zip(places, parts, strict=True)
-    ]
+    packed = [target.pack(grid.rows(rows).nearest(part), options) for rows, part in zip(places, parts, strict=True)]
     written = dict(target.companions(grid, "weight", shape, options))
-    spec = target.outputs("weight", shape, options)["weight"]
-    dtype = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}[spec.dtype]  # fmt: skip
-    data = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8)
-    return {"weight": data.view(dtype).view(spec.shape), **written}
+    name = target.codes_part("weight")
+    spec = target.outputs("weight", shape, options)[name]
+    joined = torch.cat(packed, dim=1) if target.row_axis else torch.cat([part.flatten() for part in packed])
+    data = torch.frombuffer(bytearray(raw(joined)), dtype=torch.uint8)
+    return {name: data.view(TORCH_DTYPES[spec.dtype]).view(spec.shape), **written}

@@ -218,7 +218,7 @@ def test_quant_state_text(dtype: str, double_quant: bool) -> None:
 
 
 def test_storage_that_does_not_fit_is_refused() -> None:
-    options = Bnb4bitOptions(64, storage="float32")
+    options = Bnb4bitOptions(64, quant_storage="float32")
     with pytest.raises(RecipeError, match="no whole number of float32"):
         parity.form("nf4").outputs("weight", (3, 3), options)
 
