@@ -5,6 +5,8 @@ Every adapter tensor is used exactly once, or nothing starts. Reads headers, con
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ from qmerge import hub, plugins
 from qmerge.adapters._folder import Adapter, read_adapter
 from qmerge.budget import block_entries, step_memory
 from qmerge.checkpoint import writer
-from qmerge.checkpoint.config import output_config
+from qmerge.checkpoint.config import of_same_library, output_config
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import SINGLE, Checkpoint, scan
 from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
@@ -88,6 +90,13 @@ class Plan:
     @property
     def bytes_out(self) -> int:
         return sum(shard.layout.most_bytes for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the weights that are stored in the target's format, scales included."""
+        stored = [step for step in self.steps if step.target == self.recipe.target]
+        nbytes = sum(max(0, spec.nbytes) for step in stored for spec in step.outputs.values())
+        return 8 * nbytes / max(1, sum(math.prod(step.shape) for step in stored))
 
     @property
     def peak_memory(self) -> int:
@@ -294,11 +303,18 @@ class StepMaker:
 
     def _is_quantizable(self, weight: Weight) -> bool:
         if _format(weight.format).quant_method:
-            return not self.target.quant_method or self.target.accepts(weight.shape)
-        dense_base = not self.inputs.base.quantization
+            same = weight.format == self.target.name
+            return same or not self.target.quant_method or self.target.accepts(weight.shape)
         matrix = weight.local == "weight" and len(weight.shape) == 2 and _format(weight.format).dense_dtype
         wanted = self.target.quant_method or self.recipe.trained_on
-        return bool(dense_base and matrix and wanted) and weight.module in self.skeleton.quantizable
+        return bool(matrix and wanted and self._quantizes_dense) and weight.module in self.skeleton.quantizable
+
+    @cached_property
+    def _quantizes_dense(self) -> bool:
+        """A base that is quantized leaves weights dense on purpose, and so they stay; unless the target takes none of its
+        quantized ones (gpt-oss: only the fused experts are quantized, and for other formats those are no linear layers)."""
+        quantized = [w for w in self.inputs.base.weights.values() if _format(w.format).quant_method]
+        return not any(w.format == self.target.name or self.target.accepts(w.shape) for w in quantized)
 
     def _target_of(self, weight: Weight, merged: bool) -> Format:
         """Quantized targets take what the stock loader would quantize. Dense targets take all that is quantized, and
@@ -382,11 +398,17 @@ class StepMaker:
             return Layout()
         quantized = tuple(step.weight.module for step in steps if step.target == self.target.name)
         dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
-        base = self.inputs.base.quantization
-        if base and base.get("quant_method") != self.target.quant_method:
+        if self.inputs.base.quantization and not of_same_library(self.inputs.base, self.target):
             dense |= known.quantizable - set(quantized)
         left = tuple(step.weight.module for step in steps if step.weight.module in dense)
-        return Layout(quantized, left, known.skipped)
+        return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target))
+
+
+def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
+    """Modules ``….experts`` of which nothing is stored in the target format."""
+    found = {step.weight.name: re.match(r"(.*\.experts)(?:\.|$)", step.weight.module) for step in steps}
+    stored = {match[1] for step in steps if (match := found[step.weight.name]) and step.target == target.name}
+    return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
 
 
 def _format(name: str) -> Format:
@@ -422,5 +444,6 @@ def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
 
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without options that the other target lacks."""
-    lacking = {name: None for name in recipe.asked if name not in _format(target).asks}
+    lacking: dict[str, Any] = {name: None for name in recipe.asked if name not in _format(target).asks}
+    lacking["max_size"] = None
     return make_recipe({**recipe.model_dump(), "target": target, **lacking})

@@ -23,8 +23,14 @@ def output_config(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
     assert options is not None
-    like = base.quantization if base.quantization.get("quant_method") == target.quant_method else {}
-    return {**config, "quantization_config": target.quantization_config(options, like, dtype, layout)}
+    quantization = target.quantization_config(options, of_same_library(base, target), dtype, layout)
+    return {**config, "quantization_config": quantization}
+
+
+def of_same_library(base: Checkpoint, target: Format) -> dict[str, Any]:
+    """``quantization_config`` of the base, where it speaks of weights like the target's, else {}."""
+    same = target.name in base.formats() or base.quantization.get("quant_method") == target.quant_method
+    return base.quantization if same else {}
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from qmerge import plugins
 from qmerge.checkpoint.header import read_header, strict_json
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, InputError, listed
+from qmerge.formats._base import Format
 from qmerge.types import TensorInfo, Weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -157,7 +158,8 @@ def find_weights(
     formats = plugins.every("formats")
     left = dict(tensors)
     weights: list[Weight] = []
-    for name in sorted(formats, key=lambda name: (formats[name].FORMAT.claims_last, name)):
+    # raw is asked before dense formats: it knows parts that a quantized weight left behind, also those of a float dtype
+    for name in sorted(formats, key=lambda name: (formats[name].FORMAT.claims_last, name != "raw", name)):
         claimed = formats[name].FORMAT.find(left, reader, quantization)
         for weight in claimed:
             for part in weight.parts.values():
@@ -165,6 +167,12 @@ def find_weights(
         weights += claimed
     if left:
         raise CheckpointError(f"{listed(sorted(left))}: stored in a way that no format of qmerge knows")
+    by_name: dict[str, Weight] = {}
+    for weight in weights:
+        if (other := by_name.setdefault(weight.name, weight)) is not weight:
+            raise CheckpointError(
+                f"{weight.name} is stored twice: as {other.format} and as {weight.format}; expected once"
+            )
     order = {info.name: place for place, info in enumerate(sorted(tensors.values(), key=lambda t: (t.file, t.offset)))}
     weights.sort(key=lambda weight: min(order[part.name] for part in weight.parts.values()))
     return {weight.name: weight for weight in weights}
@@ -174,14 +182,16 @@ def check_quantization(checkpoint: Checkpoint) -> None:
     """What the config says about quantization must be what the tensors show."""
     method = checkpoint.quantization.get("quant_method")
     formats = {name: plugin.FORMAT for name, plugin in plugins.every("formats").items()}
-    known = sorted({format.quant_method for format in formats.values() if format.quant_method})
+    known = sorted({name for format in formats.values() for name in methods_of(format)})
     if checkpoint.quantization and method not in known:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this version does not read. "
             f"It reads dense models and: {', '.join(known)}."
         )
     stored = [weight for weight in checkpoint.weights.values() if formats[weight.format].quant_method]
-    if stored and formats[stored[0].format].quant_method != method:
+    if len({weight.format for weight in stored}) > 1:
+        raise CheckpointError(f"the base mixes several quantized formats: {checkpoint.formats()}; expected one")
+    if stored and method not in methods_of(formats[stored[0].format]):
         raise CheckpointError(
             f"{stored[0].name} is stored as {stored[0].format}, but config.json says quant_method {method!r}; "
             f"take the config.json that belongs to these files"
@@ -191,8 +201,11 @@ def check_quantization(checkpoint: Checkpoint) -> None:
             f"config.json says that the base is quantized with {method}, but no tensor is; "
             f"take the config.json that belongs to these files, or remove quantization_config from it"
         )
-    if len({weight.format for weight in stored}) > 1:
-        raise CheckpointError(f"the base mixes several quantized formats: {checkpoint.formats()}; expected one")
+
+
+def methods_of(format: Format) -> tuple[str, ...]:
+    """What ``quant_method`` may be where weights are stored this way."""
+    return format.read_methods or ((format.quant_method,) if format.quant_method else ())
 
 
 def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:

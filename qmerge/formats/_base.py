@@ -26,11 +26,13 @@ class NoOptions:
 @dataclass(frozen=True)
 class Layout:
     """Module names: ``quantized`` are stored in the target format; ``dense`` are not, though its loaders would expect them
-    to be; ``skipped`` are those that loaders leave dense by themselves (lm_head)."""
+    to be; ``skipped`` are those that loaders leave dense by themselves (lm_head); ``experts`` are dense too, and not linear
+    layers: some loaders expect them in the target format all the same."""
 
     quantized: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ("lm_head",)
+    experts: tuple[str, ...] = ()
 
 
 class Stored(ABC):
@@ -51,6 +53,7 @@ class Format(ABC):
     """One way to store a weight. Attributes are facts about the format, used to choose and to explain.
 
     quant_method    ``quantization_config["quant_method"]`` of models stored this way; None for dense formats
+    read_methods    every ``quant_method`` of models that hold such weights, where it is not that one alone
     dense_dtype     safetensors dtype of a dense format; None for quantized ones
     is_target       whether qmerge writes it
     loaders         who reads it
@@ -63,6 +66,7 @@ class Format(ABC):
 
     name: str
     quant_method: ClassVar[str | None] = None
+    read_methods: ClassVar[tuple[str, ...]] = ()
     dense_dtype: str | None = None
     is_target: bool = True
     loaders: ClassVar[str] = ""

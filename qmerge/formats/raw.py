@@ -24,6 +24,15 @@ ORPHANS = (
     ".weight_format",
     ".qweight",
     ".qzeros",
+    ".weight_scale_inv",
+    ".weight_scale",
+    "_proj_blocks",
+    "_proj_scales",
+    ".W_q",
+    ".unpack_view_dtype",
+    "._weight_qdata",
+    "._weight_scale",
+    "._weight_zero_point",
 )
 
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -105,7 +102,7 @@ def make(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A complete folder; ``changes`` go into the model's config (``attention_bias=True``)."""
     settings = dict(KINDS[kind])
     family, sizes = settings.pop("family"), {**settings.pop("sizes", LLAMA), **changes}
-    model = _gpt_oss(seed, changes) if family == "mxfp4" else models.llama(seed=seed, **sizes)
+    model = gpt_oss(seed, **changes) if family == "mxfp4" else models.llama(seed=seed, **sizes)
     if settings.pop("one_sided", False):
         _make_one_sided(model)
     model.save_pretrained(folder)  # the config, and the files beside the weights; the weights are written again
@@ -142,8 +139,8 @@ def values(folder: Path) -> dict[str, Tensor]:
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return found
+    """What config.json says; empty for a dense model."""
+    return dict(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
 
 
 def _read(folder: Path) -> tuple[Parts, dict[str, str]]:
@@ -250,22 +247,10 @@ def _read_gptq(found: Parts, config: dict[str, Any], metadata: dict[str, str]) -
 
 
 def auto_gptq() -> ModuleType | None:
-    """auto-gptq, or None where it is not installed. While it is imported, it finds the names that it was written for."""
-    if importlib.util.find_spec("auto_gptq") is None:
-        return None
-    gone = {
-        "transformers.modeling_utils": ["no_init_weights"],
-        "transformers.utils.hub": ["create_repo", "create_commit", "CommitOperationAdd"],
-        "peft.peft_model": ["PEFT_TYPE_TO_MODEL_MAPPING"],
-    }
-    with ExitStack() as stack:
-        for home, names in gone.items():
-            for name in names:
-                stack.enter_context(mock.patch(f"{home}.{name}", {}, create=True))
-        if importlib.util.find_spec("gekko") is None:  # only its AVX2 kernels ask for it
-            sys.modules["gekko"] = mock.MagicMock()
-            stack.callback(sys.modules.pop, "gekko")
-        return importlib.import_module("auto_gptq")
+    """auto-gptq, or None where it is not installed."""
+    from qmerge import loaders
+
+    return loaders.auto_gptq() if importlib.util.find_spec("auto_gptq") else None
 
 
 def auto_gptq_packed(
@@ -520,7 +505,8 @@ def _decompressed_fp4(parts: Parts, scheme: Any, compressor: Any) -> Tensor:
 # MXFP4 experts (gpt-oss), read by transformers
 
 
-def _gpt_oss(seed: int, changes: dict[str, Any]) -> PreTrainedModel:
+def gpt_oss(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random gpt-oss in bfloat16."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     torch.manual_seed(seed)

@@ -331,7 +331,10 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 
 def without(local: str) -> Damage:
-    return lambda tensors, config: tensors.pop(f"{FIRST}.{local}") and None  # type: ignore[func-returns-value]
+    def damage(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        del tensors[f"{FIRST}.{local}"]
+
+    return damage
 
 
 def said(**changes: Any) -> Damage:
@@ -345,14 +348,19 @@ def put(local: str, change: Callable[[Tensor], Tensor]) -> Damage:
     return damage
 
 
-def both_formats(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    tensors["model.layers.0.self_attn.q_proj.SCB"] = torch.ones(256)
-    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(256, 256, dtype=torch.int8)
+def twice(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors |= {f"{FIRST}.SCB": torch.ones(256), f"{FIRST}.weight": torch.zeros(256, 256, dtype=torch.int8)}
+
+
+def mixed(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    for local in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{FIRST}.{local}"]
+    twice(tensors, config)
 
 
 DAMAGED: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "wrong_bits": (said(bits=8), ("4 bits", "config says 8", FIRST)),
-    "wrong_group_size": (said(group_size=64), ("groups of 64", "makes 4", "there are 2")),
+    "wrong_bits": (said(bits=8), ("4 bits", "config says 8", "down_proj")),
+    "wrong_group_size": (said(group_size=64), ("groups of 64", "makes 6 for 384 inputs", "there are 3")),
     "missing_scales": (without("scales"), (f"{FIRST}.scales is missing",)),
     "missing_zeros": (without("qzeros"), (f"{FIRST}.qzeros is missing",)),
     "g_idx_too_large": (put("g_idx", lambda t: t + 1), ("g_idx holds 1 to 2", "2 groups", "0 to 1")),
@@ -362,7 +370,8 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "scales_of_nan": (put("scales", lambda t: t * float("nan")), ("scales holds NaN",)),
     "scales_as_integers": (put("scales", lambda t: t.int()), ("scales is I32", "F16")),
     "other_shape": (put("qweight", lambda t: t[:, :-1]), ("do not belong to one GPTQ weight",)),
-    "mixed_formats": (both_formats, ("mixes several quantized formats",)),
+    "mixed_formats": (mixed, ("mixes several quantized formats",)),
+    "stored_twice": (twice, (f"{FIRST}.weight", "twice", "gptq", "int8")),
     "no_config": (lambda tensors, config: config.clear(), ("quant",)),
 }
 
@@ -409,7 +418,7 @@ def test_groups_must_divide(adapter: Path, tmp_path: Path, cli: Cli) -> None:
     lora = models.adapter(models.llama(torch.float32, hidden_size=192, intermediate_size=320), tmp_path / "lora")
     run = ("--base", base, "--adapter", lora, "--target", "gptq", "--rounding", "nearest")
     ran = cli(*run, "--group-size", "128", "--out", tmp_path / "out")
-    assert ran.code == 2 and "192 inputs, no multiple of the group size 128: use --group-size 64" in ran.err
+    assert ran.code == 2 and "inputs, no multiple of the group size 128: use --group-size 64" in ran.err
     assert not (tmp_path / "out").exists()
     ran = cli(*run, "--out", tmp_path / "out")
     assert ran.code == 0 and "4 bits, groups of 64, symmetric" in ran.err

@@ -1,0 +1,63 @@
+"""MXFP4 as compressed-tensors writes it: FP4 in groups of 32, whose scales are powers of two (MXFP4A16)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import CheckpointError
+from qmerge.formats._base import Stored
+from qmerge.formats._compressed import Scheme
+from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
+from qmerge.formats.nvfp4 import Nvfp4, StoredFp4
+from qmerge.grids import Grid
+from qmerge.types import Options, Parts, TensorSpec, Weight
+
+BIAS = 127
+
+
+class Mxfp4a16(Nvfp4):
+    """Parts: ``weight_packed`` uint8 [O, I/2], ``weight_scale`` uint8 [O, I/32], exponents of two plus 127."""
+
+    name = "mxfp4a16"
+    loaders = "vLLM, transformers (dequantizes)"
+    kinds = (("mxfp4-pack-quantized", "float", 4),)
+    group_size = 32
+    strategy = "group"
+    scale_dtype = "U8"
+
+    def needed(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("weight_packed", "weight_scale")
+
+    def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        exponents_OG = reader.tensor(weight.parts["weight_scale"])
+        if bool((exponents_OG == 255).any()):
+            raise CheckpointError(f"{weight.module}.weight_scale holds 255, which is NaN")
+        return StoredFp4(weight, reader, device, powers_of_two(exponents_OG.int()), self.group_size)
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        specs = super().outputs(local, shape, options)
+        return {name: spec for name, spec in specs.items() if name != "weight_global_scale"}
+
+    def offers(self, largest_OG: Tensor) -> list[Tensor]:
+        """The power that makes the largest value a 4 or more, and its neighbours."""
+        exponent_OG = torch.frexp(largest_OG).exponent - 3 + BIAS
+        return [powers_of_two((exponent_OG + step).clamp(1, 254)) for step in (0, 1, -1)]
+
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
+        return LevelsGrid(FP4_LEVELS, scales, self.group_size)
+
+    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+        assert isinstance(grid, LevelsGrid)
+        return {"weight_scale": (torch.frexp(grid.scale_OG).exponent - 1 + BIAS).to(torch.uint8).cpu()}
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2 ** (exponents − 127), exactly; int32 0 … 254 → float32. The least one is below float32's normal numbers."""
+    return torch.where(exponents == 0, 1 << 22, exponents << 23).to(torch.int32).view(torch.float32)
+
+
+FORMAT = Mxfp4a16()

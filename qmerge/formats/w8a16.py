@@ -1,0 +1,14 @@
+"""Compressed-tensors' packed int8 weights, as llm-compressor's W8A16 writes them (vLLM, SGLang, transformers)."""
+
+from __future__ import annotations
+
+from qmerge.formats._compressed import CompressedInt
+
+
+class W8a16(CompressedInt):
+    name = "w8a16"
+    kinds = (("pack-quantized", "int", 8),)
+    bits = 8
+
+
+FORMAT = W8a16()

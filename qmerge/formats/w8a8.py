@@ -1,0 +1,57 @@
+"""Compressed-tensors' int8 weights with a scale per row; loaders quantize the activations to int8 as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge.formats._affine import AffineGrid
+from qmerge.formats._compressed import CompressedInt, CompressedOptions
+from qmerge.grids import Grid
+from qmerge.types import TORCH_DTYPES, Options, Parts, TensorSpec
+
+
+class W8a8(CompressedInt):
+    """Parts: ``weight`` int8 [O, I], ``weight_scale`` [O, 1], and where asymmetric ``weight_zero_point`` int8 [O, 1]."""
+
+    name = "w8a8"
+    kinds = (("int-quantized", "int", 8), ("naive-quantized", "int", 8))
+    bits = 8
+    codes = "weight"
+    asks = ()
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        assert isinstance(options, CompressedOptions)
+        rows, columns = shape
+        groups = 1 if options.group_size == -1 else columns // options.group_size
+        specs = {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec(options.scale_dtype, (rows, groups))}
+        if not options.sym:
+            specs["weight_zero_point"] = TensorSpec("I8", (rows, groups))
+        return specs
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        return (codes_OI.short() - 128).to(torch.int8)
+
+    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+        assert isinstance(grid, AffineGrid) and isinstance(options, CompressedOptions)
+        scale = {"weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu()}
+        return scale if options.sym else {**scale, "weight_zero_point": (grid.zero_OG - 128).to(torch.int8).cpu()}
+
+    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        return []
+
+    def inputs_args(self) -> dict[str, Any] | None:
+        return {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "group_size": None,
+            "strategy": "token",
+            "dynamic": True,
+        }
+
+
+FORMAT = W8a8()

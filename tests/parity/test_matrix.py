@@ -1,0 +1,128 @@
+"""Every base format into every target: what the stock loader computes with is the base plus the delta, within rounding.
+
+Bases are written by their own libraries (``bases.py``), the delta is peft's, the reference is a float32 model of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qmerge import plugins
+
+from .. import models
+from . import bases, stock
+
+BASES = {
+    "bf16": None, "nf4": None, "fp4": None, "int8": None, "gptq": "gptq-act-order-asym", "awq": "awq", "fp8": "fp8",
+    "w4a16": "ct-int4-asym", "w8a16": "ct-int8", "w8a8": "ct-int8-w8a8", "nvfp4": "ct-nvfp4", "mxfp4a16": "ct-mxfp4",
+    "mxfp4": "mxfp4", "hqq": "hqq", "torchao": "torchao-int8",
+}  # fmt: skip
+"""Format → the kind of ``bases.py`` that stands for it; None for those that bitsandbytes and plain saving make."""
+
+ERRORS = {
+    "nf4": 0.10, "fp4": 0.15, "gptq": 0.12, "awq": 0.11, "w4a16": 0.12, "nvfp4": 0.11, "mxfp4a16": 0.15, "fp8": 0.03,
+    "int8": 0.012, "w8a8": 0.012, "w8a16": 0.012, "bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-18,
+}  # fmt: skip
+"""Target → relative error of nearest rounding on a Gaussian weight, rounded up (``qmerge plan`` predicts the same). For
+dense ones the unit roundoff; float32 stands for sums in another order."""
+
+DEPTH = 15
+"""Matrices that a token passes through: seven linear layers, twice, and the head."""
+
+UNREADABLE = {("mxfp4", "fp8"): "transformers' FP8 loader takes no blocks that end in the middle (64 inputs)"}
+
+Made = Callable[[str], Path]
+
+
+def test_every_format_is_there() -> None:
+    formats = {name: plugin.FORMAT for name, plugin in plugins.every("formats").items()}
+    assert set(ERRORS) == {name for name, form in formats.items() if form.is_target}
+    assert set(BASES) == set(formats) - {"raw", "fp16", "fp32"}, "fp16 and fp32 are read as bf16 is"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("matrix")
+
+    @cache
+    def make(name: str) -> Path:
+        if (kind := BASES[name]) is not None:
+            pytest.importorskip(bases.needs(kind))
+            # Every expert sees every token: with fewer, the smallest error may send a token elsewhere.
+            return bases.make(kind, folder / name, **({"num_experts_per_tok": 4} if name == "mxfp4" else {}))
+        dense = folder / "bf16"
+        if not dense.exists():
+            models.save(models.llama(**bases.LLAMA), dense)
+        config = stock.BASES[name]
+        return models.quantize(dense, folder / name, **config) if config else dense
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """About half as large as the weights, or more where it is on attention only: without it, every target is far off."""
+    folder = tmp_path_factory.mktemp("matrix")
+
+    @cache
+    def make(oss: bool) -> Path:
+        model = bases.gpt_oss() if oss else models.llama(torch.float32, **bases.LLAMA)
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj"] if oss else models.LINEAR
+        size = 0.06 if oss else 0.015
+        return models.adapter(model.float(), folder / str(oss), size=size, target_modules=modules)
+
+    return make
+
+
+def values_of(folder: Path) -> dict[str, Tensor]:
+    """float32 values of all weights, by the library that the folder's format belongs to."""
+    method = bases.quantization_config(folder).get("quant_method")
+    return bases.values(folder) if method not in (None, "bitsandbytes") else stock.values(folder)
+
+
+def logits_of(folder: Path, values: dict[str, Tensor]) -> Tensor:
+    return models.logits(stock.float_model(folder, like=values))
+
+
+@pytest.fixture(scope="module")
+def reference(base: Made, adapter: Callable[[bool], Path]) -> Callable[[str], tuple[Tensor, Tensor]]:
+    """Logits of base and delta unmerged, and of the base alone, in float32."""
+
+    @cache
+    def make(name: str) -> tuple[Tensor, Tensor]:
+        values = values_of(base(name))
+        model = stock.float_model(base(name), like=values)
+        alone = models.logits(model)
+        return models.logits(stock.adapted(model, adapter(name == "mxfp4"))), alone
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ERRORS)
+@pytest.mark.parametrize("name", BASES)
+def test_base_into_target(
+    base: Made, adapter: Callable[[bool], Path], reference: Callable[[str], tuple[Tensor, Tensor]], tmp_path: Path,
+    name: str, target: str,
+) -> None:  # fmt: skip
+    """Errors of the matrices are independent, so they add up as squares; half as much again is the bound. The control is the
+    base without the adapter."""
+    folder = base(name)
+    out = stock.merged(tmp_path / "out", folder, adapter(name == "mxfp4"), target, scales="fresh")
+    expected, alone = reference(name)
+    bound = 1.5 * DEPTH**0.5 * ERRORS[target]
+    stored = logits_of(out, values_of(out))
+    assert stock.distance(stored, expected) < bound < stock.distance(alone, expected)
+    if (name, target) in UNREADABLE:
+        return
+    ours = bases.quantization_config(out).get("quant_method") not in (None, "bitsandbytes")
+    model, info = bases.loads(out) if ours else stock.loaded(out)
+    assert not any(info.values()), info
+    found = models.logits(model if ours else stock.in_float32(model))
+    assert stock.distance(found, stored) < max(0.01, ERRORS["w8a8"] if target == "int8" else 0.0)
