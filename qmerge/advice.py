@@ -10,8 +10,12 @@ from qmerge.predict import Survival, total_kept
 ENOUGH = 0.5
 """A weight that keeps less of its delta than this is warned about."""
 
-LOUD = 2.0
-"""So is rounding noise that is larger than this many times the delta."""
+NEAR = 0.25
+"""Where original and dequantized base differ by less than this share of the delta, it does not matter which one it is."""
+
+LOUD, LOUD_PRESERVED = 2.0, 5.0
+"""So is rounding noise that is larger than this many times the delta. ``preserve`` is measured in the layers' output, where
+a good part of its noise makes up for earlier layers: twice the delta went with a KL ratio of 0.013 (GPTQ, demo model)."""
 
 
 def warnings(survivals: Sequence[Survival], predicted: bool) -> list[str]:
@@ -23,13 +27,30 @@ def warnings(survivals: Sequence[Survival], predicted: bool) -> list[str]:
     """
     lines = [_nothing_to_merge(survivals)] if not any(s.delta_squared for s in survivals) else []
     lost = [s for s in survivals if s.kept is not None and s.kept < ENOUGH]
-    loud = [s for s in survivals if s.noise is not None and s.noise > LOUD and s not in lost]
+    loud = [s for s in survivals if s.noise is not None and s.noise > _loud(s) and s not in lost]
     lines += [_lost_line(group, predicted) for group in _by_rank(lost)]
     lines += [_loud_line(group, predicted) for group in _by_rank(loud)]
     total = total_kept(survivals)
     if lost and total is not None and len(lost) > 1:
         lines.append(_total_line(lost, survivals, total, predicted))
     return lines
+
+
+def onto(merge_onto: str, gap: float | None) -> list[str]:
+    """What merging onto one base gives up against the other. ``gap``: ‖original − dequantized‖ / ‖delta‖."""
+    if gap is None or gap < NEAR:
+        return []
+    size = f"original and dequantized base differ by {times(gap)} the delta"
+    line = f"{size}: merging onto the dequantized one gives the model that was trained, with the base's quantization error. "
+    other = "--merge-onto original is without it; compare on held-out text (--verify)"
+    if merge_onto == "original":
+        line = f"{size}: the adapter was trained on the dequantized one, and what it learned to correct is gone in the original. "
+        other = "Compare on held-out text (--verify) with --merge-onto dequantized"
+    return [line + other]
+
+
+def _loud(s: Survival) -> float:
+    return LOUD_PRESERVED if s.rounding == "preserve" else LOUD
 
 
 def _by_rank(survivals: Iterable[Survival]) -> list[list[Survival]]:
@@ -70,7 +91,7 @@ def _nothing_to_merge(survivals: Sequence[Survival]) -> str:
 
 
 def _way_out(s: Survival) -> str:
-    better = {"nf4": "bf16", "fp4": "bf16", "int8": "bf16", "bf16": "fp16", "fp16": "fp32"}.get(s.target, "fp32")
+    better = {"bf16": "fp16", "fp16": "fp32"}.get(s.target, "bf16")
     if s.rounding == "preserve":
         first = ["--calibration with text of your training", "more --calibration-tokens"]
     else:

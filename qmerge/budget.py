@@ -1,11 +1,19 @@
-"""Memory: how many values to work on at a time, so that every step stays within ``--max-memory``."""
+"""What there is to work with: the device, and how many values at a time, so that all stays within ``--max-memory``."""
 
 from __future__ import annotations
 
-from qmerge.errors import RoomError
-from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES, blocks
+from typing import TYPE_CHECKING
+
+import torch
+
+from qmerge.checkpoint.reader import Reader
+from qmerge.errors import RecipeError, RoomError
+from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES, Bench, blocks
 from qmerge.recipe import Recipe, parse_size
 from qmerge.types import Step
+
+if TYPE_CHECKING:
+    from qmerge.planning import Plan
 
 ARRAYS_PER_BLOCK = 16
 """float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
@@ -43,3 +51,23 @@ def step_memory(step: Step, entries: int) -> int:
     scales += sum(info.nbytes for local, info in step.weight.parts.items() if local != step.weight.local)
     factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update else 0
     return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + factors
+
+
+def make_bench(plan: Plan, reader: Reader) -> Bench:
+    """Where the steps of a plan are done.
+
+    Raises:
+        RecipeError: cuda was asked for, and there is none.
+    """
+    return Bench(reader, compute_device(plan.recipe.device), plan.recipe.seed, plan.block_entries)
+
+
+def compute_device(asked: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` → a device.
+
+    Raises:
+        RecipeError: cuda was asked for, and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+    return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")

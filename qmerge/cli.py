@@ -26,7 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 INPUTS = (
-    "base", "adapter", "target", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
+    "base", "adapter", "target", "max_size", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
 HOW = (
     "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "residual",
@@ -44,7 +44,8 @@ TYPES = {
     "sym": bool, "act_order": bool, "static_groups": bool,
 }  # fmt: skip
 METAVARS = {
-    **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"), **dict.fromkeys(("max_memory", "max_shard_size"), "SIZE"),
+    **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"),
+    **dict.fromkeys(("max_memory", "max_shard_size", "max_size"), "SIZE"),
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"), "target": "FORMAT", "out": "DIR",
     "calibration": "SOURCE", "verify": "FILE", "promote": "SIZE", "residual": "RANK",
 }  # fmt: skip
@@ -157,7 +158,7 @@ def plan_command(
 
 @app.command("measure")
 @recipe_options(
-    *(name for name in EVERYTHING if name not in ("target", "out", "max_shard_size", "verify", "residual", "promote"))
+    *(name for name in EVERYTHING if name not in ("target", "max_size", "out", "max_shard_size", "residual", "promote"))
 )
 def measure_command(
     target: Annotated[
@@ -170,7 +171,10 @@ def measure_command(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """The full run with a writer that throws away: what would survive, for one or several targets."""
+    """The full run with a writer that throws away: what would survive, for one or several targets.
+
+    With --verify FILE, whole models are judged: each is written to a temporary folder, and thrown away.
+    """
     from qmerge import run
     from qmerge.report import terminal
 
@@ -182,6 +186,8 @@ def measure_command(
     else:
         table = terminal.survival_table(reports[0]) if len(reports) == 1 else terminal.measured_table(reports)
         terminal.out().print(table)
+        if len(reports) == 1 and reports[0].fidelity:
+            terminal.out().print(terminal.fidelity_table(reports[0].fidelity))
         for report in reports:
             show_warnings(report.warnings, f"{report.recipe['target']}: " if len(reports) > 1 else "")
     raise typer.Exit(exit_code(reports, recipe.min_kept))
@@ -207,7 +213,8 @@ def inspect_command(
 @app.command("verify")
 def verify_command(
     out: Finished,
-    reload: Annotated[bool, typer.Option("--reload/--no-reload", help="also load it with transformers")] = True,
+    reload: Annotated[bool, typer.Option("--reload/--no-reload", help="also load it with a stock loader")] = True,
+    loader: Annotated[str, typer.Option(help="which: transformers, gptqmodel or auto-gptq")] = "transformers",
     text: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="held-out text: judge the model against the unmerged adapter model (txt or jsonl)"),
@@ -233,7 +240,7 @@ def verify_command(
         raise RecipeError("--against needs --text FILE: the held-out text to judge on")
     if text:
         texts.read_texts(text)  # what is wrong with it is said before gigabytes are hashed and loaded
-    checks = verify.verify(out, reload)
+    checks = verify.verify(out, reload, loader)
     sound, record = all(check.ok for check in checks), None
     if text and sound:  # a damaged folder is not judged: what is wrong with it is the answer
         record = verify.judge(out, text, against, tokens, sequence_length, device, terminal.TerminalWatcher(quiet))
@@ -370,7 +377,8 @@ def interrupt(*_: object) -> None:
 def main() -> None:
     """The console command: errors raised on purpose become one line and their exit code."""
     signal.signal(signal.SIGTERM, interrupt)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel that nothing here uses
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # optional kernels that nothing here uses
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except QmergeError as error:

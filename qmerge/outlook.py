@@ -19,7 +19,7 @@ from qmerge.generation import generated_tokens
 from qmerge.layered import LayeredModel
 from qmerge.pipeline import Bench
 from qmerge.planning import Plan
-from qmerge.predict import Survival, predict
+from qmerge.predict import Survival, original_gap, predict
 from qmerge.report.json import CalibrationRecord
 
 NEAREST_IS_ENOUGH, FINE_ENOUGH = 0.95, 0.015
@@ -45,6 +45,7 @@ class Outlook:
     batches: list[Tensor] | None
     calibration: CalibrationRecord | None
     notes: tuple[str, ...]
+    original_gap: float | None = None
 
     def says(self, plan: Plan) -> list[str]:
         """Which rounding and why, where it was not asked for; and what would be better."""
@@ -55,7 +56,8 @@ class Outlook:
         """What to say before the run starts; ``preserve`` is judged when it is done."""
         preserved = {step.weight.module for step in plan.merged if step.rounding == "preserve"}
         judged = [survival for survival in self.predicted if survival.module not in preserved]
-        return [*input_warnings(plan), *(advice.warnings(judged, predicted=True) if judged else [])]
+        lost = advice.warnings(judged, predicted=True) if judged else []
+        return [*input_warnings(plan), *advice.onto(plan.recipe.merge_onto, self.original_gap), *lost]
 
 
 def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tuple[Plan, Outlook]:
@@ -66,11 +68,12 @@ def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tupl
     """
     predicted = predict(plan, bench)
     plan, reason = settled(plan, predicted)
+    gap = original_gap(plan, bench)
     notes: list[str] = []
     batches, record = None, None
     if any(step.rounding == "preserve" for step in plan.rounded):
         plan, batches, record = calibration_of(plan, bench, notes, tell)
-    return plan, Outlook(predicted, reason, batches, record, tuple(notes))
+    return plan, Outlook(predicted, reason, batches, record, tuple(notes), gap)
 
 
 def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:

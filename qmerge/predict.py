@@ -83,6 +83,23 @@ def predict_step(step: Step, bench: Bench) -> Survival:
     )  # fmt: skip
 
 
+def original_gap(plan: Plan, bench: Bench) -> float | None:
+    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a few rows of each: what quantizing the base did to
+    it, in sizes of what the adapter did. None without an original, or for a delta of zero."""
+    if plan.inputs.original is None:
+        return None
+    squares = deltas = 0.0
+    for step in plan.merged:
+        assert step.update is not None
+        quantized = open_weight(plan.inputs.base.weights[step.name], step, bench)
+        original = open_weight(plan.inputs.original.weights[step.name], step, bench)
+        groups = row_groups(step)
+        seen = sum(float((original.values(r) - quantized.values(r)).double().square().sum()) for r in groups)
+        squares += seen * step.shape[0] / sum(map(len, groups))
+        deltas += float(step.update.row_norms().double().square().sum())
+    return math.sqrt(squares / deltas) if deltas else None
+
+
 def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:
     """Expected ‖stored − merged‖² of these rows: nearest as it is; stochastic rounding has variance
     (value − below)(above − value) in every entry."""

@@ -59,7 +59,12 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="revision of the base on the Hub (branch, tag or commit)")
     adapter: str = Field(description="the PEFT adapter: a folder, or a Hub id")
     adapter_revision: str | None = Field(None, description="revision of the adapter on the Hub")
-    target: str = Field(description="format to write: nf4, fp4, int8, fp16, bf16 or fp32")
+    target: str = Field(
+        description="format to write: nf4, gptq, int8, bf16, … (qmerge formats lists them); auto: the best that fits max_size"
+    )
+    max_size: str | None = Field(
+        None, description="for --target auto: the best format whose files fit into this, such as 6GB"
+    )
     out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
     rounding: str = Field(
         "auto",
@@ -96,7 +101,8 @@ class Recipe(BaseModel):
         None, description="inputs that share a scale: 32, 64, 128, or -1 for all (default: the base's, else 128)"
     )
     sym: bool | None = Field(
-        None, description="GPTQ levels symmetric around zero (default: the base's, else yes; vLLM reads nothing else)"
+        None,
+        description="integer levels symmetric around zero (default: the base's, else yes; vLLM reads no other GPTQ)",
     )
     act_order: bool | None = Field(
         None,
@@ -131,7 +137,7 @@ class Recipe(BaseModel):
     @classmethod
     def _known_target(cls, name: str) -> str:
         targets = [known for known in plugins.names("formats") if plugins.load("formats", known).FORMAT.is_target]
-        if name not in targets:
+        if name not in (*targets, "auto"):
             raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, targets)}")
         return name
 
@@ -142,7 +148,7 @@ class Recipe(BaseModel):
             plugins.load("rounding", name)
         return name
 
-    @field_validator("max_memory", "max_shard_size", "promote")
+    @field_validator("max_memory", "max_shard_size", "promote", "max_size")
     @classmethod
     def _readable_size(cls, text: str | None) -> str | None:
         if text is not None:
@@ -155,7 +161,13 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"calibration is for preserve; {self.rounding} rounding has no use for it: leave one of them out"
             )
-        if self.promote and plugins.load("formats", self.target).FORMAT.dense_dtype:
+        if (self.target == "auto") != bool(self.max_size):
+            raise RecipeError(
+                "target auto needs max_size (--max-size 6GB): without a limit, fp32 is always best"
+                if self.target == "auto"
+                else f"max_size is for target auto; the target is {self.target}"
+            )
+        if self.promote and self.target != "auto" and plugins.load("formats", self.target).FORMAT.dense_dtype:
             raise RecipeError(
                 f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
             )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from qmerge import calibration, hub, plugins, residual, texts
+from qmerge import calibration, candidates, hub, plugins, residual, texts
+from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
@@ -24,7 +25,7 @@ from qmerge.judging import fidelity
 from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
 from qmerge.pipeline import Bench, Outcome, do, stored_values
-from qmerge.planning import DENSE, Inputs, Plan, make_plan, plan_from, read_inputs, retargeted
+from qmerge.planning import DENSE, Inputs, Plan, plan_from, read_inputs, retargeted
 from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
@@ -84,7 +85,11 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
         raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
     out = Path(recipe.out).expanduser()
     with Reader() as reader:
-        plan = make_plan(recipe, reader)
+        inputs = read_inputs(recipe, reader)
+        if recipe.target == "auto":
+            recipe, why = candidates.resolved(recipe, inputs, reader)
+            watcher.say(why)
+        plan = plan_from(recipe, inputs)
         bench = make_bench(plan, reader)
         if recipe.promote:
             plan = with_promoted(plan, bench, watcher)
@@ -117,6 +122,8 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
 def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None = None) -> list[ReportData]:
     """The full run with a writer that throws away: what would survive, for one or several targets."""
     watcher = watcher or Silent()
+    if recipe.verify:
+        return [judged_elsewhere(recipe, target, watcher) for target in targets or [recipe.target]]
     reports = []
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
@@ -134,6 +141,13 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
                 watcher.end()
             reports.append(make_report(plan, bench, records, [], outlook, place.outcomes, started))
     return reports
+
+
+def judged_elsewhere(recipe: Recipe, target: str, watcher: Watcher) -> ReportData:
+    """A whole merge into a temporary folder (TMPDIR says where), judged there and thrown away."""
+    with tempfile.TemporaryDirectory(prefix="qmerge-") as place:
+        there = retargeted(recipe, target).model_copy(update={"out": f"{place}/{target}"})
+        return merge(there, watcher=watcher).model_copy(update={"outputs": []})
 
 
 def with_promoted(plan: Plan, bench: Bench, watcher: Watcher) -> Plan:
@@ -169,26 +183,6 @@ def loss(sums: Sums) -> float:
 def extra_bytes(step: Step, width: int) -> int:
     """What the weight takes more when it is dense, ``width`` bytes per value, than as planned."""
     return width * math.prod(step.shape) - sum(max(0, spec.nbytes) for spec in step.outputs.values())
-
-
-def make_bench(plan: Plan, reader: Reader) -> Bench:
-    """Where to compute.
-
-    Raises:
-        RecipeError: cuda was asked for, and there is none.
-    """
-    return Bench(reader, compute_device(plan.recipe.device), plan.recipe.seed, plan.block_entries)
-
-
-def compute_device(asked: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` → a device.
-
-    Raises:
-        RecipeError: cuda was asked for, and there is none.
-    """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_model(

@@ -6,8 +6,6 @@ load with transformers that must leave nothing missing and nothing over.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,17 @@ from typing import Any
 
 import psutil
 
+from qmerge import plugins
+from qmerge.budget import compute_device
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.checkpoint.writer import hash_file
-from qmerge.errors import CheckpointError, QmergeError
+from qmerge.errors import CheckpointError, QmergeError, RecipeError
+from qmerge.loaders import LOADERS
 from qmerge.recipe import make_recipe
 from qmerge.report.json import NAME as REPORT_NAME
 from qmerge.report.json import FidelityRecord, ReportData, read_report
-from qmerge.run import Watcher, compute_device
+from qmerge.run import Watcher
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,22 @@ class Check:
     found: str
 
 
-def verify(folder: Path, reload: bool = True) -> list[Check]:
+def verify(folder: Path, reload: bool = True, loader: str = "transformers") -> list[Check]:
     """Every check that can be made; a later one is left out where an earlier one makes it meaningless.
 
     Raises:
         CheckpointError: ``folder`` has no qmerge.json.
+        RecipeError: no such loader, or its library is not installed.
     """
+    if loader not in LOADERS:
+        raise RecipeError(f"no loader is called {loader!r}. {plugins.suggestion(loader, list(LOADERS))}")
     report = read_report(folder)
     checks = [_check("hashes", lambda: hashes(folder, report)), _check("headers", lambda: headers(folder))]
     if all(check.ok for check in checks):
         checks.append(_check("finite", lambda: finite(folder)))
-        checks.append(_check("reload", lambda: loads(folder)) if reload else Check("reload", True, "not asked for"))
+        checks.append(
+            _check("reload", lambda: loads(folder, loader)) if reload else Check("reload", True, "not asked for")
+        )
     return checks
 
 
@@ -77,6 +83,8 @@ def judge(
 def _check(name: str, work: Callable[[], str]) -> Check:
     try:
         return Check(name, True, work())
+    except RecipeError:  # the command line, not the folder
+        raise
     except QmergeError as error:
         return Check(name, False, str(error))
 
@@ -120,8 +128,6 @@ def finite(folder: Path) -> str:
     """The small parts (scales) of every quantized weight open without NaN or infinity."""
     import torch
 
-    from qmerge import plugins
-
     with Reader() as reader:
         checkpoint = scan(folder, reader)
         quantized = [w for w in checkpoint.weights.values() if plugins.load("formats", w.format).FORMAT.quant_method]
@@ -130,30 +136,12 @@ def finite(folder: Path) -> str:
     return f"scales of {len(quantized)} quantized weights"
 
 
-def loads(folder: Path) -> str:
-    """transformers loads the model, with nothing missing and nothing over."""
+def loads(folder: Path, loader: str) -> str:
+    """A stock loader takes the model, and answers."""
     size, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory().available
     if size > free / 2:
         return f"left out: the model has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB of memory are free"
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, device_map="cpu", output_loading_info=True, trust_remote_code=False
-            )
-    except Exception as cause:  # whatever the stock loader raises, it means that it does not load
-        raise CheckpointError(f"transformers {transformers.__version__} does not load it: {cause}") from cause
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            raise CheckpointError(
-                f"transformers {transformers.__version__} reports {problem}: {sorted(info[problem])[:3]}"
-            )
-    return f"{type(model).__name__} with transformers {transformers.__version__}"
+    return LOADERS[loader](folder)
 
 
 def _formats(checkpoint: Checkpoint) -> str:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import qmerge
 import qmerge.demo
-from qmerge import residual, run
+from qmerge import residual
+from qmerge.budget import make_bench
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import RecipeError
 from qmerge.pipeline import worked_values
@@ -44,7 +45,7 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
     """Against numpy's full decomposition in the metric: nothing of rank 3 comes closer (Eckart, Young)."""
     with Reader() as reader:
         plan = make_plan(make_recipe({**INPUTS, "rounding": "preserve"}), reader)
-        bench, step = run.make_bench(plan, reader), plan.merged[3]
+        bench, step = make_bench(plan, reader), plan.merged[3]
         stored_OI = worked_values(step, bench, with_delta=False)
         x = torch.randn(400, step.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
             0, -1, step.shape[1]

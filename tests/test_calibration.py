@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qmerge
 import qmerge.demo
-from qmerge import calibration, outlook, run
+from qmerge import calibration, outlook
+from qmerge.budget import make_bench
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
 from qmerge.planning import make_plan
@@ -43,7 +44,7 @@ def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str
             ),
             reader,
         )
-        bench = run.make_bench(plan, reader)
+        bench = make_bench(plan, reader)
         stored = settings_stored(plan, bench)
         for steps, inputs in calibration.waves(plan, bench, BATCHES, stored, lambda line: None):
             found.append(([step.name for step in steps], inputs))
@@ -364,7 +365,7 @@ def test_generated_text_is_the_adapter_models_own(tmp_path: Path) -> None:
     """Greedy choices are not checked, likelihood is: under the adapter model its own text is likelier than random tokens."""
     with Reader() as reader:
         plan = make_plan(make_recipe({k: v for k, v in asked(tmp_path).items() if k != "quiet"}), reader)
-        bench = run.make_bench(plan, reader)
+        bench = make_bench(plan, reader)
         written = outlook.generated_tokens(plan, bench, 128, 32, 0, lambda line: None)
         again = outlook.generated_tokens(plan, bench, 128, 32, 0, lambda line: None)
         assert all(torch.equal(one, other) for one, other in zip(written, again, strict=True))

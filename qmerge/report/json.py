@@ -136,6 +136,11 @@ class ReportData(BaseModel):
     groups: list[GroupRecord]
     weights: list[WeightRecord]
     warnings: list[str]
+    bytes_out: int = Field(0, description="size of the weight files")
+    bits_per_weight: float = Field(0.0, description="of the weights in the target's format, scales included")
+    original_gap: float | None = Field(
+        None, description="‖original − dequantized‖ / ‖delta‖, where an original was given"
+    )
     promoted: list[str] = []
     residual: ResidualRecord | None = None
     fidelity: FidelityRecord | None = None

@@ -63,8 +63,12 @@ def make_report(
         total=group("all", [step.name for step in plan.merged], measured),
         groups=[group(kind, names, measured) for kind, names in kinds.items()],
         weights=weights,
+        original_gap=outlook.original_gap,
+        bytes_out=plan.bytes_out,
+        bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         warnings=input_warnings(plan)
+        + advice.onto(plan.recipe.merge_onto, outlook.original_gap)
         + advice.warnings([survival(record, measured) for record in weights], predicted=False),
     )
 

@@ -9,22 +9,23 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qmerge import advice, plugins
+from qmerge import advice, candidates
+from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.reader import Reader
-from qmerge.errors import QmergeError
-from qmerge.planning import Inputs, Plan, plan_from, read_inputs, retargeted
-from qmerge.predict import Survival, predict, total_kept, total_noise
+from qmerge.planning import Inputs, Plan, plan_from, read_inputs
+from qmerge.predict import Survival, predict
 from qmerge.recipe import Recipe
-from qmerge.report.terminal import err, out, printable, share, size_text, times
-from qmerge.run import make_bench
+from qmerge.report.terminal import err, out, printable, readers, share, size_text, times
 
 
 def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     """The plan as data: reads headers, the adapter, and a few rows of each adapted weight."""
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
-        targets = [describe_target(recipe, name, inputs, reader) for name in target_names()]
+        targets = [describe_target(found) for found in candidates.every(recipe, inputs, reader)]
+        if recipe.target == "auto":
+            recipe, _ = candidates.resolved(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
         described: dict[str, Any] = {
             "base": describe_base(inputs),
@@ -38,29 +39,19 @@ def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
         return described
 
 
-def target_names() -> list[str]:
-    formats = plugins.every("formats")
-    names = [name for name, plugin in formats.items() if plugin.FORMAT.is_target]
-    return sorted(names, key=lambda name: (formats[name].FORMAT.quant_method is None, name))
-
-
-def describe_target(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> dict[str, Any]:
+def describe_target(found: candidates.Candidate) -> dict[str, Any]:
     """Size and predicted survival of one target; a target that is not possible says why."""
-    form = plugins.load("formats", name).FORMAT
-    try:
-        plan = plan_from(retargeted(recipe, name), inputs)
-        survivals = predict(plan, make_bench(plan, reader))
-    except QmergeError as error:
-        return {"target": name, "impossible": str(error), "loaders": form.loaders}
-    gaps = sorted(s.gap_to_delta for s in survivals if s.gap_to_delta is not None)
+    if found.impossible is not None:
+        return {"target": found.target, "impossible": found.impossible, "loaders": found.loaders}
     return {
-        "target": name,
-        "bytes_out": plan.bytes_out,
-        "predicted_kept": total_kept(survivals),
-        "predicted_noise": total_noise(survivals),
-        "gap_to_delta": gaps[len(gaps) // 2] if gaps else None,
-        "keeps_grid": all(step.keeps_grid for step in plan.merged),
-        "loaders": form.loaders,
+        "target": found.target,
+        "bytes_out": found.nbytes,
+        "bits_per_weight": found.bits,
+        "predicted_kept": found.kept,
+        "predicted_noise": found.noise,
+        "gap_to_delta": found.gap_to_delta,
+        "keeps_grid": found.keeps_grid,
+        "loaders": found.loaders,
     }
 
 
@@ -160,20 +151,21 @@ def targets_table(targets: list[dict[str, Any]]) -> Table:
     """Targets side by side, as predicted for nearest rounding."""
     table = Table(title="What rounding would keep of the delta (predicted)", title_justify="left", title_style="bold")
     table.add_column("target")
-    for name in ("size", "kept", "noise", "step/delta"):
+    for name in ("bits", "size", "kept", "noise", "step/delta"):
         table.add_column(name, justify="right")
-    table.add_column("read by")
+    table.caption = "bits: per weight, with scales; noise: in deltas\n" + readers([t["target"] for t in targets])
+    table.caption_justify = "left"
     for target in targets:
         if "impossible" in target:
-            table.add_row(target["target"], "–", "–", "–", "–", target["loaders"])
+            table.add_row(target["target"], *("–",) * 5)
             continue
         gap, noise = target["gap_to_delta"], target["predicted_noise"]
         table.add_row(
             target["target"],
+            f"{target['bits_per_weight']:.3g}",
             size_text(target["bytes_out"]),
             share(target["predicted_kept"]),
             "–" if noise is None else f"{noise:.2f}",
             "–" if gap is None else times(gap),
-            target["loaders"],
         )
     return table

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from qmerge import plugins
 from qmerge.advice import percent, times
-from qmerge.report.json import FidelityRecord, GroupRecord, ReportData
+from qmerge.report.json import FidelityRecord, GroupRecord, ReportData, survived
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -130,19 +131,37 @@ def _cells(group: GroupRecord, seen: bool) -> list[str]:
 
 
 def measured_table(reports: Sequence[ReportData]) -> Table:
-    """Targets side by side, measured."""
-    rounding = reports[0].rounding
-    table = Table(title=f"What survives ({rounding})", title_justify="left", title_style="bold")
+    """Targets side by side, measured; with whole models, where a text was given."""
+    judged = any(report.fidelity for report in reports)
+    names = ("bits", "size", "kept", "noise", *(("gain kept", "KL ratio") if judged else ()))
+    table = Table(title="What survives", title_justify="left", title_style="bold")
     table.add_column("target")
-    for name in (predicted_name(rounding), "kept", "worst rank", "noise", "cosine", "codes"):
+    for name in names:
         table.add_column(name, justify="right")
+    table.add_column("rounding")
     for report in reports:
-        v = report.total.values
-        table.add_row(
-            report.recipe["target"], share(v["predicted_kept"]), share(v["kept"]), share(v["rank_kept_min"]),
-            decimal(v["noise"]), decimal(v["cosine"]), share(v["codes_changed"]),
-        )  # fmt: skip
+        v, seen = report.total.values, report.total.values["output_kept"] is not None
+        cells = [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out)]
+        cells += [share(survived(v)), decimal(v["output_noise" if seen else "noise"])]
+        if judged:
+            f = report.fidelity
+            cells += [decimal(f.gain_kept), f"{f.kl_ratio:.4f}" if f.kl_ratio is not None else "–"] if f else ["–", "–"]
+        table.add_row(report.recipe["target"], *cells, report.rounding)
+    table.caption = (
+        "bits: per weight, with scales; kept, noise (in deltas): of the layers'\n"
+        "output where calibration saw their inputs (preserve), else of the weights\n"
+        + readers([report.recipe["target"] for report in reports])
+    )
+    table.caption_justify = "left"
     return table
+
+
+def readers(targets: Sequence[str]) -> str:
+    """Who reads which of these targets, one line for each set of loaders."""
+    by_loaders: dict[str, list[str]] = {}
+    for target in targets:
+        by_loaders.setdefault(plugins.load("formats", target).FORMAT.loaders, []).append(target)
+    return "\n".join(f"{', '.join(names)}: read by {loaders}" for loaders, names in by_loaders.items())
 
 
 def extras(report: ReportData) -> list[str]:
@@ -205,6 +224,7 @@ __all__ = [
     "measured_table",
     "out",
     "printable",
+    "readers",
     "share",
     "size_text",
     "survival_table",

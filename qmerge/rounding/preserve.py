@@ -22,7 +22,7 @@ from qmerge.rounding._context import Context
 from qmerge.rounding._metric import Metric, damped, make_metric, upper_factor
 
 ORDERS = 4
-"""Orders of the columns that are tried: as they are, and at random."""
+"""Orders of the columns that are tried: as they are, what matters most first, and at random."""
 
 SWEEPS = 2
 """Most sweeps of descent from each start; a row that did not move in a sweep has arrived. (Eight instead of two lower
@@ -54,7 +54,7 @@ def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
     nearest_IO = grid.decode(grid.nearest(values_OI, context.near_OI)).T.contiguous()
     aim_IO = metric.aim(leaning(values_OI, context)).T.contiguous()
     best_IO, cost_O = nearest_IO, torch.full((len(values_OI),), torch.inf, dtype=torch.float64, device=values_OI.device)
-    as_they_are, *others = column_orders(len(aim_IO), values_OI.device)
+    as_they_are, *others = column_orders(metric.K_II)
     first = in_order(as_they_are, aim_IO, metric, grid)
     for problem in (first, *(in_order(columns, aim_IO, metric, grid) for columns in others)):
         found_IO, found_O = solve(problem, nearest_IO)
@@ -69,11 +69,13 @@ def leaning(values_OI: Tensor, context: Context) -> Tensor:
     return values_OI if context.original_OI is None else torch.lerp(values_OI, context.original_OI, LEAN)
 
 
-def column_orders(count: int, device: torch.device) -> list[Tensor]:
-    """int64 [I] each; the same for every weight with as many columns."""
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.arange(count), *(torch.randperm(count, generator=generator) for _ in range(ORDERS - 1))]
-    return [order.to(device) for order in orders]
+def column_orders(K_II: Tensor) -> list[Tensor]:
+    """int64 [I] each: as they are; what matters most first (GPTQ's act-order), when most columns are left to make up for
+    it; and at random."""
+    count, generator = len(K_II), torch.Generator().manual_seed(0)
+    weightiest = K_II.diagonal().argsort(descending=True, stable=True)
+    orders = [torch.arange(count), weightiest, *(torch.randperm(count, generator=generator) for _ in range(ORDERS - 2))]
+    return [order.to(K_II.device) for order in orders[:ORDERS]]
 
 
 def in_order(columns: Tensor, aim_IO: Tensor, metric: Metric, grid: Grid) -> Problem:
