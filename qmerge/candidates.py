@@ -12,8 +12,9 @@ from qmerge import plugins
 from qmerge.budget import make_bench
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import QmergeError, RecipeError
+from qmerge.inputs import Inputs
 from qmerge.outlook import NEAREST_IS_ENOUGH, with_roundings
-from qmerge.planning import Inputs, plan_from, retargeted
+from qmerge.planning import plan_from, retargeted
 from qmerge.predict import predict, total_kept, total_noise
 from qmerge.recipe import Recipe, parse_size
 
@@ -47,7 +48,7 @@ def every(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candidate]:
 
 
 def candidate(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> Candidate:
-    loaders = plugins.load("formats", name).FORMAT.loaders
+    loaders = plugins.form(name).loaders
     try:
         plan = plan_from(retargeted(recipe, name), inputs)
         bench = make_bench(plan, reader)

@@ -103,7 +103,7 @@ def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
 
 def fresh_ones(plan: Plan) -> list[str]:
     """Weights without an update that come onto a fresh quantized grid."""
-    target = plugins.load("formats", plan.recipe.target).FORMAT
+    target = plugins.form(plan.recipe.target)
     return [
         step.name
         for step in plan.steps
@@ -113,7 +113,7 @@ def fresh_ones(plan: Plan) -> list[str]:
 
 def written_as(plan: Plan) -> list[str]:
     """How the target is written, where it could be otherwise."""
-    target = plugins.load("formats", plan.recipe.target).FORMAT
+    target = plugins.form(plan.recipe.target)
     options = dict.fromkeys(step.options for step in plan.steps if step.target == target.name)
     described = " and ".join(filter(None, map(target.described, options)))
     return [f"Target {target.name}: {described}."] if described else []
@@ -209,11 +209,11 @@ def input_warnings(plan: Plan) -> list[str]:
     base, odd = plan.inputs.base, list[str]()
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]
-        odd += plugins.load("formats", name).FORMAT.oddities(stored, base.quantization)
+        odd += plugins.form(name).oddities(stored, base.quantization)
     written = [step for step in plan.steps if step.target == plan.recipe.target]
     for options in dict.fromkeys(step.options for step in written):
         shapes = {step.name: step.shape for step in written if step.options == options}
-        odd += plugins.load("formats", plan.recipe.target).FORMAT.cautions(options, shapes)
+        odd += plugins.form(plan.recipe.target).cautions(options, shapes)
     return [*([tokens] if tokens else []), *odd]
 
 

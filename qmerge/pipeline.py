@@ -69,7 +69,7 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     if step.action == "copy":
         copy(step, sink, bench.reader)
         return None
-    target: Format = plugins.load("formats", step.target).FORMAT
+    target = plugins.form(step.target)
     source, base = open_source(step, bench)
     update = step.update.to(bench.device) if step.update else None
     grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench, inputs)
@@ -126,22 +126,20 @@ def open_source(step: Step, bench: Bench) -> tuple[Stored, Stored]:
     source = open_weight(step.weight, step, bench)
     if step.trained_on:
         name, options = step.trained_on
-        simulated = OnTheFly(
-            source, step.shape, plugins.load("formats", name).FORMAT, options, list(blocks(step, bench.block_entries))
-        )
+        simulated = OnTheFly(source, step.shape, plugins.form(name), options, list(blocks(step, bench.block_entries)))
         return simulated, source if step.onto_original else simulated
     return source, open_weight(step.original, step, bench) if step.original else source
 
 
 def open_weight(weight: Weight, step: Step, bench: Bench) -> Stored:
-    form: Format = plugins.load("formats", weight.format).FORMAT
+    form = plugins.form(weight.format)
     stored = form.open(weight, bench.reader, bench.device)
     return Transposed(stored, step.shape[1]) if step.conv1d and form.dense_dtype else stored
 
 
 def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: bool = False) -> Tensor:
     """float32 values of a whole weight, in the shape that a dense checkpoint gives it (``conv1d``: [I, O])."""
-    form: Format = plugins.load("formats", weight.format).FORMAT
+    form = plugins.form(weight.format)
     rows = weight.shape[0] if len(weight.shape) > 1 else 1
     values = form.open(weight, reader, device).values(Rows(0, rows)).view(weight.shape)
     return values.T.contiguous() if conv1d and not form.dense_dtype else values
@@ -166,7 +164,7 @@ def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: 
 
 def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Tensor:
     """float32 [O, I] that a loader will read of a step that is done; ``read`` gives the bytes of an output tensor."""
-    target: Format = plugins.load("formats", step.target).FORMAT
+    target = plugins.form(step.target)
     prefix, parts = step.weight.prefix, {}
     for name, spec in step.outputs.items():
         shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
@@ -262,4 +260,4 @@ def row_step(step: Step) -> int:
         (step.weight.format, step.weight.options),
         *([step.trained_on] if step.trained_on else []),
     ]
-    return math.lcm(*(plugins.load("formats", name).FORMAT.row_step(step.shape, options) for name, options in named))
+    return math.lcm(*(plugins.form(name).row_step(step.shape, options) for name, options in named))

@@ -10,8 +10,12 @@ import importlib
 import pkgutil
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qmerge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qmerge.formats._base import Format
 
 KINDS = ("formats", "adapters", "rounding", "metrics")
 
@@ -33,6 +37,12 @@ def load(kind: str, name: str) -> ModuleType:
     if name not in names(kind):
         raise RecipeError(f"no {kind.rstrip('s')} is called {name!r}. {suggestion(name, names(kind))}")
     return importlib.import_module(f"qmerge.{kind}.{name}")
+
+
+def form(name: str) -> Format:
+    """The format of that name."""
+    found: Format = load("formats", name).FORMAT
+    return found
 
 
 def every(kind: str) -> dict[str, ModuleType]:

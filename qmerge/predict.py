@@ -54,7 +54,7 @@ def predict(plan: Plan, bench: Bench) -> list[Survival]:
 def predict_step(step: Step, bench: Bench) -> Survival:
     assert step.update is not None
     rounding = "stochastic" if step.rounding == "stochastic" else "nearest"
-    target: Format = plugins.load("formats", step.target).FORMAT
+    target = plugins.form(step.target)
     norms_O = step.update.row_norms()
     squared = float(norms_O.double().square().sum())
     rms_delta = math.sqrt(squared / math.prod(step.shape))
@@ -131,7 +131,7 @@ def base_and_grid(
     base_OI, grid = source.values(rows), source.grid
     if step.trained_on:
         name, options = step.trained_on
-        form: Format = plugins.load("formats", name).FORMAT
+        form = plugins.form(name)
         seen_OI = form.as_loaded(base_OI)
         grid = form.grid(form.scales(seen_OI, options), (len(rows), step.shape[1]), options)
         base_OI = base_OI if step.onto_original else grid.decode(grid.nearest(seen_OI))

@@ -136,7 +136,7 @@ class Recipe(BaseModel):
     @field_validator("target")
     @classmethod
     def _known_target(cls, name: str) -> str:
-        targets = [known for known in plugins.names("formats") if plugins.load("formats", known).FORMAT.is_target]
+        targets = [known for known in plugins.names("formats") if plugins.form(known).is_target]
         if name not in (*targets, "auto"):
             raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, targets)}")
         return name
@@ -167,7 +167,7 @@ class Recipe(BaseModel):
                 if self.target == "auto"
                 else f"max_size is for target auto; the target is {self.target}"
             )
-        if self.promote and self.target != "auto" and plugins.load("formats", self.target).FORMAT.dense_dtype:
+        if self.promote and self.target != "auto" and plugins.form(self.target).dense_dtype:
             raise RecipeError(
                 f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
             )

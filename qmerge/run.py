@@ -20,12 +20,12 @@ from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, hash_file, write_file
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
-from qmerge.formats._base import Format
+from qmerge.inputs import Inputs, read_inputs
 from qmerge.judging import fidelity
 from qmerge.metrics._totals import Sums
 from qmerge.outlook import Outlook, for_identity, look_ahead
 from qmerge.pipeline import Bench, Outcome, do, stored_values
-from qmerge.planning import DENSE, Inputs, Plan, plan_from, read_inputs, retargeted
+from qmerge.planning import Plan, plan_from, retargeted
 from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
@@ -33,6 +33,7 @@ from qmerge.report.json import NAME as REPORT_NAME
 from qmerge.report.json import FileRecord, InputRecord, ReportData
 from qmerge.report.make import make_report
 from qmerge.rounding._metric import Statistics
+from qmerge.steps import DENSE
 from qmerge.types import Step
 
 RECIPE_NAME = "qmerge_recipe.yaml"
@@ -205,7 +206,7 @@ def write_model(
         report.residual = residual.write(out, place.residuals, place.rank)
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_faces(report, plan, out)
-    target: Format = plugins.load("formats", plan.recipe.target).FORMAT
+    target = plugins.form(plan.recipe.target)
     for name, content in target.side_files(plan.config.get("quantization_config") or {}).items():
         folder.write_json(out / name, content)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)

@@ -130,9 +130,9 @@ def finite(folder: Path) -> str:
 
     with Reader() as reader:
         checkpoint = scan(folder, reader)
-        quantized = [w for w in checkpoint.weights.values() if plugins.load("formats", w.format).FORMAT.quant_method]
+        quantized = [w for w in checkpoint.weights.values() if plugins.form(w.format).quant_method]
         for weight in quantized:
-            plugins.load("formats", weight.format).FORMAT.open(weight, reader, torch.device("cpu"))
+            plugins.form(weight.format).open(weight, reader, torch.device("cpu"))
     return f"scales of {len(quantized)} quantized weights"
 
 

@@ -14,6 +14,7 @@ from qmerge.report.json import read_report
 
 from . import models
 from .conftest import Cli
+from .parity import bases
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASES: dict[str, str] = {
@@ -21,8 +22,18 @@ BASES: dict[str, str] = {
     "nf4-to-bf16": "nf4_dq",
     "int8-to-int8": "int8",
     "fp16-base-trained-on-nf4": "dense",
+    "nf4-to-gptq": "nf4",
+    "gptq-to-gptq": "gptq",
 }
 """Recipe → the fixture that is its kind of base."""
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as gptqmodel packs it."""
+    pytest.importorskip("gptqmodel")
+    sizes = {name: models.LLAMA[name] for name in ("hidden_size", "intermediate_size")}
+    return bases.make("gptq-g32", tmp_path_factory.mktemp("recipes") / "gptq", **sizes)
 
 
 def test_every_recipe_has_a_base_here() -> None:

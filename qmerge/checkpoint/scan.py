@@ -46,7 +46,7 @@ class Checkpoint:
         """The most common float dtype of the dense weights, by bytes, whatever the config says."""
         sizes: dict[str, int] = {"F32": 0}
         for weight in self.weights.values():
-            dtype = plugins.load("formats", weight.format).FORMAT.dense_dtype
+            dtype = plugins.form(weight.format).dense_dtype
             if dtype:
                 sizes[dtype] = sizes.get(dtype, 0) + weight.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])

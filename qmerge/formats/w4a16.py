@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmerge.formats._compressed import CompressedInt
+from qmerge.formats._compressed_int import CompressedInt
 
 
 class W4a16(CompressedInt):

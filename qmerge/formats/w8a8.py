@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qmerge.formats._affine import AffineGrid
-from qmerge.formats._compressed import CompressedInt, CompressedOptions
+from qmerge.formats._compressed import CompressedOptions
+from qmerge.formats._compressed_int import CompressedInt
 from qmerge.grids import Grid
 from qmerge.types import TORCH_DTYPES, Options, Parts, TensorSpec
 

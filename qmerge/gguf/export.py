@@ -180,7 +180,7 @@ def blocks(t: Planned, reader: Reader) -> Iterator[Tensor]:
         assert t.values is not None
         yield t.values
         return
-    opened = plugins.load("formats", t.weight.format).FORMAT.open(t.weight, reader, torch.device("cpu"))
+    opened = plugins.form(t.weight.format).open(t.weight, reader, torch.device("cpu"))
     rows, unit = t.shape[0] if len(t.shape) > 1 else 1, t.head or 1
     count = max(unit, BLOCK_ENTRIES // max(1, t.shape[-1]) // unit * unit)
     for start in range(0, rows, count):

@@ -25,7 +25,7 @@ def model_card(report: ReportData, plan: Plan) -> str:
     base, adapter = report.inputs[0], report.inputs[1]
     names = base_models(base, adapter, plan.inputs.adapter.config)
     licence = licence_of(plan.inputs.base.folder)
-    quantized = plugins.load("formats", plan.recipe.target).FORMAT.quant_method
+    quantized = plugins.form(plan.recipe.target).quant_method
     tags = ["qmerge", "qlora", plan.recipe.target, *([quantized] if quantized else [])]
     origin: dict[str, Any] = {"base_model": names, "base_model_relation": "finetune"} if names else {}
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence, **origin)

@@ -13,7 +13,8 @@ from qmerge import advice, candidates
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.reader import Reader
-from qmerge.planning import Inputs, Plan, plan_from, read_inputs
+from qmerge.inputs import Inputs, read_inputs
+from qmerge.planning import Plan, plan_from
 from qmerge.predict import Survival, predict
 from qmerge.recipe import Recipe
 from qmerge.report.terminal import err, out, printable, readers, share, size_text, times

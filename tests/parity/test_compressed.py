@@ -15,7 +15,7 @@ from qmerge import plugins
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import _compressed, nvfp4
+from qmerge.formats import _compressed_int, nvfp4
 from qmerge.formats._base import Format, Layout
 from qmerge.formats._compressed import CompressedOptions, scheme_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
@@ -129,9 +129,9 @@ def test_codes_are_those_that_the_library_unpacks(kind: str, folder: Callable[[s
 
 
 def test_control_the_other_nibble_first_differs(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack, unpack_fp4 = _compressed.unpack_bits, nvfp4.unpack_fp4
+    unpack, unpack_fp4 = _compressed_int.unpack_bits, nvfp4.unpack_fp4
     monkeypatch.setattr(
-        _compressed, "unpack_bits", lambda words, bits: unpack(words, bits).unflatten(1, (-1, 2)).flip(2).flatten(1)
+        _compressed_int, "unpack_bits", lambda words, bits: unpack(words, bits).unflatten(1, (-1, 2)).flip(2).flatten(1)
     )
     monkeypatch.setattr(nvfp4, "unpack_fp4", lambda packed: unpack_fp4((packed << 4) | (packed >> 4)))
     for kind in ("ct-int4", "ct-int4-asym", "ct-nvfp4", "ct-mxfp4"):

@@ -1,0 +1,273 @@
+"""What happens to one weight: is it copied, converted or merged, in which format is it stored, and on which grid?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qmerge import plugins
+from qmerge.checkpoint.config import of_same_library, output_config
+from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
+from qmerge.errors import AdapterError, CheckpointError
+from qmerge.formats._base import Format, Layout
+from qmerge.inputs import Inputs
+from qmerge.recipe import Recipe
+from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
+
+DENSE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""The model's own dtype → the format of promoted weights: transformers does not cast what a quantized checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    recipe: Recipe
+    inputs: Inputs
+    promoted: frozenset[str] = frozenset()
+
+    @property
+    def target(self) -> Format:
+        return plugins.form(self.recipe.target)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        skip = self.inputs.base.quantization.get("llm_int8_skip_modules")
+        return skeleton(self.inputs.base.config, skip)
+
+    @cached_property
+    def conv1d(self) -> frozenset[str]:
+        """Modules whose dense weight lies as [I, O]. Where transformers does not know the architecture, the adapter's
+        word counts: peft sets ``fan_in_fan_out`` for such layers."""
+        try:
+            return self.skeleton.conv1d
+        except CheckpointError:
+            return frozenset(self.inputs.adapter.updates if self.inputs.adapter.config.get("fan_in_fan_out") else ())
+
+    @cached_property
+    def _asked(self) -> Mapping[str, Any]:
+        """The recipe's options for the target, and the target's defaults for this model where the base has none."""
+        if not self.target.quant_method or self.target.name in self.inputs.base.formats():
+            return self.recipe.asked
+        weights = [weight for weight in self.inputs.base.weights.values() if self._is_quantizable(weight)]
+        shapes = [w.shape[::-1] if self._is_dense_conv1d(w) else w.shape for w in weights]
+        return self.target.fitted(self.recipe.asked, shapes)
+
+    def matched_updates(self) -> dict[str, Update]:
+        """Weight name → update; every update finds its weight, of its shape, or AdapterError says which does not."""
+        weights, matched, lost = self.inputs.base.weights, dict[str, Update](), list[str]()
+        for module, update in self.inputs.adapter.updates.items():
+            weight = weights.get(f"{module}.weight")
+            if weight is None:
+                lost += self.inputs.adapter.tensors[module]
+                continue
+            self._check_shape(weight, update)
+            matched[weight.name] = update
+        if lost:
+            raise AdapterError(
+                f"{len(lost)} adapter tensors match no weight of the base, the first is {lost[0]}. "
+                f"{_nearest_module(lost[0], weights)}Is this the base that the adapter was trained on?"
+            )
+        return matched
+
+    def _check_shape(self, weight: Weight, update: Update) -> None:
+        if weight.format == "raw":
+            found = weight.parts[weight.local].dtype
+            raise CheckpointError(f"{weight.name} is stored as {found}, which qmerge copies but cannot merge into")
+        shapes = [update.shape, update.shape[::-1]] if self._is_dense_conv1d(weight, update) else [update.shape]
+        if weight.shape not in shapes:
+            raise AdapterError(
+                f"{weight.name} is {list(weight.shape)}, but the adapter's delta is {list(update.shape)}. "
+                f"Is this the base that the adapter was trained on?"
+            )
+        embedding = weight.module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_out")
+        if embedding and ties_embeddings(self.inputs.base.config):
+            raise AdapterError(
+                f"the adapter changes {weight.module}, which the base ties to its other embedding: merging only one of "
+                f"them is not supported in this version"
+            )
+
+    def _is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
+        if not plugins.form(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
+            return False
+        if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
+            return False  # plain to see, without asking transformers
+        return weight.module in self.conv1d
+
+    def step(self, weight: Weight, update: Update | None) -> Step:
+        """What happens to one weight of the base."""
+        conv1d = self._conv1d(weight, update)
+        target = self._target_of(weight, merged=update is not None)
+        simulated = self._trained_on(weight)
+        options = self._options(weight, target, simulated)
+        keeps_grid = bool(target.quant_method) and self._same_grid(weight, target, options, simulated)
+        source, original = weight, None
+        if (
+            self.recipe.merge_onto == "original"
+            and self.inputs.original
+            and self._comes_from_original(weight, update, keeps_grid)
+        ):
+            other = self._in_original(weight)
+            source, original = (weight, other) if keeps_grid else (other, None)
+        action: Action = "merge" if update else "convert"
+        if (
+            not update
+            and source.format == target.name
+            and source.options == options
+            and not (simulated and target.dense_dtype)
+        ):
+            action = "copy"
+        outputs = dict(self._outputs(source, action, target, options, conv1d))
+        if keeps_grid and not simulated:  # the scales leave as they came, whichever optional parts there are
+            own = {info.name: TensorSpec(info.dtype, info.shape) for info in weight.parts.values()}
+            added = {weight.prefix + local for local in target.always_written}
+            needed = {weight.prefix + target.codes_part(weight.local), *(added - own.keys())}
+            outputs = {**own, **{name: outputs[name] for name in needed if name in outputs}}
+        step = Step(
+            source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
+            simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
+            self._rounding(update, target, keeps_grid), self._beside(weight, update, keeps_grid),
+        )  # fmt: skip
+        if target.quant_method and action != "copy" and not step.keeps_grid:
+            target.check(step.name, step.shape, options)
+        return step
+
+    def _rounding(self, update: Update | None, target: Format, keeps_grid: bool) -> str:
+        """Weights without an update are rounded too, where they come onto a fresh quantized grid; ``preserve`` then keeps
+        their layer's output. (``auto`` is settled later, by what it does to the merged ones.)"""
+        anew = bool(target.quant_method) and not keeps_grid and self.recipe.rounding == "preserve"
+        return self.recipe.rounding if update or anew else "nearest"
+
+    def _beside(self, weight: Weight, update: Update | None, keeps_grid: bool) -> Weight | None:
+        """The 16-bit weight, where it is given for ``preserve`` to lean on."""
+        wanted = self.inputs.original and self.recipe.merge_onto != "original"
+        return self._in_original(weight) if wanted and update and keeps_grid else None
+
+    def _conv1d(self, weight: Weight, update: Update | None) -> bool:
+        if weight.local != "weight" or len(weight.shape) != 2:
+            return False
+        if plugins.form(weight.format).dense_dtype:
+            # Blocks run over [O, I] in training, too.
+            changes = update is not None or self.target.quant_method is not None or self._trained_on(weight) is not None
+            return changes and self._is_dense_conv1d(weight, update)
+        return bool(self.target.dense_dtype) and weight.module in self.conv1d
+
+    def _is_quantizable(self, weight: Weight) -> bool:
+        if plugins.form(weight.format).quant_method:
+            same = weight.format == self.target.name
+            return same or not self.target.quant_method or self.target.accepts(weight.shape)
+        matrix = weight.local == "weight" and len(weight.shape) == 2 and plugins.form(weight.format).dense_dtype
+        wanted = self.target.quant_method or self.recipe.trained_on
+        return bool(matrix and wanted and self._quantizes_dense) and weight.module in self.skeleton.quantizable
+
+    @cached_property
+    def _quantizes_dense(self) -> bool:
+        """A base that is quantized leaves weights dense on purpose, and so they stay; unless the target takes none of its
+        quantized ones (gpt-oss: only the fused experts are quantized, and for other formats those are no linear layers)."""
+        quantized = [w for w in self.inputs.base.weights.values() if plugins.form(w.format).quant_method]
+        return not any(w.format == self.target.name or self.target.accepts(w.shape) for w in quantized)
+
+    def _target_of(self, weight: Weight, merged: bool) -> Format:
+        """Quantized targets take what the stock loader would quantize. Dense targets take all that is quantized, and
+        all that is stored in the base's own dtype; what the base keeps in another width on purpose keeps it."""
+        own = plugins.form(weight.format)
+        if own.name == "raw":
+            return own
+        if weight.name in self.promoted:
+            return plugins.form(DENSE[self.inputs.base.dtype])
+        if self.target.quant_method:
+            dense = plugins.form(DENSE[self.inputs.base.dtype]) if own.quant_method else own
+            return self.target if self._is_quantizable(weight) else dense
+        return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own
+
+    def _trained_on(self, weight: Weight) -> tuple[str, Options] | None:
+        spec = self.recipe.trained_on_format
+        if spec is None or not self._is_quantizable(weight):
+            return None
+        name, options = spec
+        if self.recipe.merge_onto == "original" and name != self.target.name:
+            return None  # neither the values nor the grid of training are wanted
+        return name, plugins.form(name).options(options, None, self.inputs.base.dtype)
+
+    def _options(self, weight: Weight, target: Format, simulated: tuple[str, Options] | None) -> Options:
+        if target.name == weight.format and (target.dense_dtype or target.name == "raw"):
+            return weight.options
+        source = simulated[1] if simulated else weight.options
+        return target.options(self._asked, source, self.inputs.base.dtype)
+
+    def _same_grid(
+        self, weight: Weight, target: Format, options: Options, simulated: tuple[str, Options] | None
+    ) -> bool:
+        name, own = simulated if simulated else (weight.format, weight.options)
+        return self.recipe.scales == "keep" and name == target.name and target.same_grid(own, options)
+
+    def _comes_from_original(self, weight: Weight, update: Update | None, keeps_grid: bool) -> bool:
+        """With an original, everything that is rounded anew starts from it; untouched codes on kept grids do not."""
+        quantized = bool(plugins.form(weight.format).quant_method)
+        return quantized and (update is not None or not keeps_grid)
+
+    def _in_original(self, weight: Weight) -> Weight:
+        assert self.inputs.original is not None
+        other = self.inputs.original.weights.get(weight.name)
+        shapes = (weight.shape, weight.shape[::-1]) if weight.module in self.conv1d else (weight.shape,)
+        if other is None or other.shape not in shapes or not plugins.form(other.format).dense_dtype:
+            found = f"{other.format} {list(other.shape)}" if other else "nothing"
+            raise CheckpointError(
+                f"--original: expected a dense {weight.name} of shape {list(weight.shape)}, found {found}"
+            )
+        return other
+
+    def _outputs(
+        self, weight: Weight, action: Action, target: Format, options: Options, conv1d: bool
+    ) -> Mapping[str, TensorSpec]:  # fmt: skip
+        if action == "copy":
+            return {info.name: TensorSpec(info.dtype, info.shape) for info in weight.parts.values()}
+        shape = weight.shape
+        if conv1d and bool(target.dense_dtype) != bool(plugins.form(weight.format).dense_dtype):
+            shape = shape[::-1]
+        prefix = f"{weight.module}." if weight.module else ""
+        return {prefix + local: spec for local, spec in target.outputs(weight.local, shape, options).items()}
+
+    def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
+        """config.json of the output: dtype and quantization_config as the stock library would have written them."""
+        options = next((step.options for step in steps if step.target == self.target.name), None)
+        if options is None and self.target.quant_method:
+            raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
+        return output_config(self.inputs.base, self.target, options, self.layout(steps))
+
+    def _default_skeleton(self) -> Skeleton:
+        """What the stock loader quantizes when it is not told what to skip."""
+        try:
+            return skeleton(self.inputs.base.config, None)
+        except CheckpointError:
+            return Skeleton(frozenset(), frozenset(), ("lm_head",))
+
+    def layout(self, steps: tuple[Step, ...]) -> Layout:
+        """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
+        ones, and what a base of another library left dense on purpose."""
+        if not self.target.quant_method:
+            return Layout()
+        quantized = tuple(step.weight.module for step in steps if step.target == self.target.name)
+        dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
+        if self.inputs.base.quantization and not of_same_library(self.inputs.base, self.target):
+            dense |= known.quantizable - set(quantized)
+        left = tuple(step.weight.module for step in steps if step.weight.module in dense)
+        return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target))
+
+
+def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
+    """Modules ``….experts`` of which nothing is stored in the target format."""
+    found = {step.weight.name: re.match(r"(.*\.experts)(?:\.|$)", step.weight.module) for step in steps}
+    stored = {match[1] for step in steps if (match := found[step.weight.name]) and step.target == target.name}
+    return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
+
+
+def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
+    """A hint when the base has the module under another prefix."""
+    module = tensor.split(".lora_")[0]
+    if module.rpartition(".")[2] == "lm_head":
+        return "The base ties lm_head to its input embedding and stores it once; this version cannot untie them. "
+    tail = ".".join(module.split(".")[-4:])
+    close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
+    return f"The base has {close[0]}, under another prefix. " if close else ""
