@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT saves it → one update per module, every tensor accounted for."""
+"""An adapter folder as PEFT saves it → what it does to each weight, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from qmerge.checkpoint.header import read_header
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
-from qmerge.types import TORCH_DTYPES, TensorInfo, Update
+from qmerge.types import TORCH_DTYPES, Replacement, TensorInfo, Update
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SHARED = "base_model."
+"""What stands before the tensors that all modules of an adapter share (VeRA's projections)."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """``updates`` by module of the base; ``tensors`` lists each module's tensor names, as they are in the file."""
+    """``updates`` and ``replaced`` by the name of a weight of the base; ``tensors`` lists the tensors that each is made of,
+    as they are in the file."""
 
     folder: Path
     kind: str
     config: dict[str, Any]
     updates: dict[str, Update]
+    replaced: dict[str, Replacement]
     tensors: dict[str, list[str]]
 
 
@@ -39,14 +43,17 @@ def read_adapter(folder: Path, reader: Reader) -> Adapter:
     """
     config, infos = read_json(config_file(folder), AdapterError), tensor_infos(folder)
     kind = kind_of(config)
-    tensors = {without_prefix(info.name): finite(info, reader) for info in infos.values()}
-    found: dict[str, tuple[Update, list[str]]] = plugins.load("adapters", kind).updates(config, tensors)
+    plugin = plugins.load("adapters", kind)
+    indices: tuple[str, ...] = getattr(plugin, "INDICES", ())
+    tensors = {without_prefix(info.name): finite(info, reader, indices) for info in infos.values()}
+    found: dict[str, tuple[Update | Replacement, list[str]]] = plugin.updates(config, tensors)
     used = {name for _, names in found.values() for name in names}
     left = sorted(tensors.keys() - used)
     if left:
         raise AdapterError(f"{TENSORS} holds {listed(left)}, which qmerge would not apply; nothing was written")
-    updates = {module: update for module, (update, _) in found.items()}
-    return Adapter(folder, kind, config, updates, {module: names for module, (_, names) in found.items()})
+    updates = {name: change for name, (change, _) in found.items() if not isinstance(change, Replacement)}
+    replaced = {name: change for name, (change, _) in found.items() if isinstance(change, Replacement)}
+    return Adapter(folder, kind, config, updates, replaced, {name: names for name, (_, names) in found.items()})
 
 
 def config_file(folder: Path) -> Path:
@@ -77,20 +84,28 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
 def kind_of(config: Mapping[str, Any]) -> str:
     """The plug-in that takes this ``peft_type``."""
     peft_type = str(config.get("peft_type", "")).upper()
-    kinds = {taken: name for name, plugin in plugins.every("adapters").items() for taken in plugin.PEFT_TYPES}
+    every = plugins.every("adapters")
+    kinds = {taken: name for name, plugin in every.items() for taken in plugin.PEFT_TYPES}
+    for plugin in every.values():
+        if peft_type in getattr(plugin, "REFUSED", {}):
+            raise AdapterError(f"{CONFIG}: peft_type {peft_type} cannot be merged: {plugin.REFUSED[peft_type]}")
     if peft_type not in kinds:
         raise AdapterError(f"{CONFIG}: peft_type {peft_type or 'missing'} is not merged; there are: {', '.join(kinds)}")
     return kinds[peft_type]
 
 
 def without_prefix(name: str) -> str:
+    if not name.startswith(PREFIX) and name.startswith(SHARED):
+        return name.removeprefix(SHARED)
     if not name.startswith(PREFIX):
         raise AdapterError(f"{TENSORS}: {name!r} does not begin with {PREFIX!r}: expected names as PEFT saves them")
     return name.removeprefix(PREFIX)
 
 
-def finite(info: TensorInfo, reader: Reader) -> Tensor:
-    """float32; NaN and infinity are refused."""
+def finite(info: TensorInfo, reader: Reader, indices: tuple[str, ...] = ()) -> Tensor:
+    """float32; NaN and infinity are refused. What is named by one of ``indices`` may be integers, and stays so."""
+    if info.dtype in ("I64", "I32", "I16", "U8") and any(part in info.name for part in indices):
+        return reader.tensor(info)
     if info.dtype not in TORCH_DTYPES or not TORCH_DTYPES[info.dtype].is_floating_point:
         raise AdapterError(f"{TENSORS}: {info.name} has dtype {info.dtype}, expected floats")
     tensor = reader.tensor(info).float()

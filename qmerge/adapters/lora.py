@@ -1,36 +1,35 @@
-"""LoRA and rsLoRA on linear layers: delta = scale · B · A (arXiv 2106.09685, 2312.03732)."""
+"""LoRA, rsLoRA and DoRA, with trained biases, embeddings, token rows and whole modules (arXiv 2106.09685, 2402.09353)."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.errors import AdapterError, listed
-from qmerge.types import Rows, Update
+from qmerge.types import Replacement, Update
 
 PEFT_TYPES = ("LORA",)
 
-KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight")
+KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
+)
+"""``….lora_A.weight``, with the adapter's name in between where peft did not take it out."""
 
-FEWEST_ROWS = 16
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
 LARGEST_ALPHA = 1e6
 
 # Options of LoraConfig (peft 0.21) that change what a correct merge is, with the values that leave it plain.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "kasa_config": (None, {}),
@@ -47,93 +46,178 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 # Initialisations that leave the base as it was; the others (pissa, olora, corda, loftq, …) train on a changed base.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
-
-@dataclass(frozen=True)
-class LoraUpdate:
-    """A_RI and B_OR are float32."""
-
-    A_RI: Tensor
-    B_OR: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.A_RI.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.B_OR.shape[0], self.A_RI.shape[1]
-
-    def to(self, device: torch.device) -> LoraUpdate:
-        return replace(self, A_RI=self.A_RI.to(device), B_OR=self.B_OR.to(device))
-
-    def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
-        # The order of peft's get_delta_weight, so that float32 results are bit-identical: (B @ A) * scale, then added.
-        # BLAS gives other last bits for products of a few rows: never take fewer, so that row blocks change no byte.
-        start = max(0, min(rows.start, self.shape[0] - FEWEST_ROWS))
-        product_OI = self.B_OR[start : max(rows.stop, start + FEWEST_ROWS)] @ self.A_RI
-        return base_OI + product_OI[rows.start - start : rows.stop - start] * self.scale
-
-    def row_norms(self) -> Tensor:
-        return self._row_norms_O
-
-    @cached_property
-    def _row_norms_O(self) -> Tensor:
-        gram_RR = self.A_RI.double() @ self.A_RI.double().T
-        B_OR = self.B_OR.double()
-        return (B_OR @ gram_RR * B_OR).sum(dim=1).clamp(min=0).sqrt().mul(abs(self.scale)).float()
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._svd
-
-    @cached_property
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        # scale B A = Q_B (scale R_B R_Aᵀ) Q_Aᵀ: the SVD of an [R, R] matrix is all it takes.
-        Q_OR, R_B = torch.linalg.qr(self.B_OR.double())
-        Q_IR, R_A = torch.linalg.qr(self.A_RI.double().T)
-        u_RR, s_R, vt_RR = torch.linalg.svd(self.scale * R_B @ R_A.T)
-        return (Q_OR @ u_RR[:, : len(s_R)]).float(), s_R.float(), (Q_IR @ vt_RR.T[:, : len(s_R)]).float()
+Found = dict[str, tuple[Update | Replacement, list[str]]]
+"""Name of a weight of the base → what is done to it, and the tensors that say so."""
 
 
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Update, list[str]]]:
-    """One update per module, and the tensors it is made of.
+def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    """What is done to each weight, and the tensors it is made of.
 
     Args:
         config: adapter_config.json.
         tensors: float32, by name without ``base_model.model.``.
 
     Raises:
-        AdapterError: an option or tensor that is not plain LoRA; half a pair; a rank that is not the config's.
+        AdapterError: an option or tensor that is not handled; half a pair; a rank that is not the config's.
     """
     refuse_options(config)
-    pairs: dict[str, dict[str, str]] = {}
+    parts: dict[str, dict[str, str]] = {}
+    others: list[str] = []
     for name in sorted(tensors):
         match = KEY.fullmatch(name)
-        if not match:
+        if match:
+            add_part(parts.setdefault(match["module"], {}), match, name)
+        else:
+            others.append(name)
+    found: Found = {}
+    for module, names in parts.items():
+        found |= of_module(module, names, config, tensors)
+    for name, spellings in spelled(others, tensors).items():
+        place(found, *of_other(name, spellings, found, config, tensors))
+    check_saved_modules(found, config)
+    return found
+
+
+def spelled(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Name of a tensor → the names that it has in the file. An embedding that was resized and trained whole is saved three
+    times (peft 0.21): by its name, as ``….modules_to_save.weight``, and untrained as ``….original_module.weight``.
+
+    Raises:
+        AdapterError: two spellings of one tensor differ.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if ".original_module." not in name:
+            found.setdefault(name.replace(".modules_to_save.", "."), []).append(name)
+    for name, spellings in found.items():
+        if not all(torch.equal(tensors[spellings[0]], tensors[other]) for other in spellings[1:]):
+            raise AdapterError(f"{listed(spellings)} are one tensor, {name}, but differ: which one was trained?")
+    for name in names:
+        if ".original_module." in name:
+            found.setdefault(name.replace(".original_module.", "."), []).append(name)
+    return found
+
+
+def add_part(names: dict[str, str], match: re.Match[str], name: str) -> None:
+    part = "lora_B.bias" if match["leaf"] == "bias" else match["part"]
+    if part in names:
+        raise AdapterError(
+            f"{name!r} and {names[part]!r} are both {part} of {match['module']}: "
+            f"the file holds several adapters; save one of them by itself"
+        )
+    names[part] = name
+
+
+def place(found: Found, weight: str, change: Update | Replacement, names: list[str]) -> None:
+    if weight in found:
+        raise AdapterError(f"{listed(names)}: {weight} is changed by {listed(found[weight][1])} already")
+    found[weight] = (change, names)
+
+
+def of_module(module: str, names: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    """The LoRA of one module, and of its bias."""
+    embedding = any(part.startswith("lora_embedding") for part in names)
+    halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    missing = [half for half in halves if half not in names]
+    if missing:
+        has = halves[1 - halves.index(missing[0])]
+        raise AdapterError(f"{module} has {has} but no {missing[0]}: the adapter is incomplete")
+    A_RI, B_OR = (tensors[names[half]] for half in halves)
+    lora: Update = _lora(module, A_RI, B_OR, config, embedding)
+    scale = lora.scale
+    if "lora_magnitude_vector" in names:
+        lora = _dora(module, lora, tensors[names["lora_magnitude_vector"]], config, embedding)
+    elif config.get("use_dora"):
+        raise AdapterError(
+            f"{module} has no lora_magnitude_vector, but adapter_config.json says use_dora: it is incomplete"
+        )
+    found: Found = {f"{module}.weight": (lora, sorted(name for part, name in names.items() if part != "lora_B.bias"))}
+    if "lora_B.bias" in names:
+        bias_O = tensors[names["lora_B.bias"]]
+        found[f"{module}.bias"] = (AddUpdate(bias_O.flatten()[None] * scale, scale), [names["lora_B.bias"]])
+    return found
+
+
+def of_other(
+    name: str, spellings: list[str], found: Found, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[str, Update | Replacement, list[str]]:
+    """What a tensor does that belongs to no LoRA: trained rows, biases, whole modules."""
+    values = tensors[spellings[0]]
+    if name.endswith(TOKENS):
+        module = name.removesuffix(TOKENS)
+        return f"{module}.weight", TokenRowsUpdate(token_indices(module, config), values), spellings
+    plain = name.replace(".base_layer.", ".")
+    if plain.endswith(".bias") and config.get("bias") in ("all", "lora_only"):
+        return plain, Replacement(values), spellings
+    if name.endswith(".base_layer.weight") and plain in found:  # an embedding that LoRA was put on, as it was then
+        update, names = found.pop(plain)
+        assert not isinstance(update, Replacement)
+        return plain, OwnBaseUpdate(values, update), [*names, *spellings]
+    if is_saved_module(plain, config) or is_embedding(plain):
+        return plain, Replacement(values), spellings
+    raise AdapterError(
+        f"adapter tensor {name!r} is no lora_A or lora_B of a linear layer or embedding, and adapter_config.json names it "
+        f"neither in modules_to_save nor by its bias option: this version cannot merge it"
+    )
+
+
+def is_saved_module(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the tensor belongs to a module of ``modules_to_save``: peft compares the ends of modules' names."""
+    parts = name.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(module.endswith(saved) for module in above for saved in config.get("modules_to_save") or [])
+
+
+def is_embedding(name: str) -> bool:
+    """peft saves embeddings whole when their size changed, whatever the config says (``save_embedding_layers``)."""
+    return name.rpartition(".")[0].rpartition(".")[2] in (
+        "lm_head",
+        "embed_tokens",
+        "wte",
+        "embed_out",
+        "embed_in",
+        "wpe",
+    )
+
+
+def check_saved_modules(found: Found, config: Mapping[str, Any]) -> None:
+    """Everything that the config says was trained beside LoRA is there."""
+    for option, kind in (("lora_bias", AddUpdate), ("trainable_token_indices", TokenRowsUpdate)):
+        if config.get(option) and not any(isinstance(change, kind) for change, _ in found.values()):
             raise AdapterError(
-                f"adapter tensor {name!r} is no lora_A or lora_B of a linear layer: this version cannot merge it"
+                f"adapter_config.json has {option}={config[option]!r}, but no tensor of it is in the file"
             )
-        halves = pairs.setdefault(match["module"], {})
-        if match["half"] in halves:
+    for saved in config.get("modules_to_save") or []:
+        if not any(is_saved_module(name, {"modules_to_save": [saved]}) for name in found):
             raise AdapterError(
-                f"{name!r} and {halves[match['half']]!r} are both lora_{match['half']} of {match['module']}: "
-                f"the file holds several adapters; save one of them by itself"
+                f"adapter_config.json lists {saved!r} in modules_to_save, but no tensor of it is in the file"
             )
-        halves[match["half"]] = name
-    return {
-        module: (_update(module, halves, config, tensors), sorted(halves.values())) for module, halves in pairs.items()
-    }
+
+
+def token_indices(module: str, config: Mapping[str, Any]) -> list[int]:
+    """``trainable_token_indices``: a list for the input embedding, or lists by the end of the module's name."""
+    said = config.get("trainable_token_indices")
+    found = (
+        next((v for k, v in said.items() if f".{module}".endswith(f".{k}")), None) if isinstance(said, dict) else said
+    )
+    if not isinstance(found, list) or not all(isinstance(index, int) and index >= 0 for index in found):
+        raise AdapterError(
+            f"{module} has trained token rows, but adapter_config.json's trainable_token_indices ({said!r}) do not say which"
+        )
+    return found
 
 
 def refuse_options(config: Mapping[str, Any]) -> None:
-    """Raise AdapterError for options that plain LoRA arithmetic would silently get wrong."""
+    """Raise AdapterError for options whose arithmetic would silently be wrong here."""
     refused = [
         f"{name}={config[name]!r}" for name, plain in PLAIN.items() if name in config and config[name] not in plain
     ]
     if refused:
-        raise AdapterError(f"adapter_config.json has {listed(refused)}: this version merges plain LoRA and rsLoRA only")
-    if config.get("use_rslora") not in (True, False, None):
-        raise AdapterError(f"adapter_config.json has use_rslora={config['use_rslora']!r}; expected true or false")
+        raise AdapterError(f"adapter_config.json has {listed(refused)}: this version does not merge such adapters")
+    for name, known in (("use_rslora", (True, False, None)), ("bias", ("none", "all", "lora_only", None))):
+        if config.get(name) not in known:
+            expected = "true or false" if name == "use_rslora" else "none, all or lora_only"
+            raise AdapterError(f"adapter_config.json has {name}={config[name]!r}; expected {expected}")
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise AdapterError(
@@ -142,18 +226,10 @@ def refuse_options(config: Mapping[str, Any]) -> None:
         )
 
 
-def _update(
-    module: str, halves: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> LoraUpdate:
-    missing = [half for half in "AB" if half not in halves]
-    if missing:
-        raise AdapterError(
-            f"{module} has lora_{'AB'.replace(missing[0], '')} but no lora_{missing[0]}: the adapter is incomplete"
-        )
-    A_RI, B_OR = tensors[halves["A"]], tensors[halves["B"]]
+def _lora(module: str, A_RI: Tensor, B_OR: Tensor, config: Mapping[str, Any], embedding: bool) -> LoraUpdate:
     if A_RI.ndim != 2 or B_OR.ndim != 2:
         raise AdapterError(
-            f"{module}: lora_A has shape {list(A_RI.shape)}: only linear layers are merged in this version"
+            f"{module}: lora_A has shape {list(A_RI.shape)}: only linear layers and embeddings are merged in this version"
         )
     rank, alpha = settings(module, config)
     if not A_RI.shape[0] == B_OR.shape[1] == rank:
@@ -162,7 +238,21 @@ def _update(
             f"which adapter_config.json gives"
         )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if embedding:  # its weight is [tokens, features], its delta (B A)ᵀ
+        return LoraUpdate(B_OR.T.contiguous(), A_RI.T.contiguous(), scale)
     return LoraUpdate(A_RI, B_OR, scale)
+
+
+def _dora(module: str, lora: Update, magnitude_O: Tensor, config: Mapping[str, Any], embedding: bool) -> DoraUpdate:
+    assert isinstance(lora, LoraUpdate)
+    if not config.get("use_dora"):
+        raise AdapterError(f"{module} has a lora_magnitude_vector, but adapter_config.json does not say use_dora")
+    if embedding or magnitude_O.numel() != lora.shape[0]:
+        raise AdapterError(
+            f"{module}.lora_magnitude_vector has shape {list(magnitude_O.shape)}, expected [{lora.shape[0]}], one per output: "
+            f"DoRA is merged on linear layers only in this version"
+        )
+    return DoraUpdate(lora, magnitude_O.flatten())
 
 
 def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
