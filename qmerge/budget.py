@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qmerge import plugins
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import RecipeError, RoomError
 from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES, Bench, blocks
@@ -47,10 +48,16 @@ def step_memory(step: Step, entries: int) -> int:
     if step.action == "copy":
         return COPY_BYTES
     rows = next(blocks(step, entries))
-    scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != step.name and spec.shape != (-1,))
-    scales += sum(info.nbytes for local, info in step.weight.parts.items() if local != step.weight.local)
+    source, target = plugins.form(step.weight.format), plugins.form(step.target)
+    codes = step.weight.prefix + target.codes_part(step.weight.local)
+    scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != codes and spec.shape != (-1,))
+    scales += sum(i.nbytes for local, i in step.weight.parts.items() if local != source.codes_part(step.weight.local))
+    # Rows that are columns on disk are read and written as a whole: once, and once again while they are put together.
+    held = source.row_axis * step.weight.nbytes + 2 * target.row_axis * (
+        step.outputs[codes].nbytes if codes in step.outputs else 0
+    )
     factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update else 0
-    return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + factors
+    return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + held + factors
 
 
 def make_bench(plan: Plan, reader: Reader) -> Bench:

@@ -51,7 +51,7 @@ class Walk:
         self.steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
         self.wanted = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
         self.bench, self.stored, self.tell = bench, stored, tell
-        config = plan.inputs.base.config
+        config = plan.config
         self.unmerged = LayeredModel(config, self.steps, bench.device)
         self.merged = LayeredModel(config, self.steps, bench.device) if plan.recipe.sequential else None
         self.done: set[str] = set()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qmerge import plugins
 from qmerge.budget import make_bench
 from qmerge.checkpoint.reader import Reader
-from qmerge.errors import QmergeError, RecipeError
+from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.inputs import Inputs
 from qmerge.outlook import NEAREST_IS_ENOUGH, with_roundings
 from qmerge.planning import plan_from, retargeted
@@ -59,7 +59,7 @@ def candidate(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> Cand
         if keeps_grid and kept is not None and kept < NEAREST_IS_ENOUGH:  # nearest is quiet because nothing moves
             at_random = dict.fromkeys((step.name for step in plan.merged), "stochastic")
             disturbance = total_noise(predict(with_roundings(plan, at_random), bench))
-    except QmergeError as error:
+    except (RecipeError, CheckpointError, RoomError) as error:
         return Candidate(name, loaders, impossible=str(error))
     gaps = sorted(s.gap_to_delta for s in survivals if s.gap_to_delta is not None)
     return Candidate(
@@ -78,7 +78,13 @@ def resolved(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe, st
         RecipeError: nothing fits.
     """
     assert recipe.max_size is not None
-    possible = [c for c in every(recipe, inputs, reader) if c.impossible is None]
+    found = every(recipe, inputs, reader)
+    possible = [c for c in found if c.impossible is None and recipe.asked.keys() <= set(plugins.form(c.target).asks)]
+    if not possible:
+        plan_from(
+            retargeted(recipe, found[0].target), inputs
+        )  # what is wrong with the inputs is said by whoever finds it
+        raise RecipeError(f"no target takes {' and '.join(f'--{n.replace(chr(95), chr(45))}' for n in recipe.asked)}")
     fitting = [c for c in possible if c.nbytes <= parse_size(recipe.max_size)]
     if not fitting:
         smallest = min(possible, key=lambda c: c.nbytes)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from qmerge.cli_folders import COMMANDS, Json, Quiet, show_warnings
 from qmerge.errors import BELOW_MIN_KEPT, OK, QmergeError, RecipeError, StoppedError
 from qmerge.recipe import JUDGED_TOKENS, OPTIONS, Recipe, make_recipe, read_recipe
 
@@ -26,7 +27,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 INPUTS = (
-    "base", "adapter", "target", "max_size", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
+    "base", "adapter", "combine", "density",
+    "target", "max_size", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
 HOW = (
     "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "residual",
@@ -41,7 +43,7 @@ PANELS = {
 TYPES = {
     "adapter": list[str], "block_size": int, "calibration_tokens": int, "sequence_length": int, "seed": int, "workers": int,
     "residual": int, "min_kept": float, "double_quant": bool, "sequential": bool, "bits": int, "group_size": int,
-    "sym": bool, "act_order": bool, "static_groups": bool,
+    "sym": bool, "act_order": bool, "static_groups": bool, "density": float,
 }  # fmt: skip
 METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"),
@@ -54,8 +56,6 @@ EVERYTHING = (*INPUTS, *HOW, "verify", "min_kept", *WORK)
 GO_ON = "interrupted. Nothing unfinished carries a final name; the same command with --resume goes on."
 
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")]
-Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Finished = Annotated[Path, typer.Argument(help="a folder that qmerge wrote")]
 
 
@@ -179,6 +179,10 @@ def measure_command(
     from qmerge.report import terminal
 
     targets = target or ["nf4"]
+    if "auto" in targets:
+        raise RecipeError(
+            "measure takes formats by name; qmerge plan shows all of them, and --target auto is for a merge"
+        )
     recipe = checked({**settings, "target": targets[0]})
     reports = run.measure(recipe, targets, terminal.TerminalWatcher(quiet))
     if json:
@@ -270,32 +274,8 @@ def report_command(
     typer.echo(str(path))
 
 
-@app.command("gguf")
-def gguf_command(
-    model: Annotated[Path, typer.Argument(help="a dense model folder, as --target bf16 writes it")],
-    out: Annotated[Path, typer.Option(help="the file to write", metavar="FILE")],
-    type: Annotated[str, typer.Option(help="what matrices become: f16, bf16, f32 or q8_0", metavar="TYPE")],
-    pre: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="llama.cpp's name for how the tokenizer splits text, where it is not known", metavar="NAME"),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """One GGUF file from a dense model folder, for llama.cpp and what is built on it."""
-    from qmerge.gguf.export import export
-
-    try:
-        written = export(model, out, type, pre)
-    except KeyboardInterrupt as cause:
-        raise StoppedError("interrupted. Nothing was left behind; the same command starts again.") from cause
-    if json:
-        typer.echo(jsonlib.dumps(vars(written), indent=1, default=str))
-        return
-    counts = ", ".join(f"{count} {name}" for name, count in written.tensors.items())
-    typer.echo(
-        f"Written to {out}: {written.nbytes / 1e6:.1f} MB, {written.arch}, {counts}; tokenizer {written.tokenizer}"
-    )
-    show_warnings(list(written.notes))
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 @app.command("formats")
@@ -324,11 +304,9 @@ def demo_command(
 
 
 def checked(settings: dict[str, Any]) -> Recipe:
-    """Settings → recipe; several adapters are refused until they can be combined."""
+    """Settings → recipe; one adapter stands by itself."""
     adapters = settings.get("adapter")
-    if isinstance(adapters, (list, tuple)):
-        if len(adapters) > 1:
-            raise RecipeError(f"--adapter was given {len(adapters)} times: this version merges one adapter")
+    if isinstance(adapters, (list, tuple)) and len(adapters) == 1:
         settings = {**settings, "adapter": adapters[0]}
     return make_recipe(settings)
 
@@ -350,13 +328,6 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
         show_warnings(report.warnings)
         typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
     raise typer.Exit(exit_code([report], recipe.min_kept))
-
-
-def show_warnings(lines: list[str], prefix: str = "") -> None:
-    from qmerge.report.terminal import TerminalWatcher
-
-    for line in lines:
-        TerminalWatcher().warn(prefix + line)
 
 
 def exit_code(reports: list[Any], min_kept: float | None) -> int:

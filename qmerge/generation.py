@@ -48,7 +48,7 @@ class Writer:
 
     def __init__(self, plan: Plan, bench: Bench) -> None:
         self.steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
-        self.bench, self.config = bench, plan.inputs.base.config
+        self.bench, self.config = bench, plan.config
         self.model = LayeredModel(self.config, self.steps, bench.device)
         size = 4 * sum(parameter.numel() for parameter in self.model.model.parameters())
         self.stays = 2 * size < psutil.virtual_memory().available

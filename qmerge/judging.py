@@ -54,7 +54,7 @@ def fidelity(
     dropped = dict.fromkeys((*OPTIONS, "calibration"))
     with Reader() as reader:
         plan = make_plan(recipe.model_copy(update={**plain, **dropped, "rounding": "nearest"}), reader)
-        config = plan.inputs.base.config
+        config = plan.config
         length = min(length, outlook.longest(config))
         batches = texts.token_batches(text, plan.inputs.tokenizer_folder, tokens, length, outlook.vocabulary(config))
         scores = run_streams(plan, merged, Bench(reader, device, 0, plan.block_entries), batches, tell)
@@ -97,15 +97,38 @@ def lockstep(
     return scores
 
 
+def answer(folder: Path, ids_NL: Tensor) -> Tensor:
+    """float32 logits [N, L, V] of a folder's stored values, by transformers' own code, layer by layer."""
+    with Reader() as reader:
+        checkpoint = scan(folder, reader)
+        weights = {name: weight for name, weight in checkpoint.weights.items() if weight.format != "raw"}
+        model = LayeredModel(checkpoint.config, weights, ids_NL.device)
+
+        def values(name: str) -> Tensor:
+            return dense_values(weights[name], reader, ids_NL.device, model.is_conv1d(name))
+
+        stream = Stream(model, [ids_NL], logits=True)
+        try:
+            with model.loaded(None, values):
+                stream.start()
+            for index in range(len(model)):
+                with model.loaded(index, values):
+                    stream.run(last=index + 1 == len(model))
+            with model.loaded(None, values), torch.inference_mode():
+                return stream.finish(0).float()
+        finally:
+            stream.stop()
+
+
 def base_values(plan: Plan, bench: Bench, with_delta: bool) -> tuple[LayeredModel, Values]:
     steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
-    model = LayeredModel(plan.inputs.base.config, steps, bench.device)
+    model = LayeredModel(plan.config, steps, bench.device)
     return model, lambda name: unmerged_values(steps[name], bench, model.is_conv1d(name), with_delta)
 
 
 def folder_values(plan: Plan, folder: Path, bench: Bench) -> tuple[LayeredModel, Values]:
     weights = {name: w for name, w in scan(folder, bench.reader).weights.items() if w.format != "raw"}
-    model = LayeredModel(plan.inputs.base.config, weights, bench.device)
+    model = LayeredModel(plan.config, weights, bench.device)
     return model, lambda name: dense_values(weights[name], bench.reader, bench.device, model.is_conv1d(name))
 
 

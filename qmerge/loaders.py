@@ -24,11 +24,16 @@ import torch
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.judging import answer
 from qmerge.pipeline import dense_values
 from qmerge.types import Weight
 
 TOKENS = 8
 """How many token ids the model must answer."""
+
+FARTHEST, FARTHEST_EIGHT = 0.05, 0.1
+"""Relative distance of logits from those of the stored values: bfloat16 is off by about half a percent on small models and
+by a few on deep ones, activations in 8 bits by more."""
 
 PRODUCT_TOLERANCE = 1e-5
 """Relative: two float32 sums over up to 2**14 inputs, in different orders, differ by about √n · 2**-24."""
@@ -49,20 +54,29 @@ def by_transformers(folder: Path) -> str:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise CheckpointError(f"{name} reports {problem}: {sorted(info[problem])[:3]}")
-    answers(model, name)
-    return f"{type(model).__name__} with {name}"
+    return f"{type(model).__name__} with {name}, {answers(model, name, folder)}"
 
 
 def kernel(folder: Path) -> dict[str, Any]:
     """On a CPU, gptqmodel's own choice of a kernel takes 4 bits in few group sizes (7.6): its plain one takes all."""
     import transformers
 
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    config = quantization(folder)
     if config.get("quant_method") == "gptq":
         return {"quantization_config": transformers.GPTQConfig(bits=config["bits"], backend="gptq_torch")}
     if config.get("quant_method") == "awq":
         return {"quantization_config": transformers.AwqConfig(backend="torch_awq")}
     return {}
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
+
+
+def eight_bit_activations(config: dict[str, Any]) -> bool:
+    """Whether loaders round activations to 8 bits too: LLM.int8(), and schemes that say so. (FP8 is dequantized on a CPU.)"""
+    groups = (config.get("config_groups") or {}).values()
+    return bool(config.get("load_in_8bit")) or any(group.get("input_activations") for group in groups)
 
 
 def by_gptqmodel(folder: Path) -> str:
@@ -72,9 +86,13 @@ def by_gptqmodel(folder: Path) -> str:
         package = needed("gptqmodel", "gptqmodel", 'pip install "qmerge[gptq]"')
     name = f"gptqmodel {package.__version__}"
     with failing_as(name), quiet():
-        model = package.GPTQModel.load(str(folder), device="cpu", backend=package.BACKEND.GPTQ_TORCH)
-    answers(model.model, name)
-    return f"{type(model.model).__name__} with {name}"
+        backend = (
+            package.BACKEND.AWQ_TORCH
+            if quantization(folder).get("quant_method") == "awq"
+            else package.BACKEND.GPTQ_TORCH
+        )
+        model = package.GPTQModel.load(str(folder), device="cpu", backend=backend)
+    return f"{type(model.model).__name__} with {name}, {answers(model.model, name, folder)}"
 
 
 def by_auto_gptq(folder: Path) -> str:
@@ -134,13 +152,24 @@ LOADERS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def answers(model: Any, name: str) -> None:
-    """Finite logits for a few token ids."""
-    ids = torch.arange(1, TOKENS + 1)[None]
+def answers(model: Any, name: str, folder: Path) -> str:
+    """Logits for a few token ids are those of the stored values, but for how the loader computes.
+
+    Raises:
+        CheckpointError: NaN, or further off than any compute dtype explains: the loader reads other values.
+    """
+    ids_NL = torch.arange(1, TOKENS + 1)[None]
     with failing_as(name), quiet(), torch.no_grad():
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=ids_NL).logits.float()
     if not bool(logits.isfinite().all()):
         raise CheckpointError(f"{name} loads it, but its answer holds NaN or infinity")
+    expected = answer(folder, ids_NL)
+    error = float((logits - expected).norm() / expected.norm())
+    if error > (FARTHEST_EIGHT if eight_bit_activations(quantization(folder)) else FARTHEST):
+        raise CheckpointError(
+            f"{name} loads it, but answers {error:.0%} off from the stored values: it reads them otherwise"
+        )
+    return f"answers within {error:.1%} of the stored values"
 
 
 def needed(module: str, package: str, how: str) -> ModuleType:

@@ -54,7 +54,7 @@ class Outlook:
 
     def warnings(self, plan: Plan) -> list[str]:
         """What to say before the run starts; ``preserve`` is judged when it is done."""
-        preserved = {step.weight.module for step in plan.merged if step.rounding == "preserve"}
+        preserved = {step.label for step in plan.merged if step.rounding == "preserve"}
         judged = [survival for survival in self.predicted if survival.module not in preserved]
         lost = advice.warnings(judged, predicted=True) if judged else []
         return [*input_warnings(plan), *advice.onto(plan.recipe.merge_onto, self.original_gap), *lost]
@@ -68,7 +68,7 @@ def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tupl
     """
     predicted = predict(plan, bench)
     plan, reason = settled(plan, predicted)
-    gap = original_gap(plan, bench)
+    gap = original_gap(plan, predicted, bench)
     notes: list[str] = []
     batches, record = None, None
     if any(step.rounding == "preserve" for step in plan.rounded):
@@ -83,21 +83,22 @@ def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
         return plan, "as asked"
     kept = {survival.module: 1.0 if survival.kept is None else survival.kept for survival in predicted}
     low = {module for module, share in kept.items() if share < NEAREST_IS_ENOUGH}
-    fresh = {step.weight.module for step in plan.merged if not step.keeps_grid}
+    fresh = {step.label for step in plan.merged if not step.keeps_grid}
     errors = {s.module: (s.noise or 0.0) * (s.relative_size or 0.0) for s in predicted if s.module in fresh}
     coarse = {module for module, error in errors.items() if error > FINE_ENOUGH}
-    chosen, least = low | coarse, min(kept.values(), default=1.0)
+    ordered = {step.label for step in plan.merged if getattr(step.options, "act_order", False) and not step.keeps_grid}
+    chosen, least = low | coarse | ordered, min(kept.values(), default=1.0)
     reason = f"nearest rounding keeps {advice.percent(least)} or more of every weight's delta (predicted)"
     if chosen:
         enough = len(kept) - len(chosen)
         others = f"; {enough} of {len(kept)} weights keep enough and are rounded to nearest" if enough else ""
         reason = f"nearest rounding would keep only {advice.percent(least)} of a delta (predicted){others}"
-        if not low:
+        if not low and coarse:
             worst = advice.percent(max(errors.values()))
             reason = f"nearest rounding would change weights by {worst} of their size (predicted){others}"
-    roundings = {step.name: "preserve" if step.weight.module in chosen else "nearest" for step in plan.merged}
+    roundings = {step.name: "preserve" if step.label in chosen else "nearest" for step in plan.merged}
     return with_roundings(
-        plan, {**roundings, **(dict.fromkeys(fresh_ones(plan), "preserve") if coarse else {})}
+        plan, {**roundings, **(dict.fromkeys(fresh_ones(plan), "preserve") if coarse or ordered else {})}
     ), reason
 
 
@@ -140,13 +141,13 @@ def calibration_of(
     if source == "none":
         return plan, None, CalibrationRecord(source="none")
     try:
-        LayeredModel(plan.inputs.base.config, (), bench.device)
+        LayeredModel(plan.config, (), bench.device)
     except CheckpointError as error:
         if recipe.calibration:
             raise
         notes.append(f"No calibration (as with --calibration none), because the model cannot be run: {error}")
         return plan, None, CalibrationRecord(source="none")
-    length = min(recipe.sequence_length, longest(plan.inputs.base.config))
+    length = min(recipe.sequence_length, longest(plan.config))
     batches = token_batches(source, plan, bench, length, tell)
     record = CalibrationRecord(
         source=source if source in ("random", "generate") else Path(source).name,
@@ -161,7 +162,7 @@ def calibration_of(
 
 
 def token_batches(source: str, plan: Plan, bench: Bench, length: int, tell: Tell) -> list[Tensor]:
-    recipe, config = plan.recipe, plan.inputs.base.config
+    recipe, config = plan.recipe, plan.config
     if source == "random":
         return random_tokens(vocabulary(config), recipe.calibration_tokens, length, recipe.seed)
     if source == "generate":

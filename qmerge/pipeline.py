@@ -31,7 +31,7 @@ from qmerge.grids import Grid
 from qmerge.metrics._totals import Sums, added, plain, sums_of
 from qmerge.rounding._context import Context
 from qmerge.rounding._metric import Metric, Statistics, make_metric
-from qmerge.types import Comparison, Rows, Step, TensorInfo, Update, Weight
+from qmerge.types import TORCH_DTYPES, Comparison, Rows, Step, TensorInfo, Update, Weight
 
 COPY_BYTES, AMPLE_ENTRIES = 2**22, 2**22
 
@@ -68,6 +68,9 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     """
     if step.action == "copy":
         copy(step, sink, bench.reader)
+        return None
+    if step.replacement is not None:
+        put(step, step.replacement.values, sink)
         return None
     target = plugins.form(step.target)
     source, base = open_source(step, bench)
@@ -121,6 +124,14 @@ def copy(step: Step, sink: TensorSink, reader: Reader) -> None:
             sink.append_bytes(info.name, reader.bytes(info, start, min(start + COPY_BYTES, info.nbytes)))
 
 
+def put(step: Step, values: Tensor, sink: TensorSink) -> None:
+    """The adapter's own values, cast once."""
+    target = plugins.form(step.target)
+    stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
+    target.check_range(stored.float(), values, step.name)
+    sink.append(step.name, stored)
+
+
 def open_source(step: Step, bench: Bench) -> tuple[Stored, Stored]:
     """(what gives the grid and the base's codes, what gives the values to merge onto)."""
     source = open_weight(step.weight, step, bench)
@@ -155,7 +166,9 @@ def worked_values(step: Step, bench: Bench, with_delta: bool = True) -> Tensor:
 
 def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: bool = True) -> Tensor:
     """The same in the shape of a dense checkpoint."""
-    if step.action == "copy":
+    if step.replacement is not None and with_delta:
+        return step.replacement.values.to(bench.device)
+    if step.action in ("copy", "replace"):
         return dense_values(step.weight, bench.reader, bench.device, conv1d)
     values_OI = worked_values(step, bench, with_delta)
     worked_on_OI = step.conv1d or not step.source_is_dense
@@ -244,9 +257,11 @@ def codes_name(step: Step, target: Format) -> str:
 
 
 def blocks(step: Step, entries: int) -> Iterator[Rows]:
-    """Row blocks of about ``entries`` values; a weight that is transposed on the way goes in one."""
+    """Row blocks of about ``entries`` values; a weight that is transposed on the way, or whose rows depend on one another,
+    goes in one."""
     rows, columns = step.shape
-    count = rows if step.conv1d else max(1, entries // max(1, columns))
+    whole = step.conv1d or (step.update is not None and step.update.whole)
+    count = rows if whole else max(1, entries // max(1, columns))
     unit = row_step(step)
     count = max(unit, count // unit * unit)
     for start in range(0, rows, count):

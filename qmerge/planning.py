@@ -96,10 +96,10 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     """
     check_recipe(recipe, inputs)
     maker = StepMaker(recipe, inputs, promoted)
-    updates = maker.matched_updates()
-    steps = tuple(maker.step(weight, updates.get(weight.name)) for weight in inputs.base.weights.values())
-    applied = sum(step.update is not None for step in steps)
-    assert applied == len(updates), "an update was matched, but no step applies it"
+    changes = maker.changes()
+    steps = tuple(maker.step(weight, changes.get(weight.name)) for weight in maker.weights.values())
+    applied = sum(step.update is not None or step.replacement is not None for step in steps)
+    assert applied == len(changes), "a change was matched, but no step applies it"
     entries = block_entries(recipe, steps)
     return Plan(
         recipe,

@@ -1,4 +1,4 @@
-"""Plug-ins: a module in ``formats/``, ``adapters/``, ``rounding/`` or ``metrics/`` is one, and its file name is its name.
+"""Plug-ins: a module in a folder of ``KINDS`` is one, and its file name is its name.
 
 Adding one adds one file. Files that start with ``_`` are helpers. The first docstring line is the help text.
 """
@@ -17,7 +17,7 @@ from qmerge.errors import RecipeError
 if TYPE_CHECKING:
     from qmerge.formats._base import Format
 
-KINDS = ("formats", "adapters", "rounding", "metrics")
+KINDS = ("formats", "adapters", "rounding", "metrics", "combine")
 
 
 @cache

@@ -21,7 +21,7 @@ from qmerge.metrics.gap_to_delta import gap_sum
 from qmerge.metrics.predicted_kept import expected_kept
 from qmerge.pipeline import Bench, open_weight, row_step
 from qmerge.planning import Plan
-from qmerge.types import Rows, Step
+from qmerge.types import Rows, Step, Update
 
 GROUPS, ENTRIES = 4, 2**12
 """Row groups that are looked at in each weight, and values per group."""
@@ -55,25 +55,24 @@ def predict_step(step: Step, bench: Bench) -> Survival:
     assert step.update is not None
     rounding = "stochastic" if step.rounding == "stochastic" else "nearest"
     target = plugins.form(step.target)
-    norms_O = step.update.row_norms()
-    squared = float(norms_O.double().square().sum())
-    rms_delta = math.sqrt(squared / math.prod(step.shape))
     kept, gaps, inside, squares, errors, entries, weight = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0
     source = open_weight(step.weight, step, bench)
     original = open_weight(step.original, step, bench) if step.original else None
     for rows in row_groups(step):
         base_OI, grid = base_and_grid(step, target, source, original, rows)
-        norms = norms_O[rows.start : rows.stop].to(base_OI.device)
+        merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
+        norms = (merged_OI - base_OI).norm(dim=1)
         share = float(norms.double().square().sum())
         kept, weight = kept + share * (expected_kept(base_OI, norms, grid) or 0.0), weight + share
-        merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
         errors += rounding_error(merged_OI, grid, rounding)
         gap, number = gap_sum(grid, grid.nearest(base_OI), torch.ones_like(base_OI))
         gaps, inside = gaps + gap, inside + number
         squares, entries = squares + float(base_OI.double().square().sum()), entries + base_OI.numel()
     expected = kept / weight if weight else None
+    squared = delta_squared(step.update, weight, entries / math.prod(step.shape))
+    rms_delta = math.sqrt(squared / math.prod(step.shape))
     return Survival(
-        step.weight.module, step.target, rounding, step.update.rank,
+        step.label, step.target, rounding, step.update.rank,
         # Stochastic rounding is right on average, whatever the grid.
         kept=expected if expected is None or rounding == "nearest" else 1.0,
         noise=math.sqrt(errors / weight) if weight else None,
@@ -83,20 +82,24 @@ def predict_step(step: Step, bench: Bench) -> Survival:
     )  # fmt: skip
 
 
-def original_gap(plan: Plan, bench: Bench) -> float | None:
+def delta_squared(update: Update, seen: float, share: float) -> float:
+    """‖delta‖², exact from the small factors; where the delta depends on the base, from the ``share`` that was ``seen``."""
+    norms_O = update.row_norms()
+    return seen / share if norms_O is None else float(norms_O.double().square().sum())
+
+
+def original_gap(plan: Plan, predicted: Iterable[Survival], bench: Bench) -> float | None:
     """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a few rows of each: what quantizing the base did to
     it, in sizes of what the adapter did. None without an original, or for a delta of zero."""
     if plan.inputs.original is None:
         return None
-    squares = deltas = 0.0
+    squares, deltas = 0.0, sum(survival.delta_squared for survival in predicted)
     for step in plan.merged:
-        assert step.update is not None
         quantized = open_weight(plan.inputs.base.weights[step.name], step, bench)
         original = open_weight(plan.inputs.original.weights[step.name], step, bench)
         groups = row_groups(step)
         seen = sum(float((original.values(r) - quantized.values(r)).double().square().sum()) for r in groups)
         squares += seen * step.shape[0] / sum(map(len, groups))
-        deltas += float(step.update.row_norms().double().square().sum())
     return math.sqrt(squares / deltas) if deltas else None
 
 
@@ -148,6 +151,8 @@ def row_groups(step: Step) -> list[Rows]:
     """A few groups of rows, spread over the weight."""
     rows, columns = step.shape
     unit = row_step(step)
+    if step.update and step.update.whole:
+        return [Rows(0, rows)]
     size = max(unit, ENTRIES // max(1, columns) // unit * unit)
     if size * GROUPS >= rows:
         return [Rows(0, rows)]

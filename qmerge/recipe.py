@@ -57,7 +57,13 @@ class Recipe(BaseModel):
 
     base: str = Field(description="the model the adapter was trained on: a folder, or a Hub id")
     revision: str | None = Field(None, description="revision of the base on the Hub (branch, tag or commit)")
-    adapter: str = Field(description="the PEFT adapter: a folder, or a Hub id")
+    adapter: str | list[str] = Field(
+        description="the PEFT adapter: a folder, or a Hub id; several with weights, as a=0.7 and b=0.3"
+    )
+    combine: str = Field("linear", description="how several adapters become one (qmerge formats lists the ways)")
+    density: float = Field(
+        1.0, description="share of each adapter's delta that combinations which thin it out keep", gt=0, le=1
+    )
     adapter_revision: str | None = Field(None, description="revision of the adapter on the Hub")
     target: str = Field(
         description="format to write: nf4, gptq, int8, bf16, … (qmerge formats lists them); auto: the best that fits max_size"
@@ -141,6 +147,12 @@ class Recipe(BaseModel):
             raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, targets)}")
         return name
 
+    @field_validator("combine")
+    @classmethod
+    def _known_combination(cls, name: str) -> str:
+        plugins.load("combine", name)
+        return name
+
     @field_validator("rounding")
     @classmethod
     def _known_rounding(cls, name: str) -> str:
@@ -161,15 +173,27 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"calibration is for preserve; {self.rounding} rounding has no use for it: leave one of them out"
             )
+        if self.density != 1 and len(self.adapters) < 2:
+            raise RecipeError("density thins out the deltas of several adapters; there is one")
         if (self.target == "auto") != bool(self.max_size):
             raise RecipeError(
                 "target auto needs max_size (--max-size 6GB): without a limit, fp32 is always best"
                 if self.target == "auto"
                 else f"max_size is for target auto; the target is {self.target}"
             )
-        if self.promote and self.target != "auto" and plugins.form(self.target).dense_dtype:
+        if self.promote and self.target == "auto":
+            raise RecipeError("promote adds bytes to a target: name it, instead of target auto with max_size")
+        if self.promote and plugins.form(self.target).dense_dtype:
             raise RecipeError(
                 f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
+            )
+        if (
+            self.act_order
+            and not self.static_groups
+            and (self.rounding in ("nearest", "stochastic") or self.calibration == "none")
+        ):
+            raise RecipeError(
+                "act_order groups inputs by what calibration sees of them: it needs preserve, with calibration"
             )
         if self.trained_on and self.original:
             raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")
@@ -193,6 +217,12 @@ class Recipe(BaseModel):
         name, double_quant = TRAINED_ON[self.trained_on]
         return name, {} if double_quant is None else {"double_quant": double_quant}
 
+    @property
+    def adapters(self) -> list[tuple[str, float]]:
+        """Folder or id of every adapter, and its weight."""
+        names = [self.adapter] if isinstance(self.adapter, str) else self.adapter
+        return [weighted(name) for name in names]
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for ``--resume``: everything that can change an output byte."""
         return self.model_dump(exclude=WORKPLACE)
@@ -204,10 +234,15 @@ class Recipe(BaseModel):
         """The recipe for publishing: the user's home folder is written ``~`` (and read so)."""
         home = f"{Path.home()}/"
         settings = self.model_dump(**dump)
-        for name in ("base", "adapter", "original", "out"):
-            if str(settings.get(name) or "").startswith(home):
-                settings[name] = "~/" + settings[name].removeprefix(home)
+        for name in ("base", "original", "out"):
+            settings |= {name: tilde(settings[name], home)} if settings.get(name) else {}
+        adapter = settings["adapter"]
+        settings["adapter"] = tilde(adapter, home) if isinstance(adapter, str) else [tilde(a, home) for a in adapter]
         return settings
+
+
+def tilde(path: str, home: str) -> str:
+    return "~/" + path.removeprefix(home) if path.startswith(home) else path
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -231,6 +266,15 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
         return Recipe(**settings)
     except ValidationError as cause:
         raise RecipeError(_explain(cause)) from cause
+
+
+def weighted(name: str) -> tuple[str, float]:
+    """``folder=0.7`` → (folder, 0.7); without a number, the weight is 1."""
+    place, equals, number = name.rpartition("=")
+    try:
+        return (place, float(number)) if equals else (name, 1.0)
+    except ValueError:
+        return name, 1.0
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

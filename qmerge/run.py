@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qmerge import calibration, candidates, hub, plugins, residual, texts
+from qmerge.adapters._folder import CONFIG, TENSORS
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
@@ -92,15 +93,15 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
             watcher.say(why)
         plan = plan_from(recipe, inputs)
         bench = make_bench(plan, reader)
+        folder.check_out(out, input_folders(plan.inputs), resume)
+        if recipe.verify:
+            texts.read_texts(Path(recipe.verify).expanduser())  # now, not when all else is done
         if recipe.promote:
             plan = with_promoted(plan, bench, watcher)
-        folder.check_out(out, input_folders(plan.inputs), resume)
         folder.check_room(out, plan.bytes_out - reserved(out))
         watcher.stage("looking ahead", 1)
         plan, outlook = look_ahead(plan, bench, lambda at: watcher.advance(0, at))
         watcher.end()
-        if recipe.verify:
-            texts.read_texts(Path(recipe.verify).expanduser())  # now, not when all else is done
         for line in outlook.says(plan):
             watcher.say(line)
         for line in outlook.warnings(plan):
@@ -122,14 +123,15 @@ def merge(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) 
 
 def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None = None) -> list[ReportData]:
     """The full run with a writer that throws away: what would survive, for one or several targets."""
-    watcher = watcher or Silent()
+    watcher, targets = watcher or Silent(), list(targets or [recipe.target])
+    check_options(recipe, targets)
     if recipe.verify:
-        return [judged_elsewhere(recipe, target, watcher) for target in targets or [recipe.target]]
+        return [judged_elsewhere(recipe, target, watcher) for target in targets]
     reports = []
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
         records = input_records(inputs, watcher)
-        for target in targets or [recipe.target]:
+        for target in targets:
             started = time.monotonic()
             plan = plan_from(retargeted(recipe, target), inputs)
             bench = make_bench(plan, reader)
@@ -142,6 +144,13 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), watcher: Watcher | None
                 watcher.end()
             reports.append(make_report(plan, bench, records, [], outlook, place.outcomes, started))
     return reports
+
+
+def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
+    """An option that none of the targets takes is an error; one that some take is for those."""
+    for name in recipe.asked:
+        if not any(name in plugins.form(target).asks for target in targets):
+            raise RecipeError(f"--{name.replace('_', '-')}: none of {', '.join(targets)} takes it")
 
 
 def judged_elsewhere(recipe: Recipe, target: str, watcher: Watcher) -> ReportData:
@@ -352,15 +361,17 @@ def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: 
 
 
 def input_folders(inputs: Inputs) -> dict[str, Path]:
-    folders = {"the base": inputs.base_source.folder, "the adapter": inputs.adapter_source.folder}
+    folders = {"the base": inputs.base_source.folder}
+    folders |= {f"the adapter {source.folder.name}": source.folder for source in inputs.adapter_sources}
     return {**folders, "the original": inputs.original_source.folder} if inputs.original_source else folders
 
 
 def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
     """SHA-256 of every file that the result depends on."""
     base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
-    adapter_files = [inputs.adapter.folder / "adapter_model.safetensors", inputs.adapter.folder / "adapter_config.json"]
-    roles = [("base", inputs.base_source, base_files), ("adapter", inputs.adapter_source, adapter_files)]
+    roles = [("base", inputs.base_source, base_files)]
+    for source in inputs.adapter_sources:
+        roles.append(("adapter", source, [source.folder / TENSORS, source.folder / CONFIG]))
     if inputs.original and inputs.original_source:
         roles.append(("original", inputs.original_source, list(inputs.original.files)))
     watcher.stage("hashing inputs", sum(path.stat().st_size for _, _, files in roles for path in files))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from qmerge import plugins
+from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.config import of_same_library, output_config
-from qmerge.checkpoint.skeleton import Skeleton, skeleton, ties_embeddings
-from qmerge.errors import AdapterError, CheckpointError
-from qmerge.formats._base import Format, Layout
+from qmerge.checkpoint.names import Names
+from qmerge.checkpoint.skeleton import Skeleton, skeleton, tied_embeddings
+from qmerge.errors import AdapterError, CheckpointError, RecipeError, listed
+from qmerge.formats._base import Format, Layout, NoOptions
 from qmerge.inputs import Inputs
 from qmerge.recipe import Recipe
-from qmerge.types import Action, Options, Step, TensorSpec, Update, Weight
+from qmerge.types import Action, Options, Replacement, Step, TensorSpec, Update, Weight
 
 DENSE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The model's own dtype → the format of promoted weights: transformers does not cast what a quantized checkpoint holds."""
@@ -43,7 +48,8 @@ class StepMaker:
         try:
             return self.skeleton.conv1d
         except CheckpointError:
-            return frozenset(self.inputs.adapter.updates if self.inputs.adapter.config.get("fan_in_fan_out") else ())
+            adapted = {name.removesuffix(".weight") for name in self.inputs.adapter.updates}
+            return frozenset(adapted if self.inputs.adapter.config.get("fan_in_fan_out") else ())
 
     @cached_property
     def _asked(self) -> Mapping[str, Any]:
@@ -54,39 +60,82 @@ class StepMaker:
         shapes = [w.shape[::-1] if self._is_dense_conv1d(w) else w.shape for w in weights]
         return self.target.fitted(self.recipe.asked, shapes)
 
-    def matched_updates(self) -> dict[str, Update]:
-        """Weight name → update; every update finds its weight, of its shape, or AdapterError says which does not."""
-        weights, matched, lost = self.inputs.base.weights, dict[str, Update](), list[str]()
-        for module, update in self.inputs.adapter.updates.items():
-            weight = weights.get(f"{module}.weight")
+    @cached_property
+    def weights(self) -> Mapping[str, Weight]:
+        """The base's weights; with the output embedding as one of its own, where the adapter changes one of two tied ones."""
+        base, tied = self.inputs.base.weights, self._untied
+        if tied is None:
+            return base
+        embedding = base[tied[0]]
+        module, _, local = tied[1].rpartition(".")
+        return {**base, tied[1]: replace(embedding, module=module, local=local, parts=dict(embedding.parts))}
+
+    @cached_property
+    def _untied(self) -> tuple[str, str] | None:
+        """Names of input and output embedding where the base ties them and the adapter leaves them different."""
+        tied = tied_embeddings(self.inputs.base.config)
+        if tied is None or tied[0] not in self.inputs.base.weights:
+            return None
+        adapter = self.inputs.adapter
+        one, other = (adapter.replaced.get(name) or adapter.updates.get(name) for name in tied)
+        alike = (
+            isinstance(one, Replacement) and isinstance(other, Replacement) and torch.equal(one.values, other.values)
+        )
+        tokens = isinstance(one, TokenRowsUpdate)  # peft puts trained tokens into both of two tied embeddings
+        kept = alike or (other is None and (tokens or bool(adapter.config.get("ensure_weight_tying"))))
+        return tied if (one or other) and not kept else None
+
+    def changes(self) -> dict[str, Update | Replacement]:
+        """Weight name → what the adapter does to it; everything finds its weight, of its shape, or AdapterError says what
+        does not."""
+        adapter, found, lost = self.inputs.adapter, dict[str, Update | Replacement](), list[str]()
+        tied = tied_embeddings(self.inputs.base.config)
+        wanted: dict[str, Update | Replacement] = {**adapter.updates, **adapter.replaced}
+        for name, change in wanted.items():
+            weight = self.weights.get(name) or self._renamed(name)
+            if weight is None and tied and name == tied[1] and self._untied is None:
+                continue  # tied, and the same as the input embedding's
+            if weight is None and getattr(change, "optional", False):
+                continue  # the bias of a layer that has none
             if weight is None:
-                lost += self.inputs.adapter.tensors[module]
+                lost += adapter.tensors[name]
                 continue
-            self._check_shape(weight, update)
-            matched[weight.name] = update
+            if weight.name in found:
+                raise AdapterError(f"{weight.name} is changed twice, under two names: {listed(adapter.tensors[name])}")
+            found[weight.name] = self._checked(weight, change)
         if lost:
             raise AdapterError(
                 f"{len(lost)} adapter tensors match no weight of the base, the first is {lost[0]}. "
-                f"{_nearest_module(lost[0], weights)}Is this the base that the adapter was trained on?"
+                f"{_nearest_module(lost[0], self.weights)}Is this the base that the adapter was trained on?"
             )
-        return matched
+        return found
 
-    def _check_shape(self, weight: Weight, update: Update) -> None:
+    def _renamed(self, name: str) -> Weight | None:
+        """The weight that transformers loads into what the adapter calls ``name``: prefixes of multimodal models, old
+        spellings. Parameters that are several weights on disk (stacked experts) are none."""
+        places = Names(self.inputs.base.config, {n: w.shape for n, w in self.weights.items()}).disk_of(name) or ()
+        weight = self.weights[places[0].weight] if len(places) == 1 else None
+        whole = weight is not None and places[0].covers(weight.shape) and not places[0].transposed
+        return weight if whole else None
+
+    def _checked(self, weight: Weight, change: Update | Replacement) -> Update | Replacement:
+        """The change, where it fits; values that come onto a quantized grid are rounded as a merge is."""
         if weight.format == "raw":
-            found = weight.parts[weight.local].dtype
-            raise CheckpointError(f"{weight.name} is stored as {found}, which qmerge copies but cannot merge into")
-        shapes = [update.shape, update.shape[::-1]] if self._is_dense_conv1d(weight, update) else [update.shape]
-        if weight.shape not in shapes:
-            raise AdapterError(
-                f"{weight.name} is {list(weight.shape)}, but the adapter's delta is {list(update.shape)}. "
-                f"Is this the base that the adapter was trained on?"
-            )
-        embedding = weight.module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_out")
-        if embedding and ties_embeddings(self.inputs.base.config):
-            raise AdapterError(
-                f"the adapter changes {weight.module}, which the base ties to its other embedding: merging only one of "
-                f"them is not supported in this version"
-            )
+            stored = weight.parts[weight.local].dtype
+            raise CheckpointError(f"{weight.name} is stored as {stored}, which qmerge copies but cannot merge into")
+        if isinstance(change, Replacement):
+            values = change.values
+            if values.shape == weight.shape and self._target_of(weight, merged=True).quant_method:
+                return OwnBaseUpdate(values, AddUpdate(torch.zeros_like(values)))
+            rows = weight.name in (tied_embeddings(self.inputs.base.config, whatever=True) or ())
+            if tuple(values.shape) != weight.shape and not (rows and tuple(values.shape[1:]) == weight.shape[1:]):
+                raise _misfit(weight, tuple(values.shape))
+            return change
+        worked = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
+        shapes = [change.shape, change.shape[::-1]] if self._is_dense_conv1d(weight, change) else [change.shape]
+        if not any(all(b in (a, -1) for a, b in zip(worked, shape, strict=False)) for shape in shapes):
+            raise _misfit(weight, change.shape)
+        return change
 
     def _is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
         if not plugins.form(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
@@ -95,8 +144,11 @@ class StepMaker:
             return False  # plain to see, without asking transformers
         return weight.module in self.conv1d
 
-    def step(self, weight: Weight, update: Update | None) -> Step:
+    def step(self, weight: Weight, change: Update | Replacement | None) -> Step:
         """What happens to one weight of the base."""
+        if isinstance(change, Replacement):
+            return self._replaced(weight, change)
+        update = change
         conv1d = self._conv1d(weight, update)
         target = self._target_of(weight, merged=update is not None)
         simulated = self._trained_on(weight)
@@ -113,6 +165,7 @@ class StepMaker:
         action: Action = "merge" if update else "convert"
         if (
             not update
+            and weight.is_itself
             and source.format == target.name
             and source.options == options
             and not (simulated and target.dense_dtype)
@@ -130,8 +183,18 @@ class StepMaker:
             self._rounding(update, target, keeps_grid), self._beside(weight, update, keeps_grid),
         )  # fmt: skip
         if target.quant_method and action != "copy" and not step.keeps_grid:
+            if weight.module in self.conv1d and not target.takes_conv1d:
+                raise RecipeError(
+                    f"{step.name} is a Conv1D, which no loader of {target.name} replaces: use --target nf4, int8 or bf16"
+                )
             target.check(step.name, step.shape, options)
         return step
+
+    def _replaced(self, weight: Weight, change: Replacement) -> Step:
+        """Trained values as they are, in the width that the base's had (in a dense target's, where that is asked for)."""
+        target = self._target_of(weight, merged=True)
+        spec = TensorSpec(str(target.dense_dtype), tuple(change.values.shape))
+        return Step(weight, "replace", target.name, NoOptions(), {weight.name: spec}, replacement=change)
 
     def _rounding(self, update: Update | None, target: Format, keeps_grid: bool) -> str:
         """Weights without an update are rounded too, where they come onto a fresh quantized grid; ``preserve`` then keeps
@@ -231,10 +294,14 @@ class StepMaker:
 
     def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
         """config.json of the output: dtype and quantization_config as the stock library would have written them."""
-        options = next((step.options for step in steps if step.target == self.target.name), None)
-        if options is None and self.target.quant_method:
+        kinds = Counter(step.options for step in steps if step.target == self.target.name)
+        if not kinds and self.target.quant_method:
             raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
-        return output_config(self.inputs.base, self.target, options, self.layout(steps))
+        options = kinds.most_common(1)[0][0] if kinds else None
+        config = output_config(self.inputs.base, self.target, options, self.layout(steps))
+        if self._untied:
+            config = with_setting(config, "tie_word_embeddings", False)
+        return with_vocabulary(config, steps, tied_embeddings(self.inputs.base.config, whatever=True))
 
     def _default_skeleton(self) -> Skeleton:
         """What the stock loader quantizes when it is not told what to skip."""
@@ -248,12 +315,16 @@ class StepMaker:
         ones, and what a base of another library left dense on purpose."""
         if not self.target.quant_method:
             return Layout()
-        quantized = tuple(step.weight.module for step in steps if step.target == self.target.name)
+        stored = [step for step in steps if step.target == self.target.name]
+        quantized = tuple(step.weight.module for step in stored)
+        usual = Counter(step.options for step in stored).most_common(1)
+        others = tuple((step.weight.module, step.options) for step in stored if usual and step.options != usual[0][0])
         dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
-        if self.inputs.base.quantization and not of_same_library(self.inputs.base, self.target):
+        library = of_same_library(self.inputs.base, self.target)
+        if self.inputs.base.quantization and (not library or self.target.name == "gptq"):
             dense |= known.quantizable - set(quantized)
         left = tuple(step.weight.module for step in steps if step.weight.module in dense)
-        return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target))
+        return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target), others)
 
 
 def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
@@ -263,11 +334,42 @@ def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
     return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
 
 
+def with_vocabulary(
+    config: dict[str, Any], steps: tuple[Step, ...], embeddings: tuple[str, str] | None
+) -> dict[str, Any]:
+    """The config for as many tokens as the embeddings have rows, where the adapter brought larger or smaller ones.
+
+    Raises:
+        AdapterError: input and output embedding would differ in size.
+    """
+    if embeddings is None or not any(step.replacement and step.name in embeddings for step in steps):
+        return config
+    rows = {step.name: step.outputs[step.name].shape[0] for step in steps if step.name in embeddings and step.outputs}
+    if len(set(rows.values())) > 1:
+        raise AdapterError(
+            f"the adapter resizes one embedding only: {', '.join(f'{name} has {n} rows' for name, n in rows.items())}; "
+            f"train and save both (modules_to_save)"
+        )
+    return with_setting(config, "vocab_size", next(iter(rows.values())))
+
+
+def with_setting(config: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A config with one setting changed, wherever it stands (multimodal models have it in their text part)."""
+    inner = {key: {**part, name: value} for key, part in config.items() if key == "text_config" and name in part}
+    return {**config, **inner, **({name: value} if name in config or not inner else {})}
+
+
+def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:
+    return AdapterError(
+        f"{weight.name} is {list(weight.shape)}, but the adapter's delta is {list(shape)}. "
+        f"Is this the base that the adapter was trained on?"
+    )
+
+
 def _nearest_module(tensor: str, weights: Mapping[str, Weight]) -> str:
     """A hint when the base has the module under another prefix."""
     module = tensor.split(".lora_")[0]
-    if module.rpartition(".")[2] == "lm_head":
-        return "The base ties lm_head to its input embedding and stores it once; this version cannot untie them. "
     tail = ".".join(module.split(".")[-4:])
-    close = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
+    found = [weight.module for weight in weights.values() if weight.local == "weight" and weight.module.endswith(tail)]
+    close = [name for name in found if not module.startswith(name)]
     return f"The base has {close[0]}, under another prefix. " if close else ""

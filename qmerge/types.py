@@ -111,6 +111,11 @@ class Weight:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_itself(self) -> bool:
+        """Whether its parts on disk are its own: an output embedding that was tied is read from the input embedding."""
+        return all(info.name == self.prefix + local for local, info in self.parts.items())
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -125,6 +130,10 @@ class Rows:
 
 class Update(Protocol):
     """What an adapter does to one weight. One per adapted weight; knows nothing of files."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row of the result depends on other rows of the base, so that it cannot be made in row blocks."""
 
     @property
     def rank(self) -> int: ...
@@ -142,14 +151,21 @@ class Update(Protocol):
     def to(self, device: torch.device) -> Update:
         """The same on another device."""
 
-    def row_norms(self) -> Tensor:
-        """float32 [O]: ‖delta‖ of every row, from the small factors (the base is not needed)."""
+    def row_norms(self) -> Tensor | None:
+        """float32 [O]: ‖delta‖ of every row, from the small factors; None where the delta depends on the base."""
 
     def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """float32 u [O, R], s [R], v [I, R] of the delta's singular value decomposition; None when it has none."""
 
 
-Action = Literal["copy", "convert", "merge"]
+@dataclass(frozen=True)
+class Replacement:
+    """float32 values that were trained whole (``modules_to_save``, biases): they take the place of the base's."""
+
+    values: Tensor
+
+
+Action = Literal["copy", "convert", "merge", "replace"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,8 @@ class Step:
 
     ``copy``     bytes leave as they came;
     ``convert``  another format, no delta;
-    ``merge``    the adapter's update is applied.
+    ``merge``    the adapter's update is applied;
+    ``replace``  the adapter has values of its own.
     ``outputs``  full tensor name → dtype and shape; a shape of (-1,) is a short text whose length is known at the end.
     ``keeps_grid``  the target is stored on the base's own scales;
     ``trained_on``  a dense weight is first quantized this way, as it was on the fly in training;
@@ -182,10 +199,16 @@ class Step:
     conv1d: bool = False
     rounding: str = "nearest"
     beside: Weight | None = None
+    replacement: Replacement | None = None
 
     @property
     def name(self) -> str:
         return self.weight.name
+
+    @property
+    def label(self) -> str:
+        """What reports call it: the module, or the whole name where the module has more to it than its weight."""
+        return self.weight.module if self.weight.local == "weight" else self.name
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -418,19 +418,13 @@ ADAPTERS = [
         "dora_tensor",
         edit_adapter(lambda t: t.update({f"{PEFT_Q}.lora_magnitude_vector": torch.ones(64)})),
         AdapterError,
-        (f"{Q}.lora_magnitude_vector",),
+        (f"{Q} has a lora_magnitude_vector", "does not say use_dora"),
     ),
     Case(
         "embedding_tensor",
         edit_adapter(lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 96)})),
         AdapterError,
-        ("embed_tokens.lora_embedding_A",),
-    ),
-    Case(
-        "saved_module",
-        edit_adapter(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(96, 64)})),
-        AdapterError,
-        ("lm_head.weight",),
+        ("embed_tokens has lora_embedding_A but no lora_embedding_B",),
     ),
     Case("lora_bias_tensor", edit_adapter(lambda t: t.update({f"{PEFT_Q}.lora_B.bias": torch.ones(64)})), AdapterError, ("lora_B.bias",)),
     Case(
@@ -445,7 +439,7 @@ ADAPTERS = [
 ]  # fmt: skip
 
 REFUSED: dict[str, Any] = {
-    "use_dora": True, "use_qalora": True, "use_bdlora": {"blocks": 2}, "lora_bias": True, "bias": "all",
+    "use_dora": True, "use_qalora": True, "use_bdlora": {"blocks": 2}, "lora_bias": True, "bias": "some",
     "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2], "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 2]], "kasa_config": {"a": 1}, "monteclora_config": {"a": 1}, "velora_config": {"a": 1},
     "arrow_config": {"a": 1}, "alora_invocation_tokens": [5], "megatron_config": {"a": 1}, "loftq_config": {"bits": 4},
@@ -510,35 +504,15 @@ NUMBERS = [
 
 ROOM = [Case("memory", lambda p: None, RoomError, ("--max-memory", "MB"), "nf4", "nf4", ("--max-memory", "100kB"))]
 
-TIED = [
-    Case(
-        "tied_head",
-        lambda p: (
-            configure(tie_word_embeddings=True)(p),
-            edit_adapter(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64), "base_model.model.lm_head.lora_B.weight": torch.ones(96, 4)}))(p),
-        ),
-        AdapterError,
-        ("lm_head", "ties"),
-    ),
-    Case(
-        "tied_head_not_stored",
-        lambda p: (
-            configure(tie_word_embeddings=True)(p),
-            edit_tensors(lambda t: t.pop("lm_head.weight"))(p),
-            edit_adapter(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64), "base_model.model.lm_head.lora_B.weight": torch.ones(96, 4)}))(p),
-        ),
-        AdapterError,
-        ("lm_head", "ties"),
-    ),
-]  # fmt: skip
-
 COMMANDS = [
     Case("unknown_target", lambda p: None, RecipeError, ("'nf5'", "Did you mean 'nf4'", "bf16"), target="nf5"),
     Case("raw_is_no_target", lambda p: None, RecipeError, ("'raw'", "There are"), target="raw"),
     Case("unknown_rounding", lambda p: None, RecipeError, ("'nearst'", "Did you mean 'nearest'"), arguments=("--rounding", "nearst")),
     Case("unknown_device", lambda p: None, RecipeError, ("device", "tpu"), arguments=("--device", "tpu")),
     Case("size", lambda p: None, RecipeError, ("5 bananas", "GB"), arguments=("--max-shard-size", "5 bananas")),
-    Case("two_adapters", lambda p: None, RecipeError, ("--adapter", "2 times"), arguments=("--adapter", "another")),
+    Case("second_adapter", lambda p: None, AdapterError, ("another", "no such folder"), arguments=("--adapter", "another")),
+    Case("combination", lambda p: None, RecipeError, ("'tiez'", "Did you mean 'ties'"), arguments=("--combine", "tiez")),
+    Case("density_of_one", lambda p: None, RecipeError, ("density", "several adapters"), arguments=("--density", "0.5")),
     Case("revision_of_a_folder", lambda p: None, CheckpointError, ("local folder", "main"), arguments=("--revision", "main")),
     Case("adapter_revision_of_a_folder", lambda p: None, AdapterError, ("local folder", "main"), arguments=("--adapter-revision", "main")),
     Case("no_such_folder", lambda p: None, CheckpointError, ("no such folder", "owner/name"), arguments=("--base", "./no/such/folder")),
@@ -551,7 +525,7 @@ COMMANDS = [
     Case("original_for_nothing", lambda p: None, RecipeError, ("merge_onto",), "nf4", "nf4", ("--original", "x/y")),
 ]  # fmt: skip
 
-CASES = [*HEADERS, *FOLDERS, *ADAPTERS, *OPTIONS, *QUANTIZED, *NUMBERS, *ROOM, *TIED, *COMMANDS]
+CASES = [*HEADERS, *FOLDERS, *ADAPTERS, *OPTIONS, *QUANTIZED, *NUMBERS, *ROOM, *COMMANDS]
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_tree_names_every_file_and_folder_of_the_package() -> None:
     assert all(f"\n{name}" in beside and (ROOT / name).exists() for name in tracked)
 
 
-@pytest.mark.parametrize("kind", ["formats", "adapters", "rounding"])
+@pytest.mark.parametrize("kind", ["formats", "adapters", "rounding", "combine"])
 def test_tree_names_every_plugin(kind: str) -> None:
     line = re.search(rf"^  {kind}/ .*: (.*)$", section(README, "The tree"), re.MULTILINE)
     assert line

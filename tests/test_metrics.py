@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
-from qmerge.adapters.lora import LoraUpdate
+from qmerge.adapters._updates import LoraUpdate
 from qmerge.grids import Grid
 from qmerge.metrics._totals import added, over_weights, plain, sums_of, values_of
 from qmerge.rounding import nearest, stochastic

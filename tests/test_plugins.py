@@ -91,6 +91,12 @@ def test_rounding(name: str) -> None:
     assert torch.equal(values_OI, before_OI), "the values were changed in place"
 
 
+@pytest.mark.parametrize("name", plugins.names("combine"))
+def test_combine(name: str) -> None:
+    plugin = plugins.load("combine", name)
+    assert arguments(plugin.combine) == ["deltas", "weights", "settings"] and isinstance(plugin.ROWWISE, bool)
+
+
 @pytest.mark.parametrize("name", plugins.names("metrics"))
 def test_metric(name: str) -> None:
     plugin = plugins.load("metrics", name)

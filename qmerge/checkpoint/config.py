@@ -20,6 +20,9 @@ def output_config(
     if target.dense_dtype:
         return {**with_dtype(config, NAMES[target.dense_dtype]), "dtype": NAMES[target.dense_dtype]}
     dtype = NAMES.get(base.dtype, "float32")
+    if target.loaded_as:
+        dtype = target.loaded_as
+        config = {**with_dtype(config, dtype), "dtype": dtype}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
     assert options is not None

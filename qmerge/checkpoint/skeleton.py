@@ -71,6 +71,23 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
         return False
 
 
+def tied_embeddings(config: Mapping[str, Any], whatever: bool = False) -> tuple[str, str] | None:
+    """Names of the input and the output embedding's weight, where the model ties them (``whatever``: tied or not); None
+    where it does not, or where transformers does not know the architecture."""
+    return _embeddings(json.dumps(config)) if whatever or ties_embeddings(config) else None
+
+
+@lru_cache(maxsize=8)
+def _embeddings(config: str) -> tuple[str, str] | None:
+    try:
+        model: Any = meta_model(json.loads(config))
+    except CheckpointError:
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    found = [names.get(id(module)) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return (f"{found[0]}.weight", f"{found[1]}.weight") if found[0] and found[1] else None
+
+
 def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """The model of a config.json without weights."""
     unknown = (

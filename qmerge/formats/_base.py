@@ -27,12 +27,14 @@ class NoOptions:
 class Layout:
     """Module names: ``quantized`` are stored in the target format; ``dense`` are not, though its loaders would expect them
     to be; ``skipped`` are those that loaders leave dense by themselves (lm_head); ``experts`` are dense too, and not linear
-    layers: some loaders expect them in the target format all the same."""
+    layers: some loaders expect them in the target format all the same; ``others`` are stored in the target format with
+    other options than most."""
 
     quantized: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ("lm_head",)
     experts: tuple[str, ...] = ()
+    others: tuple[tuple[str, Options], ...] = ()
 
 
 class Stored(ABC):
@@ -62,6 +64,8 @@ class Format(ABC):
     asks            options of the recipe that it understands
     row_axis        axis of the part with the codes along which the rows of a weight follow one another
     always_written  optional parts that loaders look for: added where the base lacks them
+    takes_conv1d    loaders put it in place of GPT-2's Conv1D, too
+    loaded_as       the only dtype that loaders compute in, which config.json must name
     """
 
     name: str
@@ -75,6 +79,8 @@ class Format(ABC):
     asks: ClassVar[tuple[str, ...]] = ()
     row_axis: ClassVar[int] = 0
     always_written: ClassVar[tuple[str, ...]] = ()
+    takes_conv1d: ClassVar[bool] = False
+    loaded_as: ClassVar[str | None] = None
 
     @abstractmethod
     def find(

@@ -109,6 +109,7 @@ class Bnb4bit(Format):
     quant_method = "bitsandbytes"
     loaders = "transformers, vLLM (CUDA)"
     asks = ("block_size", "double_quant", "quant_storage")
+    takes_conv1d = True
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -158,7 +158,8 @@ class Compressed(Format):
         """The base's own where it says the same of the weights (it may also say how activations are quantized)."""
         assert isinstance(options, CompressedOptions)
         weights, ignore = self.weights_args(options), ignored(base, layout)
-        if any(same_args(scheme, weights) and scheme.kind in self.kinds for scheme in schemes_of(base).values()):
+        schemes = schemes_of(base).values()
+        if schemes and all(same_args(scheme, weights) and scheme.kind in self.kinds for scheme in schemes):
             return {**base, "ignore": ignore}
         name = self.kinds[0][0]
         group = {

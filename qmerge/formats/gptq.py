@@ -92,6 +92,7 @@ class Gptq(Format):
     loaders = "vLLM, SGLang, transformers, gptqmodel"
     asks = ("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format")
     row_axis = 1
+    takes_conv1d = True
     always_written = ("g_idx",)
 
     def find(
@@ -209,7 +210,7 @@ class Gptq(Format):
             "checkpoint_format": options.checkpoint_format,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"qmerge:{version('qmerge')}"]},
-            **left_dense(layout),
+            **exceptions(layout),
         }
 
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,17 +250,26 @@ def fresh_groups(columns: int, options: GptqOptions, inputs_I: Tensor | None) ->
     return torch.empty_like(group_I).index_copy_(0, order, group_I)
 
 
-def left_dense(layout: Layout) -> dict[str, Any]:
-    """How a config says that some layers are dense: ``modules_in_block_to_quantize`` for optimum (it compares the ends of
-    names), ``dynamic`` for gptqmodel, vLLM and SGLang (regular expressions; ``-:`` leaves out)."""
-    if not layout.dense:
-        return {}
-    tails = {tail(name) for name in layout.quantized} - {tail(name) for name in layout.dense}
-    rest = [name for name in layout.quantized if tail(name) not in tails]
-    return {
-        "modules_in_block_to_quantize": [sorted(tails) + rest],
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in layout.dense},
-    }
+def exceptions(layout: Layout) -> dict[str, Any]:
+    """How a config says that some layers are dense, or stored otherwise: ``modules_in_block_to_quantize`` for optimum (it
+    compares the ends of names, and knows one kind of layer), ``dynamic`` for gptqmodel, vLLM and SGLang (regular
+    expressions; ``-:`` leaves out, ``+:`` changes)."""
+    config: dict[str, Any] = {}
+    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in layout.dense}
+    for name, options in layout.others:
+        assert isinstance(options, GptqOptions)
+        said = {
+            "bits": options.bits,
+            "group_size": options.group_size,
+            "sym": options.sym,
+            "desc_act": options.act_order,
+        }
+        rules[f"+:^{re.escape(name)}$"] = said
+    if layout.dense:
+        tails = {tail(name) for name in layout.quantized} - {tail(name) for name in layout.dense}
+        rest = [name for name in layout.quantized if tail(name) not in tails]
+        config["modules_in_block_to_quantize"] = [sorted(tails) + rest]
+    return {**config, "dynamic": rules} if rules else config
 
 
 def tail(module: str) -> str:

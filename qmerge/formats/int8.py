@@ -74,6 +74,7 @@ class Int8(Format):
     name = "int8"
     quant_method = "bitsandbytes"
     loaders = "transformers, vLLM (CUDA)"
+    takes_conv1d = True
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED

@@ -70,6 +70,7 @@ class Nvfp4(Compressed):
 
     name = "nvfp4"
     loaders = "vLLM, SGLang, transformers (dequantizes)"
+    loaded_as = "bfloat16"  # compressed-tensors 0.20 decompresses FP4 to nothing else
     kinds = (("nvfp4-pack-quantized", "float", 4),)
     group_size: ClassVar[int] = 16
     strategy: ClassVar[str] = "tensor_group"

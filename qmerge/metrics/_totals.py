@@ -36,7 +36,7 @@ def plain(sums: Sums) -> Sums:
 
 def values_of(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Every metric's value, from plain sums."""
-    return {name: metric.value(sums[name]) for name, metric in plugins.every("metrics").items()}
+    return {name: metric.value(sums[name]) if sums else None for name, metric in plugins.every("metrics").items()}
 
 
 def over_weights(weights: Iterable[Mapping[str, Mapping[str, Any]]]) -> Sums:

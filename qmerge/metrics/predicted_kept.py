@@ -13,8 +13,7 @@ from qmerge.types import Comparison
 
 def sums(c: Comparison) -> dict[str, float]:
     some = some_rows(c)
-    norms_O = some.update.row_norms()[some.rows.start : some.rows.stop]
-    kept = expected_kept(some.base_OI, norms_O, some.grid)
+    kept = expected_kept(some.base_OI, some.delta_OI.norm(dim=1), some.grid)
     return {"expected": (kept or 0.0) * c.delta_delta, "weight": c.delta_delta}
 
 

@@ -48,20 +48,21 @@ def describe(reference: str, revision: str | None) -> dict[str, Any]:
             adapter = read_adapter(source.folder, reader)
     except AdapterError as error:
         return {**described, "problem": str(error)}
-    modules = [describe_module(name, update) for name, update in adapter.updates.items()]
-    return {**described, "kind": adapter.kind, "modules": modules, "suspicious": suspicious(modules, config)}
+    modules = [describe_module(name.removesuffix(".weight"), update) for name, update in adapter.updates.items()]
+    more = {"kind": adapter.kind, "modules": modules, "replaced": list(adapter.replaced)}
+    return {**described, **more, "suspicious": suspicious(modules, config)}
 
 
 def describe_module(name: str, update: Update) -> dict[str, Any]:
     """``rms`` of the delta's entries; ``effective_rank``: exp of the entropy of its squared singular values."""
-    directions = update.directions()
+    directions, norms_O = update.directions(), update.row_norms()
     singular_R = directions[1] if directions else torch.empty(0)
     return {
         "module": name,
         "shape": list(update.shape),
         "rank": update.rank,
         "scale": update.scale,
-        "rms": float(update.row_norms().square().sum()) ** 0.5 / math.sqrt(math.prod(update.shape)),
+        "rms": None if norms_O is None else float(norms_O.square().sum()) ** 0.5 / math.sqrt(math.prod(update.shape)),
         "effective_rank": effective_rank(singular_R),
         "largest_singular": float(singular_R.max()) if len(singular_R) else None,
     }
@@ -79,7 +80,7 @@ def effective_rank(singular_R: Tensor) -> float:
 def suspicious(modules: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
     """What a user should look at before merging."""
     lines = []
-    dead = [m["module"] for m in modules if m["rms"] < CLOSE_TO_ZERO]
+    dead = [m["module"] for m in modules if m["rms"] is not None and m["rms"] < CLOSE_TO_ZERO]
     if dead:
         lines.append(
             f"{len(dead)} of {len(modules)} modules have a delta of zero, the first is {dead[0]}: never trained?"
@@ -102,6 +103,8 @@ def show(described: dict[str, Any]) -> None:
     )
     if described["modules"]:
         console.print(modules_table(described["modules"]))
+    if described.get("replaced"):
+        console.print(escape(printable(f"  trained whole: {', '.join(described['replaced'])}")))
     for line in described["suspicious"]:
         err().print(f"[yellow]warning:[/yellow] {escape(printable(line))}")
     if described["problem"]:
@@ -121,11 +124,13 @@ def modules_table(modules: list[dict[str, Any]]) -> Table:
         ranks, scales = sorted({m["rank"] for m in members}), sorted({m["scale"] for m in members})
         table.add_row(
             escape(printable(name)), str(len(members)), ", ".join(map(str, ranks)), ", ".join(f"{s:.3g}" for s in scales),
-            span([m["rms"] for m in members], ".2e"), span([m["effective_rank"] for m in members], ".1f"),
+            span([m["rms"] for m in members if m["rms"] is not None], ".2e"), span([m["effective_rank"] for m in members], ".1f"),
         )  # fmt: skip
     return table
 
 
 def span(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low} – {high}"

@@ -29,23 +29,21 @@ def make_report(
 ) -> ReportData:  # fmt: skip
     """Sums → values, per weight, per kind of module and in total; and the warnings about them."""
     measured = {name: outcome.sums for name, outcome in outcomes.items()}
-    predicted, weights, kinds = outlook.predicted, [], defaultdict(list)
+    predicted, weights, kinds = outlook.predicted, dict[str, WeightRecord](), defaultdict(list)
     for step in plan.merged:
         values = values_of(measured[step.name])
         assert step.update is not None
-        kinds[step.weight.module.rpartition(".")[2]].append(step.name)
-        weights.append(
-            WeightRecord(
-                module=step.weight.module,
-                shape=step.shape,
-                base_format=base_format(step),
-                target=step.target,
-                rounding=step.rounding,
-                rank=step.update.rank,
-                scale=step.update.scale,
-                values=values,
-                calibration=seen_record(outcomes[step.name]),
-            )
+        kinds[step.label.rpartition(".")[2]].append(step.name)
+        weights[step.name] = WeightRecord(
+            module=step.label,
+            shape=step.shape,
+            base_format=base_format(step),
+            target=step.target,
+            rounding=step.rounding,
+            rank=step.update.rank,
+            scale=step.update.scale,
+            values=values,
+            calibration=seen_record(outcomes[step.name]),
         )
     return ReportData(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
@@ -62,14 +60,14 @@ def make_report(
         predicted={"total": total_kept(predicted), **{s.module: s.kept for s in predicted}},
         total=group("all", [step.name for step in plan.merged], measured),
         groups=[group(kind, names, measured) for kind, names in kinds.items()],
-        weights=weights,
+        weights=list(weights.values()),
         original_gap=outlook.original_gap,
         bytes_out=plan.bytes_out,
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         warnings=input_warnings(plan)
         + advice.onto(plan.recipe.merge_onto, outlook.original_gap)
-        + advice.warnings([survival(record, measured) for record in weights], predicted=False),
+        + advice.warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
     )
 
 
@@ -81,13 +79,13 @@ def group(name: str, names: Sequence[str], measured: dict[str, Sums]) -> GroupRe
     return GroupRecord(name=name, weights=len(names), values=values_of(over_weights(measured[n] for n in names)))
 
 
-def survival(record: WeightRecord, measured: dict[str, Sums]) -> Survival:
+def survival(record: WeightRecord, measured: Sums) -> Survival:
     """A measured weight, as the warnings want it: by the layer's output where its inputs were seen.
 
     ``preserve`` puts its errors where no input points and the adapter does not read: in weight space they are large.
     """
     v = record.values
-    squared = measured[f"{record.module}.weight"]["kept"]["delta_delta"]
+    squared = measured["kept"]["delta_delta"]
     kept, noise = v["kept"], v["noise"]
     if record.rounding == "preserve":
         kept, noise = v["kept"] if v["output_kept"] is None else v["output_kept"], v["output_noise"]

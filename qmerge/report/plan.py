@@ -25,14 +25,16 @@ def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
         targets = [describe_target(found) for found in candidates.every(recipe, inputs, reader)]
+        why = None
         if recipe.target == "auto":
-            recipe, _ = candidates.resolved(recipe, inputs, reader)
+            recipe, why = candidates.resolved(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
         described: dict[str, Any] = {
             "base": describe_base(inputs),
             "adapter": describe_adapter(inputs),
             "targets": targets,
             "target": recipe.target if target_given else None,
+            "why": why,
         }
         if target_given:
             predicted = predict(plan, make_bench(plan, reader))
@@ -98,8 +100,8 @@ def describe_plan(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
                 "shape": list(step.shape),
                 "rank": step.update.rank if step.update else None,
                 "keeps_grid": step.keeps_grid,
-                "predicted_kept": survivals[step.weight.module].kept if step.update else None,
-                "predicted_noise": survivals[step.weight.module].noise if step.update else None,
+                "predicted_kept": survivals[step.label].kept if step.update else None,
+                "predicted_noise": survivals[step.label].noise if step.update else None,
             }
             for step in plan.steps
         ],
@@ -113,6 +115,8 @@ def show(described: dict[str, Any], all_weights: bool) -> None:
     ranks = ", ".join(map(str, adapter["ranks"]))
     console.print(f"base     {name_of(base)}: {size_text(base['bytes'])}; weights: {formats}")
     console.print(f"adapter  {name_of(adapter)}: {adapter['kind']}, {adapter['modules']} modules, rank {ranks}")
+    if described["why"]:
+        console.print(escape(printable(described["why"])))
     if described["target"]:
         show_plan(described, all_weights)
     console.print(targets_table(described["targets"]))

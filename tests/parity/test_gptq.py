@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qmerge
+import qmerge.demo
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
@@ -48,6 +50,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
 """What a user may ask for, as fields of the recipe."""
 
 Made = Callable[[str], Path]
+DEMO = Path(qmerge.demo.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -282,22 +285,60 @@ def test_g_idx_is_always_written(base: Made, adapter: Path, tmp_path: Path) -> N
 
 
 def test_preserve_beats_nearest_on_the_demo_model(tmp_path: Path) -> None:
-    import qmerge
-    import qmerge.demo
-
-    demo = Path(qmerge.demo.__file__).parent
     ratios = {}
     for rounding, more in (
         ("nearest", {}),
-        ("auto", {"calibration": str(demo / "calibration.txt"), "sequence_length": 128}),
+        ("auto", {"calibration": str(DEMO / "calibration.txt"), "sequence_length": 128}),
     ):
-        out, inputs = tmp_path / rounding, {"base": str(demo / "base-nf4"), "adapter": str(demo / "adapter")}
+        out, inputs = tmp_path / rounding, {"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter")}
         qmerge.merge(**inputs, target="gptq", rounding=rounding, **more, out=str(out), quiet=True)
         record = qmerge.fidelity(
-            out=str(out), text=str(demo / "heldout.txt"), sequence_length=128, tokens=4096, quiet=True
+            out=str(out), text=str(DEMO / "heldout.txt"), sequence_length=128, tokens=4096, quiet=True
         )
         ratios[rounding] = record.kl_ratio or 1.0
     assert ratios["auto"] < ratios["nearest"] / 5, ratios
+
+
+@pytest.fixture
+def ruled(base: Made, tmp_path: Path) -> Path:
+    """A base with rules for single modules, as gptqmodel's ``dynamic`` has them: down_proj in 8 bits and groups of 32, v_proj
+    dense."""
+    folder, other = shutil.copytree(base("gptq"), tmp_path / "ruled"), bases.make("gptq-8bit", tmp_path / "other")
+    found, more = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    values = bases.values(base("gptq"))
+    for name in [n for n in found if "v_proj" in n]:
+        del found[name]
+    found |= {name: part for name, part in more.items() if "down_proj" in name}
+    found |= {name: value.to(torch.bfloat16) for name, value in values.items() if "v_proj" in name}
+    save_file(found, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    rules = {r"+:.*down_proj": {"bits": 8}, r"-:.*v_proj": {}}
+    models.edit_json(folder / "config.json", quantization_config={**config, "dynamic": rules})
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel does not load a folder without one
+        shutil.copy(DEMO / "base-nf4" / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("scales", ["keep", "fresh"])
+def test_rules_for_single_modules_survive(ruled: Path, adapter: Path, tmp_path: Path, scales: str) -> None:
+    """The output's config says what is stored: gptqmodel loads it, with the values that qmerge reads."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    out = stock.merged(tmp_path / "out", ruled, adapter, "gptq", scales=scales)
+    config = bases.quantization_config(out)
+    assert config["bits"] == 4 and "-:^model\\.layers\\.0\\.self_attn\\.v_proj$" in config["dynamic"]
+    eight = {rule for rule, said in config["dynamic"].items() if said.get("bits") == 8}
+    assert eight == {f"+:^model\\.layers\\.{layer}\\.mlp\\.down_proj$" for layer in (0, 1)}
+    values = {**bases.values(ruled), **read(out)}
+    dense = {
+        name: tensor.float() for name, tensor in stock.tensors(out).items() if name in values and name not in read(out)
+    }
+    model = GPTQModel.load(str(out), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
+    for layer in model.modules():
+        if hasattr(layer, "qweight"):
+            layer.scales = layer.scales.float()
+    expected = models.logits(stock.float_model(out, like={**values, **dense}))
+    assert stock.distance(models.logits(model.float()), expected) < 1e-3
 
 
 # --- labels that lie -------------------------------------------------------------------------------------------------

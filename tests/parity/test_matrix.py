@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
+from qmerge.errors import RecipeError
 
 from .. import models
 from . import bases, stock
@@ -78,6 +79,49 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
         return models.adapter(model.float(), folder / str(oss), size=size, target_modules=modules)
 
     return make
+
+
+OTHERS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "qwen2": models.LINEAR}
+"""Conv1D, which most loaders do not replace; biases and tied embeddings."""
+
+
+def other(name: str) -> torch.nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        return models.gpt2()
+    sizes = {**models.LLAMA, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": True}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ERRORS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(tmp_path: Path, name: str, target: str) -> None:
+    """Dense float32 bases: refused before anything is written, or taken by the stock loader with the stored values."""
+    model = other(name)
+    base = models.save(model, tmp_path / "base")
+    lora = models.adapter(model, tmp_path / "lora", target_modules=OTHERS[name], fan_in_fan_out=name == "gpt2")
+    form = plugins.form(target)
+    if name == "gpt2" and form.quant_method and not form.takes_conv1d:
+        with pytest.raises(RecipeError, match="is a Conv1D, which no loader of"):
+            stock.merged(tmp_path / "out", base, lora, target)
+        assert not (tmp_path / "out").exists()
+        return
+    out = stock.merged(tmp_path / "out", base, lora, target)
+    if (name, target) == ("gpt2", "gptq"):
+        return  # transformers cannot build it (gptqmodel can)
+    ours = bases.quantization_config(out).get("quant_method") not in (None, "bitsandbytes")
+    loaded, info = bases.loads(out) if ours else stock.loaded(out)
+    assert not any(info.values()), info
+    found = models.logits(loaded if ours else stock.in_float32(loaded))
+    stored = logits_of(out, values_of(out))
+    assert stock.distance(found, stored) < (0.03 if target == "int8" else 0.01)
 
 
 def values_of(folder: Path) -> dict[str, Tensor]:
