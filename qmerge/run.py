@@ -341,7 +341,7 @@ def pinned(plan: Plan) -> Recipe:
     inputs = plan.inputs
     commits = {
         "revision": inputs.base_source.commit,
-        "adapter_revision": inputs.adapter_source.commit,
+        "adapter_revision": inputs.adapter_source.commit if len(inputs.adapter_sources) == 1 else None,
         "original_revision": inputs.original_source.commit if inputs.original_source else None,
     }
     return plan.recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
@@ -353,7 +353,7 @@ def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: 
         **{name: version(name) for name in ("qmerge", "torch", "bitsandbytes", "transformers")},
         "device": bench.device.type,
         "recipe": plan.recipe.identity(),
-        "input": {f"{r.role} {f.file}": f.sha256 for r in records for f in r.files},
+        "input": {f"{i} {r.role} {f.file}": f.sha256 for i, r in enumerate(records) for f in r.files},
         **for_identity(outlook),
         "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},

@@ -63,7 +63,7 @@ def describe_module(name: str, update: Update) -> dict[str, Any]:
         "rank": update.rank,
         "scale": update.scale,
         "rms": None if norms_O is None else float(norms_O.square().sum()) ** 0.5 / math.sqrt(math.prod(update.shape)),
-        "effective_rank": effective_rank(singular_R),
+        "effective_rank": effective_rank(singular_R) if directions else None,
         "largest_singular": float(singular_R.max()) if len(singular_R) else None,
     }
 
@@ -122,9 +122,11 @@ def modules_table(modules: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     for name, members in groups.items():
         ranks, scales = sorted({m["rank"] for m in members}), sorted({m["scale"] for m in members})
+        rms = [m["rms"] for m in members if m["rms"] is not None]
+        effective = [m["effective_rank"] for m in members if m["effective_rank"] is not None]
         table.add_row(
             escape(printable(name)), str(len(members)), ", ".join(map(str, ranks)), ", ".join(f"{s:.3g}" for s in scales),
-            span([m["rms"] for m in members if m["rms"] is not None], ".2e"), span([m["effective_rank"] for m in members], ".1f"),
+            span(rms, ".2e"), span(effective, ".1f"),
         )  # fmt: skip
     return table
 

@@ -10,7 +10,7 @@ import yaml
 
 from qmerge import hub, plugins
 from qmerge.planning import Plan
-from qmerge.report.json import FidelityRecord, GroupRecord, InputRecord, ReportData, survived
+from qmerge.report.json import FidelityRecord, GroupRecord, InputRecord, ReportData, adapters_named, survived
 
 COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
@@ -39,7 +39,7 @@ def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[s
     sources = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
     warnings = ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)] if report.warnings else []
     return [
-        f"# {text(adapter.name)} merged into {text(base.name)}",
+        f"# {text(adapters_named(report.inputs))} merged into {text(base.name)}",
         "",
         f"Merged in float32 and stored as **{recipe['target']}** by qmerge {report.versions['qmerge']} ({made}).",
         f"**{kept}** of the fine-tuning was kept (1 is all of it, 0 is the base; each weight counted by its delta's size).",

@@ -12,7 +12,7 @@ import jinja2
 
 from qmerge import plugins
 from qmerge.advice import percent
-from qmerge.report.json import ReportData, WeightRecord, survived
+from qmerge.report.json import ReportData, WeightRecord, adapters_named, survived
 from qmerge.report.terminal import decimal, printable, share
 
 NAME = "qmerge.html"
@@ -45,8 +45,8 @@ PLOT_WIDTH, PLOT_HEIGHT = 560, 240
 def html_report(report: ReportData) -> str:
     """The whole page."""
     return template("report.html").render(
-        report=report, survived=survived, heat=heat_map(report), plot=scatter(report), columns=COLUMNS, metrics=metric_help(),
-        weights=sorted(report.weights, key=worst_first),
+        report=report, survived=survived, adapters=adapters_named(report.inputs), heat=heat_map(report), plot=scatter(report),
+        columns=COLUMNS, metrics=metric_help(), weights=sorted(report.weights, key=worst_first),
     )  # fmt: skip
 
 

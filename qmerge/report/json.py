@@ -58,6 +58,11 @@ class SeenRecord(BaseModel):
     damping: float
 
 
+def adapters_named(inputs: list[InputRecord]) -> str:
+    """``math + chat``: all adapters that went into a model."""
+    return " + ".join(record.name for record in inputs if record.role == "adapter")
+
+
 def survived(values: Mapping[str, float | None]) -> float | None:
     """The one number: kept in the layers' output where their inputs were seen, else in the weights."""
     return values["kept"] if values.get("output_kept") is None else values["output_kept"]
