@@ -24,7 +24,8 @@ from transformers import core_model_loading as ops
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 
 from qmerge.checkpoint import names as module
-from qmerge.checkpoint.names import UNCONVERTED, Names, Place, Traced, traced
+from qmerge.checkpoint.names import UNCONVERTED, Names
+from qmerge.checkpoint.traced import Place, Traced, traced
 from qmerge.checkpoint.skeleton import meta_model
 from qmerge.errors import CheckpointError
 

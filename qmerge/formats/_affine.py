@@ -5,6 +5,8 @@ GPTQ, AWQ and compressed-tensors' integer formats differ in how they lay these o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,17 @@ REFITS = 2
 """Least-squares steps after the search: the best scale for the codes, then the codes for that scale."""
 
 WORD = 32
+
+
+GROUP_SIZES = (32, 64, 128, -1)
+"""Inputs that share a scale, in the layouts of GPTQ, AWQ and compressed-tensors; -1 is all of them."""
+
+
+def dividing(columns: Iterable[int]) -> int:
+    """The largest group size that divides all of these numbers of inputs; -1 where none does. (Few loaders read a short last
+    group.)"""
+    counts = set(columns)
+    return max((size for size in GROUP_SIZES if size > 0 and not any(n % size for n in counts)), default=-1)
 
 
 class AffineGrid(Grid):

@@ -184,3 +184,23 @@ class Format(ABC):
 
     def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:  # noqa: B027  (most have no limit)
         """Raise NumbersError when a finite value became infinite."""
+
+
+class ReadOnly(Format):
+    """A format that is read and never written: what is asked of targets is asked of it by mistake."""
+
+    is_target = False
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+        return NoOptions()
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+        raise AssertionError(f"{self.name} is never a target")
+
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
+        raise AssertionError(f"{self.name} is never a target")
+
+    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+        raise AssertionError(f"{self.name} is never a target")

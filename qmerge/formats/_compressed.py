@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 from qmerge import plugins
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats._affine import dividing
 from qmerge.formats._base import NOT_QUANTIZED, Format, Layout
 from qmerge.types import Options, TensorInfo, Weight
 
 QUANT_METHOD, VERSION = "compressed-tensors", "0.20.0"
 """``version`` is that of the layout: the library's, whose bytes these are."""
 
-GROUP_SIZES = (32, 64, 128, -1)
 SCALE_DTYPES = ("F16", "BF16", "F32")
 FP8_LAYOUTS = ("mxfp8-quantized", "float-quantized", "naive-quantized")
 """Of 8-bit floats, which are another module's."""
@@ -147,7 +147,7 @@ class Compressed(Format):
             )
 
     def way_out(self, columns: int) -> str:
-        return f"use --group-size {max((size for size in GROUP_SIZES if size > 0 and columns % size == 0), default=-1)}"
+        return f"use --group-size {dividing([columns])}"
 
     def codes_part(self, local: str) -> str:
         return self.codes

@@ -12,10 +12,18 @@ from torch.nn.functional import pad
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._affine import WORD, AffineGrid, fit_scales, pack_bits, sequential_groups, unpack_bits
+from qmerge.formats._affine import (
+    GROUP_SIZES,
+    WORD,
+    AffineGrid,
+    dividing,
+    fit_scales,
+    pack_bits,
+    sequential_groups,
+    unpack_bits,
+)
 from qmerge.formats._base import Stored
 from qmerge.formats._compressed import (
-    GROUP_SIZES,
     SCALE_DTYPES,
     TAKE_CONFIG,
     Compressed,
@@ -181,8 +189,7 @@ class CompressedInt(Compressed):
         """Groups of 128, or of the most that divides the inputs of every weight: the library takes no short last group."""
         if "group_size" in asked or "group_size" not in self.asks:
             return asked
-        fits = [size for size in GROUP_SIZES if size != -1 and not any(shape[1] % size for shape in shapes)]
-        return {**asked, "group_size": max(fits, default=-1)}
+        return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
     def described(self, options: Options) -> str:
         assert isinstance(options, CompressedOptions)

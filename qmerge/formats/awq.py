@@ -11,12 +11,19 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._affine import AffineGrid, fit_scales, pack_bits, sequential_groups, unpack_bits
+from qmerge.formats._affine import (
+    GROUP_SIZES,
+    AffineGrid,
+    dividing,
+    fit_scales,
+    pack_bits,
+    sequential_groups,
+    unpack_bits,
+)
 from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
-GROUP_SIZES = (32, 64, 128, -1)
 PARTS = ("qweight", "qzeros", "scales")
 BITS, PER_WORD = 4, 8
 FIELD = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -101,8 +108,7 @@ class Awq(Format):
         """Groups of 128, or of the most that divides the inputs of every weight."""
         if "group_size" in asked:
             return asked
-        fits = [size for size in GROUP_SIZES if size != -1 and not any(shape[1] % size for shape in shapes)]
-        return {**asked, "group_size": max(fits, default=-1)}
+        return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
     def described(self, options: Options) -> str:
         assert isinstance(options, AwqOptions)
@@ -112,10 +118,9 @@ class Awq(Format):
         assert isinstance(options, AwqOptions)
         rows, columns = shape
         if options.group_size != -1 and columns % options.group_size:
-            fits = [size for size in GROUP_SIZES if size != -1 and columns % size == 0]
             raise RecipeError(
                 f"{name} has {columns} inputs, no multiple of the group size {options.group_size}: use --group-size "
-                f"{max(fits, default=-1)}"
+                f"{dividing([columns])}"
             )
         if rows % PER_WORD:
             raise RecipeError(

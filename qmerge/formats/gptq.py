@@ -14,12 +14,21 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._affine import WORD, AffineGrid, fit_scales, pack_bits, sequential_groups, unpack_bits
+from qmerge.formats._affine import (
+    GROUP_SIZES,
+    WORD,
+    AffineGrid,
+    dividing,
+    fit_scales,
+    pack_bits,
+    sequential_groups,
+    unpack_bits,
+)
 from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
-BITS, GROUP_SIZES, CHECKPOINT_FORMATS = (2, 3, 4, 8), (32, 64, 128, -1), ("gptq", "gptq_v2")
+BITS, CHECKPOINT_FORMATS = (2, 3, 4, 8), ("gptq", "gptq_v2")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A one in every field of a word: v1 stores zeros less this word, so a field may borrow from the next."""
@@ -110,9 +119,8 @@ class Gptq(Format):
         like = source if isinstance(source, GptqOptions) else GptqOptions()
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if "checkpoint_format" not in asked and not isinstance(source, GptqOptions) and not options.sym:
-            options = replace(
-                options, checkpoint_format="gptq_v2"
-            )  # gptqmodel takes v1 zeros of others only when symmetric
+            # gptqmodel takes asymmetric v1 zeros from nobody but itself
+            options = replace(options, checkpoint_format="gptq_v2")
         for name, known in (("bits", BITS), ("group_size", GROUP_SIZES), ("checkpoint_format", CHECKPOINT_FORMATS)):
             if name in asked and getattr(options, name) not in known:
                 raise RecipeError(f"{name} {getattr(options, name)}: GPTQ has {', '.join(map(str, known))}")
@@ -124,8 +132,7 @@ class Gptq(Format):
         """Groups of 128, or of the most that divides the inputs of every weight: few loaders read a short last group."""
         if "group_size" in asked:
             return asked
-        fits = [size for size in GROUP_SIZES if size != -1 and not any(shape[1] % size for shape in shapes)]
-        return {**asked, "group_size": max(fits, default=-1)}
+        return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
     def described(self, options: Options) -> str:
         assert isinstance(options, GptqOptions)
@@ -141,10 +148,9 @@ class Gptq(Format):
         assert isinstance(options, GptqOptions)
         rows, columns = shape
         if options.group_size != -1 and columns % options.group_size:
-            fits = [size for size in GROUP_SIZES if size != -1 and columns % size == 0]
             raise RecipeError(
                 f"{name} has {columns} inputs, no multiple of the group size {options.group_size}: use --group-size "
-                f"{max(fits, default=-1)}"
+                f"{dividing([columns])}"
             )
         if rows % WORD or columns % WORD:
             raise RecipeError(

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, Format, Stored
+from qmerge.formats._base import NOT_QUANTIZED, ReadOnly, Stored
 from qmerge.formats._dense import FloatGrid
-from qmerge.grids import Grid
-from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
+from qmerge.types import TORCH_DTYPES, Rows, TensorInfo, Weight
 
 PACKINGS = {
     "8bit_u8": (8, 1, torch.uint8),
@@ -83,13 +82,12 @@ class StoredHqq(Stored):
         return found.to(self._device)
 
 
-class Hqq(Format):
+class Hqq(ReadOnly):
     """Parts: ``W_q`` uint8 or int32 [⌈K/codes per word⌉, C], ``scale`` and ``zero`` for every group, and the settings of the
     layer, each a tensor of its own."""
 
     name = "hqq"
     quant_method = "hqq"
-    is_target = False
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -101,20 +99,6 @@ class Hqq(Format):
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredHqq(weight, reader, device)
-
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
-        raise AssertionError("hqq is never a target")
-
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        raise AssertionError("hqq is never a target")
-
-    def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
-    ) -> Grid:  # fmt: skip
-        raise AssertionError("hqq is never a target")
-
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
-        raise AssertionError("hqq is never a target")
 
 
 FORMAT = Hqq()

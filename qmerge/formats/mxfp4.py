@@ -10,11 +10,10 @@ from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, Format, NoOptions, Stored
+from qmerge.formats._base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
 from qmerge.formats._dense import FloatGrid
 from qmerge.formats._levels import FP4
-from qmerge.grids import Grid
-from qmerge.types import Options, Rows, TensorInfo, TensorSpec, Weight
+from qmerge.types import Rows, TensorInfo, Weight
 
 BYTES, BIAS = 16, 127
 """Bytes of a block (two codes in each, the first in the low bits), and what is added to its exponent."""
@@ -51,7 +50,7 @@ class StoredMxfp4(Stored):
         return flat.view(len(rows), *info.shape[1:]).to(self._device)
 
 
-class Mxfp4(Format):
+class Mxfp4(ReadOnly):
     """Parts of all experts at once: ``gate_up_proj_blocks`` uint8 [E, O, I/32, 16], ``gate_up_proj_scales`` uint8 [E, O, I/32].
 
     The weight is ``gate_up_proj`` [E, I, O], as a dense checkpoint has it. It is no target: adapters leave experts alone,
@@ -60,7 +59,6 @@ class Mxfp4(Format):
 
     name = "mxfp4"
     quant_method = "mxfp4"
-    is_target = False
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -72,20 +70,6 @@ class Mxfp4(Format):
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredMxfp4(weight, reader, device)
-
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
-        return NoOptions()
-
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        raise AssertionError("mxfp4 is never a target")
-
-    def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
-    ) -> Grid:  # fmt: skip
-        raise AssertionError("mxfp4 is never a target")
-
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
-        raise AssertionError("mxfp4 is never a target")
 
 
 FORMAT = Mxfp4()

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, Format, NoOptions, Stored
-from qmerge.grids import Grid
-from qmerge.types import Options, TensorInfo, TensorSpec, Weight
+from qmerge.formats._base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.types import TensorInfo, Weight
 
 # Parts that only quantized weights have: left over, they mean a weight whose other parts are missing.
 ORPHANS = (
@@ -36,11 +34,10 @@ ORPHANS = (
 )
 
 
-class Raw(Format):
+class Raw(ReadOnly):
     """Bytes that are passed on."""
 
     name = "raw"
-    is_target = False
     claims_last = True
     needs_scales = False
 
@@ -64,20 +61,6 @@ class Raw(Format):
         raise CheckpointError(
             f"{weight.name} is stored as {weight.parts[weight.local].dtype}, which qmerge copies but cannot merge into"
         )
-
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
-        return NoOptions()
-
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        raise AssertionError("raw is never a target")
-
-    def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
-    ) -> Grid:  # fmt: skip
-        raise AssertionError("raw is never a target")
-
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
-        raise AssertionError("raw is never a target")
 
 
 FORMAT = Raw()

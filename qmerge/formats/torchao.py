@@ -16,10 +16,10 @@ from qmerge.checkpoint.header import read_header, strict_json
 from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import AffineGrid, sequential_groups
-from qmerge.formats._base import NOT_QUANTIZED, Format, Stored
+from qmerge.formats._base import NOT_QUANTIZED, ReadOnly, Stored
 from qmerge.formats._scaled_float import ScaledFloatGrid
 from qmerge.grids import Grid
-from qmerge.types import Options, Rows, TensorInfo, TensorSpec, Weight
+from qmerge.types import Rows, TensorInfo, Weight
 
 KINDS = {"Int8Tensor": "I8", "IntxUnpackedToInt8Tensor": "I8", "Float8Tensor": "F8_E4M3"}
 """torchao's classes whose codes lie one in a byte → dtype of the codes."""
@@ -66,13 +66,12 @@ class StoredTorchao(Stored):
         return self.grid.rows(rows).decode(self.codes(rows))
 
 
-class Torchao(Format):
+class Torchao(ReadOnly):
     """Parts: ``_weight_qdata`` int8 or float8 [O, I], ``_weight_scale`` [O, G], ``_weight_zero_point`` int8 [O, G]. Which class
     they belong to stands in the metadata of the file."""
 
     name = "torchao"
     quant_method = "torchao"
-    is_target = False
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -89,20 +88,6 @@ class Torchao(Format):
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredTorchao(weight, reader, device)
-
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
-        raise AssertionError("torchao is never a target")
-
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        raise AssertionError("torchao is never a target")
-
-    def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
-    ) -> Grid:  # fmt: skip
-        raise AssertionError("torchao is never a target")
-
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
-        raise AssertionError("torchao is never a target")
 
 
 FORMAT = Torchao()
