@@ -10,6 +10,9 @@ from qmerge.predict import Survival, total_kept
 ENOUGH = 0.5
 """A weight that keeps less of its delta than this is warned about."""
 
+CLIPPED = 0.001
+"""Share of entries that may be cut off before it is said."""
+
 NEAR = 0.25
 """Where original and dequantized base differ by less than this share of the delta, it does not matter which one it is."""
 
@@ -47,6 +50,15 @@ def onto(merge_onto: str, gap: float | None) -> list[str]:
         line = f"{size}: the adapter was trained on the dequantized one, and what it learned to correct is gone in the original. "
         other = "Compare on held-out text (--verify) with --merge-onto dequantized"
     return [line + other]
+
+
+def clipped(share: float | None, keeps_grid: bool) -> list[str]:
+    """A delta that leads out of the base's own scales is cut off at their ends."""
+    if not keeps_grid or share is None or share < CLIPPED:
+        return []
+    return [
+        f"{percent(share)} of the merged values lie past the ends of the base's scales and were cut off: use --scales fresh"
+    ]
 
 
 def _loud(s: Survival) -> float:

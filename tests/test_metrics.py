@@ -115,6 +115,16 @@ def gap_to_delta(c: Comparison) -> float:
     return float(found[np.isfinite(found)].mean() / np.sqrt((delta_and_change(c)[0] ** 2).mean()))
 
 
+def clipped(c: Comparison) -> float:
+    """Entries that are further from what was stored than half the only step that leads away from there."""
+    merged, stored = np64(c.merged_OI, c.stored_OI)
+    up, down = (np64(c.grid.decode(c.grid.step(c.codes_OI, direction)))[0] for direction in (1, -1))
+    highest, lowest = up == stored, down == stored
+    above = highest & (merged - stored > (stored - down) / 2)
+    below = lowest & (stored - merged > (up - stored) / 2)
+    return float((above | below).mean())
+
+
 def output_kept(c: Comparison) -> float:
     """By explicit inputs: what the stored change adds to the outputs, along what the delta adds."""
     (delta, change), x = delta_and_change(c), INPUTS_NI
@@ -141,6 +151,7 @@ FORMULAS: dict[str, Callable[[Comparison], float]] = {
     "cosine": cosine,
     "relative_size": relative_size,
     "codes_changed": codes_changed,
+    "clipped": clipped,
     "under_half_gap": under_half_gap,
     "gap_to_delta": gap_to_delta,
     "output_kept": output_kept,

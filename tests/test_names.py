@@ -25,8 +25,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, g
 
 from qmerge.checkpoint import names as module
 from qmerge.checkpoint.names import UNCONVERTED, Names
-from qmerge.checkpoint.traced import Place, Traced, traced
 from qmerge.checkpoint.skeleton import meta_model
+from qmerge.checkpoint.traced import Place, Traced, traced
 from qmerge.errors import CheckpointError
 
 TEXT = {

@@ -66,6 +66,7 @@ def make_report(
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         warnings=input_warnings(plan)
+        + advice.clipped(values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged))
         + advice.onto(plan.recipe.merge_onto, outlook.original_gap)
         + advice.warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
     )

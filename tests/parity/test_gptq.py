@@ -299,6 +299,25 @@ def test_preserve_beats_nearest_on_the_demo_model(tmp_path: Path) -> None:
     assert ratios["auto"] < ratios["nearest"] / 5, ratios
 
 
+@pytest.mark.parametrize("scales", ["keep", "fresh"])
+def test_a_delta_past_the_ends_of_the_scales_is_said(base: Made, tmp_path: Path, cli: Cli, scales: str) -> None:
+    adapter = models.adapter(models.llama(torch.float32, **bases.LLAMA), tmp_path / "large", size=0.1)
+    run = (
+        "--base",
+        base("gptq-8bit"),
+        "--adapter",
+        adapter,
+        "--target",
+        "gptq",
+        "--rounding",
+        "nearest",
+        "--scales",
+        scales,
+    )
+    ran = cli(*run, "--out", tmp_path / "out")
+    assert ran.code == 0 and ("past the ends of the base's scales" in ran.err) == (scales == "keep"), ran.err
+
+
 @pytest.fixture
 def ruled(base: Made, tmp_path: Path) -> Path:
     """A base with rules for single modules, as gptqmodel's ``dynamic`` has them: down_proj in 8 bits and groups of 32, v_proj
