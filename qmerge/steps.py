@@ -71,9 +71,17 @@ class StepMaker:
         return {**base, tied[1]: replace(embedding, module=module, local=local, parts=dict(embedding.parts))}
 
     @cached_property
+    def _tied(self) -> tuple[str, str] | None:
+        """Names of input and output embedding where the base ties them. (No model is built to find out where the adapter
+        changes nothing outside the numbered layers.)"""
+        adapter = self.inputs.adapter
+        outside = [name for name in (*adapter.updates, *adapter.replaced) if not re.search(r"\.\d+\.", name)]
+        return tied_embeddings(self.inputs.base.config) if outside else None
+
+    @cached_property
     def _untied(self) -> tuple[str, str] | None:
         """Names of input and output embedding where the base ties them and the adapter leaves them different."""
-        tied = tied_embeddings(self.inputs.base.config)
+        tied = self._tied
         if tied is None or tied[0] not in self.inputs.base.weights:
             return None
         adapter = self.inputs.adapter
@@ -89,7 +97,7 @@ class StepMaker:
         """Weight name → what the adapter does to it; everything finds its weight, of its shape, or AdapterError says what
         does not."""
         adapter, found, lost = self.inputs.adapter, dict[str, Update | Replacement](), list[str]()
-        tied = tied_embeddings(self.inputs.base.config)
+        tied = self._tied
         wanted: dict[str, Update | Replacement] = {**adapter.updates, **adapter.replaced}
         for name, change in wanted.items():
             weight = self.weights.get(name) or self._renamed(name)
@@ -301,6 +309,8 @@ class StepMaker:
         config = output_config(self.inputs.base, self.target, options, self.layout(steps))
         if self._untied:
             config = with_setting(config, "tie_word_embeddings", False)
+        if not any(step.replacement for step in steps):
+            return config
         return with_vocabulary(config, steps, tied_embeddings(self.inputs.base.config, whatever=True))
 
     def _default_skeleton(self) -> Skeleton:
