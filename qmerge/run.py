@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -353,11 +354,22 @@ def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: 
         **{name: version(name) for name in ("qmerge", "torch", "bitsandbytes", "transformers")},
         "device": bench.device.type,
         "recipe": plan.recipe.identity(),
-        "input": {f"{i} {r.role} {f.file}": f.sha256 for i, r in enumerate(records) for f in r.files},
+        "input": {f"{role} {f.file}": f.sha256 for role, r in numbered(records) for f in r.files},
         **for_identity(outlook),
         "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},
     }
+
+
+def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
+    """``base``, ``adapter``, ``adapter 2``: every input by a name of its own."""
+    seen: Counter[str] = Counter()
+    found = []
+    for record in records:
+        seen[record.role] += 1
+        number = f" {seen[record.role]}" if seen[record.role] > 1 else ""
+        found.append((record.role + number, record))
+    return found
 
 
 def input_folders(inputs: Inputs) -> dict[str, Path]:
