@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +31,7 @@ from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
-from qmerge.report.json import FileRecord, InputRecord, ReportData
+from qmerge.report.json import FileRecord, InputRecord, ReportData, numbered
 from qmerge.report.make import make_report
 from qmerge.rounding._metric import Statistics
 from qmerge.steps import DENSE
@@ -359,17 +358,6 @@ def identity(plan: Plan, bench: Bench, records: Sequence[InputRecord], outlook: 
         "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},
     }
-
-
-def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
-    """``base``, ``adapter``, ``adapter 2``: every input by a name of its own."""
-    seen: Counter[str] = Counter()
-    found = []
-    for record in records:
-        seen[record.role] += 1
-        number = f" {seen[record.role]}" if seen[record.role] > 1 else ""
-        found.append((record.role + number, record))
-    return found
 
 
 def input_folders(inputs: Inputs) -> dict[str, Path]:

@@ -118,10 +118,14 @@ class StepMaker:
             )
         return found
 
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self.inputs.base.config, {name: weight.shape for name, weight in self.weights.items()})
+
     def _renamed(self, name: str) -> Weight | None:
         """The weight that transformers loads into what the adapter calls ``name``: prefixes of multimodal models, old
         spellings. Parameters that are several weights on disk (stacked experts) are none."""
-        places = Names(self.inputs.base.config, {n: w.shape for n, w in self.weights.items()}).disk_of(name) or ()
+        places = self._names.disk_of(name) or ()
         weight = self.weights[places[0].weight] if len(places) == 1 else None
         whole = weight is not None and places[0].covers(weight.shape) and not places[0].transposed
         return weight if whole else None
@@ -297,8 +301,7 @@ class StepMaker:
         shape = weight.shape
         if conv1d and bool(target.dense_dtype) != bool(plugins.form(weight.format).dense_dtype):
             shape = shape[::-1]
-        prefix = f"{weight.module}." if weight.module else ""
-        return {prefix + local: spec for local, spec in target.outputs(weight.local, shape, options).items()}
+        return {weight.prefix + local: spec for local, spec in target.outputs(weight.local, shape, options).items()}
 
     def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
         """config.json of the output: dtype and quantization_config as the stock library would have written them."""
@@ -331,7 +334,7 @@ class StepMaker:
         others = tuple((step.weight.module, step.options) for step in stored if usual and step.options != usual[0][0])
         dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
         library = of_same_library(self.inputs.base, self.target)
-        if self.inputs.base.quantization and (not library or self.target.name == "gptq"):
+        if self.inputs.base.quantization and (not library or self.target.lists_dense):
             dense |= known.quantizable - set(quantized)
         left = tuple(step.weight.module for step in steps if step.weight.module in dense)
         return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target), others)

@@ -62,8 +62,18 @@ class LoraUpdate:
         return (Q_OR @ u_RR[:, : len(s_R)]).float(), s_R.float(), (Q_IR @ vt_RR.T[:, : len(s_R)]).float()
 
 
+class OfTheBase:
+    """What an update whose delta depends on the base says of that delta beforehand: nothing."""
+
+    def row_norms(self) -> Tensor | None:
+        return None
+
+    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None
+
+
 @dataclass(frozen=True)
-class DoraUpdate:
+class DoraUpdate(OfTheBase):
     """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5). ``magnitude_O``: float32 [O]."""
 
     lora: LoraUpdate
@@ -91,12 +101,6 @@ class DoraUpdate:
         norms_O1 = torch.linalg.norm(moved_OI, dim=1, keepdim=True)
         merged_OI: Tensor = self.magnitude_O[rows.start : rows.stop, None] / norms_O1 * moved_OI
         return merged_OI
-
-    def row_norms(self) -> Tensor | None:
-        return None
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class AddUpdate:
 
 
 @dataclass(frozen=True)
-class TokenRowsUpdate:
+class TokenRowsUpdate(OfTheBase):
     """Some rows of an embedding, trained whole: float32 [tokens, I]."""
 
     indices: list[int]
@@ -155,15 +159,9 @@ class TokenRowsUpdate:
                 merged_OI[index - rows.start] = self.values_TI[place]
         return merged_OI
 
-    def row_norms(self) -> Tensor | None:
-        return None
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
-
 
 @dataclass(frozen=True)
-class OwnBaseUpdate:
+class OwnBaseUpdate(OfTheBase):
     """An update of values that the adapter brings along (an embedding as it was when LoRA was put on it): float32 [O, I]."""
 
     base_OI: Tensor
@@ -190,9 +188,3 @@ class OwnBaseUpdate:
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         return self.update.apply(self.base_OI[rows.start : rows.stop], rows)
-
-    def row_norms(self) -> Tensor | None:
-        return None
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None

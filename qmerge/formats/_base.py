@@ -65,6 +65,7 @@ class Format(ABC):
     row_axis        axis of the part with the codes along which the rows of a weight follow one another
     always_written  optional parts that loaders look for: added where the base lacks them
     takes_conv1d    loaders put it in place of GPT-2's Conv1D, too
+    lists_dense     its config is written anew and names what is dense, also where the base's own config did
     loaded_as       the only dtype that loaders compute in, which config.json must name
     """
 
@@ -81,6 +82,7 @@ class Format(ABC):
     always_written: ClassVar[tuple[str, ...]] = ()
     takes_conv1d: ClassVar[bool] = False
     loaded_as: ClassVar[str | None] = None
+    lists_dense: ClassVar[bool] = False
 
     @abstractmethod
     def find(

@@ -102,6 +102,7 @@ class Gptq(Format):
     asks = ("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format")
     row_axis = 1
     takes_conv1d = True
+    lists_dense = True
     always_written = ("g_idx",)
 
     def find(

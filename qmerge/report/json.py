@@ -5,7 +5,8 @@ Other faces (terminal, card, HTML) show this data and compute nothing. Shares ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,17 @@ class InputRecord(BaseModel):
     id: str | None = None
     commit: str | None = None
     files: list[FileRecord]
+
+
+def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
+    """``base``, ``adapter``, ``adapter 2``: every input by a name of its own."""
+    seen: Counter[str] = Counter()
+    found = []
+    for record in records:
+        seen[record.role] += 1
+        number = f" {seen[record.role]}" if seen[record.role] > 1 else ""
+        found.append((record.role + number, record))
+    return found
 
 
 class CalibrationRecord(BaseModel):

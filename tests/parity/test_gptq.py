@@ -214,7 +214,7 @@ def test_auto_gptq_multiplies_alike(written: Made, kind: str) -> None:
     assert (stock.distance(product, expected) < 4 * 2**-24 * 384**0.5) == right
 
 
-def test_scales_are_better_than_the_range(dense: Path) -> None:
+def test_scales_are_better_than_the_range() -> None:
     """The search never loses to the plain scale that it begins with, and wins on a Gaussian weight with 4 bits."""
     weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     group_I = sequential_groups(256, 64)
