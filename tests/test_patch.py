@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -73,6 +73,7 @@ def round_trip(base: Path, merged: Path, place: Path) -> int:
 
 
 @given(st.binary(max_size=3000), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.floats(0, 1))
+@example(b"\0\0\0\0\1\0\0\0\0\0\2\0\0", 1, False, 0.0)  # small, and the difference is nearly all zeros
 def test_blocks_come_back(data: bytes, width: int, text: bool, zeros: float) -> None:
     data = data[: len(data) // width * width]
     keep = np.random.default_rng(len(data)).random(len(data)) >= zeros

@@ -126,7 +126,7 @@ def _unlzma(data: bytes, most: int) -> bytes:
 
 
 def _sparse(data: bytes) -> bytes:
-    """Zeros before each other byte, 255 for "255 zeros and no byte yet"; and those bytes."""
+    """The size; zeros before each other byte, 255 for "255 zeros and no byte yet"; and those bytes."""
     values = np.frombuffer(data, np.uint8)
     places = np.flatnonzero(values)
     gaps = np.diff(places, prepend=-1) - 1
@@ -134,14 +134,19 @@ def _sparse(data: bytes) -> bytes:
     steps = np.full(int(escapes.sum()) + len(gaps), 255, np.uint8)
     steps[np.cumsum(escapes + 1) - 1] = gaps % 255
     packed = _deflated(steps.tobytes(), zlib.Z_HUFFMAN_ONLY)
-    return struct.pack("<I", len(packed)) + packed + _deflated(values[places].tobytes(), zlib.Z_HUFFMAN_ONLY)
+    return (
+        struct.pack("<II", len(data), len(packed)) + packed + _deflated(values[places].tobytes(), zlib.Z_HUFFMAN_ONLY)
+    )
 
 
 def _unsparse(data: bytes, size: int) -> bytes:
-    if len(data) < 4:
+    if len(data) < 8:
         raise DamagedError("no gaps")
-    stop = 4 + struct.unpack_from("<I", data)[0]
-    steps = np.frombuffer(_inflated(data[4:stop], size), np.uint8)
+    announced, length = struct.unpack_from("<II", data)
+    if announced != size:
+        raise DamagedError("another size")
+    stop = 8 + length
+    steps = np.frombuffer(_inflated(data[8:stop], size), np.uint8)
     values = np.frombuffer(_inflated(data[stop:], size), np.uint8)
     ends = steps < 255
     places = (np.cumsum(steps.astype(np.int64) + ends) - 1)[ends]
