@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qmerge import hub
 from qmerge.adapters._combined import combined
-from qmerge.adapters._folder import Adapter, read_adapter
+from qmerge.adapters._folder import Adapter, config_file, read_adapter
+from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.scan import Checkpoint, scan
+from qmerge.checkpoint.replication import replicated
+from qmerge.checkpoint.scan import Checkpoint, read_json, scan
 from qmerge.combine._common import Settings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import Recipe
@@ -22,6 +26,7 @@ class Inputs:
     base_source: hub.Source
     adapter_sources: tuple[hub.Source, ...]
     base: Checkpoint
+    names: Names
     adapter: Adapter
     original_source: hub.Source | None = None
     original: Checkpoint | None = None
@@ -41,12 +46,30 @@ class Inputs:
 def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     sources = tuple(hub.resolve(name, recipe.adapter_revision, AdapterError) for name, _ in recipe.adapters)
-    base, adapters = scan(base_source.folder, reader), [read_adapter(source.folder, reader) for source in sources]
-    weights = [weight for _, weight in recipe.adapters]
-    settings = Settings(density=recipe.density, seed=recipe.seed)
-    adapter = adapters[0] if weights == [1.0] else combined(adapters, weights, recipe.combine, settings)
     original_source = (
         hub.resolve(recipe.original, recipe.original_revision, CheckpointError) if recipe.original else None
     )
-    original = scan(original_source.folder, reader) if original_source else None
-    return Inputs(base_source, sources, base, adapter, original_source, original)
+    ranges = layer_replication([source.folder for source in sources])
+    base = checkpoint(base_source.folder, reader, ranges)
+    original = checkpoint(original_source.folder, reader, ranges) if original_source else None
+    names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
+    adapters = [read_adapter(source.folder, reader, names) for source in sources]
+    weights = [weight for _, weight in recipe.adapters]
+    settings = Settings(density=recipe.density, seed=recipe.seed)
+    adapter = adapters[0] if weights == [1.0] else combined(adapters, weights, recipe.combine, settings)
+    return Inputs(base_source, sources, base, names, adapter, original_source, original)
+
+
+def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:
+    """The model on disk, with its layers replicated where the adapter was trained so."""
+    found = scan(folder, reader)
+    return replicated(found, ranges) if ranges else found
+
+
+def layer_replication(folders: Sequence[Path]) -> Any:
+    """What the adapters say of it, which must be the same."""
+    said = [read_json(config_file(folder), AdapterError).get("layer_replication") or None for folder in folders]
+    if any(ranges != said[0] for ranges in said):
+        listed_ = ", ".join(f"{ranges} in {folder}" for ranges, folder in zip(said, folders, strict=True))
+        raise AdapterError(f"layer_replication is {listed_}: these adapters were trained on different models")
+    return said[0]

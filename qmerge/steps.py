@@ -14,9 +14,9 @@ import torch
 from qmerge import plugins
 from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.config import of_same_library, output_config
-from qmerge.checkpoint.names import Names
+from qmerge.checkpoint.names import UNCONVERTED
 from qmerge.checkpoint.skeleton import Skeleton, skeleton, tied_embeddings
-from qmerge.errors import AdapterError, CheckpointError, RecipeError, listed
+from qmerge.errors import AdapterError, CheckpointError, RecipeError
 from qmerge.formats._base import Format, Layout, NoOptions
 from qmerge.inputs import Inputs
 from qmerge.recipe import Recipe
@@ -76,7 +76,15 @@ class StepMaker:
         changes nothing outside the numbered layers.)"""
         adapter = self.inputs.adapter
         outside = [name for name in (*adapter.updates, *adapter.replaced) if not re.search(r"\.\d+\.", name)]
-        return tied_embeddings(self.inputs.base.config) if outside else None
+        return self._embeddings(tied_embeddings(self.inputs.base.config)) if outside else None
+
+    def _embeddings(self, names: tuple[str, str] | None) -> tuple[str, str] | None:
+        """As they are called on disk. (An output embedding that is tied is on no disk.)"""
+        if names is None:
+            return None
+        places = [self.inputs.names.disk_of(name) if name not in self.inputs.base.weights else None for name in names]
+        one, other = (found[0].weight if found else name for name, found in zip(names, places, strict=True))
+        return one, other
 
     @cached_property
     def _untied(self) -> tuple[str, str] | None:
@@ -100,7 +108,7 @@ class StepMaker:
         tied = self._tied
         wanted: dict[str, Update | Replacement] = {**adapter.updates, **adapter.replaced}
         for name, change in wanted.items():
-            weight = self.weights.get(name) or self._renamed(name)
+            weight = self.weights.get(name)
             if weight is None and tied and name == tied[1] and self._untied is None:
                 continue  # tied, and the same as the input embedding's
             if weight is None and getattr(change, "optional", False):
@@ -108,27 +116,13 @@ class StepMaker:
             if weight is None:
                 lost += adapter.tensors[name]
                 continue
-            if weight.name in found:
-                raise AdapterError(f"{weight.name} is changed twice, under two names: {listed(adapter.tensors[name])}")
-            found[weight.name] = self._checked(weight, change)
+            found[name] = self._checked(weight, change)
         if lost:
             raise AdapterError(
                 f"{len(lost)} adapter tensors match no weight of the base, the first is {lost[0]}. "
                 f"{_nearest_module(lost[0], self.weights)}Is this the base that the adapter was trained on?"
             )
         return found
-
-    @cached_property
-    def _names(self) -> Names:
-        return Names(self.inputs.base.config, {name: weight.shape for name, weight in self.weights.items()})
-
-    def _renamed(self, name: str) -> Weight | None:
-        """The weight that transformers loads into what the adapter calls ``name``: prefixes of multimodal models, old
-        spellings. Parameters that are several weights on disk (stacked experts) are none."""
-        places = self._names.disk_of(name) or ()
-        weight = self.weights[places[0].weight] if len(places) == 1 else None
-        whole = weight is not None and places[0].covers(weight.shape) and not places[0].transposed
-        return weight if whole else None
 
     def _checked(self, weight: Weight, change: Update | Replacement) -> Update | Replacement:
         """The change, where it fits; values that come onto a quantized grid are rounded as a merge is."""
@@ -139,11 +133,12 @@ class StepMaker:
             values = change.values
             if values.shape == weight.shape and self._target_of(weight, merged=True).quant_method:
                 return OwnBaseUpdate(values, AddUpdate(torch.zeros_like(values)))
-            rows = weight.name in (tied_embeddings(self.inputs.base.config, whatever=True) or ())
-            if tuple(values.shape) != weight.shape and not (rows and tuple(values.shape[1:]) == weight.shape[1:]):
+            resizable = weight.name in (self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True)) or ())
+            if tuple(values.shape) != weight.shape and not (resizable and tuple(values.shape[1:]) == weight.shape[1:]):
                 raise _misfit(weight, tuple(values.shape))
             return change
-        worked = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
+        rows = weight.shape[0] if len(weight.shape) > 1 else 1
+        worked = (rows, weight.numel // max(1, rows))
         shapes = [change.shape, change.shape[::-1]] if self._is_dense_conv1d(weight, change) else [change.shape]
         if not any(all(b in (a, -1) for a, b in zip(worked, shape, strict=False)) for shape in shapes):
             raise _misfit(weight, change.shape)
@@ -154,7 +149,7 @@ class StepMaker:
             return False
         if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
             return False  # plain to see, without asking transformers
-        return weight.module in self.conv1d
+        return self._module(weight) in self.conv1d
 
     def step(self, weight: Weight, change: Update | Replacement | None) -> Step:
         """What happens to one weight of the base."""
@@ -192,10 +187,10 @@ class StepMaker:
         step = Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
             simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
-            self._rounding(update, target, keeps_grid), self._beside(weight, update, keeps_grid),
+            self._rounding(weight, update, target, keeps_grid), self._beside(weight, update, keeps_grid),
         )  # fmt: skip
         if target.quant_method and action != "copy" and not step.keeps_grid:
-            if weight.module in self.conv1d and not target.takes_conv1d:
+            if not target.takes_conv1d and self._module(weight) in self.conv1d:
                 raise RecipeError(
                     f"{step.name} is a Conv1D, which no loader of {target.name} replaces: use --target nf4, int8 or bf16"
                 )
@@ -208,9 +203,12 @@ class StepMaker:
         spec = TensorSpec(str(target.dense_dtype), tuple(change.values.shape))
         return Step(weight, "replace", target.name, NoOptions(), {weight.name: spec}, replacement=change)
 
-    def _rounding(self, update: Update | None, target: Format, keeps_grid: bool) -> str:
+    def _rounding(self, weight: Weight, update: Update | None, target: Format, keeps_grid: bool) -> str:
         """Weights without an update are rounded too, where they come onto a fresh quantized grid; ``preserve`` then keeps
-        their layer's output. (``auto`` is settled later, by what it does to the merged ones.)"""
+        their layer's output. (``auto`` is settled later, by what it does to the merged ones.) Stacks of matrices and
+        convolutions have no one layer's inputs, and only dense targets take them."""
+        if len(weight.shape) > 2:
+            return "nearest"
         anew = bool(target.quant_method) and not keeps_grid and self.recipe.rounding == "preserve"
         return self.recipe.rounding if update or anew else "nearest"
 
@@ -226,7 +224,7 @@ class StepMaker:
             # Blocks run over [O, I] in training, too.
             changes = update is not None or self.target.quant_method is not None or self._trained_on(weight) is not None
             return changes and self._is_dense_conv1d(weight, update)
-        return bool(self.target.dense_dtype) and weight.module in self.conv1d
+        return bool(self.target.dense_dtype) and self._module(weight) in self.conv1d
 
     def _is_quantizable(self, weight: Weight) -> bool:
         if plugins.form(weight.format).quant_method:
@@ -234,7 +232,12 @@ class StepMaker:
             return same or not self.target.quant_method or self.target.accepts(weight.shape)
         matrix = weight.local == "weight" and len(weight.shape) == 2 and plugins.form(weight.format).dense_dtype
         wanted = self.target.quant_method or self.recipe.trained_on
-        return bool(matrix and wanted and self._quantizes_dense) and weight.module in self.skeleton.quantizable
+        return bool(matrix and wanted and self._quantizes_dense) and self._module(weight) in self.skeleton.quantizable
+
+    def _module(self, weight: Weight) -> str:
+        """What transformers calls its module, if it is a weight by itself in memory, too."""
+        module, _, local = (self.inputs.names.module_of(weight.name) or weight.name).rpartition(".")
+        return module if local == weight.local else weight.module
 
     @cached_property
     def _quantizes_dense(self) -> bool:
@@ -285,7 +288,7 @@ class StepMaker:
     def _in_original(self, weight: Weight) -> Weight:
         assert self.inputs.original is not None
         other = self.inputs.original.weights.get(weight.name)
-        shapes = (weight.shape, weight.shape[::-1]) if weight.module in self.conv1d else (weight.shape,)
+        shapes = (weight.shape, weight.shape[::-1]) if self._module(weight) in self.conv1d else (weight.shape,)
         if other is None or other.shape not in shapes or not plugins.form(other.format).dense_dtype:
             found = f"{other.format} {list(other.shape)}" if other else "nothing"
             raise CheckpointError(
@@ -314,7 +317,7 @@ class StepMaker:
             config = with_setting(config, "tie_word_embeddings", False)
         if not any(step.replacement for step in steps):
             return config
-        return with_vocabulary(config, steps, tied_embeddings(self.inputs.base.config, whatever=True))
+        return with_vocabulary(config, steps, self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True)))
 
     def _default_skeleton(self) -> Skeleton:
         """What the stock loader quantizes when it is not told what to skip."""
@@ -328,16 +331,22 @@ class StepMaker:
         ones, and what a base of another library left dense on purpose."""
         if not self.target.quant_method:
             return Layout()
+        module = {step.name: self._loaded_module(step.weight) for step in steps}
         stored = [step for step in steps if step.target == self.target.name]
-        quantized = tuple(step.weight.module for step in stored)
+        quantized = tuple(module[step.name] for step in stored)
         usual = Counter(step.options for step in stored).most_common(1)
-        others = tuple((step.weight.module, step.options) for step in stored if usual and step.options != usual[0][0])
-        dense, known = {name.removesuffix(".weight") for name in self.promoted}, self._default_skeleton()
+        others = tuple((module[step.name], step.options) for step in stored if usual and step.options != usual[0][0])
+        promoted = {module[step.name] for step in steps if step.name in self.promoted}
+        dense, known = promoted, self._default_skeleton()
         library = of_same_library(self.inputs.base, self.target)
         if self.inputs.base.quantization and (not library or self.target.lists_dense):
             dense |= known.quantizable - set(quantized)
-        left = tuple(step.weight.module for step in steps if step.weight.module in dense)
+        left = tuple(dict.fromkeys(module[step.name] for step in steps if module[step.name] in dense))
         return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target), others)
+
+    def _loaded_module(self, weight: Weight) -> str:
+        """``_module``, where the architecture needs it: most are on disk under their names."""
+        return weight.module if self.inputs.base.config.get("model_type") in UNCONVERTED else self._module(weight)
 
 
 def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,7 @@ TEXT = {
 }  # fmt: skip
 HEADS = {**TEXT, "head_dim": 8}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+DEFAULT_MROPE = {"rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}}
 EYES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
@@ -77,7 +79,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite-moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LOCAL),
     "qwen3-vl-moe": (
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig",
-        {"text_config": {**MOE, **MROPE}, "vision_config": {**QWEN_EYES, "deepstack_visual_indexes": [0]}},
+        {"text_config": {**MOE, **DEFAULT_MROPE}, "vision_config": {**QWEN_EYES, "deepstack_visual_indexes": [0]}},
     ),
 }  # fmt: skip
 STACKED = ["mixtral", "qwen3-moe", "phimoe"]
@@ -104,7 +106,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def build(name: str) -> Any:
     model_class, config_class, settings = MODELS[name]
     torch.manual_seed(0)
-    return getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).eval()
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**deepcopy(settings))).eval()
 
 
 @cache

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from qmerge import plugins
+from qmerge.adapters._placed import Found, placed
 from qmerge.checkpoint.header import read_header
+from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
@@ -35,22 +37,27 @@ class Adapter:
     tensors: dict[str, list[str]]
 
 
-def read_adapter(folder: Path, reader: Reader) -> Adapter:
+def read_adapter(folder: Path, reader: Reader, names: Names | None = None) -> Adapter:
     """Read a PEFT adapter folder.
+
+    Args:
+        names: of the base's weights. None: names stay as the adapter has them, and what only the base can tell is an error.
 
     Raises:
         AdapterError: pickle, unsupported kind or option, a tensor that is no part of a pair, NaN, a wrong rank.
+        CheckpointError: transformers makes an adapted weight of the base's in a way that cannot be followed.
     """
     config, infos = read_json(config_file(folder), AdapterError), tensor_infos(folder)
     kind = kind_of(config)
     plugin = plugins.load("adapters", kind)
     indices: tuple[str, ...] = getattr(plugin, "INDICES", ())
     tensors = {without_prefix(info.name): finite(info, reader, indices) for info in infos.values()}
-    found: dict[str, tuple[Update | Replacement, list[str]]] = plugin.updates(config, tensors)
+    found: Found = plugin.updates(config, tensors, names)
     used = {name for _, names in found.values() for name in names}
     left = sorted(tensors.keys() - used)
     if left:
         raise AdapterError(f"{TENSORS} holds {listed(left)}, which qmerge would not apply; nothing was written")
+    found = found if names is None else placed(found, names)
     updates = {name: change for name, (change, _) in found.items() if not isinstance(change, Replacement)}
     replaced = {name: change for name, (change, _) in found.items() if isinstance(change, Replacement)}
     return Adapter(folder, kind, config, updates, replaced, {name: names for name, (_, names) in found.items()})

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge.adapters._experts import stacked
+from qmerge.adapters._placed import Found
 from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update
 
@@ -30,8 +33,6 @@ LARGEST_ALPHA = 1e6
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
     "kasa_config": (None, {}),
     "monteclora_config": (None, {}),
     "velora_config": (None, {}),
@@ -46,16 +47,14 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 # Initialisations that leave the base as it was; the others (pissa, olora, corda, loftq, …) train on a changed base.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
-Found = dict[str, tuple[Update | Replacement, list[str]]]
-"""Name of a weight of the base → what is done to it, and the tensors that say so."""
 
-
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None = None) -> Found:
     """What is done to each weight, and the tensors it is made of.
 
     Args:
         config: adapter_config.json.
         tensors: float32, by name without ``base_model.model.``.
+        names: of the base, which ``target_parameters`` need.
 
     Raises:
         AdapterError: an option or tensor that is not handled; half a pair; a rank that is not the config's.
@@ -70,8 +69,12 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
         else:
             others.append(name)
     found: Found = {}
-    for module, names in parts.items():
-        found |= of_module(module, names, config, tensors)
+    for module, own in parts.items():
+        parameter = targeted(module, config, names)
+        if parameter is None:
+            found |= of_module(module, own, config, tensors)
+        else:
+            place(found, *of_parameter(*parameter, own, config, tensors))
     for name, spellings in spelled(others, tensors).items():
         place(found, *of_other(name, spellings, found, config, tensors))
     check_saved_modules(found, config)
@@ -136,6 +139,43 @@ def of_module(module: str, names: Mapping[str, str], config: Mapping[str, Any], 
         bias_O = tensors[names["lora_B.bias"]]
         found[f"{module}.bias"] = (AddUpdate(bias_O.flatten()[None] * scale, scale), [names["lora_B.bias"]])
     return found
+
+
+Parameter = tuple[str, tuple[int, ...], bool]
+"""Full name in memory, shape, and whether transformers calls it transposed."""
+
+
+def targeted(module: str, config: Mapping[str, Any], names: Names | None) -> Parameter | None:
+    """The parameter that the LoRA under a module's name belongs to, if it is one of ``target_parameters``."""
+    targets = config.get("target_parameters")
+    if not targets:
+        return None
+    if names is None:
+        raise AdapterError(
+            f"adapter_config.json has target_parameters={listed(targets)}: which LoRA belongs to which of them, and how many "
+            f"experts there are, only the base tells"
+        )
+    parameter = names.targeted(module, targets)
+    places = names.disk_of(parameter) if parameter != module else None
+    return (parameter, places[0].shape, names.is_transposed(parameter)) if places else None
+
+
+def of_parameter(
+    parameter: str, shape: tuple[int, ...], is_transposed: bool,
+    parts: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor],
+) -> tuple[str, Update, list[str]]:  # fmt: skip
+    """The LoRA of a parameter that peft wraps by itself: plain, of one matrix or of a stack (peft/tuners/lora/layer.py,
+    ParamWrapper). Patterns are matched on the parameter's name."""
+    used = sorted(parts.values())
+    if parts.keys() != {"lora_A", "lora_B"}:
+        raise AdapterError(
+            f"{parameter} is one of target_parameters, which have a lora_A and a lora_B: found {listed(used)}"
+        )
+    A_RI, B_OR = tensors[parts["lora_A"]], tensors[parts["lora_B"]]
+    if len(shape) < 3:
+        return parameter, _lora(parameter, A_RI, B_OR, config, False), used
+    rank, scale = rank_and_scale(parameter, config)
+    return parameter, stacked(parameter, shape, A_RI, B_OR, rank, scale, config, is_transposed), used
 
 
 def of_other(
@@ -231,13 +271,12 @@ def _lora(module: str, A_RI: Tensor, B_OR: Tensor, config: Mapping[str, Any], em
         raise AdapterError(
             f"{module}: lora_A has shape {list(A_RI.shape)}: only linear layers and embeddings are merged in this version"
         )
-    rank, alpha = settings(module, config)
+    rank, scale = rank_and_scale(module, config)
     if not A_RI.shape[0] == B_OR.shape[1] == rank:
         raise AdapterError(
             f"{module}: lora_A {list(A_RI.shape)} and lora_B {list(B_OR.shape)} are not of rank {rank}, "
             f"which adapter_config.json gives"
         )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if embedding:  # its weight is [tokens, features], its delta (B A)ᵀ
         return LoraUpdate(B_OR.T.contiguous(), A_RI.T.contiguous(), scale)
     return LoraUpdate(A_RI, B_OR, scale)
@@ -253,6 +292,11 @@ def _dora(module: str, lora: Update, magnitude_O: Tensor, config: Mapping[str, A
             f"DoRA is merged on linear layers only in this version"
         )
     return DoraUpdate(lora, magnitude_O.flatten())
+
+
+def rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = settings(module, config)
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge.adapters._placed import Found
 from qmerge.adapters._shapes import (
     UNKNOWN,
     Parts,
@@ -27,7 +28,8 @@ from qmerge.adapters._shapes import (
 )
 from qmerge.adapters._skeleton import SkeletonUpdate
 from qmerge.adapters._updates import AddUpdate, TokenRowsUpdate
-from qmerge.adapters.lora import Found, check_saved_modules, is_embedding, of_other, place, spelled
+from qmerge.adapters.lora import check_saved_modules, is_embedding, of_other, place, spelled
+from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement
 
@@ -125,7 +127,7 @@ INDICES = ("shira_indices", "supertuning_indices", "_topk_indices", "unilora_ind
 """What is in the name of a tensor that may hold integers."""
 
 
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], _: Names | None = None) -> Found:
     """What is done to each weight, and the tensors it is made of.
 
     Args:

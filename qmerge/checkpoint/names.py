@@ -37,7 +37,7 @@ class Names:
 
     def __init__(self, config: Mapping[str, Any], disk: Mapping[str, Sequence[int]]) -> None:
         self._config = config
-        self._disk = {name: tuple(shape) for name, shape in disk.items()}
+        self.disk: dict[str, Shape] = {name: tuple(shape) for name, shape in disk.items()}
 
     def module_of(self, name: str) -> str | None:
         """The (first) parameter in memory that a weight on disk becomes, or becomes part of; None: it is not loaded.
@@ -45,7 +45,7 @@ class Names:
         Where transformers does not know the architecture, names in memory are taken to be those on disk.
         """
         if self._loading is None:
-            return name if name in self._disk else None
+            return name if name in self.disk else None
         return self._loading.parameter_of.get(name)
 
     def disk_of(self, key: str) -> tuple[Place, ...] | None:
@@ -61,9 +61,9 @@ class Names:
         """
         spellings = [name for name in (f"{key}.weight", key) if name]
         if self._config.get("model_type") in UNCONVERTED or self._loading is None:
-            here = [name for name in spellings if name in self._disk]
+            here = [name for name in spellings if name in self.disk]
             if len(here) == 1 or self._loading is None:
-                return (whole(here[0], here[0], self._disk[here[0]]),) if len(here) == 1 else None
+                return (whole(here[0], here[0], self.disk[here[0]]),) if len(here) == 1 else None
         found = [places for name in spellings if (places := self._loading.places(name)) is not None]
         return found[0] if len(found) == 1 else None
 
@@ -82,13 +82,17 @@ class Names:
         chosen = [name for name in owned if any(f".{name}".endswith(f".{target}") for target in wanted)]
         return chosen[-1 - depth] if depth < len(chosen) else key
 
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether transformers says that a stack of experts is [E, I, O] (gpt-oss)."""
+        return self._loading is not None and self._loading.is_transposed(parameter)
+
     @cached_property
     def _loading(self) -> _Loading | None:
         try:
             model = meta_model(self._config)
         except CheckpointError:
             return None
-        return _Loading(model, self._disk)
+        return _Loading(model, self.disk)
 
 
 class _Loading:
@@ -165,6 +169,9 @@ class _Loading:
                     continue
                 return [f"{name}.{local}" for local, _ in declared]
         return []
+
+    def is_transposed(self, parameter: str) -> bool:
+        return bool(getattr(self._model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))
 
     def places(self, name: str) -> tuple[Place, ...] | None:
         """Where a weight lies, by its full name in any spelling."""

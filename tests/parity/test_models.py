@@ -1,0 +1,307 @@
+"""Architectures that transformers stacks, joins, renames or ties: the merged checkpoint answers as base and adapter do."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+
+from qmerge.errors import AdapterError
+from qmerge.recipe import make_recipe
+from qmerge.run import merge
+
+from .. import models, test_names
+from ..conftest import Cli
+from . import bases, stock
+
+BOUND = 4 * 15 * 2**-24 * 160**0.5
+"""float32 in another order: see test_merge.py."""
+
+TIED = {"gemma3-text"}
+ATTENTION = r".*(self_attn|attn)\.(q_proj|c_attn|o_proj|c_proj)|.*mlp\.(up_proj|c_fc)|.*visual.*qkv"
+EXPERTS = ["mixtral", "qwen3-moe", "phimoe", "gpt-oss", "granite-moe", "qwen3-vl-moe"]
+
+
+@dataclass(frozen=True)
+class Made:
+    base: Path
+    adapter: Path
+    expected: Tensor
+    alone: Tensor
+    kind: type
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def make(name: str, old: bool = True, experts: bool = True) -> Made:
+        here = folder / f"{name}-{old}-{experts}"
+        model = test_names.build(name)
+        if name in TIED:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        model.save_pretrained(here / "base", save_original_format=old)
+        reloaded = type(model).from_pretrained(here / "base", dtype=torch.float32).eval()
+        alone = models.logits(reloaded)
+        wrapped = trained(reloaded, here / "adapter", experts and name in EXPERTS)
+        return Made(here / "base", here / "adapter", models.logits(wrapped), alone, type(model))
+
+    return make
+
+
+def trained(model: Any, folder: Path, experts: bool, **more: Any) -> PeftModel:
+    parameters = ["experts.gate_up_proj", "experts.down_proj"] if experts else None
+    if experts and not any(name.endswith("gate_up_proj") for name, _ in model.named_parameters()):
+        parameters = ["input_linear.weight", "output_linear.weight"]  # Granite's words
+    settings = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "target_parameters": parameters, **more}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for key, parameter in wrapped.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.2)
+        wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def answer(found: Made, out: Path) -> Tensor:
+    model, info = found.kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return models.logits(model.eval())
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
+@pytest.mark.parametrize("name", test_names.MODELS)
+def test_answers_as_the_unmerged_adapter_does(made: Any, tmp_path: Path, name: str, old: bool) -> None:
+    found = made(name, old)
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, "fp32")
+    assert stock.distance(answer(found, out), found.expected) < BOUND
+    assert stock.distance(found.alone, found.expected) > 1e-3, "the control"
+    assert stock.tensors(out).keys() == stock.tensors(found.base).keys(), "written in the layout of the disk"
+
+
+@pytest.mark.parametrize("name", test_names.MODELS)
+def test_in_nf4_it_is_what_the_stock_library_quantizes(made: Any, tmp_path: Path, name: str) -> None:
+    """The float32 merge, quantized by transformers as it loads it, and the NF4 merge: the same values in every layer."""
+    found = made(name)
+    dense = stock.merged(tmp_path / "dense", found.base, found.adapter, "fp32")
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, "nf4")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
+    told = found.kind.from_pretrained(dense, dtype=torch.float32, quantization_config=settings, device_map="cpu")
+    ours, info = found.kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True, device_map="cpu")
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    expected, values = stock.weights_of(told), stock.weights_of(ours)
+    assert expected.keys() == values.keys()
+    assert [key for key in expected if not torch.equal(expected[key], values[key])] == []
+    assert stock.quantized_names(out)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_in_calibrated_runs(made: Any, tmp_path: Path, name: str) -> None:
+    """preserve walks the model layer by layer, experts and all."""
+    found = made(name)
+    more = {"rounding": "preserve", "calibration_tokens": 64, "sequence_length": 16}
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, "bf16", **more)
+    assert stock.distance(answer(found, out), found.expected) < 0.05
+
+
+def test_experts_packed_in_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss as it is published. The square down_proj is [E, I, O]: transformers says so, its shape does not."""
+    base = bases.make("mxfp4", tmp_path / "base", intermediate_size=64)
+    wrapped = trained(stock.float_model(base, bases.values(base)), tmp_path / "adapter", True)
+    expected = models.logits(wrapped)
+    out = stock.merged(tmp_path / "out", base, tmp_path / "adapter", "fp32")
+    model, info = stock.loaded(out)
+    assert not any(info.values())
+    assert stock.distance(models.logits(model), expected) < BOUND
+    alone = models.logits(stock.float_model(base, bases.values(base)))
+    assert stock.distance(alone, expected) > 1e-3, "the control"
+
+
+# --- adapters of other versions and layouts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["single", "stacked"])
+def test_adapters_of_single_experts(made: Any, tmp_path: Path, old: bool) -> None:
+    """As older versions of transformers had them: w1, w2 and w3 of every expert by themselves."""
+    found = made("mixtral", old, False)
+    tensors = load_file(found.adapter / "adapter_model.safetensors")
+    shapes = {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+    torch.manual_seed(9)
+    for layer in range(2):
+        for expert in range(12):
+            for part, (outputs, inputs) in shapes.items():
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(4, inputs) * 0.2
+                tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, 4) * 0.2
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_bytes((found.adapter / "adapter_config.json").read_bytes())
+    modules = ["q_proj", "o_proj", "w1", "w2", "w3"]
+    models.edit_json(adapter / "adapter_config.json", target_modules=modules, target_parameters=None)
+    out = stock.merged(tmp_path / "out", found.base, adapter, "fp32")
+    base = found.kind.from_pretrained(found.base, dtype=torch.float32).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = models.logits(PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval())
+    assert stock.distance(answer(found, out), expected) < BOUND
+    assert stock.distance(found.expected, expected) > 1e-3, "the control: with the attention's part alone"
+
+
+def with_experts_written_the_other_way(source: Path, place: Path, **config: Any) -> Path:
+    """lora_B expert by expert, as Unsloth wrote it for a time."""
+    place.mkdir()
+    tensors = load_file(source / "adapter_model.safetensors")
+    for key, values in tensors.items():
+        if ".experts." in key and "lora_B" in key:
+            tensors[key] = values.reshape(len(values), -1, 12).transpose(1, 2).reshape(values.shape).contiguous()
+    save_file(tensors, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    models.edit_json(place / "adapter_config.json", **config)
+    return place
+
+
+UNSLOTH = {"auto_mapping": {"unsloth_fixed": True}}
+
+
+def test_columns_expert_by_expert_where_the_config_says_so(made: Any, tmp_path: Path) -> None:
+    found = made("qwen3-moe")
+    other = with_experts_written_the_other_way(found.adapter, tmp_path / "other", lora_B_layout="expert_major")
+    out = stock.merged(tmp_path / "out", found.base, other, "fp32")
+    assert stock.distance(answer(found, out), found.expected) < BOUND
+    models.edit_json(other / "adapter_config.json", lora_B_layout="rank_major")
+    out = stock.merged(tmp_path / "wrong", found.base, other, "fp32")
+    assert stock.distance(answer(found, out), found.expected) > 1e-3, "the control"
+
+
+def test_random_columns_of_unsloths_are_asked_for(made: Any, tmp_path: Path, cli: Cli) -> None:
+    found = made("qwen3-moe")
+    other = with_experts_written_the_other_way(found.adapter, tmp_path / "other", **UNSLOTH)
+    ran = cli("--base", found.base, "--adapter", other, "--target", "fp32", "--out", tmp_path / "out")
+    assert isinstance(ran.error, AdapterError) and "numbers do not tell" in ran.err and "lora_B_layout" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_columns_tell_their_layout(tmp_path: Path) -> None:
+    """A few steps of real training: the columns of an expert have the gradients of its tokens in common."""
+    model = test_names.build("qwen3-moe")
+    model.save_pretrained(tmp_path / "base")
+    found = Made(tmp_path / "base", tmp_path / "adapter", torch.empty(0), models.logits(model), type(model))
+    settings = LoraConfig(r=8, target_parameters=["experts.gate_up_proj", "experts.down_proj"], target_modules=[])
+    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), lr=0.02)
+    for step in range(8):
+        ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(step))
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = models.logits(wrapped.eval())
+    other = with_experts_written_the_other_way(tmp_path / "adapter", tmp_path / "other", **UNSLOTH)
+    out = stock.merged(tmp_path / "out", found.base, other, "fp32")
+    assert stock.distance(answer(found, out), expected) < BOUND, "told from the numbers"
+    assert stock.distance(found.alone, expected) > 1e-3, "the control"
+    models.edit_json(other / "adapter_config.json", auto_mapping=None)
+    with pytest.raises(AdapterError, match="look expert by expert"):
+        stock.merged(tmp_path / "refused", found.base, other, "fp32")
+
+
+def test_square_experts_of_an_older_peft_lie_transposed(tmp_path: Path) -> None:
+    """Before 0.19, lora_A took the first axis of [E, O, I] for the inputs: only the version tells where both are equal."""
+    model = test_names.build("qwen3-moe")
+    model.config.moe_intermediate_size = 32
+    model = type(model)(model.config).eval()
+    model.save_pretrained(tmp_path / "base")
+    found = Made(tmp_path / "base", tmp_path / "adapter", torch.empty(0), models.logits(model), type(model))
+    settings = {"target_parameters": ["experts.down_proj"], "target_modules": []}
+    wrapped = trained(model, found.adapter, False, **settings)
+    expected = models.logits(wrapped)
+    tensors = load_file(found.adapter / "adapter_model.safetensors")
+    older = {}
+    for key, values in tensors.items():  # (B A)ᵀ = Aᵀ Bᵀ, expert by expert
+        pair = tensors[key.replace("lora_A", "?").replace("lora_B", "lora_A").replace("?", "lora_B")]
+        split = pair.reshape(12, 4, -1).permute(2, 1, 0).reshape(values.shape) if "lora_B" in key else None
+        older[key] = pair.reshape(-1, 4, 12).permute(2, 1, 0).reshape(values.shape) if split is None else split
+    save_file({key: values.contiguous() for key, values in older.items()}, found.adapter / "adapter_model.safetensors")
+    models.edit_json(found.adapter / "adapter_config.json", peft_version="0.18.1")
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, "fp32")
+    assert stock.distance(answer(found, out), expected) < BOUND
+    models.edit_json(found.adapter / "adapter_config.json", peft_version="0.19.0")
+    out = stock.merged(tmp_path / "wrong", found.base, found.adapter, "fp32")
+    assert stock.distance(answer(found, out), expected) > 1e-3, "the control"
+    models.edit_json(found.adapter / "adapter_config.json", peft_version=None)
+    with pytest.raises(AdapterError, match="names no peft_version"):
+        stock.merged(tmp_path / "refused", found.base, found.adapter, "fp32")
+
+
+def test_two_adapters_of_experts_are_one_delta(made: Any, tmp_path: Path) -> None:
+    found = made("mixtral")
+    base = found.kind.from_pretrained(found.base, dtype=torch.float32).eval()
+    trained(base, tmp_path / "second", True, lora_alpha=16)
+    merged_twice = found.base
+    for number, adapter in enumerate((found.adapter, tmp_path / "second")):
+        merged_twice = stock.merged(tmp_path / f"step{number}", merged_twice, adapter, "fp32")
+    out = tmp_path / "out"
+    settings = {"base": str(found.base), "adapter": [str(found.adapter), str(tmp_path / "second")], "target": "fp32"}
+    merge(make_recipe({**settings, "out": str(out), "device": "cpu", "rounding": "nearest"}))
+    assert stock.distance(answer(found, out), answer(found, merged_twice)) < BOUND
+    assert stock.distance(answer(found, out), found.expected) > 1e-3, "the control"
+
+
+# --- layers that are used several times ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+def test_replicated_layers_become_layers_of_their_own(tmp_path: Path, quantized: bool) -> None:
+    """peft merges them all into the one weight that they share, and nothing refuses (peft#1707)."""
+    base = models.save(models.llama(torch.float32, num_hidden_layers=3), tmp_path / "base")
+    ranges = [[0, 2], [1, 3], [1, 2]]
+    if quantized:
+        base = models.quantize(base, tmp_path / "nf4", dtype=torch.float32, **stock.BASES["nf4"])
+    wrapped = trained(
+        stock.float_model(base), tmp_path / "adapter", False, layer_replication=ranges, target_modules=models.LINEAR
+    )
+    expected = models.logits(wrapped)
+    out = stock.merged(tmp_path / "out", base, tmp_path / "adapter", "fp32")
+    model, info = stock.loaded(out)
+    assert not any(info.values()) and model.config.num_hidden_layers == 5
+    assert stock.distance(models.logits(model), expected) < BOUND
+    one, other = (model.get_submodule(f"model.layers.{k}.mlp.up_proj").weight for k in (1, 2))
+    assert not torch.equal(one, other), "the control: copies of one layer, each with a delta of its own"
+    same = stock.merged(tmp_path / "nf4-out", base, tmp_path / "adapter", "nf4")
+    assert not any(stock.loaded(same)[1].values())
+
+
+def test_kinds_of_layers_move_with_them(tmp_path: Path, cli: Cli) -> None:
+    kinds = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    settings = {**models.LLAMA, **kinds, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
+    base = models.save(model, tmp_path / "base")
+    wrapped = trained(model, tmp_path / "adapter", False, layer_replication=[[0, 2], [0, 3]])
+    old = wrapped.config.layer_types  # peft leaves it as it was, and then the model does not run
+    wrapped.get_base_model().model.config.layer_types = [old[layer] for layer in (0, 1, 0, 1, 2)]
+    expected = models.logits(wrapped)
+    out = stock.merged(tmp_path / "out", base, tmp_path / "adapter", "fp32")
+    merged, info = stock.loaded(out)
+    assert not any(info.values())
+    assert [kind[:4] for kind in merged.config.layer_types] == ["slid", "full", "slid", "full", "full"]
+    assert stock.distance(models.logits(merged), expected) < BOUND
+    models.edit_json(tmp_path / "adapter" / "adapter_config.json", layer_replication=[[0, 4]])
+    ran = cli("--base", base, "--adapter", tmp_path / "adapter", "--target", "fp32", "--out", tmp_path / "no")
+    assert isinstance(ran.error, AdapterError) and "the base has 3 layers" in ran.err
