@@ -56,7 +56,8 @@ def step_memory(step: Step, entries: int) -> int:
     held = source.row_axis * step.weight.nbytes + 2 * target.row_axis * (
         step.outputs[codes].nbytes if codes in step.outputs else 0
     )
-    factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update else 0
+    decomposed = step.update is not None and len(step.weight.shape) == 2  # stacks and convolutions have no directions
+    factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update and decomposed else 0
     return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + held + factors
 
 

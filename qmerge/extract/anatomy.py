@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
+from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.checkpoint.skeleton import meta_model, ties_embeddings
@@ -35,7 +36,6 @@ class Anatomy:
     conv1d      those whose dense weight lies as [I, O]
     leaves      modules without modules in them
     parameters  every parameter; None where transformers does not know the architecture
-    prefix      may stand before the names in a checkpoint or not (``transformer.`` in GPT-2)
     embedding   the input embedding
     tied        the output layer's weight where it is the input embedding
     """
@@ -45,15 +45,8 @@ class Anatomy:
     conv1d: frozenset[str]
     leaves: frozenset[str]
     parameters: frozenset[str] | None
-    prefix: str
     embedding: str | None
     tied: str | None
-
-    def module_of(self, weight: Weight) -> str:
-        for name in (weight.module, self.prefix + weight.module, weight.module.removeprefix(self.prefix)):
-            if name in self.modules:
-                return name
-        return weight.module
 
 
 def anatomy_of(base: Checkpoint) -> Anatomy:
@@ -76,7 +69,6 @@ def anatomy_of(base: Checkpoint) -> Anatomy:
         conv1d=frozenset(name for name in linear if isinstance(modules[name], Conv1D)),
         leaves=frozenset(name for name, module in modules.items() if name and not list(module.children())),
         parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
-        prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         embedding=next((name for name, module in modules.items() if module is embedding), None),
         tied=tied if ties_embeddings(base.config) else None,
     )
@@ -92,7 +84,7 @@ def guessed_anatomy(base: Checkpoint) -> Anatomy:
     tied = "lm_head.weight" if ties_embeddings(base.config) else None
     everything = (frozenset(modules), frozenset(linear), frozenset[str](), frozenset(modules - parents))
     embedding = next((name for name in modules if name.rpartition(".")[2] in INPUT_EMBEDDINGS), None)
-    return Anatomy(*everything, parameters=None, prefix="", embedding=embedding, tied=tied)
+    return Anatomy(*everything, parameters=None, embedding=embedding, tied=tied)
 
 
 # --- both checkpoints ------------------------------------------------------------------------------------------------
@@ -153,13 +145,17 @@ def pair_up(merged: Checkpoint, base: Checkpoint, anatomy: Anatomy) -> list[Pair
 
 def by_name(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Weight]:
     """Weights by their names in the loaded model; without the copy of a tied embedding, which loaders ignore."""
-    found = {}
-    for weight in checkpoint.weights.values():
-        module = anatomy.module_of(weight)
-        found[f"{module}.{weight.local}" if module else weight.local] = weight
+    names = Names(checkpoint.config, {name: weight.shape for name, weight in checkpoint.weights.items()})
+    found = {loaded_name(weight, names): weight for weight in checkpoint.weights.values()}
     if anatomy.tied:
         found.pop(anatomy.tied, None)
     return found
+
+
+def loaded_name(weight: Weight, names: Names) -> str:
+    """What is only a part of a parameter in memory keeps its name (single experts)."""
+    name = names.module_of(weight.name) or weight.name
+    return name if name.rpartition(".")[2] == weight.local else weight.name
 
 
 def check_same_names(
@@ -172,7 +168,7 @@ def check_same_names(
 
 
 def make_pair(name: str, merged: Weight, base: Weight, anatomy: Anatomy) -> Pair:
-    module = anatomy.module_of(base)
+    module = name.rpartition(".")[0]
     linear = module in anatomy.linear and base.local == "weight" and len(base.shape) == 2
     return Pair(name, module, merged, base, linear, linear and module in anatomy.conv1d)
 

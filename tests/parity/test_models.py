@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from qmerge.errors import AdapterError
+from qmerge.extract import extract
 from qmerge.recipe import make_recipe
 from qmerge.run import merge
 
@@ -118,6 +119,19 @@ def test_experts_in_calibrated_runs(made: Any, tmp_path: Path, name: str) -> Non
     more = {"rounding": "preserve", "calibration_tokens": 64, "sequence_length": 16}
     out = stock.merged(tmp_path / "out", found.base, found.adapter, "bf16", **more)
     assert stock.distance(answer(found, out), found.expected) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2.5-vl", "gpt2", "mixtral"])
+def test_a_lora_comes_back_under_names_that_peft_finds(made: Any, tmp_path: Path, name: str) -> None:
+    found = made(name, True, False)
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, "fp32")
+    extract(str(out), str(found.base), tmp_path / "lora", rank=4, device="cpu")
+    base = found.kind.from_pretrained(found.base, dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, tmp_path / "lora", autocast_adapter_dtype=False).eval()
+    assert stock.distance(models.logits(wrapped), found.expected) < 10 * BOUND, (
+        "through a difference of float32 numbers"
+    )
+    assert stock.distance(found.alone, found.expected) > 1e-3, "the control"
 
 
 def test_experts_packed_in_mxfp4(tmp_path: Path) -> None:
