@@ -13,7 +13,7 @@ import torch
 
 from qmerge import plugins
 from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
-from qmerge.checkpoint.config import of_same_library, output_config
+from qmerge.checkpoint.config import of_same_library, output_config, with_setting, with_vocabulary
 from qmerge.checkpoint.names import UNCONVERTED
 from qmerge.checkpoint.skeleton import Skeleton, skeleton, tied_embeddings
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
@@ -227,6 +227,8 @@ class StepMaker:
         return bool(self.target.dense_dtype) and self._module(weight) in self.conv1d
 
     def _is_quantizable(self, weight: Weight) -> bool:
+        if self._towers and self._module(weight) in self._towers and weight.format != self.target.name:
+            return False
         if plugins.form(weight.format).quant_method:
             same = weight.format == self.target.name
             return same or not self.target.quant_method or self.target.accepts(weight.shape)
@@ -238,6 +240,14 @@ class StepMaker:
         """What transformers calls its module, if it is a weight by itself in memory, too."""
         module, _, local = (self.inputs.names.module_of(weight.name) or weight.name).rpartition(".")
         return module if local == weight.local else weight.module
+
+    @cached_property
+    def _towers(self) -> frozenset[str]:
+        """What stays dense beside the text of a multimodal model: bitsandbytes quantizes it, the others' tools leave it, and
+        some of their loaders fail on it (Siglip and Gemma 3 in transformers 5.23)."""
+        known = self.target.quant_method in (None, "bitsandbytes")
+        text = known or self.inputs.base.config.get("model_type") in UNCONVERTED
+        return frozenset() if text else self._default_skeleton().towers
 
     @cached_property
     def _quantizes_dense(self) -> bool:
@@ -337,7 +347,7 @@ class StepMaker:
         usual = Counter(step.options for step in stored).most_common(1)
         others = tuple((module[step.name], step.options) for step in stored if usual and step.options != usual[0][0])
         promoted = {module[step.name] for step in steps if step.name in self.promoted}
-        dense, known = promoted, self._default_skeleton()
+        dense, known = promoted | self._towers - set(quantized), self._default_skeleton()
         library = of_same_library(self.inputs.base, self.target)
         if self.inputs.base.quantization and (not library or self.target.lists_dense):
             dense |= known.quantizable - set(quantized)
@@ -354,31 +364,6 @@ def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
     found = {step.weight.name: re.match(r"(.*\.experts)(?:\.|$)", step.weight.module) for step in steps}
     stored = {match[1] for step in steps if (match := found[step.weight.name]) and step.target == target.name}
     return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
-
-
-def with_vocabulary(
-    config: dict[str, Any], steps: tuple[Step, ...], embeddings: tuple[str, str] | None
-) -> dict[str, Any]:
-    """The config for as many tokens as the embeddings have rows, where the adapter brought larger or smaller ones.
-
-    Raises:
-        AdapterError: input and output embedding would differ in size.
-    """
-    if embeddings is None or not any(step.replacement and step.name in embeddings for step in steps):
-        return config
-    rows = {step.name: step.outputs[step.name].shape[0] for step in steps if step.name in embeddings and step.outputs}
-    if len(set(rows.values())) > 1:
-        raise AdapterError(
-            f"the adapter resizes one embedding only: {', '.join(f'{name} has {n} rows' for name, n in rows.items())}; "
-            f"train and save both (modules_to_save)"
-        )
-    return with_setting(config, "vocab_size", next(iter(rows.values())))
-
-
-def with_setting(config: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A config with one setting changed, wherever it stands (multimodal models have it in their text part)."""
-    inner = {key: {**part, name: value} for key, part in config.items() if key == "text_config" and name in part}
-    return {**config, **inner, **({name: value} if name in config or not inner else {})}
 
 
 def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:

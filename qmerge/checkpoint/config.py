@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.errors import AdapterError
 from qmerge.formats._base import Format, Layout
-from qmerge.types import Options
+from qmerge.types import Options, Step
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -54,3 +55,28 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             result[name] = with_dtype(value, dtype) if name.endswith("_config") and isinstance(value, dict) else value
     return result
+
+
+def with_vocabulary(
+    config: dict[str, Any], steps: tuple[Step, ...], embeddings: tuple[str, str] | None
+) -> dict[str, Any]:
+    """The config for as many tokens as the embeddings have rows, where the adapter brought larger or smaller ones.
+
+    Raises:
+        AdapterError: input and output embedding would differ in size.
+    """
+    if embeddings is None or not any(step.replacement and step.name in embeddings for step in steps):
+        return config
+    rows = {step.name: step.outputs[step.name].shape[0] for step in steps if step.name in embeddings and step.outputs}
+    if len(set(rows.values())) > 1:
+        raise AdapterError(
+            f"the adapter resizes one embedding only: {', '.join(f'{name} has {n} rows' for name, n in rows.items())}; "
+            f"train and save both (modules_to_save)"
+        )
+    return with_setting(config, "vocab_size", next(iter(rows.values())))
+
+
+def with_setting(config: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A config with one setting changed, wherever it stands (multimodal models have it in their text part)."""
+    inner = {key: {**part, name: value} for key, part in config.items() if key == "text_config" and name in part}
+    return {**config, **inner, **({name: value} if name in config or not inner else {})}

@@ -23,11 +23,13 @@ from qmerge.errors import CheckpointError
 @dataclass(frozen=True)
 class Skeleton:
     """``quantizable``: modules that become 4- or 8-bit; ``conv1d``: modules whose dense weight lies as [I, O];
-    ``skipped``: what the loader leaves dense, as its skip list names it."""
+    ``skipped``: what the loader leaves dense, as its skip list names it; ``towers``: linear layers of a multimodal model
+    that are not in its text model."""
 
     quantizable: frozenset[str]
     conv1d: frozenset[str]
     skipped: tuple[str, ...]
+    towers: frozenset[str] = frozenset()
 
 
 def skeleton(config: Mapping[str, Any], skip: Sequence[str] | None) -> Skeleton:
@@ -55,7 +57,16 @@ def _skeleton(config: str, skip: tuple[str, ...] | None) -> Skeleton:
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     chosen = {name for name in linear | conv1d if should_convert_module(name, skipped)}
-    return Skeleton(frozenset(chosen), frozenset(conv1d), tuple(skipped))
+    return Skeleton(frozenset(chosen), frozenset(conv1d), tuple(skipped), frozenset(beside_text(model)))
+
+
+def beside_text(model: Any) -> set[str]:
+    """Linear layers of the vision and audio towers, and of what joins them to the text."""
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return set()
+    text = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name for name, module in linear if id(module) not in text}
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
