@@ -13,12 +13,12 @@ import torch
 
 from qmerge import plugins
 from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
-from qmerge.checkpoint.config import of_same_library, output_config, with_setting, with_vocabulary
-from qmerge.checkpoint.names import UNCONVERTED
-from qmerge.checkpoint.skeleton import Skeleton, skeleton, tied_embeddings
+from qmerge.checkpoint.config import output_config, with_setting, with_vocabulary
+from qmerge.checkpoint.skeleton import tied_embeddings
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
-from qmerge.formats._base import Format, Layout, NoOptions
+from qmerge.formats._base import Format, NoOptions
 from qmerge.inputs import Inputs
+from qmerge.modules import Modules
 from qmerge.recipe import Recipe
 from qmerge.types import Action, Options, Replacement, Step, TensorSpec, Update, Weight
 
@@ -37,26 +37,15 @@ class StepMaker:
         return plugins.form(self.recipe.target)
 
     @cached_property
-    def skeleton(self) -> Skeleton:
-        skip = self.inputs.base.quantization.get("llm_int8_skip_modules")
-        return skeleton(self.inputs.base.config, skip)
-
-    @cached_property
-    def conv1d(self) -> frozenset[str]:
-        """Modules whose dense weight lies as [I, O]. Where transformers does not know the architecture, the adapter's
-        word counts: peft sets ``fan_in_fan_out`` for such layers."""
-        try:
-            return self.skeleton.conv1d
-        except CheckpointError:
-            adapted = {name.removesuffix(".weight") for name in self.inputs.adapter.updates}
-            return frozenset(adapted if self.inputs.adapter.config.get("fan_in_fan_out") else ())
+    def modules(self) -> Modules:
+        return Modules(self.inputs, self.target, bool(self.recipe.trained_on))
 
     @cached_property
     def _asked(self) -> Mapping[str, Any]:
         """The recipe's options for the target, and the target's defaults for this model where the base has none."""
         if not self.target.quant_method or self.target.name in self.inputs.base.formats():
             return self.recipe.asked
-        weights = [weight for weight in self.inputs.base.weights.values() if self._is_quantizable(weight)]
+        weights = [weight for weight in self.inputs.base.weights.values() if self.modules.is_quantizable(weight)]
         shapes = [w.shape[::-1] if self._is_dense_conv1d(w) else w.shape for w in weights]
         return self.target.fitted(self.recipe.asked, shapes)
 
@@ -149,7 +138,7 @@ class StepMaker:
             return False
         if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
             return False  # plain to see, without asking transformers
-        return self._module(weight) in self.conv1d
+        return self.modules.is_conv1d(weight)
 
     def step(self, weight: Weight, change: Update | Replacement | None) -> Step:
         """What happens to one weight of the base."""
@@ -190,7 +179,7 @@ class StepMaker:
             self._rounding(weight, update, target, keeps_grid), self._beside(weight, update, keeps_grid),
         )  # fmt: skip
         if target.quant_method and action != "copy" and not step.keeps_grid:
-            if not target.takes_conv1d and self._module(weight) in self.conv1d:
+            if not target.takes_conv1d and self.modules.is_conv1d(weight):
                 raise RecipeError(
                     f"{step.name} is a Conv1D, which no loader of {target.name} replaces: use --target nf4, int8 or bf16"
                 )
@@ -224,37 +213,7 @@ class StepMaker:
             # Blocks run over [O, I] in training, too.
             changes = update is not None or self.target.quant_method is not None or self._trained_on(weight) is not None
             return changes and self._is_dense_conv1d(weight, update)
-        return bool(self.target.dense_dtype) and self._module(weight) in self.conv1d
-
-    def _is_quantizable(self, weight: Weight) -> bool:
-        if self._towers and self._module(weight) in self._towers and weight.format != self.target.name:
-            return False
-        if plugins.form(weight.format).quant_method:
-            same = weight.format == self.target.name
-            return same or not self.target.quant_method or self.target.accepts(weight.shape)
-        matrix = weight.local == "weight" and len(weight.shape) == 2 and plugins.form(weight.format).dense_dtype
-        wanted = self.target.quant_method or self.recipe.trained_on
-        return bool(matrix and wanted and self._quantizes_dense) and self._module(weight) in self.skeleton.quantizable
-
-    def _module(self, weight: Weight) -> str:
-        """What transformers calls its module, if it is a weight by itself in memory, too."""
-        module, _, local = (self.inputs.names.module_of(weight.name) or weight.name).rpartition(".")
-        return module if local == weight.local else weight.module
-
-    @cached_property
-    def _towers(self) -> frozenset[str]:
-        """What stays dense beside the text of a multimodal model: bitsandbytes quantizes it, the others' tools leave it, and
-        some of their loaders fail on it (Siglip and Gemma 3 in transformers 5.23)."""
-        known = self.target.quant_method in (None, "bitsandbytes")
-        text = known or self.inputs.base.config.get("model_type") in UNCONVERTED
-        return frozenset() if text else self._default_skeleton().towers
-
-    @cached_property
-    def _quantizes_dense(self) -> bool:
-        """A base that is quantized leaves weights dense on purpose, and so they stay; unless the target takes none of its
-        quantized ones (gpt-oss: only the fused experts are quantized, and for other formats those are no linear layers)."""
-        quantized = [w for w in self.inputs.base.weights.values() if plugins.form(w.format).quant_method]
-        return not any(w.format == self.target.name or self.target.accepts(w.shape) for w in quantized)
+        return bool(self.target.dense_dtype) and self.modules.is_conv1d(weight)
 
     def _target_of(self, weight: Weight, merged: bool) -> Format:
         """Quantized targets take what the stock loader would quantize. Dense targets take all that is quantized, and
@@ -266,12 +225,12 @@ class StepMaker:
             return plugins.form(DENSE[self.inputs.base.dtype])
         if self.target.quant_method:
             dense = plugins.form(DENSE[self.inputs.base.dtype]) if own.quant_method else own
-            return self.target if self._is_quantizable(weight) else dense
+            return self.target if self.modules.is_quantizable(weight) else dense
         return self.target if own.quant_method or merged or own.dense_dtype == self.inputs.base.stored_dtype else own
 
     def _trained_on(self, weight: Weight) -> tuple[str, Options] | None:
         spec = self.recipe.trained_on_format
-        if spec is None or not self._is_quantizable(weight):
+        if spec is None or not self.modules.is_quantizable(weight):
             return None
         name, options = spec
         if self.recipe.merge_onto == "original" and name != self.target.name:
@@ -298,7 +257,7 @@ class StepMaker:
     def _in_original(self, weight: Weight) -> Weight:
         assert self.inputs.original is not None
         other = self.inputs.original.weights.get(weight.name)
-        shapes = (weight.shape, weight.shape[::-1]) if self._module(weight) in self.conv1d else (weight.shape,)
+        shapes = (weight.shape, weight.shape[::-1]) if self.modules.is_conv1d(weight) else (weight.shape,)
         if other is None or other.shape not in shapes or not plugins.form(other.format).dense_dtype:
             found = f"{other.format} {list(other.shape)}" if other else "nothing"
             raise CheckpointError(
@@ -322,48 +281,12 @@ class StepMaker:
         if not kinds and self.target.quant_method:
             raise CheckpointError(f"the base has no module that can be stored as {self.target.name}")
         options = kinds.most_common(1)[0][0] if kinds else None
-        config = output_config(self.inputs.base, self.target, options, self.layout(steps))
+        config = output_config(self.inputs.base, self.target, options, self.modules.layout(steps, self.promoted))
         if self._untied:
             config = with_setting(config, "tie_word_embeddings", False)
         if not any(step.replacement for step in steps):
             return config
         return with_vocabulary(config, steps, self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True)))
-
-    def _default_skeleton(self) -> Skeleton:
-        """What the stock loader quantizes when it is not told what to skip."""
-        try:
-            return skeleton(self.inputs.base.config, None)
-        except CheckpointError:
-            return Skeleton(frozenset(), frozenset(), ("lm_head",))
-
-    def layout(self, steps: tuple[Step, ...]) -> Layout:
-        """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
-        ones, and what a base of another library left dense on purpose."""
-        if not self.target.quant_method:
-            return Layout()
-        module = {step.name: self._loaded_module(step.weight) for step in steps}
-        stored = [step for step in steps if step.target == self.target.name]
-        quantized = tuple(module[step.name] for step in stored)
-        usual = Counter(step.options for step in stored).most_common(1)
-        others = tuple((module[step.name], step.options) for step in stored if usual and step.options != usual[0][0])
-        promoted = {module[step.name] for step in steps if step.name in self.promoted}
-        dense, known = promoted | self._towers - set(quantized), self._default_skeleton()
-        library = of_same_library(self.inputs.base, self.target)
-        if self.inputs.base.quantization and (not library or self.target.lists_dense):
-            dense |= known.quantizable - set(quantized)
-        left = tuple(dict.fromkeys(module[step.name] for step in steps if module[step.name] in dense))
-        return Layout(quantized, left, known.skipped, _dense_experts(steps, self.target), others)
-
-    def _loaded_module(self, weight: Weight) -> str:
-        """``_module``, where the architecture needs it: most are on disk under their names."""
-        return weight.module if self.inputs.base.config.get("model_type") in UNCONVERTED else self._module(weight)
-
-
-def _dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
-    """Modules ``….experts`` of which nothing is stored in the target format."""
-    found = {step.weight.name: re.match(r"(.*\.experts)(?:\.|$)", step.weight.module) for step in steps}
-    stored = {match[1] for step in steps if (match := found[step.weight.name]) and step.target == target.name}
-    return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
 
 
 def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:

@@ -66,6 +66,7 @@ class Format(ABC):
     always_written  optional parts that loaders look for: added where the base lacks them
     takes_conv1d    loaders put it in place of GPT-2's Conv1D, too
     lists_dense     its config is written anew and names what is dense, also where the base's own config did
+    single_experts  loaders take experts that are single on disk and stacked in memory
     loaded_as       the only dtype that loaders compute in, which config.json must name
     """
 
@@ -83,6 +84,7 @@ class Format(ABC):
     takes_conv1d: ClassVar[bool] = False
     loaded_as: ClassVar[str | None] = None
     lists_dense: ClassVar[bool] = False
+    single_experts: ClassVar[bool] = False
 
     @abstractmethod
     def find(

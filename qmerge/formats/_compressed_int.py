@@ -191,6 +191,12 @@ class CompressedInt(Compressed):
             return asked
         return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
+    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
+        super().check(name, shape, options)
+        assert isinstance(options, CompressedOptions)
+        if ".experts." in name and not options.sym:
+            raise RecipeError(f"{name}: transformers 5.23 reads experts without zero points: use --sym, symmetric codes")
+
     def described(self, options: Options) -> str:
         assert isinstance(options, CompressedOptions)
         groups = "a scale per row" if options.group_size == -1 else f"groups of {options.group_size}"

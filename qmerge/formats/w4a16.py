@@ -9,6 +9,7 @@ class W4a16(CompressedInt):
     name = "w4a16"
     kinds = (("pack-quantized", "int", 4),)
     bits = 4
+    single_experts = True
 
 
 FORMAT = W4a16()

@@ -9,6 +9,7 @@ class W8a16(CompressedInt):
     name = "w8a16"
     kinds = (("pack-quantized", "int", 8),)
     bits = 8
+    single_experts = True
 
 
 FORMAT = W8a16()

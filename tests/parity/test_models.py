@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
-from qmerge.errors import AdapterError
+from qmerge.errors import AdapterError, RecipeError
 from qmerge.extract import extract
 from qmerge.recipe import make_recipe
 from qmerge.run import merge
@@ -119,6 +119,33 @@ def test_experts_in_calibrated_runs(made: Any, tmp_path: Path, name: str) -> Non
     more = {"rounding": "preserve", "calibration_tokens": 64, "sequence_length": 16}
     out = stock.merged(tmp_path / "out", found.base, found.adapter, "bf16", **more)
     assert stock.distance(answer(found, out), found.expected) < 0.05
+
+
+@pytest.mark.parametrize("target", ["w4a16", "w8a16"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_single_experts_in_packed_integers(made: Any, tmp_path: Path, name: str, target: str) -> None:
+    """transformers 5.23 takes single experts of a compressed-tensors model only where they are packed. What it loads are the
+    values that compressed-tensors unpacks."""
+    pytest.importorskip("compressed_tensors")
+    found = made(name)
+    out = stock.merged(tmp_path / "out", found.base, found.adapter, target, group_size=-1)
+    written = stock.tensors(out)
+    experts = [key for key in written if ".experts." in key and key.endswith("weight_packed")]
+    assert len(experts) == 2 * 12 * 3
+    model, info = found.kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    values = bases.oracle(out)
+    down = "w2" if name == "mixtral" else "down_proj"
+    for layer in range(2):
+        loaded = model.get_parameter(f"model.layers.{layer}.mlp.experts.down_proj")
+        for expert in range(12):
+            (key,) = [k for k in values if f"layers.{layer}." in k and f".experts.{expert}.{down}." in k]
+            torch.testing.assert_close(loaded[expert], values[key], rtol=2**-8, atol=0)
+    assert stock.distance(models.logits(model.eval()), found.expected) < 1.0
+    with pytest.raises(RecipeError, match="would stay dense, and transformers"):
+        stock.merged(tmp_path / "refused", found.base, found.adapter, "w8a8")
+    with pytest.raises(RecipeError, match="symmetric"):
+        stock.merged(tmp_path / "asymmetric", found.base, found.adapter, target, group_size=-1, sym=False)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2.5-vl", "gpt2", "mixtral"])
