@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from qmerge.predict import Survival, total_kept
+from qmerge.report.json import MetRecord, PairRecord
 
 ENOUGH = 0.5
 """A weight that keeps less of its delta than this is warned about."""
@@ -15,6 +16,13 @@ CLIPPED = 0.001
 
 NEAR = 0.25
 """Where original and dequantized base differ by less than this share of the delta, it does not matter which one it is."""
+
+OPPOSED, CONFLICTING = -0.2, 0.6
+"""Deltas fight below this cosine (of two that are equally large, a sum then loses a fifth of their squares), or where more
+than this share of what both change has opposite signs (half of it has in adapters that have nothing to do with each other)."""
+
+ELECTING = ("ties", "dare_ties", "della", "sce")
+"""Ways to combine that settle on one sign per entry."""
 
 LOUD, LOUD_PRESERVED = 2.0, 5.0
 """So is rounding noise that is larger than this many times the delta. ``preserve`` is measured in the layers' output, where
@@ -59,6 +67,29 @@ def clipped(share: float | None, keeps_grid: bool) -> list[str]:
     return [
         f"{percent(share)} of the merged values lie past the ends of the base's scales and were cut off: use --scales fresh"
     ]
+
+
+def fighting(pairs: Sequence[PairRecord], combine: str) -> list[str]:
+    """Adapters that undo each other: where, how much, and what to do."""
+    return [_fight_line(pair, found, combine) for pair in pairs if (found := [m for m in pair.modules if _fights(m)])]
+
+
+def _fights(met: MetRecord) -> bool:
+    opposed = met.cosine is not None and met.cosine < OPPOSED
+    return opposed or (met.sign_conflict is not None and met.sign_conflict > CONFLICTING)
+
+
+def _fight_line(pair: PairRecord, found: Sequence[MetRecord], combine: str) -> str:
+    conflicts = [m.sign_conflict for m in found if m.sign_conflict is not None]
+    signs = f", opposite signs in {_span(percent, conflicts)} of what both change" if conflicts else ""
+    lower = "lower the weight of one of them, or leave one out"
+    way_out = (
+        lower if combine in ELECTING else f"use --combine ties or dare_ties, which elect one sign per entry, {lower}"
+    )
+    return (
+        f"{pair.one} and {pair.other} work against each other in {_names(found)}: cosine "
+        f"{_span('{:.2f}'.format, [m.cosine for m in found])}{signs}. To keep more of both, {way_out}."
+    )
 
 
 def _loud(s: Survival) -> float:
@@ -111,7 +142,7 @@ def _way_out(s: Survival) -> str:
     return f"Use {', or '.join([*first, f'--target {better}', 'serve the adapter unmerged'])}."
 
 
-def _names(group: list[Survival]) -> str:
+def _names(group: Sequence[Survival | MetRecord]) -> str:
     """``q_proj, v_proj of 24 layers``; the whole name where there is one."""
     if len(group) == 1:
         return group[0].module

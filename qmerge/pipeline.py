@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
+from qmerge.adapters._interference import PairSums, meetings
 from qmerge.checkpoint.reader import MemoryReader, Reader
 from qmerge.checkpoint.writer import TensorSink
 from qmerge.errors import NumbersError
@@ -48,10 +49,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a merge: the sums of every metric, and what ``preserve`` knew of the inputs."""
+    """What came out of a merge: the sums of every metric, what ``preserve`` knew of the inputs, and how the deltas of
+    several adapters met."""
 
     sums: Sums
     seen: dict[str, float] | None = None
+    met: PairSums | None = None
 
 
 def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = None) -> Outcome | None:
@@ -78,13 +81,15 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench, inputs)
     metric = metric_of(step, update, inputs, bench)
     rounding = step.rounding if update is not None or metric is not None else "nearest"
-    total: Sums | None = None
+    total, met = None, meetings(update)
     packed: list[Tensor] = []
     for rows in blocks(step, entries_for(step, bench)):
         here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
         merged_OI = merge(step, base_OI, update, rows)
+        if met:
+            met.see(base_OI, rows)
         delta_OI = merged_OI - base_OI if rounding == "preserve" and update is not None else None
         context = Context(step.name, rows, bench.seed, near_OI, metric, delta_OI, beside(step, update, rows, bench))
         codes_OI: Tensor = plugins.load("rounding", rounding).choose(merged_OI, here, context)
@@ -101,7 +106,7 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
     if packed:  # rows are columns on disk: the codes are written when all are there
         sink.append(codes_name(step, target), torch.cat(packed, dim=target.row_axis))
     write_scales(step, target, grid, sink, bench.reader)
-    return Outcome(plain(total), seen_of(inputs, metric)) if total else None
+    return Outcome(plain(total), seen_of(inputs, metric), met.sums() if met else None) if total else None
 
 
 def entries_for(step: Step, bench: Bench) -> int:

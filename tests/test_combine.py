@@ -14,14 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from torch import Tensor
 
-from qmerge import inputs, plugins
-from qmerge.adapters._combined import CombinedUpdate, combined, delta_of, interference, shared
+from qmerge import plugins
+from qmerge.adapters._combined import CombinedUpdate, combined, delta_of
 from qmerge.adapters._folder import Adapter, read_adapter
 from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.reader import Reader
 from qmerge.combine import _common, breadcrumbs, della, sce
 from qmerge.combine._common import Settings
 from qmerge.errors import AdapterError, QmergeError, RecipeError
+from qmerge.recipe import make_recipe
+from qmerge.run import merge
 from qmerge.types import Replacement, Rows, Update
 
 from . import models
@@ -524,14 +526,21 @@ def test_pefts_own_linear_has_cross_terms(two: tuple[PeftModel, list[Adapter], P
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
-def test_merged_end_to_end(
-    two: tuple[PeftModel, list[Adapter], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_merged_end_to_end(two: tuple[PeftModel, list[Adapter], Path], tmp_path: Path, method: str) -> None:
     """The folder holds base + combined delta, and no byte depends on the number of workers or the size of row blocks."""
     _, adapters, folder = two
     made = combined(adapters, WEIGHTS, method, Settings(density=0.5, seed=1))
-    monkeypatch.setattr(inputs, "read_adapter", lambda *_: made)
-    out = stock.merged(tmp_path / "out", folder / "base", folder / "a", "fp32")
+    asked = {
+        "base": str(folder / "base"),
+        "adapter": [f"{folder / name}={weight}" for name, weight in zip(TWO, WEIGHTS, strict=True)],
+        "combine": method,
+        "density": 0.5,
+        "seed": 1,
+        "rounding": "nearest",
+        "device": "cpu",
+    }
+    out = tmp_path / "out"
+    merge(make_recipe({**asked, "target": "fp32", "out": str(out)}))
     found, base = stock.tensors(out), stock.tensors(folder / "base")
     for name, values in base.items():
         update = made.updates.get(name)
@@ -540,42 +549,11 @@ def test_merged_end_to_end(
     assert not torch.equal(
         found["model.layers.0.self_attn.v_proj.weight"], base["model.layers.0.self_attn.v_proj.weight"]
     )
-    nf4 = [
-        stock.tensors(stock.merged(tmp_path / str(workers), folder / "base", folder / "a", "nf4", workers=workers))
-        for workers in (1, 2)
-    ]
+    for n in (1, 2):
+        merge(
+            make_recipe(
+                {**asked, "target": "nf4", "out": str(tmp_path / str(n)), "workers": n, "max_memory": f"{n * 30}MB"}
+            )
+        )
+    nf4 = [stock.tensors(tmp_path / str(n)) for n in (1, 2)]
     assert all(torch.equal(tensor, nf4[1][name]) for name, tensor in nf4[0].items())
-
-
-# --- interference ----------------------------------------------------------------------------------------------------
-
-
-def test_interference() -> None:
-    one, two = lora(4, 1), lora(8, 2)
-    some = Rows(8, 24)
-    dense = [delta_of(update, BASE, ALL).double() for update in (one, two)]
-    found = interference(one, two, BASE[8:24], some)
-    exact = float((dense[0] * dense[1]).sum() / (dense[0].norm() * dense[1].norm()))
-    assert found["cosine"] == pytest.approx(exact, abs=1e-6), "over all rows, though it saw a few"
-    mixed = interference(one, DoraUpdate(two, BASE.norm(dim=1)), BASE, ALL)["cosine"]
-    assert mixed is not None and mixed != pytest.approx(exact, abs=1e-4), "the control: another delta"
-    same = interference(one, one, BASE[8:24], some)
-    opposite = interference(one, replace(one, scale=-one.scale), BASE[8:24], some)
-    assert same == pytest.approx({"cosine": 1, "sign_conflict": 0})
-    assert opposite == pytest.approx({"cosine": -1, "sign_conflict": 1})
-    assert found["sign_conflict"] == pytest.approx(0.5, abs=0.1), "random ones conflict in half"
-    nothing = interference(one, replace(one, scale=0.0), BASE[8:24], some)
-    assert nothing == {"cosine": None, "sign_conflict": None}
-
-
-def test_sign_conflict_by_hand() -> None:
-    """min(|a|, |b|) = 1, 2, 0, 3; opposite in the second and third: 2 of 6."""
-    one, two = AddUpdate(table([1, -2, 0, 3])), AddUpdate(table([5, 4, 1, 3]))
-    found = interference(one, two, torch.zeros(1, 4), Rows(0, 1))
-    assert found["sign_conflict"] == pytest.approx(2 / 6)
-    assert found["cosine"] == pytest.approx((5 - 8 + 0 + 9) / (14**0.5 * 51**0.5))
-
-
-def test_shared_weights() -> None:
-    a, b = adapter({"x": lora(4, 1), "y": lora(4, 2)}), adapter({"y": lora(8, 3)})
-    assert [name for name, _, _ in shared(a, b)] == ["y"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -204,43 +204,3 @@ def agreed(adapters: Sequence[Adapter], option: str) -> bool:
         said = [f"{value} in {adapter.folder}" for value, adapter in zip(values, adapters, strict=True)]
         raise AdapterError(f"adapter_config.json's {option} is {listed(said)}: these adapters cannot be combined")
     return any(values)
-
-
-# --- do they get in each other's way? ----------------------------------------------------------------------------------
-
-
-def interference(one: Update, other: Update, base_OI: Tensor, rows: Rows) -> dict[str, float | None]:
-    """How much two updates of one weight get in each other's way.
-
-    Args:
-        base_OI: float32 [rows, I], some rows of the base; all of them for an update that is ``whole``.
-
-    Returns:
-        ``cosine`` of the two deltas, exact over all rows for two LoRAs, else over these rows; ``sign_conflict``, the share
-        of entries with opposite signs in these rows, each counted by the smaller of its two magnitudes: what is lost when
-        they are added. None where a delta is zero, or where no entry is changed by both.
-    """
-    one_OI, other_OI = delta_of(one, base_OI, rows).double(), delta_of(other, base_OI, rows).double()
-    both_OI = torch.minimum(one_OI.abs(), other_OI.abs())
-    both = float(both_OI.sum())
-    against = float(both_OI[one_OI.sign() != other_OI.sign()].sum())
-    if isinstance(one, LoraUpdate) and isinstance(other, LoraUpdate):
-        product, squares = inner(one, other), inner(one, one) * inner(other, other)
-    else:
-        product = float((one_OI * other_OI).sum())
-        squares = float(one_OI.square().sum() * other_OI.square().sum())
-    size = math.sqrt(max(0.0, squares))
-    return {"cosine": product / size if size else None, "sign_conflict": against / both if both else None}
-
-
-def inner(one: LoraUpdate, other: LoraUpdate) -> float:
-    """⟨sBA, s'B'A'⟩ = s s' tr((BᵀB')(A'Aᵀ)), in float64."""
-    left_RR = one.B_OR.double().T @ other.B_OR.double()
-    right_RR = one.A_RI.double() @ other.A_RI.double().T
-    return one.scale * other.scale * float((left_RR * right_RR).sum())
-
-
-def shared(one: Adapter, other: Adapter) -> Iterator[tuple[str, Update, Update]]:
-    """Weights that both update."""
-    theirs: Mapping[str, Update] = other.updates
-    return ((name, update, theirs[name]) for name, update in one.updates.items() if name in theirs)

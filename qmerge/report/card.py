@@ -10,7 +10,15 @@ import yaml
 
 from qmerge import hub, plugins
 from qmerge.planning import Plan
-from qmerge.report.json import FidelityRecord, GroupRecord, InputRecord, ReportData, adapters_named, survived
+from qmerge.report.json import (
+    FidelityRecord,
+    GroupRecord,
+    InputRecord,
+    PairRecord,
+    ReportData,
+    adapters_named,
+    survived,
+)
 
 COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
@@ -51,6 +59,7 @@ def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[s
         *(_row(group) for group in [*report.groups, report.total]),
         "",
         *(f"- {text(plugins.help_line('metrics', name))}" for name in COLUMNS),
+        *_pairs(report.interference),
         *_judged(report.fidelity),
         *warnings,
         "",
@@ -58,6 +67,27 @@ def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[s
         "",
         f"From {sources}. The recipe is in `qmerge_recipe.yaml`; hashes of inputs and outputs, versions and all",
         "measurements are in `qmerge.json`, and to look at in `qmerge.html`.",
+    ]
+
+
+def _pairs(pairs: list[PairRecord]) -> list[str]:
+    if not pairs:
+        return []
+    rows = [
+        f"| {text(pair.one)}, {text(pair.other)} | {len(pair.modules)} | {_number(pair.cosine)} | "
+        f"{_number(pair.sign_conflict)} | {f'{text(worst.module)} ({_number(worst.cosine)})' if worst else '–'} |"
+        for pair in pairs
+        for worst in [pair.worst]
+    ]
+    return [
+        "",
+        "## Between the adapters",
+        "",
+        "Cosine of their deltas, and the share of what both change that has opposite signs (unrelated adapters: 0 and 0.5).",
+        "",
+        "| adapters | weights of both | cosine | sign conflict | lowest cosine |",
+        "|---|---|---|---|---|",
+        *rows,
     ]
 
 

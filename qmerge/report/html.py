@@ -12,7 +12,7 @@ import jinja2
 
 from qmerge import plugins
 from qmerge.advice import percent
-from qmerge.report.json import ReportData, WeightRecord, adapters_named, survived
+from qmerge.report.json import MetRecord, ReportData, WeightRecord, adapters_named, survived
 from qmerge.report.terminal import decimal, printable, share
 
 NAME = "qmerge.html"
@@ -47,12 +47,18 @@ def html_report(report: ReportData) -> str:
     return template("report.html").render(
         report=report, survived=survived, adapters=adapters_named(report.inputs), heat=heat_map(report), plot=scatter(report),
         columns=COLUMNS, metrics=metric_help(), weights=sorted(report.weights, key=worst_first),
+        opposed=most_opposed,
     )  # fmt: skip
 
 
 def worst_first(weight: WeightRecord) -> float:
     kept = survived(weight.values)
     return math.inf if kept is None else kept
+
+
+def most_opposed(modules: list[MetRecord]) -> list[MetRecord]:
+    """Lowest cosine first."""
+    return sorted(modules, key=lambda met: math.inf if met.cosine is None else met.cosine)
 
 
 def summary(report: ReportData) -> str:
@@ -117,6 +123,10 @@ def number(value: float | None, name: str) -> str:
     return share(value) if name in SHARES else decimal(value)
 
 
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def metric_help() -> dict[str, str]:
     return {name: plugins.help_line("metrics", name) for name in COLUMNS}
 
@@ -126,5 +136,5 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "colour": colour, "clean": printable, "percent": share}
+    environment.filters |= {"number": number, "colour": colour, "clean": printable, "percent": share, "signed": signed}
     return environment.from_string((files("qmerge.report") / "templates" / name).read_text(encoding="utf-8"))

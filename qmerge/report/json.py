@@ -75,6 +75,14 @@ def adapters_named(inputs: list[InputRecord]) -> str:
     return " + ".join(record.name for record in inputs if record.role == "adapter")
 
 
+def one_each(names: Sequence[str]) -> list[str]:
+    """Names that tell adapters apart: ``lora``, ``lora (2)``."""
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names[:place].count(name) else name
+        for place, name in enumerate(names)
+    ]
+
+
 def survived(values: Mapping[str, float | None]) -> float | None:
     """The one number: kept in the layers' output where their inputs were seen, else in the weights."""
     return values["kept"] if values.get("output_kept") is None else values["output_kept"]
@@ -102,6 +110,31 @@ class GroupRecord(BaseModel):
     name: str
     weights: int
     values: dict[str, float | None]
+
+
+class MetRecord(BaseModel):
+    """How two adapters meet in one weight. ``sign_conflict`` is None where it was not measured."""
+
+    model_config = ConfigDict(extra="forbid")
+    module: str
+    cosine: float | None
+    sign_conflict: float | None
+
+
+class PairRecord(BaseModel):
+    """Two adapters that were combined: in all the weights that both change together (each by its size), and in each."""
+
+    model_config = ConfigDict(extra="forbid")
+    one: str
+    other: str
+    cosine: float | None
+    sign_conflict: float | None
+    modules: list[MetRecord]
+
+    @property
+    def worst(self) -> MetRecord | None:
+        """Where the deltas are most opposed."""
+        return min((m for m in self.modules if m.cosine is not None), key=lambda m: m.cosine or 0.0, default=None)
 
 
 class ResidualRecord(BaseModel):
@@ -159,6 +192,7 @@ class ReportData(BaseModel):
         None, description="‖original − dequantized‖ / ‖delta‖, where an original was given"
     )
     promoted: list[str] = []
+    interference: list[PairRecord] = Field([], description="pairs of adapters, where several were combined")
     residual: ResidualRecord | None = None
     fidelity: FidelityRecord | None = None
 

@@ -12,12 +12,23 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from qmerge import advice
+from qmerge.adapters._interference import PairSums, cosine, over_modules, sign_conflict
 from qmerge.metrics._totals import Sums, over_weights, values_of
 from qmerge.outlook import Outlook, input_warnings, rounding_name
 from qmerge.pipeline import Bench, Outcome
 from qmerge.planning import Plan
 from qmerge.predict import Survival, total_kept
-from qmerge.report.json import FileRecord, GroupRecord, InputRecord, ReportData, SeenRecord, WeightRecord
+from qmerge.report.json import (
+    FileRecord,
+    GroupRecord,
+    InputRecord,
+    MetRecord,
+    PairRecord,
+    ReportData,
+    SeenRecord,
+    WeightRecord,
+    one_each,
+)
 from qmerge.types import Step
 
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
@@ -45,6 +56,8 @@ def make_report(
             values=values,
             calibration=seen_record(outcomes[step.name]),
         )
+    names = [record.name for record in records if record.role == "adapter"]
+    pairs = pair_records(names, {weights[name].module: outcome.met or {} for name, outcome in outcomes.items()})
     return ReportData(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=versions(),
@@ -65,11 +78,30 @@ def make_report(
         bytes_out=plan.bytes_out,
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
+        interference=pairs,
         warnings=input_warnings(plan)
         + advice.clipped(values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged))
+        + advice.fighting(pairs, plan.recipe.combine)
         + advice.onto(plan.recipe.merge_onto, outlook.original_gap)
         + advice.warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
     )
+
+
+def pair_records(adapters: Sequence[str], met: Mapping[str, PairSums]) -> list[PairRecord]:
+    """By pair of adapters, in the order of the recipe; ``met``: module → the sums of the pairs that meet there."""
+    pairs: dict[str, dict[str, dict[str, float]]] = {}
+    for module in sorted(met):
+        for pair, sums in met[module].items():
+            pairs.setdefault(pair, {})[module] = sums
+    records, names = [], one_each(adapters)
+    for pair, modules in sorted(pairs.items(), key=lambda item: [int(place) for place in item[0].split()]):
+        one, other = (names[int(place)] for place in pair.split())
+        total = over_modules(modules)
+        each = [MetRecord(module=m, cosine=cosine(s), sign_conflict=sign_conflict(s)) for m, s in modules.items()]
+        records.append(
+            PairRecord(one=one, other=other, cosine=cosine(total), sign_conflict=sign_conflict(total), modules=each)
+        )
+    return records
 
 
 def seen_record(outcome: Outcome) -> SeenRecord | None:

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qmerge import advice, candidates
+from qmerge.adapters._combined import CombinedUpdate
+from qmerge.adapters._interference import from_factors
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.reader import Reader
@@ -17,7 +19,9 @@ from qmerge.inputs import Inputs, read_inputs
 from qmerge.planning import Plan, plan_from
 from qmerge.predict import Survival, predict
 from qmerge.recipe import Recipe
-from qmerge.report.terminal import err, out, printable, readers, share, size_text, times
+from qmerge.report.json import PairRecord
+from qmerge.report.make import pair_records
+from qmerge.report.terminal import err, out, pair_line, printable, readers, share, size_text, times
 
 
 def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
@@ -29,16 +33,20 @@ def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
         if recipe.target == "auto":
             recipe, why = candidates.resolved(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
+        pairs = meeting(plan)
         described: dict[str, Any] = {
             "base": describe_base(inputs),
             "adapter": describe_adapter(inputs),
+            "interference": [pair.model_dump() for pair in pairs],
             "targets": targets,
             "target": recipe.target if target_given else None,
             "why": why,
+            "warnings": advice.fighting(pairs, recipe.combine),
         }
         if target_given:
             predicted = predict(plan, make_bench(plan, reader))
-            described |= describe_plan(plan, predicted) | {"warnings": advice.warnings(predicted, predicted=True)}
+            described |= describe_plan(plan, predicted)
+            described["warnings"] += advice.warnings(predicted, predicted=True)
         return described
 
 
@@ -78,6 +86,13 @@ def describe_adapter(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def meeting(plan: Plan) -> list[PairRecord]:
+    """How several adapters get along, where their small factors tell (LoRA); no base is read for it."""
+    found = {step.label: step.update for step in plan.merged if isinstance(step.update, CombinedUpdate)}
+    names = [source.id or source.folder.name for source in plan.inputs.adapter_sources]
+    return pair_records(names, {module: from_factors(update) for module, update in found.items()})
+
+
 def describe_plan(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
     where = Path(plan.recipe.out or ".").expanduser()
     free = folder.free_bytes(where)
@@ -115,6 +130,8 @@ def show(described: dict[str, Any], all_weights: bool) -> None:
     ranks = ", ".join(map(str, adapter["ranks"]))
     console.print(f"base     {name_of(base)}: {size_text(base['bytes'])}; weights: {formats}")
     console.print(f"adapter  {name_of(adapter)}: {adapter['kind']}, {adapter['modules']} modules, rank {ranks}")
+    for pair in described["interference"]:
+        console.print(escape(printable(pair_line(PairRecord(**pair)))))
     if described["why"]:
         console.print(escape(printable(described["why"])))
     if described["target"]:
@@ -123,7 +140,7 @@ def show(described: dict[str, Any], all_weights: bool) -> None:
     for target in described["targets"]:
         if "impossible" in target:
             console.print(escape(printable(f"{target['target']}: not possible: {target['impossible']}")))
-    for line in described.get("warnings", []):
+    for line in described["warnings"]:
         err().print(f"[yellow]warning:[/yellow] {escape(printable(line))}")
 
 
