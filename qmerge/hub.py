@@ -26,11 +26,20 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model or adapter comes from. ``id`` and ``commit`` are None for a local folder."""
+    """Where a model or adapter comes from. ``id`` and ``commit`` are None for a local folder; ``adapter`` is the name that
+    was asked for, where there are several, and ``around`` the folder that all of them are in, where this one has its own."""
 
     folder: Path
     id: str | None = None
     commit: str | None = None
+    adapter: str | None = None
+    around: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The Hub id, or the last part of a local folder; which of several adapters stands behind it."""
+        place = self.id or self.folder.name
+        return f"{place}#{self.adapter}" if self.adapter and place != self.adapter else place
 
 
 def resolve(reference: str, revision: str | None, error: type[InputError]) -> Source:

@@ -10,6 +10,8 @@ from typing import Any
 from qmerge import hub
 from qmerge.adapters._combined import combined
 from qmerge.adapters._folder import Adapter, config_file, read_adapter
+from qmerge.adapters._named import find
+from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.replication import replicated
@@ -39,13 +41,19 @@ class Inputs:
     @property
     def tokenizer_folder(self) -> Path:
         """The adapter's, when it brings its own tokenizer, else the base's."""
-        own = any((self.adapter.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        return self.adapter.folder if own else self.base.folder
+        own = any((self.beside_adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        return self.beside_adapter if own else self.base.folder
+
+    @property
+    def beside_adapter(self) -> Path:
+        """Where the adapter's tokenizer and chat template are, if it has any: in its own folder, else where several lie."""
+        own, around = self.adapter.folder, self.adapter_source.around
+        return own if around is None or any((own / name).is_file() for name in TOKENIZER) else around
 
 
 def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
-    sources = tuple(hub.resolve(name, recipe.adapter_revision, AdapterError) for name, _ in recipe.adapters)
+    sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
     original_source = (
         hub.resolve(recipe.original, recipe.original_revision, CheckpointError) if recipe.original else None
     )
@@ -53,7 +61,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base = checkpoint(base_source.folder, reader, ranges)
     original = checkpoint(original_source.folder, reader, ranges) if original_source else None
     names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
-    adapters = [read_adapter(source.folder, reader, names) for source in sources]
+    adapters = [read_adapter(s.folder, reader, s.adapter, names) for s in sources]
     weights = [weight for _, weight in recipe.adapters]
     settings = Settings(density=recipe.density, seed=recipe.seed)
     adapter = adapters[0] if weights == [1.0] else combined(adapters, weights, recipe.combine, settings)

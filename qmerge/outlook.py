@@ -205,7 +205,7 @@ def digest(batches: Sequence[Tensor]) -> str:
 
 def input_warnings(plan: Plan) -> list[str]:
     """What is odd about the inputs, but no error."""
-    files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder)
+    files = folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter)
     tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
     base, odd = plan.inputs.base, list[str]()
     for name in base.formats():

@@ -58,7 +58,7 @@ class Recipe(BaseModel):
     base: str = Field(description="the model the adapter was trained on: a folder, or a Hub id")
     revision: str | None = Field(None, description="revision of the base on the Hub (branch, tag or commit)")
     adapter: str | list[str] = Field(
-        description="the PEFT adapter: a folder, or a Hub id; several with weights, as a=0.7 and b=0.3"
+        description="the PEFT adapter: a folder or Hub id (ID#NAME if it holds several); several with weights, as a=0.7 and b=0.3"
     )
     combine: str = Field("linear", description="how several adapters become one (qmerge formats lists the ways)")
     density: float = Field(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qmerge import calibration, candidates, hub, plugins, residual, texts
+from qmerge import calibration, candidates, plugins, residual, texts
 from qmerge.adapters._folder import CONFIG, TENSORS
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
@@ -208,7 +208,7 @@ def write_model(
     finally:
         place.close()
     folder.write_index(out, place.writers)
-    folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter.folder))
+    folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter))
     outputs = [FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)]
     report = make_report(plan, bench, records, outputs, outlook, place.outcomes, started)
     if place.rank and place.residuals:
@@ -382,15 +382,8 @@ def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
             size = path.stat().st_size
             hashed.append(FileRecord(file=path.name, bytes=size, sha256=hash_file(path)))
             watcher.advance(size, path.name)
-        records.append(
-            InputRecord(role=role, name=source_name(source), id=source.id, commit=source.commit, files=hashed)
-        )
+        records.append(InputRecord(role=role, name=source.name, id=source.id, commit=source.commit, files=hashed))
     return records
-
-
-def source_name(source: hub.Source) -> str:
-    """The Hub id, or the last part of a local folder. (The recipe keeps paths as they were given, home as ``~``.)"""
-    return source.id or source.folder.name
 
 
 def reserved(out: Path) -> int:

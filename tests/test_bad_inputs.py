@@ -431,7 +431,7 @@ ADAPTERS = [
         "two_adapters_in_a_file",
         edit_adapter(lambda t: t.update({f"{PEFT_Q}.lora_A.other.weight": torch.ones(4, 64)})),
         AdapterError,
-        (f"{Q}.lora_A.other.weight", "several adapters"),
+        ("holds the adapters: default, other", "#default", "#other"),
     ),
     Case("integers", edit_adapter(lambda t: t.update({A: torch.ones(4, 64, dtype=torch.int64)})), AdapterError, (f"{Q}.lora_A", "float")),
     Case("peft_type", option(peft_type="LOHA"), AdapterError, ("LOHA", "LORA")),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ PREFIX = "base_model.model."
 SHARED = "base_model."
 """What stands before the tensors that all modules of an adapter share (VeRA's projections)."""
 
+DEFAULT = "default"
+"""What peft calls an adapter that was given no name."""
+
+NAMED = re.compile(
+    r"(?P<part>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta))"
+    r"\.(?P<name>(?!weight$|bias$)[^.]+)(?P<leaf>\.(?:.+\.)?(?:weight|bias))?"
+)
+"""A tensor's name with the adapter's in it, as in a model's state dict; peft takes it out when it saves."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -37,21 +47,22 @@ class Adapter:
     tensors: dict[str, list[str]]
 
 
-def read_adapter(folder: Path, reader: Reader, names: Names | None = None) -> Adapter:
+def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: Names | None = None) -> Adapter:
     """Read a PEFT adapter folder.
 
     Args:
+        name: the adapter's, where the file may hold several.
         names: of the base's weights. None: names stay as the adapter has them, and what only the base can tell is an error.
 
     Raises:
         AdapterError: pickle, unsupported kind or option, a tensor that is no part of a pair, NaN, a wrong rank.
         CheckpointError: transformers makes an adapted weight of the base's in a way that cannot be followed.
     """
-    config, infos = read_json(config_file(folder), AdapterError), tensor_infos(folder)
+    config, infos = read_json(config_file(folder), AdapterError), of_one(tensor_infos(folder), name)
     kind = kind_of(config)
     plugin = plugins.load("adapters", kind)
     indices: tuple[str, ...] = getattr(plugin, "INDICES", ())
-    tensors = {without_prefix(info.name): finite(info, reader, indices) for info in infos.values()}
+    tensors = {without_prefix(key): finite(info, reader, indices) for key, info in infos.items()}
     found: Found = plugin.updates(config, tensors, names)
     used = {name for _, names in found.values() for name in names}
     left = sorted(tensors.keys() - used)
@@ -86,6 +97,33 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     if not infos:
         raise AdapterError(f"{TENSORS} is empty: the adapter was saved without its weights")
     return infos
+
+
+def names_in(tensors: Iterable[str]) -> list[str]:
+    """Names of the adapters that the tensors' names tell apart; LoRA's only: a module that was trained whole may have parts
+    of any name."""
+    lora = [name for name in tensors if ".lora_" in name]
+    found = [match["name"] if (match := NAMED.fullmatch(name)) else DEFAULT for name in lora]
+    return list(dict.fromkeys(found))
+
+
+def of_one(infos: Mapping[str, TensorInfo], name: str | None) -> dict[str, TensorInfo]:
+    """The tensors of one adapter (and those that are nobody's), by their names without the adapter's.
+
+    Raises:
+        AdapterError: there are several, and this is none of them.
+    """
+    names, found = names_in(infos), dict[str, TensorInfo]()
+    if len(names) < 2:
+        return dict(infos)
+    if name not in names:
+        raise AdapterError(f"{TENSORS} holds the adapters {listed(names)}; name one of them: DIR#{names[0]}")
+    for tensor, info in infos.items():
+        match = NAMED.fullmatch(tensor)
+        owner = match["name"] if match and match["name"] in names else DEFAULT if ".lora_" in tensor else None
+        if owner in (name, None):
+            found[match["part"] + (match["leaf"] or "") if match and owner else tensor] = info
+    return found
 
 
 def kind_of(config: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from qmerge import hub
-from qmerge.adapters._folder import TENSORS, config_file, read_adapter, tensor_infos
+from qmerge.adapters._folder import TENSORS, config_file, of_one, read_adapter, tensor_infos
+from qmerge.adapters._named import find
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError
@@ -28,11 +28,11 @@ CLOSE_TO_ZERO = 1e-8
 
 def describe(reference: str, revision: str | None) -> dict[str, Any]:
     """Everything that the folder tells, also where the adapter cannot be merged (``problem`` then says why)."""
-    source = hub.resolve(reference, revision, AdapterError)
+    source = find(reference, revision)
     config = read_json(config_file(source.folder), AdapterError)
-    infos = tensor_infos(source.folder)
+    infos = of_one(tensor_infos(source.folder), source.adapter)
     described: dict[str, Any] = {
-        "name": source.id or source.folder.name,
+        "name": source.name,
         "commit": source.commit,
         "config": {name: config[name] for name in SHOWN if config.get(name) not in (None, {}, [])},
         "file": TENSORS,
@@ -45,7 +45,7 @@ def describe(reference: str, revision: str | None) -> dict[str, Any]:
     }
     try:
         with Reader() as reader:
-            adapter = read_adapter(source.folder, reader)
+            adapter = read_adapter(source.folder, reader, source.adapter)
     except AdapterError as error:
         return {**described, "problem": str(error)}
     modules = [describe_module(name.removesuffix(".weight"), update) for name, update in adapter.updates.items()]

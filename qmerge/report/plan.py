@@ -68,7 +68,7 @@ def describe_target(found: candidates.Candidate) -> dict[str, Any]:
 
 def describe_base(inputs: Inputs) -> dict[str, Any]:
     return {
-        "name": inputs.base_source.id or inputs.base_source.folder.name,
+        "name": inputs.base_source.name,
         "commit": inputs.base_source.commit,
         "formats": inputs.base.formats(),
         "bytes": sum(weight.nbytes for weight in inputs.base.weights.values()),
@@ -78,7 +78,7 @@ def describe_base(inputs: Inputs) -> dict[str, Any]:
 def describe_adapter(inputs: Inputs) -> dict[str, Any]:
     updates = inputs.adapter.updates.values()
     return {
-        "name": inputs.adapter_source.id or inputs.adapter_source.folder.name,
+        "name": inputs.adapter_source.name,
         "commit": inputs.adapter_source.commit,
         "kind": inputs.adapter.kind,
         "modules": len(updates),
@@ -89,7 +89,7 @@ def describe_adapter(inputs: Inputs) -> dict[str, Any]:
 def meeting(plan: Plan) -> list[PairRecord]:
     """How several adapters get along, where their small factors tell (LoRA); no base is read for it."""
     found = {step.label: step.update for step in plan.merged if isinstance(step.update, CombinedUpdate)}
-    names = [source.id or source.folder.name for source in plan.inputs.adapter_sources]
+    names = [source.name for source in plan.inputs.adapter_sources]
     return pair_records(names, {module: from_factors(update) for module, update in found.items()})
 
 
