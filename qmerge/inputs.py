@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge import hub
+from qmerge.adapters._chain import chained, check_order
 from qmerge.adapters._combined import combined
 from qmerge.adapters._folder import Adapter, config_file, read_adapter
 from qmerge.adapters._named import find
@@ -18,7 +19,7 @@ from qmerge.checkpoint.replication import replicated
 from qmerge.checkpoint.scan import Checkpoint, read_json, scan
 from qmerge.combine._common import Settings
 from qmerge.errors import AdapterError, CheckpointError
-from qmerge.recipe import Recipe
+from qmerge.recipe import CHAIN, Recipe
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ class Inputs:
         return own if around is None or any((own / name).is_file() for name in TOKENIZER) else around
 
 
+def as_one(recipe: Recipe, adapters: Sequence[Adapter]) -> Adapter:
+    """What the recipe's adapters do together.
+
+    Raises:
+        AdapterError, RecipeError: they cannot be combined, or one was trained on another that is not given.
+    """
+    if recipe.combine == CHAIN:
+        return chained(adapters)
+    weights = [weight for _, weight in recipe.adapters]
+    if len(adapters) == 1:
+        check_order(adapters)
+    if weights == [1.0]:
+        return adapters[0]
+    return combined(adapters, weights, recipe.combine, Settings(density=recipe.density, seed=recipe.seed))
+
+
 def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
@@ -62,10 +79,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     original = checkpoint(original_source.folder, reader, ranges) if original_source else None
     names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
     adapters = [read_adapter(s.folder, reader, s.adapter, names) for s in sources]
-    weights = [weight for _, weight in recipe.adapters]
-    settings = Settings(density=recipe.density, seed=recipe.seed)
-    adapter = adapters[0] if weights == [1.0] else combined(adapters, weights, recipe.combine, settings)
-    return Inputs(base_source, sources, base, names, adapter, original_source, original)
+    return Inputs(base_source, sources, base, names, as_one(recipe, adapters), original_source, original)
 
 
 def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qmerge import plugins
-from qmerge.errors import RecipeError
+from qmerge.errors import RecipeError, listed
 
 LARGEST_YAML = 2**20
 UNITS = {
@@ -46,6 +46,9 @@ OPTIONS = (
 WORKPLACE = {"out", "workers", "max_memory", "min_kept", "verify"}
 
 
+CHAIN = "chain"
+"""Adapters one after the other, which is no way to combine deltas: a later one may depend on what an earlier one made."""
+
 JUDGED_TOKENS = 20480
 """Tokens of a held-out text that a model is judged on: hidden states of all of them are in memory, three times."""
 
@@ -60,7 +63,10 @@ class Recipe(BaseModel):
     adapter: str | list[str] = Field(
         description="the PEFT adapter: a folder or Hub id (ID#NAME if it holds several); several with weights, as a=0.7 and b=0.3"
     )
-    combine: str = Field("linear", description="how several adapters become one (qmerge formats lists the ways)")
+    combine: str = Field(
+        "linear",
+        description="how several adapters become one (qmerge formats lists the ways); or chain: one after the other, in order",
+    )
     density: float = Field(
         1.0, description="share of each adapter's delta that combinations which thin it out keep", gt=0, le=1
     )
@@ -150,7 +156,8 @@ class Recipe(BaseModel):
     @field_validator("combine")
     @classmethod
     def _known_combination(cls, name: str) -> str:
-        plugins.load("combine", name)
+        if name != CHAIN:
+            plugins.load("combine", name)
         return name
 
     @field_validator("rounding")
@@ -175,6 +182,13 @@ class Recipe(BaseModel):
             )
         if self.density != 1 and len(self.adapters) < 2:
             raise RecipeError("density thins out the deltas of several adapters; there is one")
+        scaled = [f"{name}={weight:g}" for name, weight in self.adapters if weight != 1]
+        if self.combine == CHAIN and (scaled or len(self.adapters) < 2 or self.density != 1):
+            found = listed(scaled) if scaled else "one adapter" if self.density == 1 else f"density {self.density:g}"
+            raise RecipeError(
+                f"combine chain applies two or more adapters in full, in order, because each was trained on what those before "
+                f"it made: without weights and density; found {found}"
+            )
         if (self.target == "auto") != bool(self.max_size):
             raise RecipeError(
                 "target auto needs max_size (--max-size 6GB): without a limit, fp32 is always best"

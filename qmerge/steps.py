@@ -83,10 +83,15 @@ class StepMaker:
             return None
         adapter = self.inputs.adapter
         one, other = (adapter.replaced.get(name) or adapter.updates.get(name) for name in tied)
+        rows = [isinstance(part, TokenRowsUpdate) for part in getattr(one, "updates", [one])]
+        if len(self.inputs.adapter_sources) > 1 and any(rows) and (not all(rows) or other):
+            raise AdapterError(
+                f"{tied[0]} is tied to {tied[1]}; one adapter trained rows of both, another changes one of them: merge one by one"
+            )
         alike = (
             isinstance(one, Replacement) and isinstance(other, Replacement) and torch.equal(one.values, other.values)
         )
-        tokens = isinstance(one, TokenRowsUpdate)  # peft puts trained tokens into both of two tied embeddings
+        tokens = all(rows)  # peft puts trained tokens into both of two tied embeddings
         kept = alike or (other is None and (tokens or bool(adapter.config.get("ensure_weight_tying"))))
         return tied if (one or other) and not kept else None
 

@@ -46,8 +46,7 @@ class CombinedUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Trained token rows do not know how many rows there are (−1); the others do."""
-        return max((update.shape for update in self.updates), key=lambda shape: shape[0])
+        return known_shape(self.updates)
 
     def to(self, device: torch.device) -> CombinedUpdate:
         return replace(self, updates=tuple(update.to(device) for update in self.updates))
@@ -74,12 +73,7 @@ class CombinedUpdate:
 
     @cached_property
     def _stacked(self) -> LoraUpdate | None:
-        """Σ wᵢ sᵢ Bᵢ Aᵢ = [w₁s₁B₁ w₂s₂B₂ …] · [A₁; A₂; …]; None unless all are LoRA."""
-        loras = [update for update in self.updates if isinstance(update, LoraUpdate)]
-        if len(loras) < len(self.updates):
-            return None
-        scaled = [lora.B_OR * (weight * lora.scale) for lora, weight in zip(loras, self.weights, strict=True)]
-        return LoraUpdate(torch.cat([lora.A_RI for lora in loras]), torch.cat(scaled, dim=1), 1.0)
+        return stacked(self.updates, self.weights)
 
     @cached_property
     def _truncated(self) -> LoraUpdate | None:
@@ -89,6 +83,15 @@ class CombinedUpdate:
         u_OR, s_R, v_IR = self._stacked.directions()
         rank = self.rank
         return LoraUpdate(v_IR[:, :rank].T.contiguous(), u_OR[:, :rank] * s_R[:rank], 1.0)
+
+
+def stacked(updates: Sequence[Update], weights: Sequence[float]) -> LoraUpdate | None:
+    """Σ wᵢ sᵢ Bᵢ Aᵢ = [w₁s₁B₁ w₂s₂B₂ …] · [A₁; A₂; …]; None unless all are LoRA."""
+    loras = [update for update in updates if isinstance(update, LoraUpdate)]
+    if len(loras) < len(updates):
+        return None
+    scaled = [lora.B_OR * (weight * lora.scale) for lora, weight in zip(loras, weights, strict=True)]
+    return LoraUpdate(torch.cat([lora.A_RI for lora in loras]), torch.cat(scaled, dim=1), 1.0)
 
 
 def delta_of(update: Update, base_OI: Tensor, rows: Rows) -> Tensor:
@@ -123,6 +126,11 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float], method: str,
             replaced[name] = the_replacement(name, changes, adapters, weights)
         else:
             updates[name] = the_update(name, changes, adapters, weights, method, settings)
+    return joined(adapters, updates, replaced)
+
+
+def joined(adapters: Sequence[Adapter], updates: dict[str, Update], replaced: dict[str, Replacement]) -> Adapter:
+    """What several adapters do together, as one."""
     tensors = {name: [tensor for a in adapters for tensor in a.tensors.get(name, [])] for name in (*updates, *replaced)}
     kinds = " + ".join(dict.fromkeys(adapter.kind for adapter in adapters))
     return Adapter(adapters[0].folder, kinds, the_config(adapters), updates, replaced, tensors)
@@ -152,13 +160,17 @@ def the_update(
     return CombinedUpdate(updates, tuple(weights[place] for place in places), method, here)
 
 
+def known_shape(updates: Sequence[Update]) -> tuple[int, int]:
+    """What one of them knows: trained token rows do not know how many rows there are (−1), IA³ not how many columns."""
+    return max(update.shape[0] for update in updates), max(update.shape[1] for update in updates)
+
+
 def check_shapes(name: str, updates: Sequence[Update], adapters: Sequence[Adapter]) -> None:
+    first = updates[0].shape
     for update, adapter in zip(updates, adapters, strict=True):
-        first, shape = updates[0].shape, update.shape
-        same_rows = first[0] == shape[0] or min(first[0], shape[0]) < 0
-        if not same_rows or first[1] != shape[1]:
+        if any(a != b and min(a, b) >= 0 for a, b in zip(first, update.shape, strict=True)):
             raise AdapterError(
-                f"{name} is {list(first)} for {adapters[0].folder} and {list(shape)} for {adapter.folder}: "
+                f"{name} is {list(first)} for {adapters[0].folder} and {list(update.shape)} for {adapter.folder}: "
                 f"were both trained on this base?"
             )
 
