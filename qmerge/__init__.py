@@ -24,7 +24,7 @@ def merge(**settings: Any) -> Report:
         base: folder or Hub id of the model that the adapter was trained on.
         adapter: folder or Hub id of the PEFT adapter.
         target: ``nf4``, ``fp4``, ``int8``, ``fp16``, ``bf16`` or ``fp32``.
-        out: folder to write to; new or empty.
+        out: folder to write to; new or empty. (``patch``: instead, the file to write; see docs/patch.md.)
         resume: go on with an interrupted run in ``out``.
         settings: any other field of ``qmerge.recipe.Recipe``.
 

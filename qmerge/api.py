@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge import run, verify
+from qmerge.patch import direct
 from qmerge.recipe import JUDGED_TOKENS, make_recipe
 from qmerge.report.json import FidelityRecord, ReportData, survived
 from qmerge.report.terminal import TerminalWatcher, out, survival_table
@@ -47,7 +48,8 @@ class Report:
 
 def merge(settings: dict[str, Any]) -> Report:
     resume, quiet = bool(settings.pop("resume", False)), bool(settings.pop("quiet", False))
-    return Report(run.merge(make_recipe(settings), resume, TerminalWatcher(quiet)))
+    data, _ = direct.merge(make_recipe(settings), resume, TerminalWatcher(quiet))
+    return Report(data)
 
 
 def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]:

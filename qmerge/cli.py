@@ -12,12 +12,13 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from qmerge.cli_folders import COMMANDS, Json, Quiet, show_warnings
+from qmerge.cli_folders import COMMANDS, Json, Quiet, nothing_left, show_warnings
 from qmerge.errors import BELOW_MIN_KEPT, OK, QmergeError, RecipeError, StoppedError
 from qmerge.recipe import JUDGED_TOKENS, OPTIONS, Recipe, make_recipe, read_recipe
 
@@ -28,7 +29,7 @@ app = typer.Typer(
 
 INPUTS = (
     "base", "adapter", "combine", "density",
-    "target", "max_size", "out", "revision", "adapter_revision", "original", "original_revision", "trained_on",
+    "target", "max_size", "out", "patch", "revision", "adapter_revision", "original", "original_revision", "trained_on",
 )  # fmt: skip
 HOW = (
     "rounding", "calibration", "calibration_tokens", "sequence_length", "sequential", "merge_onto", "scales", "residual",
@@ -49,9 +50,13 @@ METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"),
     **dict.fromkeys(("max_memory", "max_shard_size", "max_size"), "SIZE"),
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"), "target": "FORMAT", "out": "DIR",
+    "patch": "FILE",
     "calibration": "SOURCE", "verify": "FILE", "promote": "SIZE", "residual": "RANK",
 }  # fmt: skip
 EVERYTHING = (*INPUTS, *HOW, "verify", "min_kept", *WORK)
+
+UNWRITTEN = ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
+"""What ``measure`` has no use for, because it writes nothing, or takes in its own way."""
 
 GO_ON = "interrupted. Nothing unfinished carries a final name; the same command with --resume goes on."
 
@@ -136,7 +141,11 @@ def run_command(
     quiet: Quiet = False, **settings: Any,
 ) -> None:  # fmt: skip
     """Merge by a recipe file; options given here override the file."""
-    run_merge({**read_recipe(recipe), **settings}, resume, json, quiet)
+    written = read_recipe(recipe)
+    for given, other in (("out", "patch"), ("patch", "out")):
+        if given in settings and other not in settings:
+            written.pop(other, None)
+    run_merge({**written, **settings}, resume, json, quiet)
 
 
 @app.command("plan")
@@ -157,9 +166,7 @@ def plan_command(
 
 
 @app.command("measure")
-@recipe_options(
-    *(name for name in EVERYTHING if name not in ("target", "max_size", "out", "max_shard_size", "residual", "promote"))
-)
+@recipe_options(*(name for name in EVERYTHING if name not in UNWRITTEN))
 def measure_command(
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -190,6 +197,8 @@ def measure_command(
     else:
         table = terminal.survival_table(reports[0]) if len(reports) == 1 else terminal.measured_table(reports)
         terminal.out().print(table)
+        for line in terminal.extras(reports[0]):  # adapters meet alike on the way to every target
+            typer.echo(line)
         if len(reports) == 1 and reports[0].fidelity:
             terminal.out().print(terminal.fidelity_table(reports[0].fidelity))
         for report in reports:
@@ -312,11 +321,12 @@ def checked(settings: dict[str, Any]) -> Recipe:
 
 
 def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -> None:
-    from qmerge import run
+    from qmerge.patch import direct
     from qmerge.report import terminal
 
     recipe = checked(settings)
-    report = run.merge(recipe, resume, terminal.TerminalWatcher(quiet))
+    with nothing_left() if recipe.patch else nullcontext():
+        report, patch = direct.merge(recipe, resume, terminal.TerminalWatcher(quiet))
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:
@@ -326,7 +336,12 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
         if report.fidelity:
             terminal.out().print(terminal.fidelity_table(report.fidelity))
         show_warnings(report.warnings)
-        typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
+        if patch:
+            typer.echo(
+                "\n".join([*patch.says(), f"The merged model: qmerge apply {recipe.base} {patch.file} --out DIR"])
+            )
+        else:
+            typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
     raise typer.Exit(exit_code([report], recipe.min_kept))
 
 

@@ -43,7 +43,7 @@ OPTIONS = (
 """How a target format is written; every format says which of these it takes (``Format.asks``)."""
 
 # Where the work is done, not what comes out of it: these may differ between a run and its --resume.
-WORKPLACE = {"out", "workers", "max_memory", "min_kept", "verify"}
+WORKPLACE = {"out", "patch", "workers", "max_memory", "min_kept", "verify"}
 
 
 CHAIN = "chain"
@@ -78,6 +78,10 @@ class Recipe(BaseModel):
         None, description="for --target auto: the best format whose files fit into this, such as 6GB"
     )
     out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
+    patch: str | None = Field(
+        None,
+        description="instead of a folder, the file to write what the base has not (takes the folder's room until it is there)",
+    )
     rounding: str = Field(
         "auto",
         description="how codes are chosen: nearest, stochastic, preserve, or auto (nearest where it keeps enough, else preserve)",
@@ -180,6 +184,10 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"calibration is for preserve; {self.rounding} rounding has no use for it: leave one of them out"
             )
+        if self.out and self.patch:
+            raise RecipeError(
+                f"out ({self.out}) and patch ({self.patch}): a run writes one of them; qmerge patch BASE OUT makes the other of it"
+            )
         if self.density != 1 and len(self.adapters) < 2:
             raise RecipeError("density thins out the deltas of several adapters; there is one")
         scaled = [f"{name}={weight:g}" for name, weight in self.adapters if weight != 1]
@@ -248,7 +256,7 @@ class Recipe(BaseModel):
         """The recipe for publishing: the user's home folder is written ``~`` (and read so)."""
         home = f"{Path.home()}/"
         settings = self.model_dump(**dump)
-        for name in ("base", "original", "out"):
+        for name in ("base", "original", "out", "patch"):
             settings |= {name: tilde(settings[name], home)} if settings.get(name) else {}
         adapter = settings["adapter"]
         settings["adapter"] = tilde(adapter, home) if isinstance(adapter, str) else [tilde(a, home) for a in adapter]

@@ -1,7 +1,7 @@
 """Reversible merges: what a merged folder has that its base has not, as one small file.
 
-``make.py`` writes it from two folders, ``restore.py`` gives either folder back from the other one, byte for byte;
-``codec.py`` packs bytes and differences, ``file.py`` is the file itself.
+``make.py`` writes it from two folders, ``direct.py`` in the course of a merge, ``restore.py`` gives either folder back from
+the other one, byte for byte; ``codec.py`` packs bytes and differences, ``file.py`` is the file itself.
 """
 
 from qmerge.patch.make import Summary, make_patch

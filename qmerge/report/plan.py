@@ -94,7 +94,7 @@ def meeting(plan: Plan) -> list[PairRecord]:
 
 
 def describe_plan(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
-    where = Path(plan.recipe.out or ".").expanduser()
+    where = Path(plan.recipe.out or plan.recipe.patch or ".").expanduser()
     free = folder.free_bytes(where)
     survivals = {s.module: s for s in predicted}
     return {

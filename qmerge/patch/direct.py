@@ -1,0 +1,60 @@
+"""A merge that ends in a patch: the merged folder stands beside the patch while it is made, and is gone afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from qmerge import hub, run
+from qmerge.adapters._named import find
+from qmerge.checkpoint.writer import write_file
+from qmerge.errors import CheckpointError, RecipeError, RoomError
+from qmerge.patch.make import Summary, check_file, make_patch
+from qmerge.recipe import Recipe, make_recipe, read_recipe
+from qmerge.report.json import ReportData
+
+
+def merge(recipe: Recipe, resume: bool, watcher: run.Watcher) -> tuple[ReportData, Summary | None]:
+    """What the recipe asks for: a folder, or a patch.
+
+    Raises:
+        RecipeError, InputError, NumbersError, RoomError: see ``errors.py``.
+    """
+    if recipe.patch is None:
+        return run.merge(recipe, resume, watcher), None
+    if resume:
+        raise RecipeError(
+            "--resume: a patch is made in one go, nothing of it is kept to go on from; start without --resume"
+        )
+    return merge_to_patch(recipe, Path(recipe.patch).expanduser(), watcher)
+
+
+def merge_to_patch(recipe: Recipe, file: Path, watcher: run.Watcher) -> tuple[ReportData, Summary]:
+    """Merge into a folder beside ``file``, compare it with the base, write the patch, and remove the folder.
+
+    Raises:
+        as for ``merge``. Nothing is left behind by any error, nor by Ctrl-C.
+    """
+    base = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+    adapters = [find(name, recipe.adapter_revision) for name, _ in recipe.adapters]
+    check_file(file, {"the base": base.folder, **{f"the adapter {a.name}": a.folder for a in adapters}})
+    try:
+        place = tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.absolute().parent)
+    except OSError as cause:
+        raise RecipeError(f"--patch {file}: {file.absolute().parent} cannot be written to: {cause.strerror}") from cause
+    with place as folder:
+        out = Path(folder) / file.stem
+        try:
+            report = run.merge(recipe.model_copy(update={"patch": None, "out": str(out)}), watcher=watcher)
+        except RoomError as error:
+            raise RoomError(
+                f"--patch {file} takes the room of the merged model until it is written: {error}"
+            ) from error
+        name_patch(out / run.RECIPE_NAME, str(recipe.patch))
+        return report, make_patch(base.folder, out, file, name=base.id, watcher=watcher)
+
+
+def name_patch(path: Path, patch: str) -> None:
+    """The recipe says what was asked for, not where the folder stood."""
+    settings = {name: value for name, value in read_recipe(path).items() if name != "out"}
+    write_file(path, make_recipe({**settings, "patch": patch}).to_yaml().encode())
