@@ -35,7 +35,7 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **settings})
 
 
-PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+PAIRS: dict[str, tuple[Any, Any, dict[str, Any] | None]] = {
     "lora, lora": (lora(), lora(r=8, target_modules=["q_proj", "v_proj"]), {}),
     "lora, dora": (lora(), lora(use_dora=True), {}),
     "dora, dora": (lora(use_dora=True), lora(use_dora=True, r=2), {}),
@@ -48,7 +48,18 @@ PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "tokens, tokens": (lora(trainable_token_indices=[1, 5]), lora(trainable_token_indices=[5, 7]), TIED),
     "tokens, embedding": (lora(trainable_token_indices=[1, 5]), lora(target_modules=["embed_tokens"]), {}),
     "embedding, saved": (lora(target_modules=["embed_tokens"]), lora(modules_to_save=["embed_tokens"]), {}),
+    "conv1d: saved, dora on it": (
+        lora(target_modules=["c_attn"], modules_to_save=["c_fc"]),
+        lora(target_modules=["c_fc", "c_attn"], use_dora=True),
+        None,
+    ),
+    "conv1d: saved square, lora on it": (
+        lora(target_modules=["c_attn"], modules_to_save=["attn.c_proj"]),
+        lora(target_modules=["attn.c_proj"]),
+        None,
+    ),
 }
+"""Two adapters, and the settings of the Llama (None: a GPT-2, whose layers are Conv1D) that they are trained on."""
 Made = Callable[[str], tuple[Path, Path, Path, torch.Tensor]]
 
 
@@ -83,7 +94,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     def make(name: str) -> tuple[Path, Path, Path, torch.Tensor]:
         one, other, changes = PAIRS[name]
         place = folder / name.replace(" ", "_")
-        base = models.save(models.llama(torch.float32, **changes), place / "base")
+        model = models.gpt2() if changes is None else models.llama(torch.float32, **changes)
+        base = models.save(model, place / "base")
         first = trained(reload(base), one, place / "first", 3)
         second = trained(first_merged(base, first), other, place / "second", 4)
         both = PeftModel.from_pretrained(first_merged(base, first), second, autocast_adapter_dtype=False).eval()
@@ -149,6 +161,14 @@ def test_rounded_once(made: Made, tmp_path: Path) -> None:
     assert not stock.differing(once, stock.tensors(stock.merged(tmp_path / "again", dense, nothing, "nf4")))
     step = stock.merged(tmp_path / "step", base, first, "nf4")
     assert stock.differing(once, stock.tensors(stock.merged(tmp_path / "twice", step, second, "nf4"))), "the control"
+
+
+def test_calibrated(made: Made, tmp_path: Path) -> None:
+    """The unmerged model that preserve calibrates on is the chain: NF4 is nearer to it than to the base."""
+    base, first, second, expected = made("dora, dora")
+    more = {"rounding": "preserve", "calibration_tokens": 256, "sequence_length": 32}
+    found = models.logits(stock.float_model(merged(base, [first, second], tmp_path / "nf4", "nf4", **more)))
+    assert stock.distance(found, expected) < stock.distance(found, models.logits(reload(base)))
 
 
 def test_by_recipe_and_no_byte_depends_on_the_work(made: Made, tmp_path: Path, cli: Cli) -> None:

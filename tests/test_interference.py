@@ -15,6 +15,7 @@ from qmerge import advice
 from qmerge.adapters._combined import CombinedUpdate
 from qmerge.adapters._interference import Meetings, cosine, from_factors, meetings, sign_conflict
 from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate
+from qmerge.checkpoint import folder
 from qmerge.combine._common import Settings
 from qmerge.report.json import MetRecord, PairRecord, one_each
 from qmerge.types import Rows, Update
@@ -176,6 +177,33 @@ def test_the_report_of_a_merge(two: Path, tmp_path: Path, cli: Cli) -> None:
     (planned,) = json.loads(plan.out)["interference"]
     assert planned["cosine"] == found["cosine"] and planned["sign_conflict"] is None
     assert "a and b: cosine" in cli("plan", *arguments).out
+
+
+def test_a_resumed_run_knows_it_too(two: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended after the last weight: the sums come from the journal, to the last bit."""
+    arguments = (
+        "--base",
+        two / "base",
+        "--adapter",
+        two / "a",
+        "--adapter",
+        two / "b",
+        "--target",
+        "bf16",
+        "--device",
+        "cpu",
+    )
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_index", stop)
+        assert cli(*arguments, "--out", tmp_path / "out").code == 130
+    resumed = cli(*arguments, "--out", tmp_path / "out", "--resume", "--json")
+    at_once = cli(*arguments, "--out", tmp_path / "other", "--json")
+    found = [json.loads(ran.out)["interference"] for ran in (resumed, at_once)]
+    assert found[0] == found[1] and len(found[0][0]["modules"]) == 2
 
 
 def test_a_fight_is_a_warning(two: Path, tmp_path: Path, cli: Cli) -> None:
