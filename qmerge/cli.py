@@ -337,9 +337,9 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
             terminal.out().print(terminal.fidelity_table(report.fidelity))
         show_warnings(report.warnings)
         if patch:
-            typer.echo(
-                "\n".join([*patch.says(), f"The merged model: qmerge apply {recipe.base} {patch.file} --out DIR"])
-            )
+            revision = f" --revision {recipe.revision}" if recipe.revision else ""
+            again = f"The merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"
+            typer.echo("\n".join([*patch.says(), again]))
         else:
             typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
     raise typer.Exit(exit_code([report], recipe.min_kept))

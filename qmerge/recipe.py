@@ -160,8 +160,9 @@ class Recipe(BaseModel):
     @field_validator("combine")
     @classmethod
     def _known_combination(cls, name: str) -> str:
-        if name != CHAIN:
-            plugins.load("combine", name)
+        known = (*plugins.names("combine"), CHAIN)
+        if name not in known:
+            raise RecipeError(f"no way to combine is called {name!r}. {plugins.suggestion(name, known)}")
         return name
 
     @field_validator("rounding")

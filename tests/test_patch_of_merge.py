@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 import qmerge
 from qmerge import run
 from qmerge.checkpoint import folder as folder_module
-from qmerge.errors import RecipeError, RoomError, StoppedError
+from qmerge.errors import CheckpointError, RecipeError, RoomError, StoppedError
 from qmerge.patch import apply_patch, direct, unmerge
 from qmerge.recipe import Recipe, make_recipe
 
@@ -157,6 +158,19 @@ def test_where_a_patch_cannot_go(
     ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", where(tmp_path, nf4, lora))
     assert ran.code == 2 and match in ran.err, ran.err
     assert [snapshot(folder) for folder in (tmp_path, nf4, lora)] == before
+
+
+def test_a_base_that_cannot_be_compared(nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the merge, which would take it."""
+    base = shutil.copytree(nf4, tmp_path / "base")
+    (tmp_path / "secret").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="a link that leads out"):
+        patched.setattr(run, "merge", None)
+        direct.merge(recipe(base, lora, patch=str(tmp_path / "a.patch")), False, run.Silent())
+    assert snapshot(tmp_path) == before
+    run.merge(recipe(base, lora, out=str(tmp_path / "out")))  # the control
 
 
 # --- room, interruption ----------------------------------------------------------------------------------------------

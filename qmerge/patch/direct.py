@@ -9,7 +9,7 @@ from qmerge import hub, run
 from qmerge.adapters._named import find
 from qmerge.checkpoint.writer import write_file
 from qmerge.errors import CheckpointError, RecipeError, RoomError
-from qmerge.patch.make import Summary, check_file, make_patch
+from qmerge.patch.make import Summary, check_file, make_patch, model_files
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 from qmerge.report.json import ReportData
 
@@ -38,6 +38,7 @@ def merge_to_patch(recipe: Recipe, file: Path, watcher: run.Watcher) -> tuple[Re
     base = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     adapters = [find(name, recipe.adapter_revision) for name, _ in recipe.adapters]
     check_file(file, {"the base": base.folder, **{f"the adapter {a.name}": a.folder for a in adapters}})
+    model_files(base.folder)  # what of it cannot be compared is said now, not when the work is done
     try:
         place = tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.absolute().parent)
     except OSError as cause:

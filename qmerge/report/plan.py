@@ -78,7 +78,7 @@ def describe_base(inputs: Inputs) -> dict[str, Any]:
 def describe_adapter(inputs: Inputs) -> dict[str, Any]:
     updates = inputs.adapter.updates.values()
     return {
-        "name": inputs.adapter_source.name,
+        "name": " + ".join(source.name for source in inputs.adapter_sources),
         "commit": inputs.adapter_source.commit,
         "kind": inputs.adapter.kind,
         "modules": len(updates),
