@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
+from qmerge.adapters._experts import StackUpdate
 from qmerge.adapters._folder import Adapter
 from qmerge.adapters._updates import AddUpdate, LoraUpdate
 from qmerge.adapters.lora import is_embedding
@@ -97,7 +98,7 @@ def stacked(updates: Sequence[Update], weights: Sequence[float]) -> LoraUpdate |
 def delta_of(update: Update, base_OI: Tensor, rows: Rows) -> Tensor:
     """float32 [rows, I]: what the update adds to the base. Exact where it does not depend on the base; else the difference
     of two float32 numbers."""
-    if isinstance(update, LoraUpdate | AddUpdate):
+    if isinstance(update, LoraUpdate | AddUpdate | StackUpdate):
         return update.apply(torch.zeros_like(base_OI), rows)
     return update.apply(base_OI, rows) - base_OI
 

@@ -195,7 +195,9 @@ class CompressedInt(Compressed):
         super().check(name, shape, options)
         assert isinstance(options, CompressedOptions)
         if ".experts." in name and not options.sym:
-            raise RecipeError(f"{name}: transformers 5.23 reads experts without zero points: use --sym, symmetric codes")
+            raise RecipeError(
+                f"{name}: transformers 5.23 reads experts without zero points: use --sym, symmetric codes"
+            )
 
     def described(self, options: Options) -> str:
         assert isinstance(options, CompressedOptions)

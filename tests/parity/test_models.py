@@ -291,8 +291,9 @@ def test_square_experts_of_an_older_peft_lie_transposed(tmp_path: Path) -> None:
         stock.merged(tmp_path / "refused", found.base, found.adapter, "fp32")
 
 
-def test_two_adapters_of_experts_are_one_delta(made: Any, tmp_path: Path) -> None:
-    found = made("mixtral")
+@pytest.mark.parametrize("old", [True, False], ids=["single", "stacked"])
+def test_two_adapters_of_experts_are_one_delta(made: Any, tmp_path: Path, old: bool) -> None:
+    found = made("mixtral", old)
     base = found.kind.from_pretrained(found.base, dtype=torch.float32).eval()
     trained(base, tmp_path / "second", True, lora_alpha=16)
     merged_twice = found.base
