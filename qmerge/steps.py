@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qmerge import plugins
-from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters._updates import AddUpdate, OwnBaseUpdate, TokenRowsUpdate, fitted, refuse_quantized
 from qmerge.checkpoint.config import output_config, with_setting, with_vocabulary
 from qmerge.checkpoint.skeleton import tied_embeddings
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
@@ -133,6 +133,7 @@ class StepMaker:
             return change
         rows = weight.shape[0] if len(weight.shape) > 1 else 1
         worked = (rows, weight.numel // max(1, rows))
+        change = fitted(change, worked)
         shapes = [change.shape, change.shape[::-1]] if self._is_dense_conv1d(weight, change) else [change.shape]
         if not any(all(b in (a, -1) for a, b in zip(worked, shape, strict=False)) for shape in shapes):
             raise _misfit(weight, change.shape)
@@ -163,6 +164,10 @@ class StepMaker:
         ):
             other = self._in_original(weight)
             source, original = (weight, other) if keeps_grid else (other, None)
+        on_original = self.recipe.merge_onto == "original"
+        is_dense = original is not None or not plugins.form(source.format).quant_method
+        if update and not (is_dense and (on_original or not simulated)):
+            refuse_quantized(weight.name, update)
         action: Action = "merge" if update else "convert"
         if (
             not update
@@ -180,7 +185,7 @@ class StepMaker:
             outputs = {**own, **{name: outputs[name] for name in needed if name in outputs}}
         step = Step(
             source, action, target.name, options, outputs, update, keeps_grid and action != "copy",
-            simulated, bool(simulated) and self.recipe.merge_onto == "original", original, conv1d,
+            simulated, bool(simulated) and on_original, original, conv1d,
             self._rounding(weight, update, target, keeps_grid), self._beside(weight, update, keeps_grid),
         )  # fmt: skip
         if target.quant_method and action != "copy" and not step.keeps_grid:

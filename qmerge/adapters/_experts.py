@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters._updates import LoraUpdate
-from qmerge.errors import AdapterError
+from qmerge.checkpoint.names import Names
+from qmerge.errors import AdapterError, listed
 from qmerge.types import Rows
 
 LAYOUT = "lora_B_layout"
@@ -70,33 +71,58 @@ class StackUpdate:
         return None
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """One of ``target_parameters``: its full name in memory, and its shape, [O, I] or [E, O, I]; ``is_transposed``: transformers
+    says that it is [E, I, O] (gpt-oss)."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_transposed: bool
+
+
+def targeted(module: str, config: Mapping[str, Any], names: Names | None) -> Parameter | None:
+    """The parameter that the LoRA under a module's name belongs to, if it is one of ``target_parameters``."""
+    targets = config.get("target_parameters")
+    if not targets:
+        return None
+    if names is None:
+        raise AdapterError(
+            f"adapter_config.json has target_parameters={listed(targets)}: which LoRA belongs to which of them, and how many "
+            f"experts there are, only the base tells"
+        )
+    name = names.targeted(module, targets)
+    places = names.disk_of(name) if name != module else None
+    return Parameter(name, places[0].shape, names.is_transposed(name)) if places else None
+
+
 def stacked(
-    parameter: str, shape: tuple[int, ...], A_RI: Tensor, B_OR: Tensor, rank: int, scale: float,
-    config: Mapping[str, Any], is_transposed: bool,
+    parameter: Parameter, A_RI: Tensor, B_OR: Tensor, rank: int, scale: float, config: Mapping[str, Any]
 ) -> StackUpdate:  # fmt: skip
-    """The factors as peft saves them → one pair per expert, for matrices as the parameter [E, rows, columns] holds them.
+    """The factors as peft saves them → one pair per expert, for matrices as the parameter [E, rows, columns] holds them. A
+    parameter [O, I] is a stack of one.
 
     Args:
         A_RI: float32 [E · R, …], expert by expert. B_OR: float32 [… , R · E], rank by rank.
-        is_transposed: what transformers says of the parameter: it is [E, I, O] (gpt-oss).
 
     Raises:
         AdapterError: they do not fit the parameter, or it cannot be told how.
     """
-    count, rows, columns = shape
-    found = f"{parameter} {list(shape)}: lora_A {list(A_RI.shape)} and lora_B {list(B_OR.shape)}"
-    if not A_RI.shape[0] == B_OR.shape[1] == count * rank:
+    name, shape = parameter.name, parameter.shape
+    count, rows, columns = shape if len(shape) == 3 else (1, *shape)
+    found = f"{name} {list(shape)}: lora_A {list(A_RI.shape)} and lora_B {list(B_OR.shape)}"
+    if A_RI.ndim != 2 or B_OR.ndim != 2 or not A_RI.shape[0] == B_OR.shape[1] == count * rank:
         raise AdapterError(
             f"{found} are not of rank {rank} for each of {count} experts, which adapter_config.json gives"
         )
     inner, outer = A_RI.shape[1], B_OR.shape[0]
-    as_it_is, turned = (outer, inner) == (rows, columns), (inner, outer) == (rows, columns)
+    as_it_is, turned = (outer, inner) == (rows, columns), (inner, outer) == (rows, columns) and len(shape) == 3
     if as_it_is and turned:
-        as_it_is = not is_transposed and _swaps(parameter, config)
+        as_it_is = not parameter.is_transposed and _swaps(name, config)
     if not as_it_is and not turned:
         raise AdapterError(f"{found} do not fit. Is this the base that the adapter was trained on?")
     A_ERI = A_RI.reshape(count, rank, inner)
-    split = _by_rank if layout_of(parameter, B_OR, count, rank, config) == "rank_major" else _by_expert
+    split = _by_rank if layout_of(name, B_OR, count, rank, config) == "rank_major" else _by_expert
     B_EOR = split(B_OR, count, rank)
     pairs = [(A_ERI[e], B_EOR[e]) if as_it_is else (B_EOR[e].T, A_ERI[e].T) for e in range(count)]
     return StackUpdate(count, (rows, columns), {e: LoraUpdate(A, B, scale) for e, (A, B) in enumerate(pairs)})

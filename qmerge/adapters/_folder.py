@@ -61,6 +61,8 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
     config, infos = read_json(config_file(folder), AdapterError), of_one(tensor_infos(folder), name)
     kind = kind_of(config)
     plugin = plugins.load("adapters", kind)
+    if hasattr(plugin, "check_folder"):
+        plugin.check_folder(folder, config)
     indices: tuple[str, ...] = getattr(plugin, "INDICES", ())
     tensors = {without_prefix(key): finite(info, reader, indices) for key, info in infos.items()}
     found: Found = plugin.updates(config, tensors, names)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qmerge.errors import AdapterError
 from qmerge.types import Rows, Update
 
 FEWEST_ROWS = 16
@@ -62,6 +63,21 @@ class LoraUpdate:
         return (Q_OR @ u_RR[:, : len(s_R)]).float(), s_R.float(), (Q_IR @ vt_RR.T[:, : len(s_R)]).float()
 
 
+def fitted(update: Update, shape: tuple[int, int]) -> Update:
+    """The update for a weight of this shape, where its tensors alone leave open what they are."""
+    return update.fitted(shape) if hasattr(update, "fitted") else update
+
+
+def refuse_quantized(name: str, update: Update) -> None:
+    """Raise AdapterError for an update that is right on the very values that training began with, and no others."""
+    why = getattr(update, "needs_dense", "")
+    if why:
+        raise AdapterError(
+            f"{name} is quantized where the adapter is merged: {why}. Give the 16-bit model that it was trained on as "
+            f"--base, or as --original with --merge-onto original"
+        )
+
+
 class OfTheBase:
     """What an update whose delta depends on the base says of that delta beforehand: nothing."""
 
@@ -74,12 +90,16 @@ class OfTheBase:
 
 @dataclass(frozen=True)
 class DoraUpdate(OfTheBase):
-    """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5). ``magnitude_O``: float32 [O]."""
+    """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5); column by column in peft's embeddings, which lie as
+    [tokens, features]. ``magnitude``: float32, one per row or column."""
 
     lora: LoraUpdate
-    magnitude_O: Tensor
+    magnitude: Tensor
+    by_column: bool = False
 
-    whole = False
+    @property
+    def whole(self) -> bool:
+        return self.by_column
 
     @property
     def rank(self) -> int:
@@ -94,12 +114,13 @@ class DoraUpdate(OfTheBase):
         return self.lora.shape
 
     def to(self, device: torch.device) -> DoraUpdate:
-        return DoraUpdate(self.lora.to(device), self.magnitude_O.to(device))
+        return replace(self, lora=self.lora.to(device), magnitude=self.magnitude.to(device))
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         moved_OI = self.lora.apply(base_OI, rows)
-        norms_O1 = torch.linalg.norm(moved_OI, dim=1, keepdim=True)
-        merged_OI: Tensor = self.magnitude_O[rows.start : rows.stop, None] / norms_O1 * moved_OI
+        norms = torch.linalg.norm(moved_OI, dim=0 if self.by_column else 1, keepdim=True)
+        magnitude = self.magnitude if self.by_column else self.magnitude[rows.start : rows.stop, None]
+        merged_OI: Tensor = magnitude / norms * moved_OI
         return merged_OI
 
 

@@ -1,16 +1,19 @@
-"""LoRA, rsLoRA and DoRA, with trained biases, embeddings, token rows and whole modules (arXiv 2106.09685, 2402.09353)."""
+"""LoRA, rsLoRA, DoRA and peft's variants, with trained biases, token rows and modules (arXiv 2106.09685, 2402.09353)."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.adapters._experts import stacked
+from qmerge.adapters import _inits, _variants
+from qmerge.adapters._experts import Parameter, stacked, targeted
 from qmerge.adapters._placed import Found
 from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.names import Names
@@ -20,7 +23,7 @@ from qmerge.types import Replacement, Update
 PEFT_TYPES = ("LORA",)
 
 KEY = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
 """``….lora_A.weight``, with the adapter's name in between where peft did not take it out."""
@@ -29,23 +32,15 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 LARGEST_ALPHA = 1e6
 
-# Options of LoraConfig (peft 0.21) that change what a correct merge is, with the values that leave it plain.
+# Options that change what a correct merge is, with the values that leave it plain; more in _variants.py and _inits.py.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "kasa_config": (None, {}),
-    "monteclora_config": (None, {}),
-    "velora_config": (None, {}),
-    "arrow_config": (None, {}),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None, {}),
-    "loftq_config": (None, {}),
-    "corda_config": (None, {}),
-    "lora_ga_config": (None, {}),
     "nvfp4_merge_aware": (None, False),  # axolotl: trained through NVFP4's own rounding
 }
-# Initialisations that leave the base as it was; the others (pissa, olora, corda, loftq, …) train on a changed base.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise AdapterError where a folder's name contradicts what its config says."""
+    _inits.check_folder(folder, config)
 
 
 def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None = None) -> Found:
@@ -60,25 +55,42 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Nam
         AdapterError: an option or tensor that is not handled; half a pair; a rank that is not the config's.
     """
     refuse_options(config)
-    parts: dict[str, dict[str, str]] = {}
-    others: list[str] = []
-    for name in sorted(tensors):
-        match = KEY.fullmatch(name)
-        if match:
-            add_part(parts.setdefault(match["module"], {}), match, name)
-        else:
-            others.append(name)
+    _variants.refuse(config, list(tensors))
+    parts, unused, others = sorted_out(config, tensors)
     found: Found = {}
+    targets = {module: parameter for module in parts if (parameter := targeted(module, config, names))}
+    if config.get("target_parameters") and not targets:
+        raise AdapterError(
+            f"adapter_config.json has target_parameters={listed(config['target_parameters'])}, but no LoRA in the file belongs to "
+            f"one of the base's. Is this the base that the adapter was trained on?"
+        )
     for module, own in parts.items():
-        parameter = targeted(module, config, names)
-        if parameter is None:
-            found |= of_module(module, own, config, tensors)
+        if module in targets:
+            place(found, *of_parameter(targets[module], own, config, tensors))
         else:
-            place(found, *of_parameter(*parameter, own, config, tensors))
+            found |= of_module(module, own, unused.get(module, []), config, tensors)
     for name, spellings in spelled(others, tensors).items():
         place(found, *of_other(name, spellings, found, config, tensors))
     check_saved_modules(found, config)
     return found
+
+
+def sorted_out(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, str]], dict[str, list[str]], list[str]]:
+    """Names of tensors: by module and part of a LoRA; by module, where only training needs them; all others."""
+    parts: dict[str, dict[str, str]] = {}
+    unused: dict[str, list[str]] = {}
+    others: list[str] = []
+    for name in sorted(tensors):
+        match, module = KEY.fullmatch(name), _variants.training_only(name, config)
+        if match:
+            add_part(parts.setdefault(match["module"], {}), match, name)
+        elif module:
+            unused.setdefault(module, []).append(name)
+        else:
+            others.append(name)
+    return parts, unused, others
 
 
 def spelled(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -117,65 +129,69 @@ def place(found: Found, weight: str, change: Update | Replacement, names: list[s
     found[weight] = (change, names)
 
 
-def of_module(module: str, names: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
-    """The LoRA of one module, and of its bias."""
+def of_module(
+    module: str, names: Mapping[str, str], unused: list[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Found:
+    """The LoRA of one module, and of its bias. ``unused``: tensors of it that only training needs."""
     embedding = any(part.startswith("lora_embedding") for part in names)
     halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     missing = [half for half in halves if half not in names]
     if missing:
         has = halves[1 - halves.index(missing[0])]
         raise AdapterError(f"{module} has {has} but no {missing[0]}: the adapter is incomplete")
-    A_RI, B_OR = (tensors[names[half]] for half in halves)
-    lora: Update = _lora(module, A_RI, B_OR, config, embedding)
-    scale = lora.scale
-    if "lora_magnitude_vector" in names:
-        lora = _dora(module, lora, tensors[names["lora_magnitude_vector"]], config, embedding)
-    elif config.get("use_dora"):
-        raise AdapterError(
-            f"{module} has no lora_magnitude_vector, but adapter_config.json says use_dora: it is incomplete"
-        )
-    found: Found = {f"{module}.weight": (lora, sorted(name for part, name in names.items() if part != "lora_B.bias"))}
+    A, B = (tensors[names[half]] for half in halves)
+    rank, scale = rank_and_scale(module, config)
+    update = of_layer(module, A, B, rank, scale, names, config, tensors)
+    used = sorted([*(name for part, name in names.items() if part != "lora_B.bias"), *unused])
+    found: Found = {f"{module}.weight": (update, used)}
     if "lora_B.bias" in names:
         bias_O = tensors[names["lora_B.bias"]]
         found[f"{module}.bias"] = (AddUpdate(bias_O.flatten()[None] * scale, scale), [names["lora_B.bias"]])
     return found
 
 
-Parameter = tuple[str, tuple[int, ...], bool]
-"""Full name in memory, shape, and whether transformers calls it transposed."""
-
-
-def targeted(module: str, config: Mapping[str, Any], names: Names | None) -> Parameter | None:
-    """The parameter that the LoRA under a module's name belongs to, if it is one of ``target_parameters``."""
-    targets = config.get("target_parameters")
-    if not targets:
-        return None
-    if names is None:
+def of_layer(
+    module: str, A: Tensor, B: Tensor, rank: int, scale: float,
+    names: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor],
+) -> Update:  # fmt: skip
+    """What the LoRA of one module does to its weight."""
+    embedding = "lora_embedding_A" in names
+    lora = _lora(module, A, B, rank, scale, config, embedding)
+    start = None if embedding else _inits.start_of(config)  # peft starts embeddings as usual, whatever the config says
+    if "lora_diag" in names:
+        lora, start = _kasa(module, lora, tensors[names["lora_diag"]], config), "kasa"
+    if start and (embedding or A.ndim > 2):
+        raise AdapterError(f"{module}: peft has {start} on linear layers only")
+    update: Update = lora
+    if "lora_magnitude_vector" in names:
+        update = _dora(module, lora, tensors[names["lora_magnitude_vector"]], config, embedding)
+    elif config.get("use_dora"):
         raise AdapterError(
-            f"adapter_config.json has target_parameters={listed(targets)}: which LoRA belongs to which of them, and how many "
-            f"experts there are, only the base tells"
+            f"{module} has no lora_magnitude_vector, but adapter_config.json says use_dora: it is incomplete"
         )
-    parameter = names.targeted(module, targets)
-    places = names.disk_of(parameter) if parameter != module else None
-    return (parameter, places[0].shape, names.is_transposed(parameter)) if places else None
+    if start is None:
+        return update
+    if not isinstance(update, LoraUpdate if start == "kasa" else LoraUpdate | DoraUpdate):
+        raise AdapterError(
+            f"{module}: peft has no layer that combines {start} with the other variant in adapter_config.json"
+        )
+    return _inits.ChangedBaseUpdate(start, update)
 
 
 def of_parameter(
-    parameter: str, shape: tuple[int, ...], is_transposed: bool,
-    parts: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor],
-) -> tuple[str, Update, list[str]]:  # fmt: skip
+    parameter: Parameter, parts: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[str, Update, list[str]]:
     """The LoRA of a parameter that peft wraps by itself: plain, of one matrix or of a stack (peft/tuners/lora/layer.py,
     ParamWrapper). Patterns are matched on the parameter's name."""
     used = sorted(parts.values())
-    if parts.keys() != {"lora_A", "lora_B"}:
+    if parts.keys() != {"lora_A", "lora_B"} or _inits.start_of(config):
         raise AdapterError(
-            f"{parameter} is one of target_parameters, which have a lora_A and a lora_B: found {listed(used)}"
+            f"{parameter.name} is one of target_parameters, where peft has plain LoRA only: found {listed(used)} with "
+            f"init_lora_weights={config.get('init_lora_weights', True)!r}"
         )
-    A_RI, B_OR = tensors[parts["lora_A"]], tensors[parts["lora_B"]]
-    if len(shape) < 3:
-        return parameter, _lora(parameter, A_RI, B_OR, config, False), used
-    rank, scale = rank_and_scale(parameter, config)
-    return parameter, stacked(parameter, shape, A_RI, B_OR, rank, scale, config, is_transposed), used
+    rank, scale = rank_and_scale(parameter.name, config)
+    update = stacked(parameter, tensors[parts["lora_A"]], tensors[parts["lora_B"]], rank, scale, config)
+    return parameter.name, update, used
 
 
 def of_other(
@@ -258,40 +274,53 @@ def refuse_options(config: Mapping[str, Any]) -> None:
         if config.get(name) not in known:
             expected = "true or false" if name == "use_rslora" else "none, all or lora_only"
             raise AdapterError(f"adapter_config.json has {name}={config[name]!r}; expected {expected}")
-    init = config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        raise AdapterError(
-            f"adapter_config.json has init_lora_weights={init!r}, which changes the base before training: B·A on the "
-            f"original base is a wrong model. Save the adapter converted (path_initial_model_for_weight_conversion)."
-        )
+    _inits.start_of(config)
 
 
-def _lora(module: str, A_RI: Tensor, B_OR: Tensor, config: Mapping[str, Any], embedding: bool) -> LoraUpdate:
-    if A_RI.ndim != 2 or B_OR.ndim != 2:
+def _lora(
+    module: str, A: Tensor, B: Tensor, rank: int, scale: float, config: Mapping[str, Any], embedding: bool
+) -> LoraUpdate | _variants.ByWidth:  # fmt: skip
+    if min(A.ndim, B.ndim) < 2:
+        raise AdapterError(f"{module}: lora_A has shape {list(A.shape)} and lora_B {list(B.shape)}: expected matrices")
+    plain = embedding or A.ndim > 2
+    A_RI, B_OR = _variants.convolution(module, A, B, rank) if max(A.ndim, B.ndim) > 2 else (A, B)
+    update = LoraUpdate(A_RI, B_OR, scale) if plain else _variants.linear(module, A_RI, B_OR, scale, config)
+    lora = update if isinstance(update, LoraUpdate) else update.variant
+    if not lora.A_RI.shape[0] == lora.B_OR.shape[1] == rank:
         raise AdapterError(
-            f"{module}: lora_A has shape {list(A_RI.shape)}: only linear layers and embeddings are merged in this version"
-        )
-    rank, scale = rank_and_scale(module, config)
-    if not A_RI.shape[0] == B_OR.shape[1] == rank:
-        raise AdapterError(
-            f"{module}: lora_A {list(A_RI.shape)} and lora_B {list(B_OR.shape)} are not of rank {rank}, "
+            f"{module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are not of rank {rank}, "
             f"which adapter_config.json gives"
         )
     if embedding:  # its weight is [tokens, features], its delta (B A)ᵀ
         return LoraUpdate(B_OR.T.contiguous(), A_RI.T.contiguous(), scale)
-    return LoraUpdate(A_RI, B_OR, scale)
+    return update
 
 
-def _dora(module: str, lora: Update, magnitude_O: Tensor, config: Mapping[str, Any], embedding: bool) -> DoraUpdate:
-    assert isinstance(lora, LoraUpdate)
+def _dora(
+    module: str, lora: LoraUpdate | _variants.ByWidth, magnitude: Tensor, config: Mapping[str, Any], embedding: bool
+) -> DoraUpdate:  # fmt: skip
+    """peft's DoRA takes no other variant beside it: where one is asked for too, the layer was one that ignores it."""
     if not config.get("use_dora"):
         raise AdapterError(f"{module} has a lora_magnitude_vector, but adapter_config.json does not say use_dora")
-    if embedding or magnitude_O.numel() != lora.shape[0]:
+    plain = lora if isinstance(lora, LoraUpdate) else lora.plain
+    expected, one = (plain.shape[1], "feature") if embedding else (plain.shape[0], "output")
+    if magnitude.numel() != expected:
         raise AdapterError(
-            f"{module}.lora_magnitude_vector has shape {list(magnitude_O.shape)}, expected [{lora.shape[0]}], one per output: "
-            f"DoRA is merged on linear layers only in this version"
+            f"{module}.lora_magnitude_vector has shape {list(magnitude.shape)}, expected [{expected}], one per {one}"
         )
-    return DoraUpdate(lora, magnitude_O.flatten())
+    return DoraUpdate(plain, magnitude.flatten(), by_column=embedding)
+
+
+def _kasa(
+    module: str, lora: LoraUpdate | _variants.ByWidth, diagonal_R: Tensor, config: Mapping[str, Any]
+) -> LoraUpdate:  # fmt: skip
+    """B · diag · A."""
+    _variants.check_said(f"{module}.lora_diag", "lora_diag", config)
+    if not isinstance(lora, LoraUpdate) or _inits.start_of(config):
+        raise AdapterError(f"{module} has a lora_diag: peft's KaSA takes no other variant or initialisation beside it")
+    if diagonal_R.shape != (lora.rank,):
+        raise AdapterError(f"{module}.lora_diag has shape {list(diagonal_R.shape)}, expected [{lora.rank}]")
+    return replace(lora, B_OR=lora.B_OR * diagonal_R)
 
 
 def rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
