@@ -93,6 +93,15 @@ def _fight_line(pair: PairRecord, found: Sequence[MetRecord], combine: str) -> s
     )
 
 
+def oversized(survivals: Sequence[Survival]) -> str:
+    """Deltas that are large against their weights."""
+    return (
+        f"{_names(list(survivals))}: the delta is {_span(percent, [s.relative_size for s in survivals])} of the weight, where "
+        f"fine-tuning usually changes 0.3 % to 8 %. Right on a residual model that PiSSA or OLoRA left as base; else look "
+        f"whether lora_alpha is what it was in training, and judge the result on held-out text (--verify)."
+    )
+
+
 def _loud(s: Survival) -> float:
     return LOUD_PRESERVED if s.rounding == "preserve" else LOUD
 

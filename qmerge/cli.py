@@ -208,19 +208,39 @@ def measure_command(
 
 @app.command("inspect")
 def inspect_command(
-    adapter: Annotated[str, typer.Argument(help="a PEFT adapter: folder or Hub id")],
-    revision: Annotated[Optional[str], typer.Option(help="revision of the adapter on the Hub")] = None,  # noqa: UP045
+    adapter: Annotated[str, typer.Argument(help="a PEFT adapter, or a model: folder or Hub id")],
+    revision: Annotated[Optional[str], typer.Option(help="revision of it on the Hub")] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="a model: was the adapter trained on it? (folder or Hub id)", metavar="ID|DIR"),
+    ] = None,
+    base_revision: Annotated[Optional[str], typer.Option(help="revision of the base on the Hub")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
-    """What an adapter is: kind, ranks, scales, sizes, what it needs, what is suspicious."""
-    from qmerge.report import adapter as face
+    """What an adapter is: kind, ranks, scales, sizes, what it was trained on, what is suspicious.
 
-    described = face.describe(adapter, revision)
+    Of a model: how it is stored, its fingerprint, and what qmerge made it of.
+    """
+    from qmerge import hub
+    from qmerge.adapters._named import find, split
+    from qmerge.errors import AdapterError
+    from qmerge.report import adapter as adapter_face
+    from qmerge.report import model as model_face
+
+    if base_revision and not base:
+        raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
+    source = hub.resolve(split(adapter)[0], revision, AdapterError)
+    if model_face.is_model(source.folder):
+        if base:
+            raise RecipeError(f"--base is for an adapter, to compare it with its base; {adapter} is a model")
+        described, show = model_face.describe(source), model_face.show
+    else:
+        described, show = adapter_face.describe(find(adapter, revision), base, base_revision), adapter_face.show
     if json:
         typer.echo(jsonlib.dumps(described, indent=1))
     else:
-        face.show(described)
-    raise typer.Exit(3 if described["problem"] else OK)
+        show(described)
+    raise typer.Exit(3 if described.get("problem") else OK)
 
 
 @app.command("verify")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qmerge.checkpoint.scan import Checkpoint, read_json, scan
 from qmerge.combine._common import Settings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import CHAIN, Recipe
+from qmerge.report.json import merged_into
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,20 @@ class Inputs:
         return own if around is None or any((own / name).is_file() for name in TOKENIZER) else around
 
 
-def as_one(recipe: Recipe, adapters: Sequence[Adapter]) -> Adapter:
+def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -> Adapter:
     """What the recipe's adapters do together.
+
+    Args:
+        held: names of adapters that the base holds already.
 
     Raises:
         AdapterError, RecipeError: they cannot be combined, or one was trained on another that is not given.
     """
     if recipe.combine == CHAIN:
-        return chained(adapters)
+        return chained(adapters, held)
     weights = [weight for _, weight in recipe.adapters]
     if len(adapters) == 1:
-        check_order(adapters)
+        check_order(adapters, held)
     if weights == [1.0]:
         return adapters[0]
     return combined(adapters, weights, recipe.combine, Settings(density=recipe.density, seed=recipe.seed))
@@ -79,7 +83,9 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     original = checkpoint(original_source.folder, reader, ranges) if original_source else None
     names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
     adapters = [read_adapter(s.folder, reader, s.adapter, names) for s in sources]
-    return Inputs(base_source, sources, base, names, as_one(recipe, adapters), original_source, original)
+    return Inputs(
+        base_source, sources, base, names, as_one(recipe, adapters, merged_into(base.folder)), original_source, original
+    )
 
 
 def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import advice, plugins, texts
+from qmerge import advice, plugins, provenance, texts, trained_base
 from qmerge.checkpoint import folder
 from qmerge.errors import CheckpointError
 from qmerge.generation import generated_tokens
@@ -57,7 +57,8 @@ class Outlook:
         preserved = {step.label for step in plan.merged if step.rounding == "preserve"}
         judged = [survival for survival in self.predicted if survival.module not in preserved]
         lost = advice.warnings(judged, predicted=True) if judged else []
-        return [*input_warnings(plan), *advice.onto(plan.recipe.merge_onto, self.original_gap), *lost]
+        about = [*input_warnings(plan), *trained_base.warnings(plan, self.predicted)]
+        return [*about, *advice.onto(plan.recipe.merge_onto, self.original_gap), *lost]
 
 
 def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tuple[Plan, Outlook]:
@@ -65,7 +66,9 @@ def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tupl
 
     Raises:
         RecipeError, CheckpointError: the calibration text cannot be used.
+        AdapterError: the adapter's deltas show that it was trained on other weights.
     """
+    trained_base.check(plan, bench)
     predicted = predict(plan, bench)
     plan, reason = settled(plan, predicted)
     gap = original_gap(plan, predicted, bench)
@@ -207,7 +210,7 @@ def input_warnings(plan: Plan) -> list[str]:
     """What is odd about the inputs, but no error."""
     files = folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter)
     tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
-    base, odd = plan.inputs.base, list[str]()
+    base, odd = plan.inputs.base, provenance.warnings(plan.inputs, plan.recipe)
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]
         odd += plugins.form(name).oddities(stored, base.quantization)

@@ -147,13 +147,13 @@ def base_and_grid(
     return base_OI, target.grid(target.scales(base_OI, step.options), (len(rows), step.shape[1]), step.options)
 
 
-def row_groups(step: Step) -> list[Rows]:
-    """A few groups of rows, spread over the weight."""
+def row_groups(step: Step, entries: int = ENTRIES) -> list[Rows]:
+    """A few groups of rows, spread over the weight, of about ``entries`` values each."""
     rows, columns = step.shape
     unit = row_step(step)
     if step.update and step.update.whole:
         return [Rows(0, rows)]
-    size = max(unit, ENTRIES // max(1, columns) // unit * unit)
+    size = max(unit, entries // max(1, columns) // unit * unit)
     if size * GROUPS >= rows:
         return [Rows(0, rows)]
     starts = {i * (rows - size) // (GROUPS - 1) // unit * unit for i in range(GROUPS)}

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qmerge import calibration, candidates, plugins, residual, texts
-from qmerge.adapters._folder import CONFIG, TENSORS
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, hash_file, write_file
+from qmerge.checkpoint.writer import MemorySink, NullSink, ShardWriter, write_file
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.executors import threads
 from qmerge.inputs import Inputs, read_inputs
@@ -33,6 +32,7 @@ from qmerge.report.card import model_card
 from qmerge.report.json import NAME as REPORT_NAME
 from qmerge.report.json import FileRecord, InputRecord, ReportData, numbered
 from qmerge.report.make import make_report
+from qmerge.report.records import input_records
 from qmerge.rounding._metric import Statistics
 from qmerge.steps import DENSE
 from qmerge.types import Step
@@ -364,26 +364,6 @@ def input_folders(inputs: Inputs) -> dict[str, Path]:
     folders = {"the base": inputs.base_source.folder}
     folders |= {f"the adapter {source.folder.name}": source.folder for source in inputs.adapter_sources}
     return {**folders, "the original": inputs.original_source.folder} if inputs.original_source else folders
-
-
-def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
-    """SHA-256 of every file that the result depends on."""
-    base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
-    roles = [("base", inputs.base_source, base_files)]
-    for source in inputs.adapter_sources:
-        roles.append(("adapter", source, [source.folder / TENSORS, source.folder / CONFIG]))
-    if inputs.original and inputs.original_source:
-        roles.append(("original", inputs.original_source, list(inputs.original.files)))
-    watcher.stage("hashing inputs", sum(path.stat().st_size for _, _, files in roles for path in files))
-    records = []
-    for role, source, files in roles:
-        hashed = []
-        for path in files:
-            size = path.stat().st_size
-            hashed.append(FileRecord(file=path.name, bytes=size, sha256=hash_file(path)))
-            watcher.advance(size, path.name)
-        records.append(InputRecord(role=role, name=source.name, id=source.id, commit=source.commit, files=hashed))
-    return records
 
 
 def reserved(out: Path) -> int:

@@ -118,9 +118,8 @@ def test_how_far_the_original_is(cli: Cli, tmp_path: Path, onto: str, words: str
     from .parity import stock
 
     original, base = tmp_path / "original", tmp_path / "base"
-    qmerge.merge(
-        **INPUTS, target="fp32", rounding="nearest", out=str(original), quiet=True
-    )  # stands for a 16-bit model
+    minus = {**INPUTS, "adapter": f"{INPUTS['adapter']}=-1"}  # stands for a 16-bit model
+    qmerge.merge(**minus, target="fp32", rounding="nearest", out=str(original), quiet=True)
     qmerge.merge(
         base=str(original), adapter=INPUTS["adapter"], target="nf4", rounding="nearest", out=str(base), quiet=True
     )

@@ -247,7 +247,7 @@ def adapter(name: str, *changes: tuple[str, Update | Replacement], **config: Any
 def no_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters made here have no folders."""
     if "made" not in request.fixturenames:
-        monkeypatch.setattr("qmerge.adapters._chain.check_order", lambda adapters: None)
+        monkeypatch.setattr("qmerge.adapters._chain.check_order", lambda adapters, held: None)
 
 
 def test_the_second_sees_what_the_first_made() -> None:

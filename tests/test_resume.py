@@ -23,6 +23,7 @@ from qmerge import run as run_module
 from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.recipe import make_recipe
+from qmerge.report import records
 
 from .conftest import SERVER, Cli, snapshot
 from .models import edit_json
@@ -53,7 +54,7 @@ class Saboteur:
 
     def install(self) -> None:
         pwrite, fsync, replace, unlink = os.pwrite, os.fsync, Path.replace, Path.unlink
-        append, hash_file, reserve = Journal._append, run_module.hash_file, os.posix_fallocate
+        append, hash_file, reserve = Journal._append, records.hash_file, os.posix_fallocate
 
         def half_line(journal: Journal, line: dict[str, Any]) -> None:
             text = json.dumps(line)
@@ -74,7 +75,7 @@ class Saboteur:
         Path.replace = lambda path, to: self.around(f"rename {Path(to).name}", lambda: replace(path, to))  # type: ignore[method-assign, assignment, return-value]
         Path.unlink = lambda path, **o: self.around(f"unlink {path.name}", lambda: unlink(path, **o))  # type: ignore[method-assign, assignment]
         Journal._append = wrapped_append  # type: ignore[method-assign]
-        run_module.hash_file = lambda path: self.around(f"hash {path.name}", lambda: hash_file(path))  # type: ignore[attr-defined]
+        records.hash_file = lambda path: self.around(f"hash {path.name}", lambda: hash_file(path))  # type: ignore[attr-defined]
 
 
 def merge_in_child(settings: dict[str, Any], resume: bool, at: int, mode: str, number: int, log: Path | None) -> None:

@@ -5,7 +5,7 @@ One update per weight, so that what comes out is rounded once; in between everyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -60,13 +60,16 @@ class ChainedUpdate:
         return stacked(self.updates, [1.0] * len(self.updates))
 
 
-def chained(adapters: Sequence[Adapter]) -> Adapter:
+def chained(adapters: Sequence[Adapter], held: Collection[str] = ()) -> Adapter:
     """One adapter that does to every weight what all of them do, in order.
+
+    Args:
+        held: names of adapters that the base holds already.
 
     Raises:
         AdapterError: shapes or options that disagree, or an order that is not the one they were trained in.
     """
-    check_order(adapters)
+    check_order(adapters, held)
     updates: dict[str, Update] = {}
     replaced: dict[str, Replacement] = {}
     for name, changes in changes_of(adapters).items():
@@ -114,7 +117,7 @@ def moved(name: str, values: Replacement, update: Update, adapter: Adapter) -> R
 # --- which came before? ----------------------------------------------------------------------------------------------
 
 
-def check_order(adapters: Sequence[Adapter]) -> None:
+def check_order(adapters: Sequence[Adapter], held: Collection[str] = ()) -> None:
     """An adapter that says of itself that it was trained on another one stands behind that one.
 
     Raises:
@@ -123,7 +126,12 @@ def check_order(adapters: Sequence[Adapter]) -> None:
     folders = [adapter.folder.resolve() for adapter in adapters]
     for place, adapter in enumerate(adapters):
         before = trained_on(adapter.folder)
-        if before is not None and before not in folders[:place] and (place == 0 or before in folders[place:]):
+        if (
+            before is not None
+            and before.name not in held
+            and before not in folders[:place]
+            and (place == 0 or before in folders[place:])
+        ):
             order = " ".join(f"--adapter {folder}" for folder in [*lineage(before), adapter.folder])
             raise AdapterError(
                 f"{adapter.folder} was trained on the model that the adapter {before} makes (base_model_name_or_path in "

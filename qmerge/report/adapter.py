@@ -1,9 +1,11 @@
-"""`qmerge inspect`: what an adapter is, what it needs, and what is suspicious; no base is read."""
+"""`qmerge inspect`: what an adapter is, what it says it was trained on, and what is suspicious; with a base, whether it is
+the one (names, and a few rows of a few weights)."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,11 +13,23 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from qmerge.adapters._folder import TENSORS, config_file, of_one, read_adapter, tensor_infos
-from qmerge.adapters._named import find
+from qmerge import hub, provenance, trained_base
+from qmerge.adapters._experts import StackUpdate
+from qmerge.adapters._folder import TENSORS, Adapter, config_file, of_one, read_adapter, tensor_infos
+from qmerge.adapters._inits import ChangedBaseUpdate
+from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters._variants import ByWidth
+from qmerge.adapters.lora import is_embedding
+from qmerge.advice import percent
+from qmerge.budget import make_bench
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.scan import read_json
-from qmerge.errors import AdapterError
+from qmerge.checkpoint.scan import read_json, scan
+from qmerge.errors import AdapterError, CheckpointError, QmergeError
+from qmerge.inputs import read_inputs
+from qmerge.planning import plan_from
+from qmerge.recipe import Recipe, make_recipe
+from qmerge.report.plan import describe_base, name_of
+from qmerge.report.records import fingerprint_record
 from qmerge.report.terminal import err, out, printable
 from qmerge.types import Update
 
@@ -26,15 +40,22 @@ SHOWN = (
 CLOSE_TO_ZERO = 1e-8
 
 
-def describe(reference: str, revision: str | None) -> dict[str, Any]:
-    """Everything that the folder tells, also where the adapter cannot be merged (``problem`` then says why)."""
-    source = find(reference, revision)
+def describe(source: hub.Source, base: str | None = None, base_revision: str | None = None) -> dict[str, Any]:
+    """Everything that the folder tells, also where the adapter cannot be merged (``problem`` then says why).
+
+    Args:
+        base: a model to compare it with.
+
+    Raises:
+        AdapterError, CheckpointError: there is no adapter, or no model, to look at.
+    """
     config = read_json(config_file(source.folder), AdapterError)
     infos = of_one(tensor_infos(source.folder), source.adapter)
     described: dict[str, Any] = {
         "name": source.name,
         "commit": source.commit,
         "config": {name: config[name] for name in SHOWN if config.get(name) not in (None, {}, [])},
+        "other_options": {n: value for n, value in provenance.other_options(config).items() if n not in SHOWN},
         "file": TENSORS,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
@@ -43,14 +64,68 @@ def describe(reference: str, revision: str | None) -> dict[str, Any]:
         "modules": [],
         "suspicious": [],
     }
+    if base is not None:
+        name = f"#{source.adapter}" if source.adapter and source.around is None else ""
+        settings = {"base": base, "revision": base_revision, "adapter": f"{source.folder}{name}", "target": "fp32"}
+        return described | beside(make_recipe(settings), source, config)
     try:
         with Reader() as reader:
-            adapter = read_adapter(source.folder, reader, source.adapter)
+            return described | filled(read_adapter(source.folder, reader, source.adapter), config)
     except AdapterError as error:
         return {**described, "problem": str(error)}
+
+
+def filled(adapter: Adapter, config: dict[str, Any]) -> dict[str, Any]:
     modules = [describe_module(name.removesuffix(".weight"), update) for name, update in adapter.updates.items()]
-    more = {"kind": adapter.kind, "modules": modules, "replaced": list(adapter.replaced)}
-    return {**described, **more, "suspicious": suspicious(modules, config)}
+    return {
+        "kind": adapter.kind,
+        "changes": changes(adapter),
+        "modules": modules,
+        "replaced": list(adapter.replaced),
+        "suspicious": suspicious(modules, config),
+    }
+
+
+def beside(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The adapter against a base: what both say, and what the numbers say where it could be merged."""
+    with Reader() as reader:
+        source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+        base = scan(source.folder, reader)
+        remarks = provenance.compare(config, provenance.given(source, base, recipe, [adapter]))
+        found: dict[str, Any] = {
+            "base": {**describe_base(source, base), "fingerprint": fingerprint_record(base).model_dump()},
+            "comparison": [asdict(remark) for remark in remarks],
+            "alignments": [],
+        }
+        try:
+            inputs = read_inputs(recipe, reader)
+            found |= filled(inputs.adapter, config)
+            plan = plan_from(recipe, inputs)
+            for alignments in trained_base.look(plan, make_bench(plan, reader)):
+                found["alignments"] = [asdict(alignment) for alignment in alignments]
+                found["problem"] = trained_base.verdict(alignments, recipe.merge_onto)
+        except QmergeError as error:  # it does not fit this base: what both say still helps
+            found["problem"] = str(error)
+        return found
+
+
+def changes(adapter: Adapter) -> dict[str, int]:
+    """Kind of change → how many tensors of the base it is made to."""
+    kinds = Counter(kind_of_change(name, update) for name, update in adapter.updates.items())
+    kinds += Counter("biases, trained" if name.endswith(".bias") else "trained whole" for name in adapter.replaced)
+    return dict(kinds)
+
+
+def kind_of_change(name: str, update: Update) -> str:
+    if isinstance(update, OwnBaseUpdate):
+        return kind_of_change(name, update.update)
+    if isinstance(update, LoraUpdate | ByWidth):
+        return "LoRA of embeddings" if is_embedding(name) else "LoRA"
+    kinds = {
+        DoraUpdate: "DoRA", TokenRowsUpdate: "token rows", AddUpdate: "biases, added to", StackUpdate: "LoRA of experts",
+        ChangedBaseUpdate: "LoRA on a base that its start changed",
+    }  # fmt: skip
+    return next((kind for of, kind in kinds.items() if isinstance(update, of)), "other updates")
 
 
 def describe_module(name: str, update: Update) -> dict[str, Any]:
@@ -97,18 +172,62 @@ def show(described: dict[str, Any]) -> None:
     console = out()
     console.print(f"[bold]{escape(printable(described['name']))}[/bold]")
     for name, value in described["config"].items():
-        console.print(escape(printable(f"  {name:<26} {value}")))
+        console.print(setting(name, value))
     console.print(
         f"  {'tensors':<26} {described['tensors']} ({', '.join(described['dtypes'])}), {described['bytes']} bytes"
     )
+    if described.get("changes"):
+        console.print(setting("changes", ", ".join(f"{n} {kind}" for kind, n in described["changes"].items())))
+    if described["other_options"]:
+        console.print("also in adapter_config.json (no options of PEFT)")
+        for name, value in described["other_options"].items():
+            console.print(setting(name, value))
     if described["modules"]:
         console.print(modules_table(described["modules"]))
     if described.get("replaced"):
         console.print(escape(printable(f"  trained whole: {', '.join(described['replaced'])}")))
+    if described.get("base"):
+        show_base(described)
     for line in described["suspicious"]:
         err().print(f"[yellow]warning:[/yellow] {escape(printable(line))}")
     if described["problem"]:
         err().print(f"[red]cannot be merged:[/red] {escape(printable(described['problem']))}")
+
+
+def setting(name: str, value: Any) -> str:
+    return escape(printable(f"  {name:<26} {value}"))
+
+
+def show_base(described: dict[str, Any]) -> None:
+    """What the adapter says of its base, beside the base that is given; and the cosines."""
+    base, console = described["base"], out()
+    formats = ", ".join(f"{count} {name}" for name, count in base["formats"].items())
+    console.print(f"base     {name_of(base)}: weights: {formats}; fingerprint {base['fingerprint']['id']}")
+    table = Table(title="Was it trained on this base?", title_justify="left", title_style="bold")
+    for name in ("", "the adapter says", "this base", "verdict"):
+        table.add_column(name, overflow="fold")
+    for remark in described["comparison"]:
+        table.add_row(*(escape(printable(remark[name])) for name in ("topic", "said", "given", "verdict")))
+    console.print(table)
+    if described["alignments"]:
+        console.print(alignments_table(described["alignments"]))
+    for remark in described["comparison"]:
+        if remark["warning"]:
+            err().print(f"[yellow]warning:[/yellow] {escape(printable(remark['warning']))}")
+
+
+def alignments_table(alignments: list[dict[str, Any]]) -> Table:
+    table = Table(title="What its largest deltas say", title_justify="left", title_style="bold")
+    table.add_column("module", overflow="fold")
+    for name in ("delta", "cos(D, W)", "cos(D, W-NF4)"):
+        table.add_column(name, justify="right")
+    for a in alignments:
+        cosines = ("–" if a[name] is None else f"{a[name]:.3f}" for name in ("to_base", "to_error"))
+        size = "–" if a["relative_size"] is None else percent(a["relative_size"])
+        table.add_row(escape(printable(a["module"])), size, *cosines)
+    table.caption = "delta: of the weight; both cosines are near 0 on the right base"
+    table.caption_justify = "left"
+    return table
 
 
 def modules_table(modules: list[dict[str, Any]]) -> Table:

@@ -27,6 +27,16 @@ class FileRecord(BaseModel):
     sha256: str
 
 
+class FingerprintRecord(BaseModel):
+    """Which model it is, whatever files it comes in (``checkpoint/fingerprint.py``)."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    tensors: str
+    values: str
+    config: str
+
+
 class InputRecord(BaseModel):
     """A model or adapter that was read. ``id`` and ``commit`` when it came from the Hub."""
 
@@ -36,6 +46,7 @@ class InputRecord(BaseModel):
     id: str | None = None
     commit: str | None = None
     files: list[FileRecord]
+    fingerprint: FingerprintRecord | None = None
 
 
 def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
@@ -214,3 +225,13 @@ def read_report(folder: Path) -> ReportData:
         raise CheckpointError(
             f"{path.name}: {where}: {first['msg']} (this version reads schema {SCHEMA_VERSION})"
         ) from cause
+
+
+def merged_into(folder: Path) -> list[str]:
+    """Names of the adapters that a model already holds, where qmerge made it."""
+    if not (folder / NAME).is_file():
+        return []
+    try:
+        return [record.name for record in read_report(folder).inputs if record.role == "adapter"]
+    except CheckpointError:  # of another version: a report is no part of a base
+        return []

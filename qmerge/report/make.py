@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qmerge import advice
+from qmerge import advice, trained_base
 from qmerge.adapters._interference import PairSums, cosine, over_modules, sign_conflict
 from qmerge.metrics._totals import Sums, over_weights, values_of
 from qmerge.outlook import Outlook, input_warnings, rounding_name
@@ -80,6 +80,7 @@ def make_report(
         promoted=sorted(plan.promoted),
         interference=pairs,
         warnings=input_warnings(plan)
+        + trained_base.warnings(plan, predicted)
         + advice.clipped(values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged))
         + advice.fighting(pairs, plan.recipe.combine)
         + advice.onto(plan.recipe.merge_onto, outlook.original_gap)

@@ -9,12 +9,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qmerge import advice, candidates
+from qmerge import advice, candidates, provenance, trained_base
 from qmerge.adapters._combined import CombinedUpdate
 from qmerge.adapters._interference import from_factors
 from qmerge.budget import make_bench
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.reader import Reader
+from qmerge.checkpoint.scan import Checkpoint
+from qmerge.hub import Source
 from qmerge.inputs import Inputs, read_inputs
 from qmerge.planning import Plan, plan_from
 from qmerge.predict import Survival, predict
@@ -34,19 +36,21 @@ def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             recipe, why = candidates.resolved(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
         pairs = meeting(plan)
+        bench = make_bench(plan, reader)
+        trained_base.check(plan, bench)
         described: dict[str, Any] = {
-            "base": describe_base(inputs),
+            "base": describe_base(inputs.base_source, inputs.base),
             "adapter": describe_adapter(inputs),
             "interference": [pair.model_dump() for pair in pairs],
             "targets": targets,
             "target": recipe.target if target_given else None,
             "why": why,
-            "warnings": advice.fighting(pairs, recipe.combine),
+            "warnings": provenance.warnings(inputs, recipe) + advice.fighting(pairs, recipe.combine),
         }
         if target_given:
-            predicted = predict(plan, make_bench(plan, reader))
+            predicted = predict(plan, bench)
             described |= describe_plan(plan, predicted)
-            described["warnings"] += advice.warnings(predicted, predicted=True)
+            described["warnings"] += trained_base.warnings(plan, predicted) + advice.warnings(predicted, predicted=True)
         return described
 
 
@@ -66,12 +70,12 @@ def describe_target(found: candidates.Candidate) -> dict[str, Any]:
     }
 
 
-def describe_base(inputs: Inputs) -> dict[str, Any]:
+def describe_base(source: Source, base: Checkpoint) -> dict[str, Any]:
     return {
-        "name": inputs.base_source.name,
-        "commit": inputs.base_source.commit,
-        "formats": inputs.base.formats(),
-        "bytes": sum(weight.nbytes for weight in inputs.base.weights.values()),
+        "name": source.name,
+        "commit": source.commit,
+        "formats": base.formats(),
+        "bytes": sum(weight.nbytes for weight in base.weights.values()),
     }
 
 

@@ -111,8 +111,12 @@ def test_pissa_of_conv1d(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora", "gaussian"])
-def test_plain_products_would_be_another_model(made: Callable[[str], Made], tmp_path: Path, name: str) -> None:
-    """The control: the same tensors with init_lora_weights true are B·A on the base as it is."""
+def test_plain_products_would_be_another_model(
+    made: Callable[[str], Made], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: the same tensors with init_lora_weights true are B·A on the base as it is. (The numbers give them away:
+    that is looked at elsewhere.)"""
+    monkeypatch.setattr("qmerge.trained_base.check", lambda plan, bench: None)
     found = made(name)
     plain = shutil.copytree(found.adapter, tmp_path / "plain")
     models.edit_json(plain / "adapter_config.json", init_lora_weights=True)

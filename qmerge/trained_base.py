@@ -1,0 +1,207 @@
+"""Was the adapter trained on these weights? What its deltas themselves say, whatever its config does.
+
+    cos(D, W)            D = s B A, W the base. A plain LoRA's is about 1/√n for n entries, 0.02 at most in trained ones.
+                         PiSSA, OLoRA and CorDA (ipm) begin with a part of W in B A, and train on W without it: 0.2 to 0.8.
+    cos(D, W − NF4(W))   0.01 at most in plain ones. LoftQ begins with the best fit to this error: 0.17 to 0.6.
+
+Measured on a trained Llama of 3.7 million parameters, with peft's own initialisations of rank 4 to 16. What was taken out
+of X is a part of it, so ⟨D, X⟩ / ‖D‖² is about 1 where X still holds it, and 0 where it is gone: a delta much smaller than
+its projection is none, however well it is aligned, as one that makes a layer louder. A negative cosine (weight decay) is
+none. Methods: PiSSA, arXiv 2404.02948; OLoRA, 2406.01775; LoftQ, 2310.08659.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmerge import advice, plugins
+from qmerge.adapters._combined import CombinedUpdate
+from qmerge.adapters._updates import LoraUpdate
+from qmerge.adapters.lora import is_embedding
+from qmerge.errors import AdapterError
+from qmerge.pipeline import Bench, open_weight
+from qmerge.planning import Plan
+from qmerge.predict import Survival, row_groups
+from qmerge.types import Rows, Step, Update
+
+MODULES, ENTRIES = 4, 2**18
+"""Weights of each adapter that are looked at, those with the largest delta; values in each of some groups of rows."""
+
+RELATED, DEVIATIONS = 0.1, 6.0
+"""A cosine above both the first, and so many standard deviations of what chance gives (1/√n), is none of chance."""
+
+BASE_SHARES, ERROR_SHARES = (0.5, 2.0), (0.1, 2.0)
+"""Between these lies ⟨D, X⟩ / ‖D‖² of what was taken out of X: training adds to D, and LoftQ's later steps (0.3 measured)."""
+
+ORTHONORMAL = 0.5
+"""‖BᵀB − 1‖ / √R below which B is OLoRA's."""
+
+LARGE = 0.3
+"""A delta of this size, against its weight, is warned about: 0.003 to 0.08 is usual."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One LoRA against its weight. Cosines are None for a delta of zero, ``to_error`` also where the weights that are merged
+    onto are quantized themselves. ``base_share`` and ``error_share`` are ⟨D, X⟩ / ‖D‖²: 1 where X holds what D began as."""
+
+    module: str
+    entries: int
+    relative_size: float | None
+    to_base: float | None
+    base_share: float | None
+    to_error: float | None
+    error_share: float | None
+
+    @property
+    def holds_base(self) -> bool:
+        return self._related(self.to_base, self.base_share, BASE_SHARES)
+
+    @property
+    def holds_error(self) -> bool:
+        return self._related(self.to_error, self.error_share, ERROR_SHARES)
+
+    def _related(self, cosine: float | None, share: float | None, bounds: tuple[float, float]) -> bool:
+        if cosine is None or share is None:
+            return False
+        return cosine > max(RELATED, DEVIATIONS / math.sqrt(self.entries)) and bounds[0] <= share <= bounds[1]
+
+
+def check(plan: Plan, bench: Bench) -> None:
+    """Look at some weights of every adapter.
+
+    Raises:
+        AdapterError: most of them say that it was trained on other weights.
+    """
+    for found in look(plan, bench):
+        problem = verdict(found, plan.recipe.merge_onto)
+        if problem:
+            raise AdapterError(problem)
+
+
+def look(plan: Plan, bench: Bench) -> list[list[Alignment]]:
+    """Of every adapter that is plain LoRA, a few weights; at most a million values of each are read."""
+    by_adapter: dict[int, list[tuple[Step, LoraUpdate]]] = {}
+    for step in plan.merged:
+        for place, lora in loras(step.update):
+            if step.weight.local == "weight" and len(step.weight.shape) == 2 and not is_embedding(step.name):
+                by_adapter.setdefault(place, []).append((step, lora))
+    found = []
+    for pairs in by_adapter.values():
+        largest = sorted(pairs, key=lambda pair: -rms(pair[1]))[:MODULES]
+        found.append([alignment(step, lora, bench) for step, lora in largest])
+    return found
+
+
+def loras(update: Update | None) -> Iterator[tuple[int, LoraUpdate]]:
+    """The plain LoRAs that an update is made of, each with the place of its adapter in the run."""
+    if isinstance(update, LoraUpdate):
+        yield 0, update
+    elif isinstance(update, CombinedUpdate):
+        for place, part in zip(update.settings.positions, update.updates, strict=True):
+            if isinstance(part, LoraUpdate):
+                yield place, part
+
+
+def rms(lora: LoraUpdate) -> float:
+    return math.sqrt(float(lora.row_norms().double().square().sum()) / math.prod(lora.shape))
+
+
+def alignment(step: Step, lora: LoraUpdate, bench: Bench) -> Alignment:
+    """Exact over the rows that are looked at."""
+    weight = step.original or step.weight
+    source, here = open_weight(weight, step, bench), lora.to(bench.device)
+    dense = bool(plugins.form(weight.format).dense_dtype) and (not step.trained_on or step.onto_original)
+    sums = torch.zeros(5, dtype=torch.float64)  # ‖D‖², ‖W‖², ⟨D, W⟩, ‖E‖², ⟨D, E⟩
+    entries = 0
+    for rows in row_groups(step, min(ENTRIES, bench.block_entries)):
+        base_OI = source.values(rows)
+        delta_OI = here.apply(torch.zeros_like(base_OI), rows)
+        error_OI = base_OI - nf4(base_OI, rows, bench) if dense else torch.zeros_like(base_OI)
+        pairs = (
+            (delta_OI, delta_OI),
+            (base_OI, base_OI),
+            (delta_OI, base_OI),
+            (error_OI, error_OI),
+            (delta_OI, error_OI),
+        )
+        sums += torch.tensor([float(torch.linalg.vecdot(a, b).double().sum()) for a, b in pairs], dtype=torch.float64)
+        entries += base_OI.numel()
+    delta, base, to_base, error, to_error = sums.tolist()
+    return Alignment(
+        step.label, entries, math.sqrt(delta / base) if base else None,
+        cosine(to_base, delta, base), to_base / delta - left_by_olora(lora) if delta else None,
+        cosine(to_error, delta, error), to_error / delta if delta and error else None,
+    )  # fmt: skip
+
+
+def left_by_olora(lora: LoraUpdate) -> float:
+    """⟨D, W⟩ / ‖D‖² on the very base that OLoRA trained on: with W = Q R it takes s Q₁R₁ out (peft 0.21, ``olora_init``),
+    and leaves (1 − s) Q₁R₁ = (1/s − 1) D. Its B is Q₁, with orthonormal columns; 0 for all others."""
+    gram_RR = lora.B_OR.T @ lora.B_OR
+    one_RR = torch.eye(lora.rank, device=gram_RR.device)
+    olora = float((gram_RR - one_RR).norm()) < ORTHONORMAL * math.sqrt(lora.rank)
+    return 1 / lora.scale - 1 if olora and lora.scale else 0.0
+
+
+def cosine(product: float, one: float, other: float) -> float | None:
+    return product / math.sqrt(one * other) if one and other else None
+
+
+def nf4(base_OI: Tensor, rows: Rows, bench: Bench) -> Tensor:
+    """What bitsandbytes' NF4 makes of some rows: blocks of 64, which LoftQ has."""
+    form = plugins.form("nf4")
+    options = form.options({}, None, "F32")
+    grid = form.grid(form.scales(base_OI, options), (len(rows), base_OI.shape[1]), options)
+    return grid.decode(grid.nearest(base_OI))
+
+
+def verdict(found: Sequence[Alignment], merge_onto: str) -> str | None:
+    """What is wrong, where more than half of the weights say so; None where nothing is."""
+    holding = [a for a in found if a.holds_base]
+    if 2 * len(holding) > len(found):
+        return (
+            f"the adapter was trained on other weights than these: its delta lies along the base's own weights (cosine "
+            f"{cosines([a.to_base for a in holding])} in {holding[0].module}{more(holding)}; a plain LoRA's is under 0.02), "
+            f"as when PiSSA, OLoRA or CorDA took it out of the base before training. Merged here, that part would be there "
+            f"twice. Give the residual model that it was trained on as --base; or save the adapter converted (peft: "
+            f"path_initial_model_for_weight_conversion; LLaMA-Factory: the folder pissa_converted). "
+            f"Where it was plain PiSSA or OLoRA, "
+            f'init_lora_weights: "pissa" or "olora" in adapter_config.json has the start repeated.'
+        )
+    holding = [a for a in found if a.holds_error]
+    if 2 * len(holding) > len(found):
+        way = (
+            "Merge onto the quantized weights: leave --merge-onto original out."
+            if merge_onto == "original"
+            else "Give the quantized model that it was trained on as --base; or, where LoftQ took one step (loftq_iter=1), "
+            "pass --trained-on nf4."
+        )
+        return (
+            f"the adapter corrects a quantization error that this base has not: its delta lies along W − NF4(W) (cosine "
+            f"{cosines([a.to_error for a in holding])} in {holding[0].module}{more(holding)}; a plain LoRA's is under 0.02), "
+            f"as LoftQ begins, or as where it is merged into this base already. Merged here, the correction would be an "
+            f"error. {way}"
+        )
+    return None
+
+
+def cosines(values: Sequence[float | None]) -> str:
+    known = [f"{value:.2f}" for value in values if value is not None]
+    return known[0] if len(set(known)) == 1 else f"{min(known)} to {max(known)}"
+
+
+def more(found: Sequence[Alignment]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+
+
+def warnings(plan: Plan, predicted: Sequence[Survival]) -> list[str]:
+    """LoRA deltas that are too large to be fine-tuning."""
+    linear = {step.label for step in plan.merged if any(loras(step.update)) and not is_embedding(step.name)}
+    large = [s for s in predicted if s.module in linear and (s.relative_size or 0.0) > LARGE]
+    return [advice.oversized(large)] if large else []
