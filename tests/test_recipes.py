@@ -24,8 +24,15 @@ BASES: dict[str, str] = {
     "fp16-base-trained-on-nf4": "dense",
     "nf4-to-gptq": "nf4",
     "gptq-to-gptq": "gptq",
+    "two-adapters": "nf4",
 }
 """Recipe → the fixture that is its kind of base."""
+
+
+def adapters(name: str, lora: Path) -> list[object]:
+    """As many as the recipe has."""
+    asked = read_recipe(RECIPES / f"{name}.yaml")["adapter"]
+    return [part for _ in range(len(asked) if isinstance(asked, list) else 1) for part in ("--adapter", lora)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def test_every_recipe_has_a_base_here() -> None:
 def test_runs_and_loads(name: str, request: pytest.FixtureRequest, lora: Path, tmp_path: Path, cli: Cli) -> None:
     base, out, path = request.getfixturevalue(BASES[name]), tmp_path / "out", RECIPES / f"{name}.yaml"
     # A random delta is of no typical size: whether enough is kept is not what is tested here.
-    ran = cli("run", path, "--base", base, "--adapter", lora, "--out", out, "--min-kept", -1)
+    ran = cli("run", path, "--base", base, *adapters(name, lora), "--out", out, "--min-kept", -1)
     assert ran.code == 0, ran.err
     asked, report = read_recipe(path), read_report(out)
     assert report.recipe["target"] == asked["target"]
@@ -64,7 +71,7 @@ def test_the_recipe_in_the_output_does_the_same_again(
 ) -> None:
     base, first, second = request.getfixturevalue(BASES[name]), tmp_path / "first", tmp_path / "second"
     path = RECIPES / f"{name}.yaml"
-    assert cli("run", path, "--base", base, "--adapter", lora, "--out", first, "--min-kept", -1).code == 0
+    assert cli("run", path, "--base", base, *adapters(name, lora), "--out", first, "--min-kept", -1).code == 0
     assert cli("run", first / "qmerge_recipe.yaml", "--out", second).code == 0
     assert hashes(first) == hashes(second)
 
