@@ -41,6 +41,10 @@ class AdapterError(InputError):
     pass
 
 
+class NeedsBaseError(AdapterError):
+    """An adapter that only its base explains, where there is none."""
+
+
 class NumbersError(QmergeError):
     exit_code = 4
 

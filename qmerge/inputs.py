@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge import hub
-from qmerge.adapters._chain import chained, check_order
+from qmerge.adapters._chain import chained, check_new, check_order
 from qmerge.adapters._combined import combined
 from qmerge.adapters._folder import Adapter, config_file, read_adapter
 from qmerge.adapters._named import find
@@ -25,13 +25,14 @@ from qmerge.report.json import merged_into
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the recipe's inputs are, and what their headers say."""
+    """Where the recipe's inputs are, and what their headers say. ``adapter``: what all ``adapters`` do together."""
 
     base_source: hub.Source
     adapter_sources: tuple[hub.Source, ...]
     base: Checkpoint
     names: Names
     adapter: Adapter
+    adapters: tuple[Adapter, ...]
     original_source: hub.Source | None = None
     original: Checkpoint | None = None
 
@@ -57,11 +58,12 @@ def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -
     """What the recipe's adapters do together.
 
     Args:
-        held: names of adapters that the base holds already.
+        held: SHA-256 of the files of adapters that the base holds already.
 
     Raises:
         AdapterError, RecipeError: they cannot be combined, or one was trained on another that is not given.
     """
+    check_new(adapters, held)
     if recipe.combine == CHAIN:
         return chained(adapters, held)
     weights = [weight for _, weight in recipe.adapters]
@@ -82,10 +84,9 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base = checkpoint(base_source.folder, reader, ranges)
     original = checkpoint(original_source.folder, reader, ranges) if original_source else None
     names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
-    adapters = [read_adapter(s.folder, reader, s.adapter, names) for s in sources]
-    return Inputs(
-        base_source, sources, base, names, as_one(recipe, adapters, merged_into(base.folder)), original_source, original
-    )
+    adapters = tuple(read_adapter(s.folder, reader, s.adapter, names) for s in sources)
+    adapter = as_one(recipe, adapters, merged_into(base.folder))
+    return Inputs(base_source, sources, base, names, adapter, adapters, original_source, original)
 
 
 def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:

@@ -48,10 +48,11 @@ class Modules:
             return same or not self.target.quant_method or self.target.accepts(weight.shape)
         matrix = weight.local == "weight" and len(weight.shape) == 2 and plugins.form(weight.format).dense_dtype
         wanted = self.target.quant_method or self.simulates
-        if not (matrix and wanted and self._quantizes_dense):
+        if not (matrix and wanted):
             return False
-        expert = self.target.single_experts and self._is_single_expert(weight)
-        return expert or self._module(weight) in self._skeleton.quantizable
+        if self.target.single_experts and self._is_single_expert(weight):
+            return self.target.name not in self.inputs.base.formats()
+        return self._quantizes_dense and self._module(weight) in self._skeleton.quantizable
 
     def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> Layout:
         """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
@@ -126,7 +127,7 @@ class Modules:
         return self.inputs.base.config.get("model_type") in UNCONVERTED
 
     def _check_experts(self, steps: tuple[Step, ...]) -> None:
-        if self.target.quant_method != "compressed-tensors":
+        if self.target.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         dense = [s for s in steps if s.target != self.target.name and self._is_single_expert(s.weight)]
         if dense:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qmerge import advice, plugins, provenance, texts, trained_base
+from qmerge.adapters._updates import needs_dense
 from qmerge.checkpoint import folder
 from qmerge.errors import CheckpointError
 from qmerge.generation import generated_tokens
@@ -71,7 +72,10 @@ def look_ahead(plan: Plan, bench: Bench, tell: Tell = lambda line: None) -> tupl
     trained_base.check(plan, bench)
     predicted = predict(plan, bench)
     plan, reason = settled(plan, predicted)
-    gap = original_gap(plan, predicted, bench)
+    repeats = any(
+        needs_dense(step.update) for step in plan.merged if step.update
+    )  # then the original is what was trained on
+    gap = None if repeats else original_gap(plan, predicted, bench)
     notes: list[str] = []
     batches, record = None, None
     if any(step.rounding == "preserve" for step in plan.rounded):

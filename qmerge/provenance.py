@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmerge import plugins
+from qmerge.adapters._chain import is_held
 from qmerge.adapters._folder import CONFIG, config_file
 from qmerge.checkpoint.scan import Checkpoint, read_json
 from qmerge.errors import AdapterError
 from qmerge.hub import Source
 from qmerge.inputs import Inputs
 from qmerge.provenance_names import Origin, marks_of, origin_of, same_model
-from qmerge.recipe import Recipe
+from qmerge.recipe import CHAIN, Recipe
 from qmerge.report.json import merged_into
 
 Verdict = Literal["fits", "differs", "unknown"]
@@ -45,7 +46,8 @@ FAMILY = re.compile(r"transformers\.models\.(\w+)\.")
 @dataclass(frozen=True)
 class Given:
     """The base that is given, and what the run does with it. ``formats``: the quantized ones that its weights are stored
-    in; ``adapters``: folders of all adapters of the run."""
+    in; ``adapters``: folders of all adapters of the run; ``in_order``: each is applied to what those before
+    it made."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Given:
     trained_on: str | None = None
     merge_onto: str = "dequantized"
     adapters: tuple[Path, ...] = ()
+    in_order: bool = False
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ def given(source: Source, base: Checkpoint, recipe: Recipe, adapters: Sequence[S
     quantized = frozenset(name for name in base.formats() if plugins.form(name).quant_method)
     return Given(
         source.folder, base.config, quantized, source.id, source.commit, recipe.revision, recipe.trained_on,
-        recipe.merge_onto, tuple(adapter.folder for adapter in adapters),
+        recipe.merge_onto, tuple(adapter.folder for adapter in adapters), recipe.combine == CHAIN,
     )  # fmt: skip
 
 
@@ -118,14 +121,14 @@ def chain(said: Origin, base: Given) -> Remark | None:
     first = Path(said.text).expanduser()
     if not said.text or not (first / CONFIG).is_file():
         return None
-    if first.resolve() in base.adapters:
-        return Remark("base", said.text, "an adapter of this run", "unknown")
-    if first.resolve().name in merged_into(base.folder):
+    if first.resolve() in base.adapters and base.in_order:
+        return Remark("base", said.text, "an adapter of this run", "fits")
+    if is_held(first, merged_into(base.folder)):
         return Remark("base", said.text, f"{base.name}, which that adapter is merged into", "fits")
     return Remark(
         "base", said.text, base.name, "differs",
-        f"the adapter was trained on top of another one ({said.text}), not on a plain base: merged without it, all that the "
-        f"first one learned is missing, and this one corrects what is not there. Give both in order, with --combine chain",
+        f"the adapter was trained on top of another one ({said.text}), not on a plain base: merged otherwise, it "
+        f"corrects what is not there. Give both in order, with --combine chain",
     )  # fmt: skip
 
 

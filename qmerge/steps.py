@@ -20,7 +20,7 @@ from qmerge.formats._base import Format, NoOptions
 from qmerge.inputs import Inputs
 from qmerge.modules import Modules
 from qmerge.recipe import Recipe
-from qmerge.types import Action, Options, Replacement, Step, TensorSpec, Update, Weight
+from qmerge.types import Action, Options, Replacement, Step, TensorSpec, Update, Weight, as_matrix
 
 DENSE = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The model's own dtype → the format of promoted weights: transformers does not cast what a quantized checkpoint holds."""
@@ -131,8 +131,7 @@ class StepMaker:
             if tuple(values.shape) != weight.shape and not (resizable and tuple(values.shape[1:]) == weight.shape[1:]):
                 raise _misfit(weight, tuple(values.shape))
             return change
-        rows = weight.shape[0] if len(weight.shape) > 1 else 1
-        worked = (rows, weight.numel // max(1, rows))
+        worked = as_matrix(weight.shape)
         change = fitted(change, worked)
         shapes = [change.shape, change.shape[::-1]] if self._is_dense_conv1d(weight, change) else [change.shape]
         if not any(all(b in (a, -1) for a, b in zip(worked, shape, strict=False)) for shape in shapes):

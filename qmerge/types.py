@@ -213,8 +213,7 @@ class Step:
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I) of the values as they are worked on; a vector is one row."""
-        shape = self.weight.shape
-        rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        rows, columns = as_matrix(self.weight.shape)
         return (columns, rows) if self.conv1d and self.source_is_dense else (rows, columns)
 
     @property
@@ -268,6 +267,11 @@ class Comparison:
     @cached_property
     def change_change(self) -> float:
         return dot(self.change_OI, self.change_OI)
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) that a weight is worked on as: stacks and convolutions by their first axis, a vector as one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def dot(a_OI: Tensor, b_OI: Tensor) -> float:

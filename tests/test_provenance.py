@@ -193,7 +193,9 @@ def test_chain(lora: Path, dense: Path, tmp_path: Path) -> None:
     config = {"base_model_name_or_path": str(lora)}
     found = of_chain(config, Given(dense, LLAMA))
     assert found.verdict == "differs" and "--combine chain" in found.warning
-    assert not of_chain(config, Given(dense, LLAMA, adapters=(lora.resolve(),))).warning  # both in the run
+    both = Given(dense, LLAMA, adapters=(lora.resolve(),), in_order=True)
+    assert not of_chain(config, both).warning
+    assert of_chain(config, replace(both, in_order=False)).warning  # ties of the two, say
     assert not of_chain({"base_model_name_or_path": str(dense)}, Given(dense, LLAMA)).warning  # a model, no adapter
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters._combined import changes_of, check_shapes, joined, known_shape, stacked
-from qmerge.adapters._folder import CONFIG, Adapter
+from qmerge.adapters._folder import CONFIG, TENSORS, Adapter
 from qmerge.adapters._updates import LoraUpdate, TokenRowsUpdate
 from qmerge.adapters.lora import is_embedding
 from qmerge.checkpoint.scan import read_json
+from qmerge.checkpoint.writer import hash_file
 from qmerge.errors import AdapterError
 from qmerge.types import Replacement, Rows, Update
 
@@ -64,7 +65,7 @@ def chained(adapters: Sequence[Adapter], held: Collection[str] = ()) -> Adapter:
     """One adapter that does to every weight what all of them do, in order.
 
     Args:
-        held: names of adapters that the base holds already.
+        held: SHA-256 of the files of adapters that the base holds already.
 
     Raises:
         AdapterError: shapes or options that disagree, or an order that is not the one they were trained in.
@@ -128,7 +129,7 @@ def check_order(adapters: Sequence[Adapter], held: Collection[str] = ()) -> None
         before = trained_on(adapter.folder)
         if (
             before is not None
-            and before.name not in held
+            and not is_held(before, held)
             and before not in folders[:place]
             and (place == 0 or before in folders[place:])
         ):
@@ -138,6 +139,20 @@ def check_order(adapters: Sequence[Adapter], held: Collection[str] = ()) -> None
                 f"{CONFIG}), which does not stand before it: {order} --combine chain. If --base holds it already, say so "
                 f"there: base_model_name_or_path is then that base"
             )
+
+
+def check_new(adapters: Sequence[Adapter], held: Collection[str]) -> None:
+    """Raise AdapterError for an adapter that the base holds already."""
+    for adapter in adapters:
+        if is_held(adapter.folder, held):
+            raise AdapterError(
+                f"{adapter.folder} is merged into this base already, says its qmerge.json: give the base without it (to have it "
+                f"twice, there: --adapter {adapter.folder}=2)"
+            )
+
+
+def is_held(folder: Path, held: Collection[str]) -> bool:
+    return bool(held) and (folder / TENSORS).is_file() and hash_file(folder / TENSORS) in held
 
 
 def trained_on(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.adapters._experts import StackUpdate
 from qmerge.adapters._folder import Adapter
-from qmerge.adapters._updates import AddUpdate, LoraUpdate, fitted
+from qmerge.adapters._updates import AddUpdate, LoraUpdate
 from qmerge.adapters.lora import is_embedding
 from qmerge.combine._common import Settings
 from qmerge.errors import AdapterError, RecipeError, listed
@@ -48,13 +48,6 @@ class CombinedUpdate:
     @property
     def shape(self) -> tuple[int, int]:
         return known_shape(self.updates)
-
-    @property
-    def needs_dense(self) -> str:
-        return next((why for update in self.updates if (why := getattr(update, "needs_dense", ""))), "")
-
-    def fitted(self, shape: tuple[int, int]) -> CombinedUpdate:
-        return replace(self, updates=tuple(fitted(update, shape) for update in self.updates))
 
     def to(self, device: torch.device) -> CombinedUpdate:
         return replace(self, updates=tuple(update.to(device) for update in self.updates))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmerge.adapters._updates import LoraUpdate
 from qmerge.checkpoint.names import Names
-from qmerge.errors import AdapterError, listed
+from qmerge.errors import AdapterError, NeedsBaseError, listed
 from qmerge.types import Rows
 
 LAYOUT = "lora_B_layout"
@@ -87,13 +87,30 @@ def targeted(module: str, config: Mapping[str, Any], names: Names | None) -> Par
     if not targets:
         return None
     if names is None:
-        raise AdapterError(
+        raise NeedsBaseError(
             f"adapter_config.json has target_parameters={listed(targets)}: which LoRA belongs to which of them, and how many "
             f"experts there are, only the base tells"
         )
     name = names.targeted(module, targets)
+    if name == module and module.endswith(".base_layer"):
+        raise AdapterError(
+            f"{module}: adapter_config.json's target_parameters ({listed(targets)}) name fewer of the base's parameters than "
+            f"there are LoRAs: is one misspelt, or is it another base?"
+        )
     places = names.disk_of(name) if name != module else None
     return Parameter(name, places[0].shape, names.is_transposed(name)) if places else None
+
+
+def check_complete(found: Mapping[str, Parameter], config: Mapping[str, Any], names: Names | None) -> None:
+    """Raise AdapterError where a targeted parameter has no LoRA beside another one of its module that has. ``found``: by the
+    name of the module, as the adapter has it."""
+    if names is None:
+        return
+    known = {parameter.name for parameter in found.values()}
+    for module in {module.replace(".base_layer", "") for module in found}:
+        missing = [name for name in names.targeted_in(module, config["target_parameters"]) if name not in known]
+        if missing:
+            raise AdapterError(f"{missing[0]} is one of target_parameters, but has no LoRA: the adapter is incomplete")
 
 
 def stacked(

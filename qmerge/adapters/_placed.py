@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters._experts import StackUpdate
-from qmerge.adapters._updates import LoraUpdate
+from qmerge.adapters._updates import LoraUpdate, fitted
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.traced import Place
 from qmerge.errors import AdapterError, listed
-from qmerge.types import Replacement, Update
+from qmerge.types import Replacement, Update, as_matrix
 
 Found: TypeAlias = dict[str, tuple[Update | Replacement, list[str]]]
 """Name of a weight → what is done to it, and the tensors of the adapter that say so."""
@@ -35,7 +35,8 @@ def placed(found: Found, names: Names) -> Found:
     for name, (change, tensors) in found.items():
         places = None if name in names.disk and not isinstance(change, StackUpdate) else names.disk_of(name)
         if not places or _is_whole(places, names.disk):
-            _put(result, places[0].weight if places else name, _on_disk(change, places), tensors)
+            place_name = places[0].weight if places else name
+            _put(result, place_name, _on_disk(change, places, names.disk.get(place_name)), tensors)
         elif isinstance(change, Replacement):
             for place in places:
                 _put(result, place.weight, _cut_out(change, place, names.disk), tensors)
@@ -58,11 +59,13 @@ def _put(result: Found, name: str, change: Update | Replacement, tensors: list[s
     result[name] = (change, tensors)
 
 
-def _on_disk(change: Update | Replacement, places: tuple[Place, ...] | None) -> Update | Replacement:
-    """A stack of one matrix is that matrix, where it is no stack on disk."""
+def _on_disk(
+    change: Update | Replacement, places: tuple[Place, ...] | None, shape: tuple[int, ...] | None
+) -> Update | Replacement:  # fmt: skip
+    """A stack of one matrix is that matrix, where it is no stack on disk; what depends on the width of the weight is settled."""
     if isinstance(change, StackUpdate) and places and len(places[0].disk_region) == 2:
         return change.experts[0]
-    return change
+    return change if isinstance(change, Replacement) or shape is None else fitted(change, as_matrix(shape))
 
 
 def _loras(name: str, change: Update | Replacement, place: Place) -> dict[int | None, LoraUpdate]:

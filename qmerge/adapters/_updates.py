@@ -68,9 +68,15 @@ def fitted(update: Update, shape: tuple[int, int]) -> Update:
     return update.fitted(shape) if hasattr(update, "fitted") else update
 
 
+def needs_dense(update: Update) -> str:
+    """Why an update, or a part of it, is merged onto 16- or 32-bit values only; empty where it is not so."""
+    parts: tuple[Update, ...] = getattr(update, "updates", ())
+    return getattr(update, "needs_dense", "") or next((why for part in parts if (why := needs_dense(part))), "")
+
+
 def refuse_quantized(name: str, update: Update) -> None:
     """Raise AdapterError for an update that is right on the very values that training began with, and no others."""
-    why = getattr(update, "needs_dense", "")
+    why = needs_dense(update)
     if why:
         raise AdapterError(
             f"{name} is quantized where the adapter is merged: {why}. Give the 16-bit model that it was trained on as "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters import _inits, _variants
-from qmerge.adapters._experts import Parameter, stacked, targeted
+from qmerge.adapters._experts import Parameter, check_complete, stacked, targeted
 from qmerge.adapters._placed import Found
 from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.names import Names
@@ -64,6 +64,7 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Nam
             f"adapter_config.json has target_parameters={listed(config['target_parameters'])}, but no LoRA in the file belongs to "
             f"one of the base's. Is this the base that the adapter was trained on?"
         )
+    check_complete(targets, config, names)
     for module, own in parts.items():
         if module in targets:
             place(found, *of_parameter(targets[module], own, config, tensors))

@@ -77,10 +77,14 @@ class Names:
         module, depth = key, 0
         while module.endswith(".base_layer"):
             module, depth = module.removesuffix(".base_layer"), depth + 1
+        chosen = self.targeted_in(module, target_parameters)
+        return chosen[-1 - depth] if depth < len(chosen) else key
+
+    def targeted_in(self, module: str, target_parameters: Iterable[str]) -> list[str]:
+        """The targeted parameters that a module itself declares, in that order."""
         wanted = tuple(target_parameters)
         owned = self._loading.parameters_in(module) if self._loading and wanted else []
-        chosen = [name for name in owned if any(f".{name}".endswith(f".{target}") for target in wanted)]
-        return chosen[-1 - depth] if depth < len(chosen) else key
+        return [name for name in owned if any(f".{name}".endswith(f".{target}") for target in wanted)]
 
     def is_transposed(self, parameter: str) -> bool:
         """Whether transformers says that a stack of experts is [E, I, O] (gpt-oss)."""

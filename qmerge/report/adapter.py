@@ -24,7 +24,7 @@ from qmerge.advice import percent
 from qmerge.budget import make_bench
 from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import read_json, scan
-from qmerge.errors import AdapterError, CheckpointError, QmergeError
+from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
 from qmerge.inputs import read_inputs
 from qmerge.planning import plan_from
 from qmerge.recipe import Recipe, make_recipe
@@ -71,6 +71,8 @@ def describe(source: hub.Source, base: str | None = None, base_revision: str | N
     try:
         with Reader() as reader:
             return described | filled(read_adapter(source.folder, reader, source.adapter), config)
+    except NeedsBaseError as error:
+        return {**described, "suspicious": [f"{error}: give --base"]}
     except AdapterError as error:
         return {**described, "problem": str(error)}
 
@@ -93,7 +95,7 @@ def beside(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[
         base = scan(source.folder, reader)
         remarks = provenance.compare(config, provenance.given(source, base, recipe, [adapter]))
         found: dict[str, Any] = {
-            "base": {**describe_base(source, base), "fingerprint": fingerprint_record(base).model_dump()},
+            "base": {**describe_base(source, base), "fingerprint": fingerprint_record(base.folder).model_dump()},
             "comparison": [asdict(remark) for remark in remarks],
             "alignments": [],
         }

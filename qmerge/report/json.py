@@ -227,11 +227,12 @@ def read_report(folder: Path) -> ReportData:
         ) from cause
 
 
-def merged_into(folder: Path) -> list[str]:
-    """Names of the adapters that a model already holds, where qmerge made it."""
+def merged_into(folder: Path) -> set[str]:
+    """SHA-256 of the files of the adapters that a model already holds, where qmerge made it."""
     if not (folder / NAME).is_file():
-        return []
+        return set()
     try:
-        return [record.name for record in read_report(folder).inputs if record.role == "adapter"]
+        inputs = read_report(folder).inputs
     except CheckpointError:  # of another version: a report is no part of a base
-        return []
+        return set()
+    return {file.sha256 for record in inputs if record.role == "adapter" for file in record.files}

@@ -32,7 +32,7 @@ def describe(source: Source) -> dict[str, Any]:
     return {
         **describe_base(source, model),
         "architectures": model.config.get("architectures") or [],
-        "fingerprint": fingerprint_record(model).model_dump(),
+        "fingerprint": fingerprint_record(source.folder).model_dump(),
         "made_of": {role: made_of(record) for role, record in numbered(report.inputs)} if report else {},
     }
 

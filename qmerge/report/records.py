@@ -9,7 +9,7 @@ from qmerge import hub
 from qmerge.adapters._folder import CONFIG, TENSORS
 from qmerge.checkpoint.fingerprint import fingerprint
 from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.scan import Checkpoint
+from qmerge.checkpoint.scan import scan
 from qmerge.checkpoint.writer import hash_file
 from qmerge.inputs import Inputs
 from qmerge.report.json import FileRecord, FingerprintRecord, InputRecord
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
     """Base, adapters and original, in this order."""
     base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
-    roles: list[tuple[str, hub.Source, Checkpoint | None, list[Path]]] = [
-        ("base", inputs.base_source, inputs.base, base_files)
-    ]
+    roles: list[tuple[str, hub.Source, bool, list[Path]]] = [("base", inputs.base_source, True, base_files)]
     for source in inputs.adapter_sources:
-        roles.append(("adapter", source, None, [source.folder / TENSORS, source.folder / CONFIG]))
+        roles.append(("adapter", source, False, [source.folder / TENSORS, source.folder / CONFIG]))
     if inputs.original and inputs.original_source:
-        roles.append(("original", inputs.original_source, inputs.original, list(inputs.original.files)))
+        roles.append(("original", inputs.original_source, True, list(inputs.original.files)))
     watcher.stage("hashing inputs", sum(path.stat().st_size for *_, files in roles for path in files))
     return [
         InputRecord(
@@ -36,9 +34,9 @@ def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
             id=source.id,
             commit=source.commit,
             files=[file_record(path, watcher) for path in files],
-            fingerprint=fingerprint_record(checkpoint) if checkpoint else None,
+            fingerprint=fingerprint_record(source.folder) if is_model else None,
         )
-        for role, source, checkpoint, files in roles
+        for role, source, is_model, files in roles
     ]
 
 
@@ -49,7 +47,8 @@ def file_record(path: Path, watcher: Watcher) -> FileRecord:
     return record
 
 
-def fingerprint_record(checkpoint: Checkpoint) -> FingerprintRecord:
+def fingerprint_record(folder: Path) -> FingerprintRecord:
+    """Of what lies there, whatever a run makes of it (replicated layers)."""
     with Reader() as reader:
-        found = fingerprint(checkpoint, reader)
+        found = fingerprint(scan(folder, reader), reader)
     return FingerprintRecord(id=found.id, tensors=found.tensors, values=found.values, config=found.config)

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qmerge.adapters import _inits, lora
+from qmerge.checkpoint.reader import Reader
 from qmerge.errors import AdapterError
+from qmerge.planning import make_plan
+from qmerge.recipe import make_recipe
 
 from .. import models
 from ..conftest import Cli
@@ -190,6 +193,19 @@ def test_a_quantized_base_is_not_what_training_began_with(
     dense = stock.merged(tmp_path / "dense", found.base, found.adapter, "nf4")
     assert stock.distance(stock.values(dense)[Q], stock.values(direct)[Q]) < 0.15
     assert stock.distance(stock.values(nf4)[Q], stock.values(direct)[Q]) > 0.2, "the control"
+
+
+@pytest.mark.parametrize("combine", ["linear", "chain"])
+def test_nor_among_other_adapters(made: Callable[[str], Made], tmp_path: Path, combine: str) -> None:
+    found = made("pissa")
+    nf4 = quantized(found.base, tmp_path / "nf4")
+    other = models.adapter(models.llama(torch.float32), tmp_path / "other")
+    for adapters in ([other, found.adapter], [found.adapter, other]):
+        recipe = make_recipe(
+            {"base": str(nf4), "adapter": list(map(str, adapters)), "combine": combine, "target": "nf4"}
+        )
+        with Reader() as reader, pytest.raises(AdapterError, match="a quantized copy has others"):
+            make_plan(recipe, reader)
 
 
 def test_peft_starts_pissa_on_no_quantized_layer_and_requantizes_under_olora(

@@ -205,21 +205,22 @@ def test_on_bitsandbytes_layers_peft_trains_a_plain_lora(dense: Path, tmp_path: 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.parametrize(("combine", "weight"), [("linear", 0.5), ("chain", 1)])
 @pytest.mark.parametrize("name", ["qalora", "bdlora"])
 def test_two_adapters_of_which_one_is_a_variant(
-    made: Callable[[str], Made], tmp_path: Path, cli: Cli, name: str
+    made: Callable[[str], Made], tmp_path: Path, cli: Cli, name: str, combine: str, weight: float
 ) -> None:
     """Which of the two widths is right is settled for sums, too."""
     found = made(name)
     other = models.adapter(reload(found.base), tmp_path / "other", target_modules=["q_proj", "down_proj"])
-    ran = cli("--base", found.base, "--adapter", f"{found.adapter}=0.5", "--adapter", other, "--target", "fp32",
-              "--out", tmp_path / "out")  # fmt: skip
+    ran = cli("--base", found.base, "--adapter", f"{found.adapter}={weight}", "--adapter", other, "--target", "fp32",
+              "--combine", combine, "--out", tmp_path / "out")  # fmt: skip
     assert ran.code == 0, ran.err
     before, written = stock.tensors(found.base), stock.tensors(tmp_path / "out")
     alone = stock.tensors(stock.merged(tmp_path / "alone", found.base, found.adapter, "fp32"))
     theirs = stock.deltas(reload(found.base), other)
     for key, delta in theirs.items():
-        assert stock.distance(written[key] - before[key], 0.5 * (alone[key] - before[key]) + delta) < 1e-5, key
+        assert stock.distance(written[key] - before[key], weight * (alone[key] - before[key]) + delta) < 1e-5, key
 
 
 def test_a_truncated_base_is_dense(made: Callable[[str], Made], tmp_path: Path, cli: Cli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,8 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 from qmerge.errors import AdapterError, RecipeError
 from qmerge.extract import extract
 from qmerge.recipe import make_recipe
+from qmerge.report.json import read_report
+from qmerge.report.records import fingerprint_record
 from qmerge.run import merge
 
 from .. import models, test_names
@@ -306,6 +309,40 @@ def test_two_adapters_of_experts_are_one_delta(made: Any, tmp_path: Path, old: b
     assert stock.distance(answer(found, out), found.expected) > 1e-3, "the control"
 
 
+def test_half_an_adapter_of_experts_is_refused(made: Any, tmp_path: Path, cli: Cli) -> None:
+    found = made("mixtral")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = load_file(found.adapter / "adapter_model.safetensors")
+    config = json.loads((found.adapter / "adapter_config.json").read_text())
+    for wanted, targets, words in (
+        (lambda key: ".experts.base_layer." not in key, config["target_parameters"], "gate_up_proj is one of"),
+        (lambda key: True, ["experts.gate_up_prooj", "experts.down_proj"], "is one misspelt"),
+        (lambda key: ".experts." not in key, ["experts.gate_up_prooj"], "no LoRA in the file belongs to"),
+    ):
+        save_file({k: v for k, v in tensors.items() if wanted(k)}, adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": targets}))
+        ran = cli("--base", found.base, "--adapter", adapter, "--target", "fp32", "--out", tmp_path / "out")
+        assert isinstance(ran.error, AdapterError) and words in ran.err, ran.err
+        assert not (tmp_path / "out").exists()
+    described = cli("inspect", found.adapter)
+    assert described.code == 0 and "give --base" in described.err
+    beside = json.loads(cli("inspect", found.adapter, "--base", found.base, "--json").out)
+    assert beside["problem"] is None and beside["changes"]["LoRA"] > 2 * 12 * 3
+
+
+def test_experts_of_a_quantized_base_are_packed_too(made: Any, tmp_path: Path) -> None:
+    """bitsandbytes leaves stacked experts dense; w4a16 must not."""
+    pytest.importorskip("compressed_tensors")
+    found = made("mixtral")
+    nf4 = stock.merged(tmp_path / "nf4", found.base, found.adapter, "nf4")
+    (nf4 / "qmerge.json").unlink()  # it says that the adapter is in there already
+    out = stock.merged(tmp_path / "out", nf4, found.adapter, "w4a16", group_size=-1)
+    assert len([k for k in stock.tensors(out) if ".experts." in k and k.endswith("weight_packed")]) == 2 * 12 * 3
+    _, info = found.kind.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+
+
 # --- layers that are used several times ------------------------------------------------------------------------------
 
 
@@ -326,6 +363,8 @@ def test_replicated_layers_become_layers_of_their_own(tmp_path: Path, quantized:
     assert stock.distance(models.logits(model), expected) < BOUND
     one, other = (model.get_submodule(f"model.layers.{k}.mlp.up_proj").weight for k in (1, 2))
     assert not torch.equal(one, other), "the control: copies of one layer, each with a delta of its own"
+    fingerprints = [read_report(out).inputs[0].fingerprint, fingerprint_record(base)]
+    assert fingerprints[0] == fingerprints[1], "that of the base as it lies there"
     same = stock.merged(tmp_path / "nf4-out", base, tmp_path / "adapter", "nf4")
     assert not any(stock.loaded(same)[1].values())
 
