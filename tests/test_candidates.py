@@ -120,9 +120,11 @@ def test_how_far_the_original_is(cli: Cli, tmp_path: Path, onto: str, words: str
     original, base = tmp_path / "original", tmp_path / "base"
     minus = {**INPUTS, "adapter": f"{INPUTS['adapter']}=-1"}  # stands for a 16-bit model
     qmerge.merge(**minus, target="fp32", rounding="nearest", out=str(original), quiet=True)
+    (original / "qmerge.json").unlink()
     qmerge.merge(
         base=str(original), adapter=INPUTS["adapter"], target="nf4", rounding="nearest", out=str(base), quiet=True
     )
+    (base / "qmerge.json").unlink()  # it says that the adapter is in there
     ran = cli(
         "--base", base, "--adapter", INPUTS["adapter"], "--original", original, "--merge-onto", onto, "--target", "bf16",
         "--out", tmp_path / "out", *(() if onto == "original" else ("--rounding", "preserve", "--calibration", "none")),
