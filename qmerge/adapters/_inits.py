@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qmerge.adapters._updates import DoraUpdate, LoraUpdate, OfTheBase
+from qmerge.adapters._updates import Around, DoraUpdate, LoraUpdate
 from qmerge.errors import AdapterError
 from qmerge.types import Rows
 
@@ -111,25 +111,13 @@ STARTS: dict[Start, Callable[[Tensor, int, float], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class ChangedBaseUpdate(OfTheBase):
+class ChangedBaseUpdate(Around):
     """An update of the base as ``start`` left it. In float32 throughout, where peft rounds that base to the model's dtype."""
 
     start: Start
     update: LoraUpdate | DoraUpdate
 
     whole = True
-
-    @property
-    def rank(self) -> int:
-        return self.update.rank
-
-    @property
-    def scale(self) -> float:
-        return self.update.scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.update.shape
 
     @property
     def needs_dense(self) -> str:

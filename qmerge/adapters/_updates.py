@@ -187,16 +187,10 @@ class TokenRowsUpdate(OfTheBase):
         return merged_OI
 
 
-@dataclass(frozen=True)
-class OwnBaseUpdate(OfTheBase):
-    """An update of values that the adapter brings along (an embedding as it was when LoRA was put on it): float32 [O, I]."""
+class Around(OfTheBase):
+    """An update that is done to other values than the base's: rank, scale and shape are its own."""
 
-    base_OI: Tensor
     update: Update
-
-    @property
-    def whole(self) -> bool:
-        return self.update.whole
 
     @property
     def rank(self) -> int:
@@ -209,6 +203,18 @@ class OwnBaseUpdate(OfTheBase):
     @property
     def shape(self) -> tuple[int, int]:
         return self.update.shape
+
+
+@dataclass(frozen=True)
+class OwnBaseUpdate(Around):
+    """An update of values that the adapter brings along (an embedding as it was when LoRA was put on it): float32 [O, I]."""
+
+    base_OI: Tensor
+    update: Update
+
+    @property
+    def whole(self) -> bool:
+        return self.update.whole
 
     def to(self, device: torch.device) -> OwnBaseUpdate:
         return OwnBaseUpdate(self.base_OI.to(device), self.update.to(device))
