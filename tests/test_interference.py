@@ -168,6 +168,7 @@ def test_the_report_of_a_merge(two: Path, tmp_path: Path, cli: Cli) -> None:
     ]
     assert (found["cosine"], found["sign_conflict"]) == pytest.approx(by_numpy(*whole), abs=1e-5)
     assert f"a and b: cosine {found['cosine']:.2f}, opposite signs in" in ran.out
+    assert "adapters combined by linear," in (tmp_path / "out/README.md").read_text()
     for face in ("qmerge.html", "README.md"):
         assert "Between the adapters" in (tmp_path / "out" / face).read_text(), face
     again = cli(*arguments, "--target", "nf4", "--combine", "ties", "--rounding", "nearest", "--device", "cpu",
@@ -227,4 +228,5 @@ def test_one_adapter_has_no_such_section(two: Path, tmp_path: Path, cli: Cli) ->
         "--base", two / "base", "--adapter", two / "a", "--target", "bf16", "--out", tmp_path / "out", "--device", "cpu"
     )
     assert ran.code == 0 and json.loads((tmp_path / "out/qmerge.json").read_text())["interference"] == []
+    assert "combined" not in (tmp_path / "out/README.md").read_text()
     assert not [face for face in ("qmerge.html", "README.md") if "Between" in (tmp_path / "out" / face).read_text()]

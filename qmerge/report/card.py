@@ -10,6 +10,7 @@ import yaml
 
 from qmerge import hub, plugins
 from qmerge.planning import Plan
+from qmerge.recipe import CHAIN
 from qmerge.report.json import (
     FidelityRecord,
     GroupRecord,
@@ -41,15 +42,24 @@ def model_card(report: ReportData, plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _together(report: ReportData) -> str:
+    """How several adapters became one."""
+    if sum(record.role == "adapter" for record in report.inputs) < 2:
+        return ""
+    combine = report.recipe.get("combine", "linear")
+    return ", one adapter after the other," if combine == CHAIN else f", adapters combined by {combine},"
+
+
 def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[str]:
     recipe, kept = report.recipe, _number(survived(report.total.values))
+    version = report.versions["qmerge"]
     made = f"{report.rounding} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base"
     sources = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
     warnings = ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)] if report.warnings else []
     return [
         f"# {text(adapters_named(report.inputs))} merged into {text(base.name)}",
         "",
-        f"Merged in float32 and stored as **{recipe['target']}** by qmerge {report.versions['qmerge']} ({made}).",
+        f"Merged in float32{_together(report)} and stored as **{recipe['target']}** by qmerge {version} ({made}).",
         f"**{kept}** of the fine-tuning was kept (1 is all of it, 0 is the base; each weight counted by its delta's size).",
         "",
         "## What survived",
