@@ -222,20 +222,21 @@ def inspect_command(
     Of a model: how it is stored, its fingerprint, and what qmerge made it of.
     """
     from qmerge import hub
-    from qmerge.adapters._named import find, split
+    from qmerge.adapters._named import choose, split
     from qmerge.errors import AdapterError
     from qmerge.report import adapter as adapter_face
     from qmerge.report import model as model_face
 
     if base_revision and not base:
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
-    source = hub.resolve(split(adapter)[0], revision, AdapterError)
+    place, name = split(adapter)
+    source = hub.resolve(place, revision, AdapterError)
     if model_face.is_model(source.folder):
         if base:
             raise RecipeError(f"--base is for an adapter, to compare it with its base; {adapter} is a model")
         described, show = model_face.describe(source), model_face.show
     else:
-        described, show = adapter_face.describe(find(adapter, revision), base, base_revision), adapter_face.show
+        described, show = adapter_face.describe(choose(source, place, name), base, base_revision), adapter_face.show
     if json:
         typer.echo(jsonlib.dumps(described, indent=1))
     else:

@@ -83,7 +83,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     ranges = layer_replication([source.folder for source in sources])
     base = checkpoint(base_source.folder, reader, ranges)
     original = checkpoint(original_source.folder, reader, ranges) if original_source else None
-    names = Names(base.config, {name: weight.shape for name, weight in base.weights.items()})
+    names = Names.of(base)
     adapters = tuple(read_adapter(s.folder, reader, s.adapter, names) for s in sources)
     adapter = as_one(recipe, adapters, merged_into(base.folder))
     return Inputs(base_source, sources, base, names, adapter, adapters, original_source, original)

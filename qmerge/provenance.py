@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmerge import plugins
-from qmerge.adapters._chain import is_held
-from qmerge.adapters._folder import CONFIG, config_file
-from qmerge.checkpoint.scan import Checkpoint, read_json
-from qmerge.errors import AdapterError
+from qmerge.adapters._chain import adapter_at, is_held
+from qmerge.checkpoint.scan import Checkpoint
 from qmerge.hub import Source
 from qmerge.inputs import Inputs
 from qmerge.provenance_names import Origin, marks_of, origin_of, same_model
@@ -79,9 +77,8 @@ class Remark:
 def warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
     """What does not fit, of every adapter of a run."""
     base, lines = given(inputs.base_source, inputs.base, recipe, inputs.adapter_sources), list[str]()
-    for source in inputs.adapter_sources:
-        config = read_json(config_file(source.folder), AdapterError)
-        said = [remark.warning for remark in compare(config, base) if remark.warning]
+    for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
+        said = [remark.warning for remark in compare(adapter.config, base) if remark.warning]
         lines += said if len(inputs.adapter_sources) == 1 else [f"{source.name}: {line}" for line in said]
     return list(dict.fromkeys(lines))
 
@@ -118,10 +115,10 @@ def text(config: Mapping[str, Any], name: str) -> str:
 
 def chain(said: Origin, base: Given) -> Remark | None:
     """An adapter that was trained on top of another one, where that is a folder that is there."""
-    first = Path(said.text).expanduser()
-    if not said.text or not (first / CONFIG).is_file():
+    first = adapter_at(said.text)
+    if first is None:
         return None
-    if first.resolve() in base.adapters and base.in_order:
+    if first in base.adapters and base.in_order:
         return Remark("base", said.text, "an adapter of this run", "fits")
     if is_held(first, merged_into(base.folder)):
         return Remark("base", said.text, f"{base.name}, which that adapter is merged into", "fits")

@@ -57,11 +57,16 @@ def numbered(last: str) -> bool:
 
 def marks_of(origin: Origin) -> list[str]:
     """``Llama-3.1-8B-unsloth-bnb-4bit`` → [bnb-4bit, unsloth]: how it is stored, the last first."""
+    return peeled(origin)[1]
+
+
+def peeled(origin: Origin) -> tuple[str, list[str]]:
+    """(the name without its marks, the marks, the last first)."""
     rest, marks = origin.last.lower(), []
     while match := MARK.search(rest):
         marks.append(re.sub(r"(?<=[48])[-_]?bit", "bit", match["mark"].replace("_", "-")))
         rest = rest[: match.start()]
-    return marks
+    return rest, marks
 
 
 def same_model(one: Origin, other: Origin) -> bool:
@@ -72,7 +77,4 @@ def same_model(one: Origin, other: Origin) -> bool:
 
 def stem(origin: Origin) -> str:
     """``unsloth/Meta-Llama-3.1-8B-bnb-4bit`` → ``llama-3.1-8b``."""
-    rest = origin.last.lower()
-    while match := MARK.search(rest):
-        rest = rest[: match.start()]
-    return SMALL.sub("", SMALL.sub("", rest)).replace("_", "-")
+    return SMALL.sub("", SMALL.sub("", peeled(origin)[0])).replace("_", "-")

@@ -67,6 +67,11 @@ class StepMaker:
         outside = [name for name in (*adapter.updates, *adapter.replaced) if not re.search(r"\.\d+\.", name)]
         return self._embeddings(tied_embeddings(self.inputs.base.config)) if outside else None
 
+    @cached_property
+    def _both_embeddings(self) -> tuple[str, str] | None:
+        """Names of input and output embedding, tied or not."""
+        return self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True))
+
     def _embeddings(self, names: tuple[str, str] | None) -> tuple[str, str] | None:
         """As they are called on disk. (An output embedding that is tied is on no disk.)"""
         if names is None:
@@ -127,7 +132,7 @@ class StepMaker:
             values = change.values
             if values.shape == weight.shape and self._target_of(weight, merged=True).quant_method:
                 return OwnBaseUpdate(values, AddUpdate(torch.zeros_like(values)))
-            resizable = weight.name in (self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True)) or ())
+            resizable = weight.name in (self._both_embeddings or ())
             if tuple(values.shape) != weight.shape and not (resizable and tuple(values.shape[1:]) == weight.shape[1:]):
                 raise _misfit(weight, tuple(values.shape))
             return change
@@ -295,7 +300,7 @@ class StepMaker:
             config = with_setting(config, "tie_word_embeddings", False)
         if not any(step.replacement for step in steps):
             return config
-        return with_vocabulary(config, steps, self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True)))
+        return with_vocabulary(config, steps, self._both_embeddings)
 
 
 def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:

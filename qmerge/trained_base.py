@@ -15,7 +15,7 @@ none. Methods: PiSSA, arXiv 2404.02948; OLoRA, 2406.01775; LoftQ, 2310.08659.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,13 +90,13 @@ def look(plan: Plan, bench: Bench) -> list[list[Alignment]]:
     """Of every adapter's plain LoRAs, a few; at most a million values of each weight are read."""
     found = []
     for adapter in plan.inputs.adapters:
-        pairs = [
-            (replace(step, update=lora), lora)
+        loras = [
+            (lora, replace(step, update=lora))  # alone: what it becomes with other adapters may need all rows at once
             for step in plan.merged
             if isinstance(lora := adapter.updates.get(step.name), LoraUpdate) and is_linear(step)
         ]
-        largest = sorted(pairs, key=lambda pair: -rms(pair[1]))[:MODULES]
-        found.append([alignment(step, lora, bench) for step, lora in largest])
+        largest = sorted(loras, key=lambda pair: -rms(pair[0]))[:MODULES]
+        found.append([alignment(step, lora, bench) for lora, step in largest])
     return found
 
 
@@ -158,18 +158,16 @@ def nf4(base_OI: Tensor, rows: Rows, bench: Bench) -> Tensor:
 
 def verdict(found: Sequence[Alignment], merge_onto: str) -> str | None:
     """What is wrong, where more than half of the weights say so; None where nothing is."""
-    holding = [a for a in found if a.holds_base]
+    holding = {a.module: a.to_base for a in found if a.holds_base}
     if 2 * len(holding) > len(found):
         return (
-            f"the adapter was trained on other weights than these: its delta lies along the base's own weights (cosine "
-            f"{cosines([a.to_base for a in holding])} in {holding[0].module}{more(holding)}; a plain LoRA's is under 0.2), "
-            f"as when PiSSA, OLoRA or CorDA took it out of the base before training. Merged here, that part would be there "
-            f"twice. Give the residual model that it was trained on as --base; or save the adapter converted (peft: "
-            f"path_initial_model_for_weight_conversion; LLaMA-Factory: the folder pissa_converted). "
-            f"Where it was plain PiSSA or OLoRA, "
-            f'init_lora_weights: "pissa" or "olora" in adapter_config.json has the start repeated.'
+            f"the adapter was trained on other weights than these: its delta lies along the base's own weights "
+            f"({evidence(holding)}), as when PiSSA, OLoRA or CorDA took it out of the base before training. Merged here, that "
+            f"part would be there twice. Give the residual model that it was trained on as --base; or save the adapter "
+            f"converted (peft: path_initial_model_for_weight_conversion; LLaMA-Factory: the folder pissa_converted). Where it "
+            f'was plain PiSSA or OLoRA, init_lora_weights: "pissa" or "olora" in adapter_config.json has the start repeated.'
         )
-    holding = [a for a in found if a.holds_error]
+    holding = {a.module: a.to_error for a in found if a.holds_error}
     if 2 * len(holding) > len(found):
         way = (
             "Merge onto the quantized weights: leave --merge-onto original out."
@@ -178,21 +176,19 @@ def verdict(found: Sequence[Alignment], merge_onto: str) -> str | None:
             "pass --trained-on nf4."
         )
         return (
-            f"the adapter corrects a quantization error that this base has not: its delta lies along W − NF4(W) (cosine "
-            f"{cosines([a.to_error for a in holding])} in {holding[0].module}{more(holding)}; a plain LoRA's is under 0.2), "
-            f"as LoftQ begins, or as where it is merged into this base already. Merged here, the correction would be an "
-            f"error. {way}"
+            f"the adapter corrects a quantization error that this base has not: its delta lies along W − NF4(W) "
+            f"({evidence(holding)}), as LoftQ begins, or as where it is merged into this base already. Merged here, the "
+            f"correction would be an error. {way}"
         )
     return None
 
 
-def cosines(values: Sequence[float | None]) -> str:
-    known = [f"{value:.2f}" for value in values if value is not None]
-    return known[0] if len(set(known)) == 1 else f"{min(known)} to {max(known)}"
-
-
-def more(found: Sequence[Alignment]) -> str:
-    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+def evidence(cosines: Mapping[str, float | None]) -> str:
+    """``cosine 0.82 to 0.97 in … and 3 more``, of modules that are held against an adapter."""
+    known = sorted({f"{value:.2f}" for value in cosines.values() if value is not None})
+    span = known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
+    more = f" and {len(cosines) - 1} more" if len(cosines) > 1 else ""
+    return f"cosine {span} in {next(iter(cosines))}{more}; a plain LoRA's is under 0.2"
 
 
 def warnings(plan: Plan, predicted: Sequence[Survival]) -> list[str]:

@@ -9,11 +9,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.adapters._combined import changes_of, check_shapes, joined, known_shape, stacked
+from qmerge.adapters._combined import Several, changes_of, check_shapes, joined, stacked
 from qmerge.adapters._folder import CONFIG, TENSORS, Adapter
 from qmerge.adapters._updates import LoraUpdate, TokenRowsUpdate
 from qmerge.adapters.lora import is_embedding
@@ -24,7 +25,7 @@ from qmerge.types import Replacement, Rows, Update
 
 
 @dataclass(frozen=True)
-class ChainedUpdate:
+class ChainedUpdate(Several):
     """…second(first(base)): an update that depends on its base (DoRA) sees what those before it made of it."""
 
     updates: tuple[Update, ...]
@@ -38,10 +39,6 @@ class ChainedUpdate:
     @property
     def rank(self) -> int:
         return sum(update.rank for update in self.updates)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return known_shape(self.updates)
 
     def to(self, device: torch.device) -> ChainedUpdate:
         return replace(self, updates=tuple(update.to(device) for update in self.updates))
@@ -157,7 +154,11 @@ def is_held(folder: Path, held: Collection[str]) -> bool:
 
 def trained_on(folder: Path) -> Path | None:
     """The adapter's folder that an adapter names as its base; None where its base is no such folder."""
-    declared = read_json(folder / CONFIG, AdapterError).get("base_model_name_or_path")
+    return adapter_at(read_json(folder / CONFIG, AdapterError).get("base_model_name_or_path"))
+
+
+def adapter_at(declared: Any) -> Path | None:
+    """The folder of this name, where there is one and an adapter is in it."""
     place = Path(declared).expanduser() if isinstance(declared, str) and declared.strip() else None
     return place.resolve() if place is not None and (place / CONFIG).is_file() else None
 

@@ -24,8 +24,18 @@ Changes = list[tuple[int, Update | Replacement]]
 """What is done to one weight, each with the place of its adapter in the run."""
 
 
+class Several:
+    """Updates of one weight that become one."""
+
+    updates: tuple[Update, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return known_shape(self.updates)
+
+
 @dataclass(frozen=True)
-class CombinedUpdate:
+class CombinedUpdate(Several):
     """base + combine(Δ₁, Δ₂, …). ``settings.name`` and ``settings.positions`` say which weight and which adapters."""
 
     updates: tuple[Update, ...]
@@ -44,10 +54,6 @@ class CombinedUpdate:
     def rank(self) -> int:
         ranks = sum(update.rank for update in self.updates)
         return min(ranks, self.settings.rank or ranks) if self.method == "svd" else ranks
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return known_shape(self.updates)
 
     def to(self, device: torch.device) -> CombinedUpdate:
         return replace(self, updates=tuple(update.to(device) for update in self.updates))

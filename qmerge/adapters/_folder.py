@@ -28,7 +28,8 @@ DEFAULT = "default"
 """What peft calls an adapter that was given no name."""
 
 NAMED = re.compile(
-    r"(?P<part>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|modules_to_save|trainable_tokens_delta))"
+    r"(?P<part>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|"
+    r"modules_to_save|trainable_tokens_delta))"
     r"\.(?P<name>(?!weight$|bias$)[^.]+)(?P<leaf>\.(?:.+\.)?(?:weight|bias))?"
 )
 """A tensor's name with the adapter's in it, as in a model's state dict; peft takes it out when it saves."""

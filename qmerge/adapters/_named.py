@@ -27,7 +27,11 @@ def find(reference: str, revision: str | None = None) -> hub.Source:
         AdapterError: it cannot be had; it holds several, and none is named; the name is none of theirs.
     """
     place, name = split(reference)
-    source = hub.resolve(place, revision, AdapterError)
+    return choose(hub.resolve(place, revision, AdapterError), place, name)
+
+
+def choose(source: hub.Source, place: str, name: str | None) -> hub.Source:
+    """The same where the folder or id, ``place``, is resolved already."""
     there = adapters_in(source.folder)
     if name in there:
         around = None if there[name] == source.folder else source.folder

@@ -94,12 +94,30 @@ class OfTheBase:
         return None
 
 
+class Around(OfTheBase):
+    """An update that has another one in it, with which it shares rank, scale and shape."""
+
+    update: Update
+
+    @property
+    def rank(self) -> int:
+        return self.update.rank
+
+    @property
+    def scale(self) -> float:
+        return self.update.scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.update.shape
+
+
 @dataclass(frozen=True)
-class DoraUpdate(OfTheBase):
+class DoraUpdate(Around):
     """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5); column by column in peft's embeddings, which lie as
     [tokens, features]. ``magnitude``: float32, one per row or column."""
 
-    lora: LoraUpdate
+    update: LoraUpdate
     magnitude: Tensor
     by_column: bool = False
 
@@ -107,23 +125,11 @@ class DoraUpdate(OfTheBase):
     def whole(self) -> bool:
         return self.by_column
 
-    @property
-    def rank(self) -> int:
-        return self.lora.rank
-
-    @property
-    def scale(self) -> float:
-        return self.lora.scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.lora.shape
-
     def to(self, device: torch.device) -> DoraUpdate:
-        return replace(self, lora=self.lora.to(device), magnitude=self.magnitude.to(device))
+        return replace(self, update=self.update.to(device), magnitude=self.magnitude.to(device))
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
-        moved_OI = self.lora.apply(base_OI, rows)
+        moved_OI = self.update.apply(base_OI, rows)
         norms = torch.linalg.norm(moved_OI, dim=0 if self.by_column else 1, keepdim=True)
         magnitude = self.magnitude if self.by_column else self.magnitude[rows.start : rows.stop, None]
         merged_OI: Tensor = magnitude / norms * moved_OI
@@ -185,24 +191,6 @@ class TokenRowsUpdate(OfTheBase):
             if rows.start <= index < rows.stop:
                 merged_OI[index - rows.start] = self.values_TI[place]
         return merged_OI
-
-
-class Around(OfTheBase):
-    """An update that is done to other values than the base's: rank, scale and shape are its own."""
-
-    update: Update
-
-    @property
-    def rank(self) -> int:
-        return self.update.rank
-
-    @property
-    def scale(self) -> float:
-        return self.update.scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.update.shape
 
 
 @dataclass(frozen=True)

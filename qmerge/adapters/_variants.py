@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.adapters._updates import LoraUpdate, OfTheBase
+from qmerge.adapters._updates import Around, LoraUpdate
 from qmerge.errors import AdapterError
 from qmerge.types import Rows, Update
 
@@ -71,35 +71,24 @@ def check_said(name: str, part: str, config: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class ByWidth(OfTheBase):
-    """The LoRA of a variant, and the plain one that the same tensors are in a layer where peft ignores the variant."""
+class ByWidth(Around):
+    """The LoRA of a variant (``update``), and the plain one that the same tensors are in a layer where peft ignores the
+    variant."""
 
-    variant: LoraUpdate
+    update: LoraUpdate
     plain: LoraUpdate
 
     whole = False
 
-    @property
-    def rank(self) -> int:
-        return self.variant.rank
-
-    @property
-    def scale(self) -> float:
-        return self.variant.scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.variant.shape
-
     def to(self, device: torch.device) -> ByWidth:
-        return ByWidth(self.variant.to(device), self.plain.to(device))
+        return ByWidth(self.update.to(device), self.plain.to(device))
 
     def fitted(self, shape: tuple[int, int]) -> Update:
         """The one of this shape, either way round (Conv1D); itself where neither is."""
-        return next((lora for lora in (self.variant, self.plain) if lora.shape in (shape, shape[::-1])), self)
+        return next((lora for lora in (self.update, self.plain) if lora.shape in (shape, shape[::-1])), self)
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
-        lora = self.plain if base_OI.shape[1] == self.plain.shape[1] else self.variant
+        lora = self.plain if base_OI.shape[1] == self.plain.shape[1] else self.update
         return lora.apply(base_OI, rows)
 
 

@@ -286,7 +286,7 @@ def _lora(
     plain = embedding or A.ndim > 2
     A_RI, B_OR = _variants.convolution(module, A, B, rank) if max(A.ndim, B.ndim) > 2 else (A, B)
     update = LoraUpdate(A_RI, B_OR, scale) if plain else _variants.linear(module, A_RI, B_OR, scale, config)
-    lora = update if isinstance(update, LoraUpdate) else update.variant
+    lora = update if isinstance(update, LoraUpdate) else update.update
     if not lora.A_RI.shape[0] == lora.B_OR.shape[1] == rank:
         raise AdapterError(
             f"{module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are not of rank {rank}, "

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qmerge.checkpoint.scan import Checkpoint
 from qmerge.checkpoint.skeleton import meta_model
 from qmerge.checkpoint.traced import Place, Shape, Traced, _place, traced, whole
 from qmerge.errors import CheckpointError, listed
@@ -38,6 +39,10 @@ class Names:
     def __init__(self, config: Mapping[str, Any], disk: Mapping[str, Sequence[int]]) -> None:
         self._config = config
         self.disk: dict[str, Shape] = {name: tuple(shape) for name, shape in disk.items()}
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Names:
+        return cls(checkpoint.config, {name: weight.shape for name, weight in checkpoint.weights.items()})
 
     def module_of(self, name: str) -> str | None:
         """The (first) parameter in memory that a weight on disk becomes, or becomes part of; None: it is not loaded.

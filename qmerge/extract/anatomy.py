@@ -145,7 +145,7 @@ def pair_up(merged: Checkpoint, base: Checkpoint, anatomy: Anatomy) -> list[Pair
 
 def by_name(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Weight]:
     """Weights by their names in the loaded model; without the copy of a tied embedding, which loaders ignore."""
-    names = Names(checkpoint.config, {name: weight.shape for name, weight in checkpoint.weights.items()})
+    names = Names.of(checkpoint)
     found = {loaded_name(weight, names): weight for weight in checkpoint.weights.values()}
     if anatomy.tied:
         found.pop(anatomy.tied, None)

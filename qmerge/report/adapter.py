@@ -103,9 +103,9 @@ def beside(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[
             inputs = read_inputs(recipe, reader)
             found |= filled(inputs.adapter, config)
             plan = plan_from(recipe, inputs)
-            for alignments in trained_base.look(plan, make_bench(plan, reader)):
-                found["alignments"] = [asdict(alignment) for alignment in alignments]
-                found["problem"] = trained_base.verdict(alignments, recipe.merge_onto)
+            (alignments,) = trained_base.look(plan, make_bench(plan, reader))
+            found["alignments"] = [asdict(alignment) for alignment in alignments]
+            found["problem"] = trained_base.verdict(alignments, recipe.merge_onto)
         except QmergeError as error:  # it does not fit this base: what both say still helps
             found["problem"] = str(error)
         return found

@@ -98,11 +98,7 @@ def trained(model: PreTrainedModel, kind: Kind, folder: Path) -> Path:
         warnings.simplefilter("ignore")  # peft's about tied embeddings
         settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": SOME, **kind.lora})
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if parameter.requires_grad:
-                    size = 0.2 if "lora_A" in name or "embedding_B" in name else 0.05
-                    parameter.add_(torch.randn(parameter.shape) * size)
+        models.train(wrapped)
         wrapped.save_pretrained(folder)
     return folder
 

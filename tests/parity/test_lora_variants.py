@@ -112,11 +112,7 @@ def trained(model: nn.Module, settings: dict[str, Any], folder: Path) -> PeftMod
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
         if config.use_qalora:
             pool(wrapped, config)
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if parameter.requires_grad:
-                    size = 0.2 if "lora_A" in name or "embedding_B" in name else 0.05
-                    parameter.add_(torch.randn(parameter.shape) * size)
+        models.train(wrapped)
         wrapped.save_pretrained(folder)
     return wrapped.eval()
 
