@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,11 @@ DEMO = Path(qmerge.demo.__file__).parent
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COLOURS = {"nearest": "#c0392b", "stochastic": "#d08700", "preserve": "#2563a8"}
 TEXT = {"calibration": str(DEMO / "calibration.txt"), "sequence_length": 128}
-WIDTH, HEIGHT = 560, 260
+LEGEND = {"nearest": "round to nearest", "stochastic": "stochastic", "preserve": "preserve"}
+LEFT, TOP, WIDTH, HEIGHT = 130, 40, 560, 260
+DARK, GREY = "#223", "#556"
+TYPICAL = 0.01
+"""Deltas of short QLoRA runs are 0.1 % to 1 % of the weights."""
 
 
 def adapter_of(folder: Path, factor: float) -> Path:
@@ -48,42 +53,55 @@ def measured(folder: Path, factor: float, rounding: str) -> tuple[float, float]:
 
 def svg(found: dict[str, list[tuple[float, float]]]) -> str:
     """Sizes on a logarithmic axis, 0.3 % to 15 %."""
-    import math
-
     low, high = math.log10(0.003), math.log10(0.15)
 
-    def place(size: float, ratio: float) -> tuple[float, float]:
-        return 70 + (math.log10(size) - low) / (high - low) * WIDTH, 30 + (1 - min(ratio, 1.05)) * HEIGHT
+    def position(size: float, ratio: float) -> tuple[float, float]:
+        x = LEFT + (math.log10(size) - low) / (high - low) * WIDTH
+        return x, TOP + (1 - min(ratio, 1.05)) * HEIGHT
 
+    width, bottom = LEFT + WIDTH + 150, TOP + HEIGHT
+    typical = position(TYPICAL, 0)[0]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 190} {HEIGHT + 95}" font-family="system-ui, sans-serif">',
-        f'<rect width="{WIDTH + 190}" height="{HEIGHT + 95}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 60}" font-family="system-ui, sans-serif">',
+        f'<rect width="{width}" height="{bottom + 60}" fill="white"/>',
+        f'<rect x="{LEFT}" y="{TOP}" width="{typical - LEFT:.1f}" height="{HEIGHT}" fill="#eef1f7"/>',
+        text(LEFT + 10, TOP + 94, "← short QLoRA runs:"),
+        text(LEFT + 10, TOP + 111, "0.1 % to 1 %"),
     ]
     for ratio in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = place(0.01, ratio)[1]
-        parts.append(f'<line x1="70" x2="{70 + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde"/>')
-        label = {0.0: "0  adapter", 1.0: "1  base"}.get(ratio, f"{ratio:g}")
-        parts.append(f'<text x="64" y="{y + 4:.1f}" font-size="12" text-anchor="end" fill="#556">{label}</text>')
+        y = position(0.01, ratio)[1]
+        parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde"/>')
+        label = {0.0: "adapter model = 0", 1.0: "base model = 1"}.get(ratio, f"{ratio:g}")
+        parts.append(text(LEFT - 8, y + 4, label, anchor="end"))
     for size in (0.003, 0.01, 0.03, 0.1):
-        x = place(size, 0)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT + 52}" font-size="12" text-anchor="middle" fill="#556">{size:.1%}</text>'
-        )
+        label = f"{100 * size:g} %"
+        parts.append(text(position(size, 0)[0], bottom + 20, label, anchor="middle"))
     for name, points in found.items():
-        placed = [place(*point) for point in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        pixels = [position(*point) for point in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2.5"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[name]}"/>' for x, y in placed]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[name]}"/>' for x, y in pixels]
     for i, name in enumerate(found):
-        y = 60 + 24 * i
-        parts.append(f'<circle cx="{WIDTH + 92}" cy="{y - 4}" r="5" fill="{COLOURS[name]}"/>')
-        parts.append(f'<text x="{WIDTH + 104}" y="{y}" font-size="13" fill="#223">{name}</text>')
+        y = TOP + 32 + 24 * i
+        parts.append(f'<circle cx="{LEFT + WIDTH + 18}" cy="{y - 4}" r="5" fill="{COLOURS[name]}"/>')
+        parts.append(text(LEFT + WIDTH + 30, y, LEGEND[name], size=13, colour=DARK))
     parts.append(
-        f'<text x="{70 + WIDTH / 2}" y="{HEIGHT + 80}" font-size="13" text-anchor="middle" fill="#223">'
-        "size of the delta: rms(delta) / rms(weight)</text>"
+        text(
+            LEFT + WIDTH / 2,
+            bottom + 48,
+            "size of the delta, in % of the weights (rms)",
+            size=13,
+            colour=DARK,
+            anchor="middle",
+        )
     )
-    parts.append('<text x="70" y="18" font-size="13" fill="#223">KL ratio of the merged NF4 model</text></svg>')
-    return "\n".join(parts) + "\n"
+    title = "Does the merged NF4 model predict like the base or like the adapter model? (KL ratio)"
+    parts.append(text(LEFT, 20, title, size=14, colour=DARK))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def text(x: float, y: float, words: str, *, size: int = 12, colour: str = GREY, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
 
 
 def main() -> None:
