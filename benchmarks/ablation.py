@@ -41,7 +41,7 @@ def changed(constants: dict[str, Any]) -> Iterator[None]:
 
 def rows(text: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, settings of the recipe, constants) of every row."""
-    unchanged = {"straightened": lambda levels, *_: levels}
+    unchanged = {"compensate_delta_loss": lambda levels, *_: levels}
     same = {"rounding": "preserve", "calibration": text, "sequence_length": 128}
     return [
         ("nearest", {"rounding": "nearest"}, {}),

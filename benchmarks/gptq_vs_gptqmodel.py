@@ -20,10 +20,12 @@ from pathlib import Path
 
 import qmerge
 import qmerge.demo
-from qmerge import texts
-from qmerge.report.json import FidelityRecord
+from qmerge.calibration import texts
+from qmerge.schema import FidelityRecord
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel 7.6 asks for more workers than two cores give
+os.environ.setdefault(
+    "GPTQMODEL_CPU_WORKERS", "2"
+)  # gptqmodel 7.6 accepted_options for more workers than two cores give
 DEMO = Path(qmerge.demo.__file__).parent
 
 

@@ -16,8 +16,7 @@ import torch
 
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 from qmerge.rounding import preserve
-from qmerge.rounding._context import Context
-from qmerge.rounding._metric import Statistics, make_metric
+from qmerge.rounding.base import RoundingContext, Statistics, make_metric
 from qmerge.types import Rows
 
 
@@ -76,7 +75,7 @@ def main() -> None:
         started = time.perf_counter()
         metric = make_metric(statistics, (u, s, v), size, torch.device("cpu"))
         made = time.perf_counter() - started
-        context = Context("w", Rows(0, size), near_OI=near_OI, metric=metric, delta_OI=delta_OI)
+        context = RoundingContext("w", Rows(0, size), near_OI=near_OI, metric=metric, delta_OI=delta_OI)
         with Counting() as count:
             seconds = timed(lambda: preserve.choose(grid.decode(near_OI) + delta_OI, grid, context))  # noqa: B023
         # Per order: feedback and three objectives, half a product each (triangular), and a third of one to factor K;

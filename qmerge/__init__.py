@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qmerge.api import Report
-    from qmerge.report.json import FidelityRecord
+    from qmerge.schema import FidelityRecord
 
 __all__ = ["__version__", "fidelity", "measure", "merge", "plan"]
 __version__ = "0.1.0"

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmerge import run, verify
+from qmerge import run
+from qmerge.evaluation import verify
 from qmerge.patch import direct
 from qmerge.recipe import JUDGED_TOKENS, make_recipe
-from qmerge.report.json import FidelityRecord, ReportData, survived
-from qmerge.report.terminal import TerminalWatcher, out, survival_table
+from qmerge.report.terminal import TerminalProgress, out, survival_table
+from qmerge.schema import FidelityRecord, ReportData, survived
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Report:
 
 def merge(settings: dict[str, Any]) -> Report:
     resume, quiet = bool(settings.pop("resume", False)), bool(settings.pop("quiet", False))
-    data, _ = direct.merge(make_recipe(settings), resume, TerminalWatcher(quiet))
+    data, _ = direct.merge(make_recipe(settings), resume, TerminalProgress(quiet))
     return Report(data)
 
 
@@ -56,14 +57,14 @@ def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]
     quiet = bool(settings.pop("quiet", False))
     targets = targets or [settings.get("target", "nf4")]
     recipe = make_recipe({**settings, "target": targets[0]})
-    return [Report(data) for data in run.measure(recipe, targets, TerminalWatcher(quiet))]
+    return [Report(data) for data in run.measure(recipe, targets, TerminalProgress(quiet))]
 
 
 def fidelity(
     out: str, text: str, against: tuple[str, str] | None, tokens: int = JUDGED_TOKENS, sequence_length: int = 512,
     device: str = "auto", quiet: bool = False,
 ) -> FidelityRecord:  # fmt: skip
-    watcher = TerminalWatcher(quiet)
+    progress = TerminalProgress(quiet)
     return verify.judge(
-        Path(out).expanduser(), Path(text).expanduser(), against, tokens, sequence_length, device, watcher
+        Path(out).expanduser(), Path(text).expanduser(), against, tokens, sequence_length, device, progress
     )

@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from qmerge.types import Rows
+from qmerge.types import Rows
 
 ColumnRounder = Callable[[int, Tensor], Tensor]
 

@@ -22,29 +22,42 @@ import torch
 from torch import Tensor
 
 from qmerge import plugins
-from qmerge.adapters._interference import PairSums, meetings
-from qmerge.checkpoint.reader import MemoryReader, Reader
-from qmerge.checkpoint.writer import TensorSink
-from qmerge.errors import NumbersError
-from qmerge.formats._base import Format, Stored
-from qmerge.formats._views import OnTheFly, Transposed
+from qmerge.adapters.combining.interference import PairSums, pair_stats
+from qmerge.errors import NumbersError, RecipeError
+from qmerge.formats import get_format
+from qmerge.formats.base import Format, OnTheFly, Stored, Transposed
 from qmerge.grids import Grid
-from qmerge.metrics._totals import Sums, added, plain, sums_of
-from qmerge.rounding._context import Context
-from qmerge.rounding._metric import Metric, Statistics, make_metric
-from qmerge.types import TORCH_DTYPES, Comparison, Rows, Step, TensorInfo, Update, Weight
+from qmerge.metrics.base import Comparison, Sums, added, plain, sums_of
+from qmerge.rounding.base import Metric, RoundingContext, Statistics, make_metric
+from qmerge.safetensors_io.reader import MemoryReader, Reader
+from qmerge.safetensors_io.writer import TensorSink
+from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update, Weight
 
 COPY_BYTES, AMPLE_ENTRIES = 2**22, 2**22
 
+SAMPLED_GROUPS, SAMPLED_ENTRIES = 4, 2**12
+"""Row groups of a weight that are looked at where a sample is enough, and values per group."""
+
 
 @dataclass(frozen=True)
-class Bench:
+class RunContext:
     """Where and how the work is done: the same for every step."""
 
     reader: Reader
     device: torch.device
     seed: int
     block_entries: int
+
+
+def compute_device(asked: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` → a device.
+
+    Raises:
+        RecipeError: cuda was asked for, and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+    return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Outcome:
     met: PairSums | None = None
 
 
-def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = None) -> Outcome | None:
+def do(step: Step, sink: TensorSink, context: RunContext, inputs: Statistics | None = None) -> Outcome | None:
     """One step, start to end.
 
     Args:
@@ -70,20 +83,20 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
         NumbersError: NaN or infinity, in the base or after merging, or past the target's range.
     """
     if step.action == "copy":
-        copy(step, sink, bench.reader)
+        copy(step, sink, context.reader)
         return None
     if step.replacement is not None:
         put(step, step.replacement.values, sink)
         return None
-    target = plugins.form(step.target)
-    source, base = open_source(step, bench)
-    update = step.update.to(bench.device) if step.update else None
-    grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, bench, inputs)
-    metric = metric_of(step, update, inputs, bench)
+    target = get_format(step.target)
+    source, base = open_source(step, context)
+    update = step.update.to(context.device) if step.update else None
+    grid = source.grid if step.keeps_grid else fresh_grid(step, target, base, update, context, inputs)
+    metric = metric_of(step, update, inputs, context)
     rounding = step.rounding if update is not None or metric is not None else "nearest"
-    total, met = None, meetings(update)
+    total, met = None, pair_stats(update)
     packed: list[Tensor] = []
-    for rows in blocks(step, entries_for(step, bench)):
+    for rows in blocks(step, entries_for(step, context)):
         here = grid.rows(rows)
         near_OI = source.codes(rows) if step.keeps_grid else None
         base_OI = base.values(rows)
@@ -91,8 +104,10 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
         if met:
             met.see(base_OI, rows)
         delta_OI = merged_OI - base_OI if rounding == "preserve" and update is not None else None
-        context = Context(step.name, rows, bench.seed, near_OI, metric, delta_OI, beside(step, update, rows, bench))
-        codes_OI: Tensor = plugins.load("rounding", rounding).choose(merged_OI, here, context)
+        rounding_context = RoundingContext(
+            step.name, rows, context.seed, near_OI, metric, delta_OI, beside(step, update, rows, context)
+        )
+        codes_OI: Tensor = plugins.load("rounding", rounding).choose(merged_OI, here, rounding_context)
         stored_OI = here.decode(codes_OI)
         target.check_range(stored_OI, merged_OI, step.name)
         packed.append(target.pack(as_on_disk(codes_OI, step, target), step.options))
@@ -105,14 +120,14 @@ def do(step: Step, sink: TensorSink, bench: Bench, inputs: Statistics | None = N
             total = added(total, sums_of(compared))
     if packed:  # rows are columns on disk: the codes are written when all are there
         sink.append(codes_name(step, target), torch.cat(packed, dim=target.row_axis))
-    write_scales(step, target, grid, sink, bench.reader)
+    write_scales(step, target, grid, sink, context.reader)
     return Outcome(plain(total), seen_of(inputs, metric), met.sums() if met else None) if total else None
 
 
-def entries_for(step: Step, bench: Bench) -> int:
+def entries_for(step: Step, context: RunContext) -> int:
     """``preserve`` factors its metric for every row block: fewer and larger ones, unless memory is short."""
-    ample = step.rounding == "preserve" and bench.block_entries >= AMPLE_ENTRIES
-    return 4 * bench.block_entries if ample else bench.block_entries
+    ample = step.rounding == "preserve" and context.block_entries >= AMPLE_ENTRIES
+    return 4 * context.block_entries if ample else context.block_entries
 
 
 def seen_of(inputs: Statistics | None, metric: Metric | None) -> dict[str, float] | None:
@@ -131,58 +146,58 @@ def copy(step: Step, sink: TensorSink, reader: Reader) -> None:
 
 def put(step: Step, values: Tensor, sink: TensorSink) -> None:
     """The adapter's own values, cast once."""
-    target = plugins.form(step.target)
+    target = get_format(step.target)
     stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
     target.check_range(stored.float(), values, step.name)
     sink.append(step.name, stored)
 
 
-def open_source(step: Step, bench: Bench) -> tuple[Stored, Stored]:
+def open_source(step: Step, context: RunContext) -> tuple[Stored, Stored]:
     """(what gives the grid and the base's codes, what gives the values to merge onto)."""
-    source = open_weight(step.weight, step, bench)
+    source = open_weight(step.weight, step, context)
     if step.trained_on:
         name, options = step.trained_on
-        simulated = OnTheFly(source, step.shape, plugins.form(name), options, list(blocks(step, bench.block_entries)))
+        simulated = OnTheFly(source, step.shape, get_format(name), options, list(blocks(step, context.block_entries)))
         return simulated, source if step.onto_original else simulated
-    return source, open_weight(step.original, step, bench) if step.original else source
+    return source, open_weight(step.original, step, context) if step.original else source
 
 
-def open_weight(weight: Weight, step: Step, bench: Bench) -> Stored:
-    form = plugins.form(weight.format)
-    stored = form.open(weight, bench.reader, bench.device)
+def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
+    form = get_format(weight.format)
+    stored = form.open(weight, context.reader, context.device)
     return Transposed(stored, step.shape[1]) if step.conv1d and form.dense_dtype else stored
 
 
 def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: bool = False) -> Tensor:
     """float32 values of a whole weight, in the shape that a dense checkpoint gives it (``conv1d``: [I, O])."""
-    form = plugins.form(weight.format)
+    form = get_format(weight.format)
     rows = weight.shape[0] if len(weight.shape) > 1 else 1
     values = form.open(weight, reader, device).values(Rows(0, rows)).view(weight.shape)
     return values.T.contiguous() if conv1d and not form.dense_dtype else values
 
 
-def worked_values(step: Step, bench: Bench, with_delta: bool = True) -> Tensor:
+def worked_values(step: Step, context: RunContext, with_delta: bool = True) -> Tensor:
     """float32 [O, I]: what the adapter is merged into, whole; with the delta, what the adapter model computes with."""
-    _, base = open_source(step, bench)
+    _, base = open_source(step, context)
     rows = Rows(0, step.shape[0])
     base_OI = base.values(rows)
-    return step.update.to(bench.device).apply(base_OI, rows) if step.update and with_delta else base_OI
+    return step.update.to(context.device).apply(base_OI, rows) if step.update and with_delta else base_OI
 
 
-def unmerged_values(step: Step, bench: Bench, conv1d: bool = False, with_delta: bool = True) -> Tensor:
+def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_delta: bool = True) -> Tensor:
     """The same in the shape of a dense checkpoint."""
     if step.replacement is not None and with_delta:
-        return step.replacement.values.to(bench.device)
+        return step.replacement.values.to(context.device)
     if step.action in ("copy", "replace"):
-        return dense_values(step.weight, bench.reader, bench.device, conv1d)
-    values_OI = worked_values(step, bench, with_delta)
+        return dense_values(step.weight, context.reader, context.device, conv1d)
+    values_OI = worked_values(step, context, with_delta)
     worked_on_OI = step.conv1d or not step.source_is_dense
     return values_OI.T.contiguous() if conv1d and worked_on_OI else values_OI.view(step.weight.shape)
 
 
-def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Tensor:
+def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext) -> Tensor:
     """float32 [O, I] that a loader will read of a step that is done; ``read`` gives the bytes of an output tensor."""
-    target = plugins.form(step.target)
+    target = get_format(step.target)
     prefix, parts = step.weight.prefix, {}
     for name, spec in step.outputs.items():
         shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
@@ -190,18 +205,18 @@ def stored_values(step: Step, read: Callable[[str], bytes], bench: Bench) -> Ten
     on_disk = step.shape[::-1] if step.conv1d and target.dense_dtype else step.shape
     weight = replace(step.weight, format=step.target, shape=on_disk, parts=parts, options=step.options)
     with MemoryReader(read) as reader:
-        return open_weight(weight, step, replace(bench, reader=reader)).values(Rows(0, step.shape[0]))
+        return open_weight(weight, step, replace(context, reader=reader)).values(Rows(0, step.shape[0]))
 
 
 def fresh_grid(
-    step: Step, target: Format, base: Stored, update: Update | None, bench: Bench, inputs: Statistics | None = None
+    step: Step, target: Format, base: Stored, update: Update | None, context: RunContext, inputs: Statistics | None = None
 ) -> Grid:  # fmt: skip
     """A grid whose scales fit the merged values, as the format's own library would choose them, or better: some formats
     weight errors by the inputs that calibration saw."""
-    inputs_I = inputs.hessian_II.diagonal().to(bench.device) if inputs else None
-    scales = [torch.empty(0, device=bench.device)]
+    inputs_I = inputs.hessian_II.diagonal().to(context.device) if inputs else None
+    scales = [torch.empty(0, device=context.device)]
     if target.needs_scales:
-        for rows in blocks(step, bench.block_entries):
+        for rows in blocks(step, context.block_entries):
             scales.append(target.scales(merge(step, base.values(rows), update, rows), step.options, inputs_I))
     return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
 
@@ -220,21 +235,21 @@ def merge(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) -> Ten
     return merged_OI
 
 
-def metric_of(step: Step, update: Update | None, inputs: Statistics | None, bench: Bench) -> Metric | None:
+def metric_of(step: Step, update: Update | None, inputs: Statistics | None, context: RunContext) -> Metric | None:
     """None where nothing says which errors matter: neither an adapter nor inputs that calibration saw."""
     if step.rounding != "preserve" or (update is None and inputs is None):
         return None
     # A fresh grid dithers: its errors do not add up along the delta, so what the adapter reads needs no favour there
     # (benchmarks/gptq_vs_gptqmodel.py: the KL is an eighth lower without).
     favoured = update is not None and (step.keeps_grid or inputs is None)
-    return make_metric(inputs, update.directions() if update and favoured else None, step.shape[1], bench.device)
+    return make_metric(inputs, update.directions() if update and favoured else None, step.shape[1], context.device)
 
 
-def beside(step: Step, update: Update | None, rows: Rows, bench: Bench) -> Tensor | None:
+def beside(step: Step, update: Update | None, rows: Rows, context: RunContext) -> Tensor | None:
     """The 16-bit weight with the delta, where it is given beside a quantized base that is merged onto."""
     if step.beside is None or update is None:
         return None
-    return update.apply(open_weight(step.beside, step, bench).values(rows), rows)
+    return update.apply(open_weight(step.beside, step, context).values(rows), rows)
 
 
 def as_on_disk(codes_OI: Tensor, step: Step, target: Format) -> Tensor:
@@ -251,7 +266,7 @@ def write_scales(step: Step, target: Format, grid: Grid, sink: TensorSink, reade
     own = {info.name for info in kept.values()}
     if own >= step.outputs.keys():
         return
-    for name, part in target.companions(grid, step.weight.local, step.shape, step.options).items():
+    for name, part in target.scale_tensors(grid, step.weight.local, step.shape, step.options).items():
         if step.weight.prefix + name not in own:
             sink.append(step.weight.prefix + name, part)
 
@@ -280,4 +295,17 @@ def row_step(step: Step) -> int:
         (step.weight.format, step.weight.options),
         *([step.trained_on] if step.trained_on else []),
     ]
-    return math.lcm(*(plugins.form(name).row_step(step.shape, options) for name, options in named))
+    return math.lcm(*(get_format(name).row_step(step.shape, options) for name, options in named))
+
+
+def row_groups(step: Step, entries: int = SAMPLED_ENTRIES) -> list[Rows]:
+    """A few groups of rows, spread over the weight, of about ``entries`` values each."""
+    rows, columns = step.shape
+    unit = row_step(step)
+    if step.update and step.update.whole:
+        return [Rows(0, rows)]
+    size = max(unit, entries // max(1, columns) // unit * unit)
+    if size * SAMPLED_GROUPS >= rows:
+        return [Rows(0, rows)]
+    starts = {i * (rows - size) // (SAMPLED_GROUPS - 1) // unit * unit for i in range(SAMPLED_GROUPS)}
+    return [Rows(start, min(start + size, rows)) for start in sorted(starts)]

@@ -1,6 +1,7 @@
 """Plug-ins: a module in a folder of ``KINDS`` is one, and its file name is its name.
 
-Adding one adds one file. Files that start with ``_`` are helpers. The first docstring line is the help text.
+Adding one adds one file; its first docstring line is its help text. What is no plug-in: ``base.py`` (what a plug-in
+must define), folders, and helpers whose name starts with ``_``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,8 @@ import importlib
 import pkgutil
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from qmerge.errors import RecipeError
-
-if TYPE_CHECKING:
-    from qmerge.formats._base import Format
 
 KINDS = ("formats", "adapters", "rounding", "metrics", "combine")
 
@@ -24,7 +21,8 @@ KINDS = ("formats", "adapters", "rounding", "metrics", "combine")
 def names(kind: str) -> tuple[str, ...]:
     """The plug-ins of one kind (``formats``, ``rounding``, …), sorted; nothing is imported but the empty package."""
     package = importlib.import_module(f"qmerge.{kind}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
+    modules = [module for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    return tuple(sorted(m.name for m in modules if m.name != "base" and not m.name.startswith("_")))
 
 
 @cache
@@ -37,12 +35,6 @@ def load(kind: str, name: str) -> ModuleType:
     if name not in names(kind):
         raise RecipeError(f"no {kind.rstrip('s')} is called {name!r}. {suggestion(name, names(kind))}")
     return importlib.import_module(f"qmerge.{kind}.{name}")
-
-
-def form(name: str) -> Format:
-    """The format of that name."""
-    found: Format = load("formats", name).FORMAT
-    return found
 
 
 def every(kind: str) -> dict[str, ModuleType]:

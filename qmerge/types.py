@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-
-from qmerge.grids import Grid
 
 Parts = dict[str, Tensor]
 """Local name inside the module (``weight``, ``weight.absmax``, ``SCB``) → tensor as it lies on disk."""
@@ -219,54 +216,6 @@ class Step:
     @property
     def source_is_dense(self) -> bool:
         return len(self.weight.parts) == 1  # a quantized weight has scales beside it
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Some rows of one merged weight, all float32 [rows, I], and the grid that they were rounded to.
-
-    base     what the adapter was added to
-    merged   base + delta, before rounding
-    stored   what a loader will read from the file that was written
-    hessian  float32 [I, I], E[x xᵀ] of the layer's inputs (any scale), where they were seen
-    """
-
-    base_OI: Tensor
-    merged_OI: Tensor
-    stored_OI: Tensor
-    base_codes_OI: Tensor
-    codes_OI: Tensor
-    grid: Grid
-    rows: Rows
-    update: Update
-    hessian_II: Tensor | None = None
-
-    @cached_property
-    def delta_OI(self) -> Tensor:
-        """merged − base: what was meant to change."""
-        return self.merged_OI - self.base_OI
-
-    @cached_property
-    def change_OI(self) -> Tensor:
-        """stored − base: what did change."""
-        return self.stored_OI - self.base_OI
-
-    @cached_property
-    def seen_delta_OI(self) -> Tensor | None:
-        """delta · H; None where the inputs were not seen."""
-        return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
-
-    @cached_property
-    def delta_delta(self) -> float:
-        return dot(self.delta_OI, self.delta_OI)
-
-    @cached_property
-    def change_delta(self) -> float:
-        return dot(self.change_OI, self.delta_OI)
-
-    @cached_property
-    def change_change(self) -> float:
-        return dot(self.change_OI, self.change_OI)
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

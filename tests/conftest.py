@@ -121,7 +121,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: object) -> Ran:
-        from qmerge import cli as module
+        from qmerge.cli import commands as module
 
         monkeypatch.setattr(sys, "argv", ["qmerge", *map(str, arguments)])
         capsys.readouterr()

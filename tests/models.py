@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qmerge.adapters._updates import LoraUpdate
+from qmerge.adapters.updates.lora import LoraUpdate
 
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

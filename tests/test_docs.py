@@ -12,10 +12,10 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from qmerge import errors, plugins
+from qmerge import errors, plugins, schema
 from qmerge.cli import app
+from qmerge.formats import get_format
 from qmerge.recipe import Recipe
-from qmerge.report import json as schema
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_table_of_exit_codes_is_the_programs() -> None:
 
 
 def test_tables_of_targets_are_the_programs() -> None:
-    targets = {name for name in plugins.names("formats") if plugins.load("formats", name).FORMAT.is_target}
+    targets = {name for name in plugins.names("formats") if get_format(name).is_target}
     assert rows(section(README, "Targets")).keys() == targets
     assert rows(section(TARGETS, "Formats")).keys() == targets
 
@@ -141,7 +141,7 @@ def test_paths_in_contributing_exist() -> None:
 
 
 def test_contributing_lists_what_a_format_defines() -> None:
-    from qmerge.formats._base import Format
+    from qmerge.formats.base import Format
 
     text = section((ROOT / "CONTRIBUTING.md").read_text(), "A format: `qmerge/formats/NAME.py`")
     must, may = text.split("| may define")

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from qmerge import plugins
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import RecipeError
-from qmerge.formats._base import Format
+from qmerge.formats import get_format
+from qmerge.formats.base import Format
 from qmerge.grids import DOWN, UP
-from qmerge.rounding._context import Context
+from qmerge.rounding.base import RoundingContext
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Rows
 
+from .formats.test_grids import gaussian, grid_for
 from .parity import bnb as parity
-from .test_grids import gaussian, grid_for
 
 EVERY = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 FORMATS = plugins.names("formats")
@@ -58,7 +59,7 @@ def test_help_line(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format(name: str) -> None:
-    plugin = plugins.load("formats", name).FORMAT
+    plugin = get_format(name)
     assert isinstance(plugin, Format)
     assert plugin.name == name
     assert (plugin.quant_method is None) or (plugin.dense_dtype is None), "dense and quantized at once"
@@ -86,7 +87,7 @@ def test_rounding(name: str) -> None:
     before_OI = values_OI.clone()
     for target in TARGETS:
         grid = grid_for(target, values_OI)
-        codes_OI = choose(values_OI, grid, Context("layer.weight", Rows(0, len(values_OI))))
+        codes_OI = choose(values_OI, grid, RoundingContext("layer.weight", Rows(0, len(values_OI))))
         assert codes_OI.dtype == grid.nearest(values_OI).dtype and codes_OI.shape == values_OI.shape
     assert torch.equal(values_OI, before_OI), "the values were changed in place"
 

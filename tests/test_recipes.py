@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from qmerge.recipe import Recipe, make_recipe, read_recipe
-from qmerge.report.json import read_report
+from qmerge.schema import read_report
 
 from . import models
 from .conftest import Cli

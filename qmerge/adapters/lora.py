@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.adapters import _inits, _variants
-from qmerge.adapters._experts import Parameter, check_complete, stacked, targeted
-from qmerge.adapters._placed import Found
-from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters.reading.placement import Found
+from qmerge.adapters.updates import initializations as _inits
+from qmerge.adapters.updates import variants as _variants
+from qmerge.adapters.updates.experts import Parameter, check_complete, stacked, targeted
+from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update

@@ -7,7 +7,7 @@ from typing import Any
 
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import AdapterError
-from qmerge.formats._base import Format, Layout
+from qmerge.formats.base import Format, Layout
 from qmerge.types import Options, Step
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo
 
 SAMPLED, PLACES, PIECE = 64, 4, 1024

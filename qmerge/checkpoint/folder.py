@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 from qmerge import hub
 from qmerge.checkpoint import journal
 from qmerge.checkpoint.scan import INDEX
-from qmerge.checkpoint.writer import PARTIAL, ShardWriter, write_file
 from qmerge.errors import RecipeError, RoomError
+from qmerge.safetensors_io.writer import PARTIAL, ShardWriter, write_file
 
 LOCK = ".qmerge.lock"
 SLACK = 64 * 2**20

@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qmerge.checkpoint.writer import no_room_is_an_error
 from qmerge.errors import RecipeError
+from qmerge.safetensors_io.writer import no_room_is_an_error
 
 NAME = ".qmerge-journal.jsonl"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qmerge import plugins
-from qmerge.checkpoint.header import read_header, strict_json
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, InputError, listed
-from qmerge.formats._base import Format
+from qmerge.formats import all_formats, get_format
+from qmerge.formats.base import Format
+from qmerge.safetensors_io.header import read_header, strict_json
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +46,7 @@ class Checkpoint:
         """The most common float dtype of the dense weights, by bytes, whatever the config says."""
         sizes: dict[str, int] = {"F32": 0}
         for weight in self.weights.values():
-            dtype = plugins.form(weight.format).dense_dtype
+            dtype = get_format(weight.format).dense_dtype
             if dtype:
                 sizes[dtype] = sizes.get(dtype, 0) + weight.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
@@ -155,12 +155,12 @@ def find_weights(
     tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any]
 ) -> dict[str, Weight]:
     """Group tensors into weights: each format claims what carries its marks, and every tensor belongs to one weight."""
-    formats = plugins.every("formats")
+    formats = all_formats()
     left = dict(tensors)
     weights: list[Weight] = []
     # raw is asked before dense formats: it knows parts that a quantized weight left behind, also those of a float dtype
-    for name in sorted(formats, key=lambda name: (formats[name].FORMAT.claims_last, name != "raw", name)):
-        claimed = formats[name].FORMAT.find(left, reader, quantization)
+    for name in sorted(formats, key=lambda name: (formats[name].claims_last, name != "raw", name)):
+        claimed = formats[name].find(left, reader, quantization)
         for weight in claimed:
             for part in weight.parts.values():
                 del left[part.name]
@@ -181,7 +181,7 @@ def find_weights(
 def check_quantization(checkpoint: Checkpoint) -> None:
     """What the config says about quantization must be what the tensors show."""
     method = checkpoint.quantization.get("quant_method")
-    formats = {name: plugin.FORMAT for name, plugin in plugins.every("formats").items()}
+    formats = all_formats()
     known = sorted({name for format in formats.values() for name in methods_of(format)})
     if checkpoint.quantization and method not in known:
         raise CheckpointError(

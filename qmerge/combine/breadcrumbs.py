@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine._common import Settings, only, ordered_sum, weighted
+from qmerge.combine.base import Settings, only, ordered_sum, weighted
 
 ROWWISE = False
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine._common import Settings, dropped, elected_mean, weighted
+from qmerge.combine.base import Settings, dropped, elected_mean, weighted
 
 ROWWISE = True
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qmerge.combine._common import Settings, dropped, elected_mean, weighted
+from qmerge.combine.base import Settings, dropped, elected_mean, weighted
 
 ROWWISE = True  # entries are ranked within their row, which the paper found to be best
 

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from torch import Tensor
 
-from qmerge.combine._common import Settings, ordered_sum, weighted
+from qmerge.combine.base import Settings, ordered_sum, weighted
 
 ROWWISE = False
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qmerge.combine._common import Settings, ordered_sum, weighted
+from qmerge.combine.base import Settings, ordered_sum, weighted
 
 ROWWISE = False
 

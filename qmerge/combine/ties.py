@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine._common import Settings, elected_mean, trimmed, weighted
+from qmerge.combine.base import Settings, elected_mean, trimmed, weighted
 
 ROWWISE = False
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from qmerge import run
 from qmerge.recipe import make_recipe
-from qmerge.report.json import FidelityRecord
-from qmerge.report.terminal import TerminalWatcher, measured_table, out, share, survival_table
+from qmerge.report.terminal import TerminalProgress, measured_table, out, share, survival_table
+from qmerge.schema import FidelityRecord
 
 TARGETS = ("nf4", "int8", "bf16")
 ROUNDINGS = ("nearest", "stochastic", "preserve")
@@ -24,13 +24,13 @@ CALIBRATION = {"calibration_tokens": 8192, "sequence_length": 128}
 def run_demo(keep: Path | None) -> None:
     """Measure three targets, merge into NF4 with every rounding, judge the models on held-out text, verify what was
     written."""
-    from qmerge.verify import judge, verify
+    from qmerge.evaluation.verify import judge, verify
 
     with as_file(files("qmerge.demo")) as here, _folder(keep) as folder:
         inputs = {"base": str(here / "base-nf4"), "adapter": str(here / "adapter")}
         typer.echo("A small Llama in NF4 and a QLoRA adapter trained on it. What survives a plain merge:\n")
         plain = make_recipe({**inputs, "target": "nf4", "rounding": "nearest"})
-        out().print(measured_table(run.measure(plain, TARGETS, TerminalWatcher(quiet=True))))
+        out().print(measured_table(run.measure(plain, TARGETS, TerminalProgress(quiet=True))))
         judged = {}
         for rounding in ROUNDINGS:
             merged = Path(folder) / f"nf4-{rounding}"
@@ -40,9 +40,9 @@ def run_demo(keep: Path | None) -> None:
             typer.echo(
                 f"\nqmerge --base base-nf4 --adapter adapter --target nf4 --rounding {rounding} --out {merged.name}"
             )
-            report = run.merge(make_recipe(settings), watcher=TerminalWatcher(quiet=rounding != "preserve"))
+            report = run.merge(make_recipe(settings), progress=TerminalProgress(quiet=rounding != "preserve"))
             text, tokens = here / "heldout.txt", CALIBRATION["calibration_tokens"]
-            judged[rounding] = judge(merged, text, None, tokens, 128, "auto", TerminalWatcher(quiet=True))
+            judged[rounding] = judge(merged, text, None, tokens, 128, "auto", TerminalProgress(quiet=True))
         out().print(survival_table(report))
         typer.echo("")
         out().print(side_by_side(judged))

@@ -10,7 +10,7 @@ keep, ``adapter.py`` holds the factors until they are all known, and makes the c
 the folder; ``face.py`` is what a user is told.
 """
 
-from qmerge.extract.face import Extraction, show
+from qmerge.extract.views import Extraction, show
 from qmerge.extract.work import extract
 
 __all__ = ["Extraction", "extract", "show"]

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from qmerge.adapters._folder import PREFIX
-from qmerge.checkpoint.writer import no_room_is_an_error
-from qmerge.extract.anatomy import PIECE, Anatomy
+from qmerge.adapters.reading.folder import PREFIX
+from qmerge.extract.pairing import PIECE, Anatomy
+from qmerge.safetensors_io.writer import no_room_is_an_error
 from qmerge.types import TensorSpec
 
 

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import hub, plugins
-from qmerge.adapters._folder import CONFIG, PREFIX, TENSORS
-from qmerge.budget import compute_device
+from qmerge import hub
+from qmerge.adapters.reading.folder import CONFIG, PREFIX, TENSORS
 from qmerge.checkpoint import folder
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint, scan
-from qmerge.checkpoint.writer import PARTIAL, Layout, ShardWriter
 from qmerge.errors import CheckpointError, RecipeError, RoomError, listed
 from qmerge.extract.adapter import Spool, adapter_config, ranks_of
-from qmerge.extract.anatomy import Anatomy, Pair, anatomy_of, blocks, differences, pair_up, same_bytes
 from qmerge.extract.decompose import Fit, decompose_to, entries, factors
-from qmerge.extract.face import Extraction, Other, between, warnings
-from qmerge.run import Silent, Watcher
+from qmerge.extract.pairing import Anatomy, Pair, anatomy_of, blocks, differences, pair_up, same_bytes
+from qmerge.extract.views import Extraction, Other, between, warnings
+from qmerge.formats import get_format
+from qmerge.pipeline import compute_device
+from qmerge.progress import NoProgress, Progress
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import PARTIAL, Layout, ShardWriter
 from qmerge.types import Rows, TensorSpec, dot
 
 REPORT = "qmerge_extract.json"
@@ -34,7 +35,7 @@ WITHOUT_LORA_BIAS = ("hqq", "torchao")
 
 def extract(
     merged: str, base: str, out: Path, rank: int | None = None, energy: float | None = None, save_modules: bool = False,
-    device: str = "auto", revision: str | None = None, merged_revision: str | None = None, watcher: Watcher | None = None,
+    device: str = "auto", revision: str | None = None, merged_revision: str | None = None, progress: Progress | None = None,
 ) -> Extraction:  # fmt: skip
     """Write MERGED − BASE as a LoRA for BASE.
 
@@ -51,7 +52,7 @@ def extract(
         RoomError: no room on the disk. Nothing is kept.
     """
     check_request(rank, energy)
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     place, out = compute_device(device), out.expanduser()
     sources = [
         hub.resolve(name, at, CheckpointError) for name, at in ((merged, merged_revision), (base, revision))
@@ -61,8 +62,8 @@ def extract(
         anatomy = anatomy_of(ours)
         pairs = pair_up(theirs, ours, anatomy)
         folder.check_out(out, {"MERGED": sources[0].folder, "BASE": sources[1].folder}, resume=False)
-        with whole_or_nothing(out, watcher):
-            work = Work(reader, place, anatomy, pairs, out, rank, energy, save_modules, watcher)
+        with whole_or_nothing(out, progress):
+            work = Work(reader, place, anatomy, pairs, out, rank, energy, save_modules, progress)
             work.check_room()
             found, nbytes, config = work.done()
             result = Extraction(merged, base, out, tuple(found.fits), tuple(found.others), found.identical, nbytes)
@@ -75,7 +76,7 @@ def extract(
 
 
 @contextmanager
-def whole_or_nothing(out: Path, watcher: Watcher) -> Iterator[None]:
+def whole_or_nothing(out: Path, progress: Progress) -> Iterator[None]:
     """The output folder, locked; whatever goes wrong, nothing stays that was not there before."""
     existed = out.exists()
     with folder.locked(out):
@@ -89,7 +90,7 @@ def whole_or_nothing(out: Path, watcher: Watcher) -> Iterator[None]:
                 raise RoomError(f"--out {out}: no room for the adapter. Nothing was kept.") from cause
             raise
         finally:
-            watcher.end()
+            progress.end()
 
 
 def check_request(rank: int | None, energy: float | None) -> None:
@@ -131,7 +132,7 @@ class Work:
     rank: int | None
     energy: float | None
     save_modules: bool
-    watcher: Watcher
+    progress: Progress
 
     def check_room(self) -> None:
         """For the factors twice: in the temporary file and in the adapter. (``--energy``: not known before.)"""
@@ -141,7 +142,7 @@ class Work:
 
     def done(self) -> tuple[Found, int, dict[str, Any]]:
         """The adapter's tensors, written: what was found, the size of the file, and the config that belongs to it."""
-        self.watcher.stage("extracting", sum(pair.merged.nbytes + pair.base.nbytes for pair in self.pairs))
+        self.progress.stage("extracting", sum(pair.merged.nbytes + pair.base.nbytes for pair in self.pairs))
         spool = Spool(self.out / (TENSORS + ".factors" + PARTIAL))
         try:
             found = self.walk(spool)
@@ -165,7 +166,7 @@ class Work:
                 found.identical += fit is None
             elif pair.base.numel and (other := self.compared(pair)):
                 found.others.append(other)
-            self.watcher.advance(pair.merged.nbytes + pair.base.nbytes, pair.name)
+            self.progress.advance(pair.merged.nbytes + pair.base.nbytes, pair.name)
         if not found.fits:
             names = [other.name for other in found.others]
             what = f"only {listed(names)}" if names else "every weight is the same"
@@ -208,7 +209,7 @@ class Work:
         if pair.module in self.anatomy.linear:
             formats = {other.base.format for other in self.pairs if other.linear}
             return "lora_bias" if pair.local == "bias" and not formats & set(WITHOUT_LORA_BIAS) else None
-        dense = all(plugins.form(other.base.format).dense_dtype for other in self.members(pair.module))
+        dense = all(get_format(other.base.format).dense_dtype for other in self.members(pair.module))
         return "modules_to_save" if pair.module in self.anatomy.leaves and dense else None
 
     def saved(self, found: Found) -> dict[str, list[Pair]]:
@@ -238,7 +239,7 @@ class Work:
     def fan_in_fan_out(self, found: Found) -> bool:
         """Whether peft will meet Conv1D layers: not where they are quantized, which makes them ordinary linear layers."""
         adapted = {fit.name for fit in found.fits}
-        dense = (pair for pair in self.pairs if plugins.form(pair.base.format).dense_dtype)
+        dense = (pair for pair in self.pairs if get_format(pair.base.format).dense_dtype)
         return any(pair.conv1d and pair.name in adapted for pair in dense)
 
     def write(self, spool: Spool, saved: Mapping[str, Sequence[Pair]]) -> int:
@@ -266,7 +267,7 @@ class Work:
 
     def values_of(self, pair: Pair) -> Iterator[Tensor]:
         """A weight of MERGED, in its own dtype where it is dense there, else float32."""
-        form = plugins.form(pair.merged.format)
+        form = get_format(pair.merged.format)
         stored = form.open(pair.merged, self.reader, self.device)
         for rows in blocks(pair):
             yield stored.codes(rows) if form.dense_dtype else stored.values(rows)
@@ -279,4 +280,4 @@ def lost(delta_OI: Tensor, A_RI: Tensor, B_OR: Tensor, rows: Rows) -> float:
 
 
 def spec_of(pair: Pair) -> TensorSpec:
-    return TensorSpec(plugins.form(pair.merged.format).dense_dtype or "F32", pair.base.shape)
+    return TensorSpec(get_format(pair.merged.format).dense_dtype or "F32", pair.base.shape)

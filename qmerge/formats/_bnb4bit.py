@@ -17,11 +17,11 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid, levels, pack_nibbles, unpack_nibbles, unpack_values
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import SAFETENSORS_DTYPES, TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -108,7 +108,7 @@ class Bnb4bit(Format):
 
     quant_method = "bitsandbytes"
     loaders = "transformers, vLLM (CUDA)"
-    asks = ("block_size", "double_quant", "quant_storage")
+    accepted_options = ("block_size", "double_quant", "quant_storage")
     takes_conv1d = True
 
     def __init__(self, name: str) -> None:
@@ -260,7 +260,7 @@ class Bnb4bit(Format):
         zero = int(disk_L[torch.bucketize(torch.zeros(1, device=midpoints.device), midpoints)])
         return pack_nibbles(disk_OI, padding=zero)  # bitsandbytes pads an odd count with the value 0
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, Bnb4bitGrid) and isinstance(options, Bnb4bitOptions)
         state: dict[str, Any] = {
             "quant_type": self.name,

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from qmerge import plugins
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats import all_formats
 from qmerge.formats._affine import dividing
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, TensorInfo, Weight
 
 QUANT_METHOD, VERSION = "compressed-tensors", "0.20.0"
@@ -209,7 +209,7 @@ def check_config(quantization: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"quantization_config has no config_groups, so it is not known what is stored how. {TAKE_CONFIG}"
         )
-    formats = [plugin.FORMAT for plugin in plugins.every("formats").values()]
+    formats = list(all_formats().values())
     known = {kind for form in formats if isinstance(form, Compressed) for kind in form.kinds}
     for name, scheme in schemes.items():
         fp8 = scheme.layout in FP8_LAYOUTS and scheme.kind[1:] == ("float", 8)

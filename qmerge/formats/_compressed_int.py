@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._affine import (
     GROUP_SIZES,
@@ -22,7 +21,6 @@ from qmerge.formats._affine import (
     sequential_groups,
     unpack_bits,
 )
-from qmerge.formats._base import Stored
 from qmerge.formats._compressed import (
     SCALE_DTYPES,
     TAKE_CONFIG,
@@ -31,7 +29,9 @@ from qmerge.formats._compressed import (
     Scheme,
     group_size_of,
 )
+from qmerge.formats.base import Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 
@@ -91,7 +91,7 @@ class CompressedInt(Compressed):
     ``weight_shape`` int64 [2], and where asymmetric ``weight_zero_point`` int32 [O·bits/32, G]."""
 
     bits: ClassVar[int]
-    asks: ClassVar[tuple[str, ...]] = ("group_size", "sym")
+    accepted_options: ClassVar[tuple[str, ...]] = ("group_size", "sym")
 
     def needed(self, scheme: Scheme) -> tuple[str, ...]:
         zeros = () if scheme.weights.get("symmetric", True) else ("weight_zero_point",)
@@ -176,7 +176,7 @@ class CompressedInt(Compressed):
 
     def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
         like = self.like(source, dtype)
-        if like is not source and "group_size" in self.asks:
+        if like is not source and "group_size" in self.accepted_options:
             like = replace(like, group_size=128)
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if "group_size" in asked and options.group_size not in GROUP_SIZES:
@@ -187,7 +187,7 @@ class CompressedInt(Compressed):
 
     def fitted(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
         """Groups of 128, or of the most that divides the inputs of every weight: the library takes no short last group."""
-        if "group_size" in asked or "group_size" not in self.asks:
+        if "group_size" in asked or "group_size" not in self.accepted_options:
             return asked
         return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
@@ -205,7 +205,7 @@ class CompressedInt(Compressed):
         order = ", act-order" if options.act_order else ""
         return f"{self.bits} bits, {groups}, {'symmetric' if options.sym else 'asymmetric'}{order}"
 
-    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         assert isinstance(options, CompressedOptions)
         if options.act_order:
             return ["weight_g_idx: vLLM reads it; compressed-tensors 0.20, and with it transformers, no longer does"]
@@ -249,7 +249,7 @@ class CompressedInt(Compressed):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return pack_padded(codes_OI, self.bits)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, AffineGrid) and isinstance(options, CompressedOptions)
         parts = {
             "weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu(),

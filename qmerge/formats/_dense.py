@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import NumbersError
-from qmerge.formats._base import NOT_QUANTIZED, Format, NoOptions, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, NoOptions, Stored
 from qmerge.grids import ColumnRounder, Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
 
 

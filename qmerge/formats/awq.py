@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._affine import (
     GROUP_SIZES,
@@ -20,8 +19,9 @@ from qmerge.formats._affine import (
     sequential_groups,
     unpack_bits,
 )
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 PARTS = ("qweight", "qzeros", "scales")
@@ -81,7 +81,7 @@ class Awq(Format):
     name = "awq"
     quant_method = "awq"
     loaders = "vLLM, SGLang, transformers, gptqmodel"
-    asks = ("group_size",)
+    accepted_options = ("group_size",)
     row_axis = 1
 
     def find(
@@ -160,7 +160,7 @@ class Awq(Format):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return pack_rows(codes_OI.T)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, AffineGrid)
         return {
             "qzeros": pack_rows(grid.zero_OG.T.to(torch.uint8)).cpu(),

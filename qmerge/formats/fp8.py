@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.formats._scaled_float import FLOAT8, LARGEST, ScaledFloatGrid
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 Block = tuple[int | None, int | None]
@@ -102,7 +102,7 @@ class Fp8(Format):
                 f"others, which can be kept: use --scales keep"
             )
 
-    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         assert isinstance(options, Fp8Options)
         odd = [name for name, shape in shapes.items() if any(size % 128 for size in shape)]
         if options.block != SQUARE or options.scale != "weight_scale_inv" or not odd:
@@ -144,7 +144,7 @@ class Fp8(Format):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return codes_OI.view(FLOAT8)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, ScaledFloatGrid)
         return {"weight_scale_inv": grid.scale_RC.cpu()}
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._affine import (
     GROUP_SIZES,
@@ -24,8 +23,9 @@ from qmerge.formats._affine import (
     sequential_groups,
     unpack_bits,
 )
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 BITS, CHECKPOINT_FORMATS = (2, 3, 4, 8), ("gptq", "gptq_v2")
@@ -99,7 +99,7 @@ class Gptq(Format):
     name = "gptq"
     quant_method = "gptq"
     loaders = "vLLM, SGLang, transformers, gptqmodel"
-    asks = ("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format")
+    accepted_options = ("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format")
     row_axis = 1
     takes_conv1d = True
     lists_dense = True
@@ -190,7 +190,7 @@ class Gptq(Format):
         assert isinstance(options, GptqOptions)
         return pack_bits(codes_OI, options.bits).T
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         """Zeros are 1 or more, so that nothing borrows: readers of v1 by words and by fields agree."""
         assert isinstance(grid, AffineGrid) and isinstance(options, GptqOptions)
         less = 1 if options.checkpoint_format == "gptq" else 0
@@ -223,14 +223,14 @@ class Gptq(Format):
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
         return {"quantize_config.json": dict(quantization)}
 
-    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         assert isinstance(options, GptqOptions)
         if options.sym and options.bits in (4, 8):
             return []
         kind = f"{options.bits} bits{'' if options.sym else ', asymmetric'}"
         return [f"GPTQ with {kind}: transformers and gptqmodel read it; vLLM reads 4 and 8 bits, symmetric"]
 
-    def oddities(self, weights: Sequence[Weight], quantization: Mapping[str, Any]) -> list[str]:
+    def base_warnings(self, weights: Sequence[Weight], quantization: Mapping[str, Any]) -> list[str]:
         label = quantization.get("checkpoint_format", quantization.get("format", "gptq"))
         found = Counter(
             weight.options.checkpoint_format for weight in weights if isinstance(weight.options, GptqOptions)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, ReadOnly, Stored
 from qmerge.formats._dense import FloatGrid
+from qmerge.formats.base import NOT_QUANTIZED, ReadOnly, Stored
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Rows, TensorInfo, Weight
 
 PACKINGS = {

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, Format, Layout, NoOptions, Stored
 from qmerge.formats._bnb4bit import bitsandbytes_config
+from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, NoOptions, Stored
 from qmerge.grids import ColumnRounder, Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 # bitsandbytes multiplies by this constant, after the scale: any other order differs in the last bit
@@ -109,7 +109,7 @@ class Int8(Format):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return codes_OI
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, Int8Grid)
         return {"SCB": grid.scb_O.cpu(), "weight_format": torch.zeros((), dtype=torch.uint8)}
 

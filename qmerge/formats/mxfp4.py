@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
 from qmerge.formats._dense import FloatGrid
 from qmerge.formats._levels import FP4
+from qmerge.formats.base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows, TensorInfo, Weight
 
 BYTES, BIAS = 16, 127

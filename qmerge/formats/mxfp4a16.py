@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import Stored
 from qmerge.formats._compressed import Scheme
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
+from qmerge.formats.base import Stored
 from qmerge.formats.nvfp4 import Nvfp4, StoredFp4
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, TensorSpec, Weight
 
 BIAS = 127
@@ -50,7 +50,7 @@ class Mxfp4a16(Nvfp4):
     ) -> Grid:  # fmt: skip
         return LevelsGrid(FP4_LEVELS, scales, self.group_size)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, LevelsGrid)
         return {"weight_scale": (torch.frexp(grid.scale_OG).exponent - 1 + BIAS).to(torch.uint8).cpu()}
 

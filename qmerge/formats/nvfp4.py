@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import by_groups, sequential_groups
-from qmerge.formats._base import Stored
 from qmerge.formats._compressed import TAKE_CONFIG, Compressed, CompressedOptions, Scheme, group_size_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
+from qmerge.formats.base import Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 LARGEST, SMALLEST = 448.0, 2.0**-9
@@ -151,7 +151,7 @@ class Nvfp4(Compressed):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return pack_fp4(codes_OI)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, Nvfp4Grid)
         return {
             "weight_scale": (grid.scale_OG * grid.global_scale).to(torch.float8_e4m3fn).cpu(),

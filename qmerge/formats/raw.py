@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.formats.base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
 # Parts that only quantized weights have: left over, they mean a weight whose other parts are missing.

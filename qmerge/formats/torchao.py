@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.header import read_header, strict_json
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import AffineGrid, sequential_groups
-from qmerge.formats._base import NOT_QUANTIZED, ReadOnly, Stored
 from qmerge.formats._scaled_float import ScaledFloatGrid
+from qmerge.formats.base import NOT_QUANTIZED, ReadOnly, Stored
 from qmerge.grids import Grid
+from qmerge.safetensors_io.header import read_header, strict_json
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows, TensorInfo, Weight
 
 KINDS = {"Int8Tensor": "I8", "IntxUnpackedToInt8Tensor": "I8", "Float8Tensor": "F8_E4M3"}

@@ -22,7 +22,7 @@ class W8a8(CompressedInt):
     kinds = (("int-quantized", "int", 8), ("naive-quantized", "int", 8))
     bits = 8
     codes = "weight"
-    asks = ()
+    accepted_options = ()
 
     def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
         assert isinstance(options, CompressedOptions)
@@ -36,12 +36,12 @@ class W8a8(CompressedInt):
     def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
         return (codes_OI.short() - 128).to(torch.int8)
 
-    def companions(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
         assert isinstance(grid, AffineGrid) and isinstance(options, CompressedOptions)
         scale = {"weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu()}
         return scale if options.sym else {**scale, "weight_zero_point": (grid.zero_OG - 128).to(torch.int8).cpu()}
 
-    def cautions(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
 
     def inputs_args(self) -> dict[str, Any] | None:

@@ -21,13 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmerge import plugins
 from qmerge.checkpoint.folder import check_room
-from qmerge.checkpoint.header import fsync_folder
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import read_json, scan
-from qmerge.checkpoint.writer import PARTIAL
 from qmerge.errors import CheckpointError, NumbersError, RecipeError, RoomError
+from qmerge.formats import get_format
 from qmerge.gguf.model import (
     Planned,
     add_metadata,
@@ -40,6 +37,9 @@ from qmerge.gguf.model import (
     read_config,
 )
 from qmerge.gguf.vocab import Vocabulary, read_vocabulary
+from qmerge.safetensors_io.header import fsync_folder
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import Rows
 
 TYPES = ("f16", "bf16", "f32", "q8_0")
@@ -180,7 +180,7 @@ def blocks(t: Planned, reader: Reader) -> Iterator[Tensor]:
         assert t.values is not None
         yield t.values
         return
-    opened = plugins.form(t.weight.format).open(t.weight, reader, torch.device("cpu"))
+    opened = get_format(t.weight.format).open(t.weight, reader, torch.device("cpu"))
     rows, unit = t.shape[0] if len(t.shape) > 1 else 1, t.head or 1
     count = max(unit, BLOCK_ENTRIES // max(1, t.shape[-1]) // unit * unit)
     for start in range(0, rows, count):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qmerge.types import Comparison
+from qmerge.metrics.base import Comparison
 
 
 def rank_sums(c: Comparison) -> dict[str, Tensor]:

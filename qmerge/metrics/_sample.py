@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qmerge.types import Comparison, Rows
+from qmerge.metrics.base import Comparison
+from qmerge.types import Rows
 
 ENTRIES = 2**15
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qmerge.types import Comparison
+from qmerge.metrics.base import Comparison
 
 
 def sums(c: Comparison) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qmerge.types import Comparison
+from qmerge.metrics.base import Comparison
 
 
 def sums(c: Comparison) -> dict[str, float]:

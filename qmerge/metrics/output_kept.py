@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qmerge.types import Comparison, dot
+from qmerge.metrics.base import Comparison
+from qmerge.types import dot
 
 
 def sums(c: Comparison) -> dict[str, float]:

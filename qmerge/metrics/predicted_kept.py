@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.metrics._sample import some_rows
-from qmerge.types import Comparison
+from qmerge.metrics.base import Comparison
 
 
 def sums(c: Comparison) -> dict[str, float]:

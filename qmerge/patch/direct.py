@@ -6,30 +6,31 @@ import tempfile
 from pathlib import Path
 
 from qmerge import hub, run
-from qmerge.adapters._named import find
-from qmerge.checkpoint.writer import write_file
+from qmerge.adapters.reading.named import find
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch.make import Summary, check_file, make_patch, model_files
+from qmerge.progress import Progress
 from qmerge.recipe import Recipe, make_recipe, read_recipe
-from qmerge.report.json import ReportData
+from qmerge.safetensors_io.writer import write_file
+from qmerge.schema import RECIPE_NAME, ReportData
 
 
-def merge(recipe: Recipe, resume: bool, watcher: run.Watcher) -> tuple[ReportData, Summary | None]:
+def merge(recipe: Recipe, resume: bool, progress: Progress) -> tuple[ReportData, Summary | None]:
     """What the recipe asks for: a folder, or a patch.
 
     Raises:
         RecipeError, InputError, NumbersError, RoomError: see ``errors.py``.
     """
     if recipe.patch is None:
-        return run.merge(recipe, resume, watcher), None
+        return run.merge(recipe, resume, progress), None
     if resume:
         raise RecipeError(
             "--resume: a patch is made in one go, nothing of it is kept to go on from; start without --resume"
         )
-    return merge_to_patch(recipe, Path(recipe.patch).expanduser(), watcher)
+    return merge_to_patch(recipe, Path(recipe.patch).expanduser(), progress)
 
 
-def merge_to_patch(recipe: Recipe, file: Path, watcher: run.Watcher) -> tuple[ReportData, Summary]:
+def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[ReportData, Summary]:
     """Merge into a folder beside ``file``, compare it with the base, write the patch, and remove the folder.
 
     Raises:
@@ -46,13 +47,13 @@ def merge_to_patch(recipe: Recipe, file: Path, watcher: run.Watcher) -> tuple[Re
     with place as folder:
         out = Path(folder) / file.stem
         try:
-            report = run.merge(recipe.model_copy(update={"patch": None, "out": str(out)}), watcher=watcher)
+            report = run.merge(recipe.model_copy(update={"patch": None, "out": str(out)}), progress=progress)
         except RoomError as error:
             raise RoomError(
                 f"--patch {file} takes the room of the merged model until it is written: {error}"
             ) from error
-        name_patch(out / run.RECIPE_NAME, str(recipe.patch))
-        return report, make_patch(base.folder, out, file, name=base.id, watcher=watcher)
+        name_patch(out / RECIPE_NAME, str(recipe.patch))
+        return report, make_patch(base.folder, out, file, name=base.id, progress=progress)
 
 
 def name_patch(path: Path, patch: str) -> None:

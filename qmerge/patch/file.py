@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qmerge.checkpoint import journal
 from qmerge.checkpoint.folder import LOCK
-from qmerge.checkpoint.header import LARGEST_HEADER, read_header
-from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.writer import PARTIAL, hash_file
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch import codec
+from qmerge.safetensors_io.header import LARGEST_HEADER, read_header
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import PARTIAL, hash_file
 from qmerge.types import TensorInfo
 
 VERSION = "1"

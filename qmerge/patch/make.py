@@ -19,9 +19,6 @@ from typing import BinaryIO, Literal
 from qmerge import hub
 from qmerge.checkpoint import journal
 from qmerge.checkpoint.folder import LOCK, free_bytes
-from qmerge.checkpoint.header import fsync_folder, read_header
-from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.writer import PARTIAL
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch import codec
 from qmerge.patch.file import (
@@ -39,7 +36,10 @@ from qmerge.patch.file import (
     path_problems,
     seal,
 )
-from qmerge.run import Silent, Watcher
+from qmerge.progress import NoProgress, Progress
+from qmerge.safetensors_io.header import fsync_folder, read_header
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import TensorInfo
 
 HEADER = ""
@@ -85,7 +85,7 @@ class Summary:
 
 
 def make_patch(
-    base: Path, merged: Path, file: Path, reversible: bool = True, name: str | None = None, watcher: Watcher | None = None
+    base: Path, merged: Path, file: Path, reversible: bool = True, name: str | None = None, progress: Progress | None = None
 ) -> Summary:  # fmt: skip
     """Write ``file``: what ``merged`` has that ``base`` has not, and (``reversible``) the other way round.
 
@@ -99,16 +99,16 @@ def make_patch(
         RecipeError: ``file`` cannot be written there.
         RoomError: no room on the disk. Nothing is left behind by any of these.
     """
-    watcher, started = watcher or Silent(), time.monotonic()
+    progress, started = progress or NoProgress(), time.monotonic()
     check_file(file, {"the base": base, "the merged model": merged})
     ours, theirs = Folder(base, model_files(base)), Folder(merged, all_files(merged))
     try:
-        watcher.stage("hashing both folders", ours.nbytes + theirs.nbytes)
-        base_side = ours.side(name or base.resolve().name, watcher)
-        merged_side = theirs.side(merged.resolve().name, watcher)
-        watcher.stage("comparing", theirs.nbytes)
+        progress.stage("hashing both folders", ours.nbytes + theirs.nbytes)
+        base_side = ours.side(name or base.resolve().name, progress)
+        merged_side = theirs.side(merged.resolve().name, progress)
+        progress.stage("comparing", theirs.nbytes)
         with no_room(file), tempfile.TemporaryFile(dir=file.absolute().parent) as spool, Reader() as reader:
-            work = Comparison(ours, theirs, base_side, merged_side, spool, reader, watcher)
+            work = Comparison(ours, theirs, base_side, merged_side, spool, reader, progress)
             work.merged()
             if reversible:
                 work.base()
@@ -119,7 +119,7 @@ def make_patch(
             )
             nbytes = publish(file, manifest, work.sizes, spool)
     finally:
-        watcher.end()
+        progress.end()
     return Summary(
         file, nbytes, merged_side.nbytes, work.equal, work.changed, work.replaced, work.packed("delta/"),
         work.packed("merged/"), work.packed("base/"), reversible, time.monotonic() - started,
@@ -192,11 +192,11 @@ class Folder:
     def nbytes(self) -> int:
         return sum(size for size, _ in self._stats)
 
-    def side(self, name: str, watcher: Watcher) -> Side:
+    def side(self, name: str, progress: Progress) -> Side:
         files = []
         for file, (size, _) in zip(self.names, self._stats, strict=True):
             files.append(PatchFile(path=file, bytes=size, sha256=hashed(self.path / file)))
-            watcher.advance(size, file)
+            progress.advance(size, file)
         return Side(name=name, files=files)
 
     def pieces(self, file: PatchFile) -> list[TensorInfo]:
@@ -231,10 +231,10 @@ class Comparison:
 
     def __init__(
         self, base: Folder, merged: Folder, base_side: Side, merged_side: Side, spool: BinaryIO, reader: Reader,
-        watcher: Watcher,
+        progress: Progress,
     ) -> None:  # fmt: skip
         self.folders, self.sides = {"base": base, "merged": merged}, {"base": base_side, "merged": merged_side}
-        self.spool, self.reader, self.watcher = spool, reader, watcher
+        self.spool, self.reader, self.progress = spool, reader, progress
         self.sizes: dict[str, int] = {}
         self.equal = self.changed = self.replaced = 0
         self._twins: dict[tuple[int, str], Segment] = {}
@@ -261,7 +261,7 @@ class Comparison:
             else:
                 for piece in pieces:
                     add(file.segments, self._merged_piece(place, file, piece))
-            self.watcher.advance(file.bytes, file.path)
+            self.progress.advance(file.bytes, file.path)
 
     def base(self) -> None:
         same = {file.sha256: place for place, file in enumerate(self.sides["merged"].files)}

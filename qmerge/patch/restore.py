@@ -15,13 +15,13 @@ from pathlib import Path
 
 from qmerge import hub
 from qmerge.checkpoint.folder import check_out, check_room, locked
-from qmerge.checkpoint.header import fsync_folder
-from qmerge.checkpoint.reader import Reader
-from qmerge.checkpoint.writer import PARTIAL
 from qmerge.errors import CheckpointError
 from qmerge.patch import codec
 from qmerge.patch.file import Patch, PatchFile, Segment, Side, hashed, no_room, read_patch
-from qmerge.run import Silent, Watcher
+from qmerge.progress import NoProgress, Progress
+from qmerge.safetensors_io.header import fsync_folder
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import TensorInfo
 
 
@@ -36,7 +36,7 @@ class Restored:
 
 
 def apply_patch(
-    base: str | Path, patch: Path, out: Path, revision: str | None = None, watcher: Watcher | None = None
+    base: str | Path, patch: Path, out: Path, revision: str | None = None, progress: Progress | None = None
 ) -> Restored:
     """Base and patch → the merged folder.
 
@@ -52,11 +52,11 @@ def apply_patch(
     opened = read_patch(patch)
     folder = hub.resolve(str(base), revision, CheckpointError).folder
     manifest = opened.manifest
-    return Restoring(opened, manifest.base, manifest.merged, folder, "BASE", +1, watcher or Silent()).into(out)
+    return Restoring(opened, manifest.base, manifest.merged, folder, "BASE", +1, progress or NoProgress()).into(out)
 
 
 def unmerge(
-    merged: str | Path, patch: Path, out: Path, revision: str | None = None, watcher: Watcher | None = None
+    merged: str | Path, patch: Path, out: Path, revision: str | None = None, progress: Progress | None = None
 ) -> Restored:
     """Merged folder and patch → the base's files. Arguments and errors as for ``apply_patch``.
 
@@ -71,19 +71,19 @@ def unmerge(
             f"make it again without --one-way"
         )
     folder = hub.resolve(str(merged), revision, CheckpointError).folder
-    return Restoring(opened, manifest.merged, manifest.base, folder, "the merged model", -1, watcher or Silent()).into(
-        out
-    )
+    return Restoring(
+        opened, manifest.merged, manifest.base, folder, "the merged model", -1, progress or NoProgress()
+    ).into(out)
 
 
 class Restoring:
     """``sign``: +1 where differences are added, −1 where they are taken away."""
 
     def __init__(
-        self, patch: Patch, have: Side, want: Side, folder: Path, role: str, sign: int, watcher: Watcher
+        self, patch: Patch, have: Side, want: Side, folder: Path, role: str, sign: int, progress: Progress
     ) -> None:  # fmt: skip
         self.patch, self.have, self.want, self.folder = patch, have, want, folder
-        self.role, self.sign, self.watcher = role, sign, watcher
+        self.role, self.sign, self.progress = role, sign, progress
 
     def into(self, out: Path) -> Restored:
         started = time.monotonic()
@@ -91,7 +91,7 @@ class Restoring:
         check_room(out, self.want.nbytes)
         try:
             self.check_files()
-            self.watcher.stage("writing", self.want.nbytes)
+            self.progress.stage("writing", self.want.nbytes)
             existed = out.exists()
             try:
                 with locked(out), no_room(out):
@@ -101,7 +101,7 @@ class Restoring:
                     out.rmdir()
                 raise
         finally:
-            self.watcher.end()
+            self.progress.end()
         return Restored(out, len(self.want.files), self.want.nbytes, time.monotonic() - started)
 
     def check_files(self) -> None:
@@ -114,12 +114,12 @@ class Restoring:
                 raise CheckpointError(f"{self.folder} has no {file.path}: {self._expected(file)}")
             if path.stat().st_size != file.bytes:
                 raise CheckpointError(f"{path} has {path.stat().st_size} bytes: {self._expected(file)}")
-        self.watcher.stage("hashing", sum(file.bytes for file in needed))
+        self.progress.stage("hashing", sum(file.bytes for file in needed))
         for file in needed:
             found = hashed(self.folder / file.path)
             if found != file.sha256:
                 raise CheckpointError(f"{self.folder / file.path} has SHA-256 {found}: {self._expected(file)}")
-            self.watcher.advance(file.bytes, file.path)
+            self.progress.advance(file.bytes, file.path)
 
     def _expected(self, file: PatchFile) -> str:
         return (
@@ -162,7 +162,7 @@ class Restoring:
                 for data in self._data(segment, reader):
                     written.write(data)
                     digest.update(data)
-                    self.watcher.advance(len(data), file.path)
+                    self.progress.advance(len(data), file.path)
             written.flush()
             os.fsync(written.fileno())
         if digest.hexdigest() != file.sha256:

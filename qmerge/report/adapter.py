@@ -13,25 +13,25 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from qmerge import hub, provenance, trained_base
-from qmerge.adapters._experts import StackUpdate
-from qmerge.adapters._folder import TENSORS, Adapter, config_file, of_one, read_adapter, tensor_infos
-from qmerge.adapters._inits import ChangedBaseUpdate
-from qmerge.adapters._updates import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
-from qmerge.adapters._variants import ByWidth
+from qmerge import hub
 from qmerge.adapters.lora import is_embedding
-from qmerge.advice import percent
-from qmerge.budget import make_bench
-from qmerge.checkpoint.reader import Reader
+from qmerge.adapters.reading.folder import TENSORS, Adapter, config_file, of_one, read_adapter, tensor_infos
+from qmerge.adapters.updates.experts import StackUpdate
+from qmerge.adapters.updates.initializations import ChangedBaseUpdate
+from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters.updates.variants import ByWidth
+from qmerge.base_check import declared, deltas
 from qmerge.checkpoint.scan import read_json, scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
-from qmerge.inputs import read_inputs
-from qmerge.planning import plan_from
+from qmerge.planning.inputs import read_inputs
+from qmerge.planning.plan import make_run_context, plan_from
 from qmerge.recipe import Recipe, make_recipe
 from qmerge.report.plan import describe_base, name_of
 from qmerge.report.records import fingerprint_record
 from qmerge.report.terminal import err, out, printable
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Update
+from qmerge.wording import percent
 
 SHOWN = (
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
@@ -55,7 +55,7 @@ def describe(source: hub.Source, base: str | None = None, base_revision: str | N
         "name": source.name,
         "commit": source.commit,
         "config": {name: config[name] for name in SHOWN if config.get(name) not in (None, {}, [])},
-        "other_options": {n: value for n, value in provenance.other_options(config).items() if n not in SHOWN},
+        "other_options": {n: value for n, value in declared.other_options(config).items() if n not in SHOWN},
         "file": TENSORS,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
@@ -93,7 +93,7 @@ def beside(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[
     with Reader() as reader:
         source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
         base = scan(source.folder, reader)
-        remarks = provenance.compare(config, provenance.given(source, base, recipe, [adapter]))
+        remarks = declared.compare(config, declared.given(source, base, recipe, [adapter]))
         found: dict[str, Any] = {
             "base": {**describe_base(source, base), "fingerprint": fingerprint_record(base.folder).model_dump()},
             "comparison": [asdict(remark) for remark in remarks],
@@ -103,9 +103,9 @@ def beside(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[
             inputs = read_inputs(recipe, reader)
             found |= filled(inputs.adapter, config)
             plan = plan_from(recipe, inputs)
-            (alignments,) = trained_base.look(plan, make_bench(plan, reader))
+            (alignments,) = deltas.look(plan, make_run_context(plan, reader))
             found["alignments"] = [asdict(alignment) for alignment in alignments]
-            found["problem"] = trained_base.verdict(alignments, recipe.merge_onto)
+            found["problem"] = deltas.verdict(alignments, recipe.merge_onto)
         except QmergeError as error:  # it does not fit this base: what both say still helps
             found["problem"] = str(error)
         return found

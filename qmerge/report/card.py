@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from qmerge import hub, plugins
-from qmerge.planning import Plan
+from qmerge.formats import get_format
+from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
-from qmerge.report.json import (
+from qmerge.schema import (
     FidelityRecord,
     GroupRecord,
     InputRecord,
@@ -34,7 +35,7 @@ def model_card(report: ReportData, plan: Plan) -> str:
     base, adapter = report.inputs[0], report.inputs[1]
     names = base_models(base, adapter, plan.inputs.adapter.config)
     licence = licence_of(plan.inputs.base.folder)
-    quantized = plugins.form(plan.recipe.target).quant_method
+    quantized = get_format(plan.recipe.target).quant_method
     tags = ["qmerge", "qlora", plan.recipe.target, *([quantized] if quantized else [])]
     origin: dict[str, Any] = {"base_model": names, "base_model_relation": "finetune"} if names else {}
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence, **origin)

@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 
 from qmerge import plugins
-from qmerge.advice import percent
-from qmerge.report.json import MetRecord, ReportData, WeightRecord, adapters_named, survived
 from qmerge.report.terminal import decimal, printable, share
+from qmerge.schema import ModulePairRecord, ReportData, WeightRecord, adapters_named, survived
+from qmerge.wording import percent
 
 NAME = "qmerge.html"
 COLUMNS = (
@@ -56,7 +56,7 @@ def worst_first(weight: WeightRecord) -> float:
     return math.inf if kept is None else kept
 
 
-def most_opposed(modules: list[MetRecord]) -> list[MetRecord]:
+def most_opposed(modules: list[ModulePairRecord]) -> list[ModulePairRecord]:
     """Lowest cosine first."""
     return sorted(modules, key=lambda met: math.inf if met.cosine is None else met.cosine)
 

@@ -11,18 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qmerge import advice, trained_base
-from qmerge.adapters._interference import PairSums, cosine, over_modules, sign_conflict
-from qmerge.metrics._totals import Sums, over_weights, values_of
-from qmerge.outlook import Outlook, input_warnings, rounding_name
-from qmerge.pipeline import Bench, Outcome
-from qmerge.planning import Plan
-from qmerge.predict import Survival, total_kept
-from qmerge.report.json import (
+from qmerge.adapters.combining.interference import PairSums, cosine, over_modules, sign_conflict
+from qmerge.base_check.deltas import delta_size_warnings
+from qmerge.forecast.predict import Survival, total_kept
+from qmerge.forecast.preflight import Preflight, input_warnings, rounding_name
+from qmerge.forecast.warnings import clipping_warnings, interference_warnings, original_warnings, survival_warnings
+from qmerge.metrics.base import Sums, over_weights, values_of
+from qmerge.pipeline import Outcome, RunContext
+from qmerge.planning.plan import Plan
+from qmerge.schema import (
     FileRecord,
     GroupRecord,
     InputRecord,
-    MetRecord,
+    ModulePairRecord,
     PairRecord,
     ReportData,
     SeenRecord,
@@ -35,7 +36,7 @@ VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safeten
 
 
 def make_report(
-    plan: Plan, bench: Bench, records: list[InputRecord], outputs: list[FileRecord], outlook: Outlook,
+    plan: Plan, context: RunContext, records: list[InputRecord], outputs: list[FileRecord], outlook: Preflight,
     outcomes: Mapping[str, Outcome], started: float,
 ) -> ReportData:  # fmt: skip
     """Sums → values, per weight, per kind of module and in total; and the warnings about them."""
@@ -61,7 +62,7 @@ def make_report(
     return ReportData(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=versions(),
-        device=device_name(bench.device),
+        device=device_name(context.device),
         rounding=rounding_name(plan),
         rounding_reason=outlook.reason,
         calibration=outlook.calibration,
@@ -80,11 +81,13 @@ def make_report(
         promoted=sorted(plan.promoted),
         interference=pairs,
         warnings=input_warnings(plan)
-        + trained_base.warnings(plan, predicted)
-        + advice.clipped(values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged))
-        + advice.fighting(pairs, plan.recipe.combine)
-        + advice.onto(plan.recipe.merge_onto, outlook.original_gap)
-        + advice.warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
+        + delta_size_warnings(plan, {s.module: s.relative_size for s in predicted})
+        + clipping_warnings(
+            values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged)
+        )
+        + interference_warnings(pairs, plan.recipe.combine)
+        + original_warnings(plan.recipe.merge_onto, outlook.original_gap)
+        + survival_warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
     )
 
 
@@ -98,7 +101,9 @@ def pair_records(adapters: Sequence[str], met: Mapping[str, PairSums]) -> list[P
     for pair, modules in sorted(pairs.items(), key=lambda item: [int(place) for place in item[0].split()]):
         one, other = (names[int(place)] for place in pair.split())
         total = over_modules(modules)
-        each = [MetRecord(module=m, cosine=cosine(s), sign_conflict=sign_conflict(s)) for m, s in modules.items()]
+        each = [
+            ModulePairRecord(module=m, cosine=cosine(s), sign_conflict=sign_conflict(s)) for m, s in modules.items()
+        ]
         records.append(
             PairRecord(one=one, other=other, cosine=cosine(total), sign_conflict=sign_conflict(total), modules=each)
         )

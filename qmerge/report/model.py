@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.markup import escape
 
-from qmerge.adapters._folder import CONFIG
-from qmerge.checkpoint.reader import Reader
+from qmerge.adapters.reading.folder import CONFIG
 from qmerge.checkpoint.scan import scan
 from qmerge.hub import Source
-from qmerge.report.json import NAME, InputRecord, numbered, read_report
 from qmerge.report.plan import describe_base, name_of
 from qmerge.report.records import fingerprint_record
 from qmerge.report.terminal import out, printable, size_text
+from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import NAME, InputRecord, numbered, read_report
 
 
 def is_model(folder: Path) -> bool:

@@ -9,35 +9,37 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qmerge import advice, candidates, provenance, trained_base
-from qmerge.adapters._combined import CombinedUpdate
-from qmerge.adapters._interference import from_factors
-from qmerge.budget import make_bench
+from qmerge.adapters.combining.combined import CombinedUpdate
+from qmerge.adapters.combining.interference import from_factors
+from qmerge.base_check.declared import declared_warnings
+from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.forecast.predict import Survival, predict
+from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
+from qmerge.forecast.warnings import interference_warnings, survival_warnings
 from qmerge.hub import Source
-from qmerge.inputs import Inputs, read_inputs
-from qmerge.planning import Plan, plan_from
-from qmerge.predict import Survival, predict
+from qmerge.planning.inputs import Inputs, read_inputs
+from qmerge.planning.plan import Plan, make_run_context, plan_from
 from qmerge.recipe import Recipe
-from qmerge.report.json import PairRecord
 from qmerge.report.make import pair_records
 from qmerge.report.terminal import err, out, pair_line, printable, readers, share, size_text, times
+from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import PairRecord
 
 
 def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     """The plan as data: reads headers, the adapter, and a few rows of each adapted weight."""
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
-        targets = [describe_target(found) for found in candidates.every(recipe, inputs, reader)]
+        targets = [describe_target(found) for found in all_candidates(recipe, inputs, reader)]
         why = None
         if recipe.target == "auto":
-            recipe, why = candidates.resolved(recipe, inputs, reader)
+            recipe, why = resolve_auto(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
         pairs = meeting(plan)
-        bench = make_bench(plan, reader)
-        trained_base.check(plan, bench)
+        context = make_run_context(plan, reader)
+        check_deltas(plan, context)
         described: dict[str, Any] = {
             "base": describe_base(inputs.base_source, inputs.base),
             "adapter": describe_adapter(inputs),
@@ -45,16 +47,18 @@ def describe(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             "targets": targets,
             "target": recipe.target if target_given else None,
             "why": why,
-            "warnings": provenance.warnings(inputs, recipe) + advice.fighting(pairs, recipe.combine),
+            "warnings": declared_warnings(inputs, recipe) + interference_warnings(pairs, recipe.combine),
         }
         if target_given:
-            predicted = predict(plan, bench)
+            predicted = predict(plan, context)
             described |= describe_plan(plan, predicted)
-            described["warnings"] += trained_base.warnings(plan, predicted) + advice.warnings(predicted, predicted=True)
+            described["warnings"] += delta_size_warnings(
+                plan, {s.module: s.relative_size for s in predicted}
+            ) + survival_warnings(predicted, predicted=True)
         return described
 
 
-def describe_target(found: candidates.Candidate) -> dict[str, Any]:
+def describe_target(found: Candidate) -> dict[str, Any]:
     """Size and predicted survival of one target; a target that is not possible says why."""
     if found.impossible is not None:
         return {"target": found.target, "impossible": found.impossible, "loaders": found.loaders}

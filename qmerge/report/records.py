@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qmerge import hub
-from qmerge.adapters._folder import CONFIG, TENSORS
+from qmerge.adapters.reading.folder import CONFIG, TENSORS
 from qmerge.checkpoint.fingerprint import fingerprint
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
-from qmerge.checkpoint.writer import hash_file
-from qmerge.inputs import Inputs
-from qmerge.report.json import FileRecord, FingerprintRecord, InputRecord
+from qmerge.planning.inputs import Inputs
+from qmerge.progress import Progress
+from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.writer import hash_file
+from qmerge.schema import FileRecord, FingerprintRecord, InputRecord
 
-if TYPE_CHECKING:
-    from qmerge.run import Watcher
 
-
-def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
+def input_records(inputs: Inputs, progress: Progress) -> list[InputRecord]:
     """Base, adapters and original, in this order."""
     base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
     roles: list[tuple[str, hub.Source, bool, list[Path]]] = [("base", inputs.base_source, True, base_files)]
@@ -26,24 +23,24 @@ def input_records(inputs: Inputs, watcher: Watcher) -> list[InputRecord]:
         roles.append(("adapter", source, False, [source.folder / TENSORS, source.folder / CONFIG]))
     if inputs.original and inputs.original_source:
         roles.append(("original", inputs.original_source, True, list(inputs.original.files)))
-    watcher.stage("hashing inputs", sum(path.stat().st_size for *_, files in roles for path in files))
+    progress.stage("hashing inputs", sum(path.stat().st_size for *_, files in roles for path in files))
     return [
         InputRecord(
             role=role,
             name=source.name,
             id=source.id,
             commit=source.commit,
-            files=[file_record(path, watcher) for path in files],
+            files=[file_record(path, progress) for path in files],
             fingerprint=fingerprint_record(source.folder) if is_model else None,
         )
         for role, source, is_model, files in roles
     ]
 
 
-def file_record(path: Path, watcher: Watcher) -> FileRecord:
+def file_record(path: Path, progress: Progress) -> FileRecord:
     size = path.stat().st_size
     record = FileRecord(file=path.name, bytes=size, sha256=hash_file(path))
-    watcher.advance(size, path.name)
+    progress.advance(size, path.name)
     return record
 
 

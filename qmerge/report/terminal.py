@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from qmerge import plugins
-from qmerge.advice import percent, times
-from qmerge.report.json import FidelityRecord, GroupRecord, PairRecord, ReportData, survived
+from qmerge.formats import get_format
+from qmerge.schema import FidelityRecord, GroupRecord, PairRecord, ReportData, survived
+from qmerge.wording import percent, times
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -27,12 +27,12 @@ def err() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
-class TerminalWatcher:
+class TerminalProgress:
     """A bar with rate and time left on a terminal, a line now and then elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet, self.console = quiet, err()
-        self._bar: Progress | None = None
+        self._bar: bars.Progress | None = None
         self._label, self._total, self._done, self._started, self._said = "", 0, 0, 0.0, 0.0
 
     def stage(self, label: str, total: int) -> None:
@@ -43,13 +43,13 @@ class TerminalWatcher:
             return
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.DownloadColumn(),
+                bars.TransferSpeedColumn(),
+                bars.TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = bars.Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(label, total=total)
             self._bar.start()
 
@@ -160,7 +160,7 @@ def readers(targets: Sequence[str]) -> str:
     """Who reads which of these targets, one line for each set of loaders."""
     by_loaders: dict[str, list[str]] = {}
     for target in targets:
-        by_loaders.setdefault(plugins.form(target).loaders, []).append(target)
+        by_loaders.setdefault(get_format(target).loaders, []).append(target)
     return "\n".join(f"{', '.join(names)}: read by {loaders}" for loaders, names in by_loaders.items())
 
 
@@ -228,7 +228,7 @@ def size_text(nbytes: int) -> str:
 
 
 __all__ = [
-    "TerminalWatcher",
+    "TerminalProgress",
     "decimal",
     "err",
     "extras",

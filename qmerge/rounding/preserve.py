@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from qmerge.grids import Grid
-from qmerge.rounding._context import Context
-from qmerge.rounding._metric import Metric, damped, make_metric, upper_factor
+from qmerge.rounding.base import Metric, RoundingContext, damped, make_metric, upper_factor
 
 ORDERS = 4
 """Orders of the columns that are tried: as they are, what matters most first, and at random."""
@@ -45,14 +44,14 @@ class Problem:
     grid: Grid
 
 
-def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
+def choose(values_OI: Tensor, grid: Grid, context: RoundingContext) -> Tensor:
     """Codes whose error is smallest in ``context.metric`` (without one: all inputs count alike).
 
     Never worse than the nearest codes, row by row, by the same objective.
     """
     metric = context.metric or make_metric(None, None, values_OI.shape[1], values_OI.device)
     nearest_IO = grid.decode(grid.nearest(values_OI, context.near_OI)).T.contiguous()
-    aim_IO = metric.aim(leaning(values_OI, context)).T.contiguous()
+    aim_IO = metric.aim(toward_original(values_OI, context)).T.contiguous()
     best_IO, cost_O = nearest_IO, torch.full((len(values_OI),), torch.inf, dtype=torch.float64, device=values_OI.device)
     as_they_are, *others = column_orders(metric.K_II)
     first = in_order(as_they_are, aim_IO, metric, grid)
@@ -60,11 +59,11 @@ def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
         found_IO, found_O = solve(problem, nearest_IO)
         best_IO, cost_O = torch.where(found_O < cost_O, found_IO, best_IO), torch.minimum(found_O, cost_O)
     if context.delta_OI is not None:
-        best_IO = straightened(best_IO, context.delta_OI.T, nearest_IO, first)
+        best_IO = compensate_delta_loss(best_IO, context.delta_OI.T, nearest_IO, first)
     return grid.nearest(best_IO.T.contiguous(), context.near_OI)
 
 
-def leaning(values_OI: Tensor, context: Context) -> Tensor:
+def toward_original(values_OI: Tensor, context: RoundingContext) -> Tensor:
     """The merged weight, moved a little towards the 16-bit original where there is one: it has the lower loss."""
     return values_OI if context.original_OI is None else torch.lerp(values_OI, context.original_OI, LEAN)
 
@@ -99,7 +98,7 @@ def solve(problem: Problem, nearest_IO: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(found_O > start_O, start_IO, found_IO)[back], torch.minimum(found_O, start_O)
 
 
-def straightened(levels_IO: Tensor, delta_IO: Tensor, nearest_IO: Tensor, problem: Problem) -> Tensor:
+def compensate_delta_loss(levels_IO: Tensor, delta_IO: Tensor, nearest_IO: Tensor, problem: Problem) -> Tensor:
     """Aim past the part of the error that lies along the delta, and descend again (columns as they are).
 
     Other errors point anywhere and cancel over layers; this part weakens what was learned in every one of them.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from qmerge.grids import UP, Grid
-from qmerge.rounding._context import Context
+from qmerge.rounding.base import RoundingContext
 
 WORDS = 4  # 64-bit numbers that one step of Philox's counter gives
 
 
-def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
+def choose(values_OI: Tensor, grid: Grid, context: RoundingContext) -> Tensor:
     """Each value goes to the level above with probability (value − below) / (above − below), else to the one below."""
     below_OI = grid.floor(values_OI, context.near_OI)
     above_OI = grid.step(below_OI, UP)
@@ -24,7 +24,7 @@ def choose(values_OI: Tensor, grid: Grid, context: Context) -> Tensor:
     return torch.where(uniform(values_OI, context) < share_OI, above_OI, below_OI)
 
 
-def uniform(values_OI: Tensor, context: Context) -> Tensor:
+def uniform(values_OI: Tensor, context: RoundingContext) -> Tensor:
     """float32 [O, I] in [0, 1): a function of (seed, weight, position) alone, whatever the device, order or grouping."""
     key = hashlib.sha256(f"{context.seed}:{context.name}".encode()).digest()
     first = context.rows.start * values_OI.shape[1]

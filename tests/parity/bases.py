@@ -248,7 +248,7 @@ def _read_gptq(found: Parts, config: dict[str, Any], metadata: dict[str, str]) -
 
 def auto_gptq() -> ModuleType | None:
     """auto-gptq, or None where it is not installed."""
-    from qmerge import loaders
+    from qmerge.evaluation import loaders
 
     return loaders.auto_gptq() if importlib.util.find_spec("auto_gptq") else None
 
@@ -621,7 +621,7 @@ READERS: dict[str, Callable[[Parts, dict[str, Any], dict[str, str]], dict[str, T
 
 LOADABLE = set(KINDS) - {
     "fp8-odd",  # transformers infers blocks from the shapes: 320 rows in 3 blocks are an error, 192 in 2 are silently wrong
-    "fbgemm-fp8",  # asks for a GPU
+    "fbgemm-fp8",  # accepted_options for a GPU
     "hqq", "hqq-axis0", "hqq-2bit", "hqq-3bit", "hqq-8bit",  # transformers 5.23 leaves W_q over and starts at random weights
 }  # fmt: skip
 """Kinds that transformers loads and runs on a CPU."""

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmerge import plugins
-from qmerge.checkpoint.header import read_header
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import CheckpointError
-from qmerge.formats._base import Format, Layout, Stored
+from qmerge.formats import get_format
 from qmerge.formats._bnb4bit import Bnb4bitOptions
+from qmerge.formats.base import Format, Layout, Stored
+from qmerge.safetensors_io.header import read_header
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Rows, Weight
 
 MODULE = "layer.proj"
@@ -27,7 +27,7 @@ STORAGES = {
 
 
 def form(name: str) -> Format:
-    found: Format = plugins.load("formats", name).FORMAT
+    found: Format = get_format(name)
     return found
 
 
@@ -97,7 +97,7 @@ def fresh(values_OI: Tensor, name: str, options: Options) -> dict[str, Tensor]:
     grid = target.grid(torch.cat([target.scales(part, options) for part in parts]), shape, options)
     places = row_blocks(name, shape, options)
     packed = [target.pack(grid.rows(rows).nearest(part), options) for rows, part in zip(places, parts, strict=True)]
-    written = dict(target.companions(grid, "weight", shape, options))
+    written = dict(target.scale_tensors(grid, "weight", shape, options))
     name = target.codes_part("weight")
     spec = target.outputs("weight", shape, options)[name]
     joined = torch.cat(packed, dim=1) if target.row_axis else torch.cat([part.flatten() for part in packed])

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qmerge.errors import AdapterError
 from qmerge.recipe import make_recipe
 
-from .. import models, test_names
+from .. import models
+from ..checkpoint import test_names
 from ..conftest import Cli
 from . import stock
 
@@ -130,19 +131,20 @@ def test_calibrated_in_the_unmerged_model(
     made: Made, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What calibration sees of the inputs are those of peft's model: its last layer's, which all that is adapted reaches."""
-    from qmerge import outlook, run
-    from qmerge.rounding._metric import Statistics
+    from qmerge import run
+    from qmerge.calibration import texts
+    from qmerge.rounding.base import Statistics
 
     base, adapter, _, _ = made(name)
     seen: dict[str, Statistics] = {}
-    monkeypatch.setattr(run, "do", lambda step, sink, bench, inputs=None: keep(step, sink, bench, inputs, seen))
+    monkeypatch.setattr(run, "do", lambda step, sink, context, inputs=None: keep(step, sink, context, inputs, seen))
     settings = {"base": str(base), "adapter": str(adapter), "device": "cpu", "sequence_length": 16, "sequential": False}
     more = {"target": "nf4", "rounding": "preserve", "calibration_tokens": 64, "out": str(tmp_path / "out")}
     run.merge(make_recipe({**settings, **more}))
     model, inputs = unmerged(base, adapter, KINDS[name].resize), list[torch.Tensor]()
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.gate_proj")
     layer.register_forward_hook(lambda _, args, out: inputs.append(args[0].flatten(0, 1)))
-    ids = torch.cat(outlook.random_tokens(96 + KINDS[name].resize, 64, 16, 0))
+    ids = torch.cat(texts.random_tokens(96 + KINDS[name].resize, 64, 16, 0))
     with torch.no_grad():
         model(input_ids=ids)
     x = torch.cat(inputs)
@@ -153,12 +155,12 @@ def test_calibrated_in_the_unmerged_model(
     assert stock.distance(found.hessian_II, h.detach().T @ h.detach() / 64) < 1e-4
 
 
-def keep(step: Any, sink: Any, bench: Any, inputs: Any, seen: dict[str, Any]) -> Any:
+def keep(step: Any, sink: Any, context: Any, inputs: Any, seen: dict[str, Any]) -> Any:
     from qmerge import pipeline
 
     if inputs is not None:
         seen[step.name] = inputs
-    return pipeline.do(step, sink, bench, inputs)
+    return pipeline.do(step, sink, context, inputs)
 
 
 def test_dora_depends_on_the_base_it_is_merged_onto(made: Made, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import awq
 from qmerge.formats._affine import pack_bits
-from qmerge.formats._base import Layout
 from qmerge.formats.awq import FORMAT, AwqOptions
+from qmerge.formats.base import Layout
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from .. import models

@@ -11,20 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qmerge import plugins
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import _compressed_int, nvfp4
-from qmerge.formats._base import Format, Layout
+from qmerge.formats import _compressed_int, get_format, nvfp4
 from qmerge.formats._compressed import CompressedOptions, scheme_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
+from qmerge.formats.base import Format, Layout
 from qmerge.formats.mxfp4a16 import powers_of_two
 from qmerge.grids import DOWN, UP
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from .. import models
-from ..test_grids import ascending, gaussian
+from ..formats.test_grids import ascending, gaussian
 from . import bases, stock
 from .bnb import fresh, opened, same, saved
 
@@ -51,7 +50,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def form(name: str) -> Format:
-    found: Format = plugins.load("formats", name).FORMAT
+    found: Format = get_format(name)
     return found
 
 
@@ -547,7 +546,7 @@ def test_dense_modules_are_ignored_once() -> None:
 
 
 def test_cautions_are_for_what_few_loaders_read() -> None:
-    assert not form("w4a16").cautions(CompressedOptions("w4a16", 128), {})
-    (asymmetric,) = form("w4a16").cautions(CompressedOptions("w4a16", 128, False), {})
-    (ordered,) = form("w4a16").cautions(CompressedOptions("w4a16", 128, act_order=True), {})
+    assert not form("w4a16").target_warnings(CompressedOptions("w4a16", 128), {})
+    (asymmetric,) = form("w4a16").target_warnings(CompressedOptions("w4a16", 128, False), {})
+    (ordered,) = form("w4a16").target_warnings(CompressedOptions("w4a16", 128, act_order=True), {})
     assert "dequantize=True" in asymmetric and "weight_g_idx" in ordered

@@ -15,11 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qmerge.checkpoint.reader import Reader
 from qmerge.errors import RecipeError
-from qmerge.formats._base import NoOptions
 from qmerge.formats._bnb4bit import BLOCK_SIZES, Bnb4bitOptions
+from qmerge.formats.base import NoOptions
 from qmerge.grids import DOWN, UP
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from . import bnb as parity

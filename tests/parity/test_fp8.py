@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qmerge import plugins
-from qmerge.checkpoint.header import read_header
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError
-from qmerge.formats._base import Format, Layout
+from qmerge.formats import get_format
 from qmerge.formats._scaled_float import ScaledFloatGrid
+from qmerge.formats.base import Format, Layout
 from qmerge.formats.fp8 import FORMAT, ROW, Fp8Options, read_scales
 from qmerge.grids import DOWN, UP
+from qmerge.safetensors_io.header import read_header
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows, TensorInfo
 
 from .. import models
@@ -94,7 +94,7 @@ def read(folder: Path, block: int = 0, decoded: bool = False) -> dict[str, Tenso
     found = {}
     with Reader() as reader:
         for name, weight in scan(folder, reader).weights.items():
-            form: Format = plugins.load("formats", weight.format).FORMAT
+            form: Format = get_format(weight.format)
             if form.quant_method:
                 stored = form.open(weight, reader, torch.device("cpu"))
                 size = block or weight.shape[0]

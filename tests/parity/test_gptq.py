@@ -18,11 +18,11 @@ from torch import Tensor
 
 import qmerge
 import qmerge.demo
-from qmerge.checkpoint.reader import Reader
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._affine import AffineGrid, fit_scales, pack_bits, sequential_groups, unpack_bits
 from qmerge.formats.gptq import FORMAT, GptqOptions
+from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from .. import models
@@ -273,7 +273,7 @@ def test_merged_into_float32_is_base_plus_delta(base: Made, adapter: Path, tmp_p
 
 
 def test_g_idx_is_always_written(base: Made, adapter: Path, tmp_path: Path) -> None:
-    """Old files lack it where groups are sequential; llama.cpp's converter asks for it."""
+    """Old files lack it where groups are sequential; llama.cpp's converter accepted_options for it."""
     folder = shutil.copytree(base("gptq"), tmp_path / "base")
     found = load_file(folder / "model.safetensors")
     save_file({n: part for n, part in found.items() if not n.endswith("g_idx")}, folder / "model.safetensors")

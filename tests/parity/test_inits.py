@@ -17,11 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qmerge.adapters import _inits, lora
-from qmerge.checkpoint.reader import Reader
+from qmerge.adapters import lora
+from qmerge.adapters.updates import initializations as _inits
 from qmerge.errors import AdapterError
-from qmerge.planning import make_plan
+from qmerge.planning.plan import make_plan
 from qmerge.recipe import make_recipe
+from qmerge.safetensors_io.reader import Reader
 
 from .. import models
 from ..conftest import Cli
@@ -119,7 +120,7 @@ def test_plain_products_would_be_another_model(
 ) -> None:
     """The control: the same tensors with init_lora_weights true are B·A on the base as it is. (The numbers give them away:
     that is looked at elsewhere.)"""
-    monkeypatch.setattr("qmerge.trained_base.check", lambda plan, bench: None)
+    monkeypatch.setattr("qmerge.forecast.preflight.check_deltas", lambda plan, context: None)
     found = made(name)
     plain = shutil.copytree(found.adapter, tmp_path / "plain")
     models.edit_json(plain / "adapter_config.json", init_lora_weights=True)

@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qmerge.adapters import _variants, lora
-from qmerge.adapters._updates import LoraUpdate
+from qmerge.adapters import lora
+from qmerge.adapters.updates import variants as _variants
+from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
 
-from .. import models, test_names
+from .. import models
+from ..checkpoint import test_names
 from ..conftest import Cli
 from . import bases, stock
 

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qmerge import planning as plan_module
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.formats._bnb4bit import Bnb4bitOptions
+from qmerge.planning import plan as plan_module
 
 from .. import models
 from ..models import edit_json

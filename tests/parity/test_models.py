@@ -19,11 +19,12 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 from qmerge.errors import AdapterError, RecipeError
 from qmerge.extract import extract
 from qmerge.recipe import make_recipe
-from qmerge.report.json import read_report
 from qmerge.report.records import fingerprint_record
 from qmerge.run import merge
+from qmerge.schema import read_report
 
-from .. import models, test_names
+from .. import models
+from ..checkpoint import test_names
 from ..conftest import Cli
 from . import bases, stock
 

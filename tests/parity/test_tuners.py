@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qmerge import plugins
-from qmerge.adapters import tuners
+from qmerge.adapters import peft_fallback as tuners
 from qmerge.errors import AdapterError
 
 from .. import models

@@ -1,0 +1,5 @@
+"""``python -m qmerge`` is the command line."""
+
+from qmerge.cli import main
+
+main()

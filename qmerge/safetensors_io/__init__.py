@@ -1,0 +1,1 @@
+"""safetensors files: headers, reading parts of them, and streaming them out."""

@@ -1,0 +1,145 @@
+"""Texts, chats and datasets → token ids; and one clear line for what is none of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmerge.demo
+from qmerge.calibration import texts
+from qmerge.errors import CheckpointError, QmergeError, RecipeError
+
+FOLDER = Path(qmerge.demo.__file__).parent / "base-nf4"
+VOCABULARY = 10**6
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def ids_of(text: str) -> list[int]:
+    return list(texts.load_tokenizer(FOLDER)(text)["input_ids"])
+
+
+def test_plain_text(tmp_path: Path) -> None:
+    text = "one two three four five six seven " * 40
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    batches = texts.token_batches(path, FOLDER, None, 16, VOCABULARY)
+    flat = [token for batch in batches for token in batch.flatten().tolist()]
+    assert all(batch.shape[1] == 16 for batch in batches) and flat == ids_of(text)[: len(flat)]
+    assert len(ids_of(text)) - len(flat) < 16
+    assert sum(batch.numel() for batch in texts.token_batches(path, FOLDER, 40, 16, VOCABULARY)) == 32
+
+
+def test_a_text_shorter_than_a_sequence_is_taken_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("only a few words")
+    (batch,) = texts.token_batches(path, FOLDER, None, 512, VOCABULARY)
+    assert batch.shape == (1, len(ids_of("only a few words")))
+
+
+def test_jsonl_of_texts(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "first", "id": 1}, {"text": "second"})
+    assert texts.read_texts(path) == ["first", "second"]
+
+
+def test_documents_are_parted_by_the_end_of_text_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = texts.load_tokenizer(FOLDER)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
+    assert texts.tokenized(["a b", "c"], FOLDER) == [*ids_of("a b"), 5, *ids_of("c")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    ],
+)
+def test_chats_go_through_the_template_of_the_tokenizer(
+    record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = texts.load_tokenizer(FOLDER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
+    monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
+    found = texts.tokenized(texts.read_texts(lines(tmp_path / "a.jsonl", record)), FOLDER)
+    assert found == tokenizer("user: hi; assistant: ho; ", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = texts.load_tokenizer(FOLDER)
+    tokenizer.chat_template = "{{ raise_exception('only users') }}"
+    monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
+    with pytest.raises(RecipeError, match="only users"):
+        texts.tokenized([[{"role": "system", "content": "x"}]], FOLDER)
+
+
+BAD: dict[str, tuple[str, bytes, type[QmergeError], str]] = {
+    "no UTF-8": ("a.txt", b"abc\xff", RecipeError, "no UTF-8 text"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text"\n', RecipeError, "line 2: no JSON"),
+    "another field": (
+        "a.jsonl",
+        b'{"prompt": "a"}\n',
+        RecipeError,
+        "line 1: expected a field `text` or `messages`, found prompt",
+    ),
+    "a list": ("a.jsonl", b"[1]\n", RecipeError, "line 1: expected a field"),
+    "half a message": ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', RecipeError, "line 1: a message needs"),
+    "empty": ("a.txt", b"", RecipeError, "0 tokens"),
+    "no template": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', RecipeError, "no chat template"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_texts(name: str, tmp_path: Path) -> None:
+    file, data, kind, words = BAD[name]
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(kind) as caught:
+        texts.token_batches(tmp_path / file, FOLDER, None, 16, VOCABULARY)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(CheckpointError, match="the model knows 3"):
+        texts.token_batches(tmp_path / "a.txt", FOLDER, None, 16, 3)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        texts.token_batches(tmp_path / "a.txt", tmp_path, None, 16, VOCABULARY)
+
+
+def test_neither_a_file_nor_a_dataset(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"expected a \.txt or \.jsonl file"):
+        texts.find("no such thing.txt")
+    with pytest.raises(RecipeError, match="expected a"):
+        texts.find(str(tmp_path))
+
+
+def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first data file with `train` in its name, or the one that is named."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, file: str, repo_type: str) -> str:
+        asked.append(file)
+        return str(lines(tmp_path / Path(file).name, {"text": "from the hub"}))
+
+    files = ["README.md", "data/test.jsonl", "data/train.jsonl", "images.zip"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert texts.read_texts(texts.find("someone/chats")) == ["from the hub"]
+    texts.find("someone/chats:data/test.jsonl")
+    assert asked == ["data/train.jsonl", "data/test.jsonl"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: ["a.parquet"])
+    with pytest.raises(RecipeError, match="holds no"):
+        texts.find("someone/tables")

@@ -1,0 +1,217 @@
+"""``--patch`` on a merge: with the base it gives what ``--out`` would have written; whatever happens, nothing else is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import qmerge
+from qmerge import run
+from qmerge.checkpoint import folder as folder_module
+from qmerge.errors import CheckpointError, RecipeError, RoomError, StoppedError
+from qmerge.patch import apply_patch, direct, unmerge
+from qmerge.recipe import Recipe, make_recipe
+
+from .. import models
+from ..conftest import Cli, snapshot
+from ..patch.test_patch import STRIKES, install
+
+
+def recipe(nf4: Path, lora: Path, **more: Any) -> Recipe:
+    settings = {"base": str(nf4), "adapter": str(lora), "target": "nf4", "rounding": "stochastic", "device": "cpu"}
+    return make_recipe({**settings, **more})
+
+
+def timeless(folder: Path) -> dict[str, Any]:
+    """Every file's content, without the two times of a run, and without where it went."""
+    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in snapshot(folder)}
+    report = json.loads(found["qmerge.json"])
+    created = report.pop("created")
+    seconds = f"{report.pop('seconds'):.0f} s"
+    page = found["qmerge.html"].decode()
+    assert f"{created}, {seconds}" in page
+    written = yaml.safe_load(found["qmerge_recipe.yaml"])
+    assert ("out" in written) != ("patch" in written)
+    changes = {
+        "qmerge.json": report,
+        "qmerge.html": page.replace(f"{created}, {seconds}", ""),
+        "qmerge_recipe.yaml": {name: value for name, value in written.items() if name not in ("out", "patch")},
+    }
+    residual = "residual/adapter_config.json"
+    if residual in found:  # its base is the folder, by name
+        changes[residual] = {**json.loads(found[residual]), "base_model_name_or_path": None}
+    return {**found, **changes}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """What the merged folder held when the patch was made of it."""
+    found: list[dict[str, str]] = []
+    make_patch = direct.make_patch
+
+    def looked(base: Path, merged: Path, *rest: Any, **more: Any) -> Any:
+        found.append(snapshot(merged))
+        return make_patch(base, merged, *rest, **more)
+
+    monkeypatch.setattr(direct, "make_patch", looked)
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"max_shard_size": "60kB", "residual": 2}, {"target": "bf16"}], ids=str)
+def test_apply_gives_what_out_would_have_been(
+    nf4: Path, lora: Path, tmp_path: Path, seen: list[dict[str, str]], more: dict[str, Any]
+) -> None:
+    """Bit for bit the folder that the patch was made of; but for times, that of a run with --out. unmerge goes back."""
+    report, summary = direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **more), False, run.NoProgress())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.patch"]
+    assert summary is not None and summary.nbytes == (tmp_path / "a.patch").stat().st_size
+    apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
+    assert [snapshot(tmp_path / "applied")] == seen
+    run.merge(recipe(nf4, lora, out=str(tmp_path / "out"), **more))
+    assert timeless(tmp_path / "applied") == timeless(tmp_path / "out")
+    assert json.loads((tmp_path / "applied/qmerge.json").read_text()) == json.loads(report.model_dump_json())
+    run.merge(recipe(nf4, lora, out=str(tmp_path / "other"), seed=1, **more))
+    if "bf16" not in more.values():
+        assert timeless(tmp_path / "applied")["config.json"] == timeless(tmp_path / "other")["config.json"]
+        assert snapshot(tmp_path / "applied") != snapshot(tmp_path / "other"), "the control: another seed"
+    unmerge(tmp_path / "applied", tmp_path / "a.patch", tmp_path / "base")
+    assert snapshot(tmp_path / "base") == snapshot(nf4)
+
+
+def test_no_path_of_the_folder_meanwhile_stays(nf4: Path, lora: Path, tmp_path: Path) -> None:
+    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+    apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
+    for path in (tmp_path / "applied").iterdir():
+        assert b".a.patch-" not in path.read_bytes(), path.name
+    assert b".a.patch-" not in (tmp_path / "a.patch").read_bytes()
+    assert yaml.safe_load((tmp_path / "applied/qmerge_recipe.yaml").read_text())["patch"] == str(tmp_path / "a.patch")
+
+
+def test_command_recipe_and_python(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
+    """A patch by each; the command line wins over the file, out over patch and patch over out."""
+    common = ("--base", nf4, "--adapter", lora, "--target", "nf4", "--rounding", "nearest", "--device", "cpu")
+    ran = cli(*common, "--patch", tmp_path / "a.patch", "--min-kept", "1")
+    assert ran.code == 5 and (tmp_path / "a.patch").is_file(), ran.err
+    assert f"qmerge apply {nf4} {tmp_path / 'a.patch'} --out DIR" in ran.out and "of the merged folder" in ran.out
+    assert cli("apply", nf4, tmp_path / "a.patch", "--out", tmp_path / "applied").code == 0
+    asked = tmp_path / "applied/qmerge_recipe.yaml"
+    assert "exists" in cli("run", asked).err
+    assert cli("run", asked, "--out", tmp_path / "out", "--min-kept", "-1").code == 0
+    assert timeless(tmp_path / "out").keys() == timeless(tmp_path / "applied").keys()
+    again = cli(
+        "run", tmp_path / "out/qmerge_recipe.yaml", "--patch", tmp_path / "b.patch", "--json", "--min-kept", "-1"
+    )
+    assert again.code == 0 and json.loads(again.out)["schema_version"] == 1
+    settings = {"base": str(nf4), "adapter": str(lora), "device": "cpu", "quiet": True}
+    report = qmerge.merge(**settings, target="nf4", rounding="nearest", patch=str(tmp_path / "c.patch"))
+    assert report.kept is not None and (tmp_path / "c.patch").is_file()
+    assert cli("plan", *common, "--patch", tmp_path / "d.patch").code == 0 and not (tmp_path / "d.patch").exists()
+
+
+def test_several_adapters(nf4: Path, lora: Path, tmp_path: Path, seen: list[dict[str, str]]) -> None:
+    other = models.adapter(models.llama(), tmp_path / "other", seed=9)
+    pair = {"adapter": [f"{lora}=0.7", f"{other}=0.3"], "combine": "ties", "density": 0.5}
+    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **pair), False, run.NoProgress())
+    apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
+    assert [snapshot(tmp_path / "applied")] == seen
+
+
+# --- what is refused, before any work --------------------------------------------------------------------------------
+
+
+def test_out_and_patch_are_one_or_the_other() -> None:
+    with pytest.raises(RecipeError, match=r"out \(x\) and patch \(y\): a run writes one of them"):
+        make_recipe({"base": "a/b", "adapter": "c/d", "target": "nf4", "out": "x", "patch": "y"})
+
+
+def test_resume_is_refused(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", tmp_path / "a.patch", "--resume")
+    assert ran.code == 2 and "--resume: a patch is made in one go" in ran.err and not any(tmp_path.iterdir())
+
+
+PLACES: dict[str, tuple[Callable[[Path, Path, Path], Path], str]] = {
+    "there already": (lambda place, base, adapter: place / "taken", "exists"),
+    "in the base": (lambda place, base, adapter: base / "a.patch", "lies inside the base"),
+    "in the adapter": (lambda place, base, adapter: adapter / "a.patch", "lies inside the adapter"),
+    "in no folder": (lambda place, base, adapter: place / "no/a.patch", "there is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_where_a_patch_cannot_go(
+    nf4: Path, lora: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    def no_work(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(run, "merge", no_work)
+    (tmp_path / "taken").write_text("mine")
+    where, match = PLACES[case]
+    before = [snapshot(folder) for folder in (tmp_path, nf4, lora)]
+    ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", where(tmp_path, nf4, lora))
+    assert ran.code == 2 and match in ran.err, ran.err
+    assert [snapshot(folder) for folder in (tmp_path, nf4, lora)] == before
+
+
+def test_a_base_that_cannot_be_compared(nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the merge, which would take it."""
+    base = shutil.copytree(nf4, tmp_path / "base")
+    (tmp_path / "secret").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="a link that leads out"):
+        patched.setattr(run, "merge", None)
+        direct.merge(recipe(base, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+    assert snapshot(tmp_path) == before
+    run.merge(recipe(base, lora, out=str(tmp_path / "out")))  # the control
+
+
+# --- room, interruption ----------------------------------------------------------------------------------------------
+
+
+def test_room_for_the_model_is_asked_for_first(
+    nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "free_bytes", lambda out: 1000)
+    with pytest.raises(RoomError, match=r"--patch .*a\.patch takes the room of the merged model .* free"):
+        direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strike", STRIKES, ids=["no-room", "ctrl-c"])
+def test_whenever_it_ends_nothing_is_left(
+    nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike: BaseException
+) -> None:
+    """Struck at every third sync or rename, in the merge and in the patch, until a run comes through."""
+    at = 0
+    while True:
+        with monkeypatch.context() as patched:
+            struck = install(patched, at, strike)
+            try:
+                direct.merge(
+                    recipe(nf4, lora, patch=str(tmp_path / "a.patch"), rounding="nearest"), False, run.NoProgress()
+                )
+            except (RoomError, OSError, KeyboardInterrupt) as raised:
+                assert isinstance(raised, KeyboardInterrupt) == isinstance(strike, KeyboardInterrupt)
+            if not struck():
+                break
+        assert not any(tmp_path.iterdir()), at
+        at += 3
+    assert at >= 9 and [path.name for path in tmp_path.iterdir()] == ["a.patch"]
+
+
+def test_an_interruption_is_said(
+    nf4: Path, lora: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that --resume goes on: there is nothing to go on from."""
+    install(monkeypatch, 5, KeyboardInterrupt())
+    ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", tmp_path / "a.patch", "--device", "cpu")
+    assert ran.code == 130 and isinstance(ran.error, StoppedError)
+    assert re.search("Nothing was left behind", ran.err) and "--resume" not in ran.err and not any(tmp_path.iterdir())

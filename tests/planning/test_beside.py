@@ -1,0 +1,146 @@
+"""What stands beside a merged model: the residual adapter, and weights that were promoted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import qmerge
+import qmerge.demo
+from qmerge.errors import RecipeError
+from qmerge.pipeline import worked_values
+from qmerge.planning.plan import make_plan, make_run_context
+from qmerge.recipe import make_recipe
+from qmerge.rounding.base import Statistics, make_metric
+from qmerge.run import residual
+from qmerge.safetensors_io.reader import Reader
+
+DEMO = Path(qmerge.demo.__file__).parent
+INPUTS = {"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter"), "target": "nf4", "device": "cpu"}
+TEXT = {"calibration": str(DEMO / "calibration.txt"), "calibration_tokens": 2048, "sequence_length": 64}
+
+MORE = {"calibration_tokens": 8192, "sequence_length": 128}
+
+
+def merged(out: Path, **more: Any) -> Any:
+    return qmerge.merge(**{**INPUTS, **TEXT, "rounding": "preserve", "quiet": True, **more}, out=str(out))
+
+
+@pytest.fixture(scope="module")
+def with_residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("beside") / "out"
+    return out, merged(out, residual=4, **MORE)
+
+
+def test_the_residual_is_the_best_of_its_rank() -> None:
+    """Against numpy's full decomposition in the metric: nothing of rank 3 comes closer (Eckart, Young)."""
+    with Reader() as reader:
+        plan = make_plan(make_recipe({**INPUTS, "rounding": "preserve"}), reader)
+        context, step = make_run_context(plan, reader), plan.merged[3]
+        stored_OI = worked_values(step, context, with_delta=False)
+        x = torch.randn(400, step.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
+            0, -1, step.shape[1]
+        )
+        inputs = Statistics(x.T @ x / 400, None, 400)
+        found = residual.fit(step, stored_OI, inputs, context, 3)
+        assert step.update is not None
+        K = make_metric(inputs, step.update.directions(), step.shape[1], context.device).K_II.double().numpy()
+        E = (worked_values(step, context) - stored_OI).double().numpy()
+    L = np.linalg.cholesky(K)
+    left = (E - (found.B_OR @ found.A_RI).double().numpy()) @ L
+    best = np.sqrt((np.linalg.svd(E @ L, compute_uv=False)[3:] ** 2).sum())
+    assert best * (1 - 1e-6) <= np.linalg.norm(left) <= best * 1.001
+    assert found.error_with < found.error_without
+
+
+def test_the_residual_brings_the_model_closer(with_residual: tuple[Path, Any], tmp_path: Path) -> None:
+    """Than a merge without it. Stock peft, on top of the merged model, gives the same logits as the two in one."""
+    out, report = with_residual
+    record = report.data.residual
+    assert record.rank == 4 and record.noise_with < record.noise_without
+    dense = tmp_path / "dense"
+    qmerge.merge(
+        base=str(out), adapter=str(out / "residual"), target="fp32", rounding="nearest", out=str(dense), quiet=True
+    )
+    together = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    merged(tmp_path / "alone", **MORE)
+    found = qmerge.fidelity(
+        out=str(tmp_path / "alone"), text=str(DEMO / "heldout.txt"), tokens=8192, sequence_length=128, quiet=True
+    )
+    whole = qmerge.fidelity(
+        out=str(dense), text=str(DEMO / "heldout.txt"), tokens=8192, sequence_length=128, quiet=True,
+        against=(INPUTS["base"], INPUTS["adapter"]),
+    )  # fmt: skip
+    assert whole.kl_merged < found.kl_merged
+    ids = torch.arange(64).view(2, 32)
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu").eval()
+    with torch.no_grad():
+        beside = PeftModel.from_pretrained(model, out / "residual").eval()(input_ids=ids).logits
+        torch.testing.assert_close(beside, together(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def promoted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("beside") / "promoted"
+    return out, merged(out, promote="600kB", calibration="none")
+
+
+def test_promoted_weights_are_dense_and_in_the_skip_list(promoted: tuple[Path, Any]) -> None:
+    out, report = promoted
+    names = report.data.promoted
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert names and {name.removesuffix(".weight") for name in names} < set(config["llm_int8_skip_modules"])
+    assert "lm_head" in config["llm_int8_skip_modules"]
+    tensors = load_file(out / "model.safetensors")
+    assert all(tensors[name].dtype == torch.float32 and f"{name}.absmax" not in tensors for name in names)
+    assert {w.module + ".weight" for w in report.data.weights if w.target != "nf4"} == set(names)
+
+
+def test_the_budget_is_kept(promoted: tuple[Path, Any]) -> None:
+    out, report = promoted
+    extra = (out / "model.safetensors").stat().st_size - (DEMO / "base-nf4" / "model.safetensors").stat().st_size
+    assert 0 < extra <= 600_000
+    assert report.data.total.values["noise"] < merged_noise()
+
+
+def merged_noise() -> float:
+    report = qmerge.measure(**INPUTS, rounding="preserve", calibration="none", quiet=True)[0]
+    assert report.noise is not None
+    return report.noise
+
+
+def test_a_promoted_checkpoint_loads_with_nothing_missing(promoted: tuple[Path, Any]) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        promoted[0], dtype=torch.float32, device_map="cpu", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert bool(model(input_ids=torch.arange(8)[None]).logits.isfinite().all())
+
+
+def test_too_small_a_budget_promotes_nothing(tmp_path: Path) -> None:
+    report = merged(tmp_path / "out", promote="1kB", calibration="none")
+    assert report.data.promoted == [] and (tmp_path / "out" / "config.json").exists()
+
+
+def test_dense_targets_have_nothing_to_promote() -> None:
+    with pytest.raises(RecipeError, match="promote"):
+        make_recipe({**INPUTS, "target": "bf16", "promote": "1MB"})
+
+
+def test_a_judge_that_fails_leaves_the_model(tmp_path: Path) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("a")
+    with pytest.raises(RecipeError):
+        merged(tmp_path / "out", rounding="nearest", calibration=None, verify=str(text))
+    assert (tmp_path / "out" / "config.json").exists() and qmerge.fidelity(
+        out=str(tmp_path / "out"), text=str(DEMO / "heldout.txt"), tokens=256, sequence_length=64, quiet=True
+    )

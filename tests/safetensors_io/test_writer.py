@@ -1,0 +1,266 @@
+"""The streaming writer against safetensors' own reader: any tensors, in any order of writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from qmerge.errors import CheckpointError
+from qmerge.safetensors_io.header import read_header
+from qmerge.safetensors_io.writer import LONGEST_TEXT, Layout, ShardWriter, write_file
+from qmerge.types import BITS, SAFETENSORS_DTYPES, TensorSpec
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
+    torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+# Anything that is Unicode text, quotes, backslashes and control characters included; only the reserved name is not.
+NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+    lambda n: n != "__metadata__"
+)
+TEXTS = st.dictionaries(NAMES, st.text(st.characters(exclude_categories=("Cs",)), max_size=100), max_size=3)
+SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in draw(st.lists(NAMES, max_size=8, unique=True)):
+        dtype, shape = draw(st.sampled_from(DTYPES)), draw(SHAPES)
+        count = int(torch.tensor(shape).prod()) if shape else 1
+        raw = torch.tensor(
+            list(draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))), dtype=torch.uint8
+        )
+        found[name] = (
+            (raw & 1).bool().view(shape)
+            if dtype is torch.bool
+            else raw.view(dtype).view(shape)
+            if count
+            else torch.empty(shape, dtype=dtype)
+        )
+    return found  # fmt: skip
+
+
+def same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Bit for bit (NaN equals the same NaN)."""
+    return one.dtype == two.dtype and one.shape == two.shape and raw(one) == raw(two)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+def layout_of(found: dict[str, torch.Tensor], texts: dict[str, str]) -> Layout:
+    specs = {name: TensorSpec(SAFETENSORS_DTYPES[x.dtype], tuple(x.shape)) for name, x in found.items()}
+    return Layout.of({**specs, **{name: TensorSpec("U8", (-1,)) for name in texts}})
+
+
+def write(
+    path: Path, found: dict[str, torch.Tensor], texts: dict[str, str], draw: st.DataObject | None = None
+) -> dict[str, Any]:
+    """Everything in a random order, each tensor in pieces, two of them interleaved."""
+    names = list(draw.draw(st.permutations(list(found)))) if draw else list(found)
+    writer = ShardWriter(path, layout_of(found, texts))
+    for name in names:
+        sink = writer.step((name,))
+        flat = found[name].flatten()
+        cut = draw.draw(st.integers(0, flat.numel())) if draw else 0
+        sink.append(name, flat[:cut])
+        sink.append_bytes(name, bytearray(raw(flat[cut:])))
+        assert sink.finish()[name] == hashlib.sha256(raw(flat)).hexdigest()
+    writer.add_texts(texts)
+    assert not path.exists(), "nothing has the final name yet"
+    record = writer.finish()
+    assert not path.exists(), "whole, but not yet published"
+    writer.publish()
+    return record
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    assert data[8:9] == b"{", "the specification wants the header to begin with a brace"
+    text = data[8 : 8 + length].decode()
+    assert text.rstrip(" ")[-1] == "}", "padded with spaces alone"
+    return json.loads(text), length
+
+
+@settings(max_examples=150)
+@given(found=tensors(), texts=TEXTS, data=st.data())
+def test_written_in_any_order_and_read_by_the_library(
+    found: dict[str, torch.Tensor], texts: dict[str, str], data: st.DataObject
+) -> None:
+    texts = {name: text for name, text in texts.items() if name not in found}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        record = write(path, found, texts, data)
+        with safe_open(path, "pt") as opened:
+            assert set(opened.keys()) == found.keys() | texts.keys()
+            assert opened.metadata() == {"format": "pt"}
+            for name, tensor in found.items():
+                assert same(opened.get_tensor(name), tensor), name
+            for name, text in texts.items():
+                assert bytes(opened.get_tensor(name).tolist()).decode() == text
+        content = path.read_bytes()
+        assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        check_specification(path)
+        assert list(Path(folder).iterdir()) == [path]
+
+
+def check_specification(path: Path) -> None:
+    """Header aligned, tensors aligned to their dtype, without holes or overlaps, up to the end of the file."""
+    header, length = header_of(path)
+    header.pop("__metadata__")
+    assert (8 + length) % 8 == 0
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        assert begin == position, name
+        assert entry["dtype"] in BITS and (8 + length + begin) % max(1, BITS[entry["dtype"]] // 8) == 0, name
+        position = end
+    assert 8 + length + position == path.stat().st_size
+    read_header(path, CheckpointError)
+
+
+def test_bytes_do_not_depend_on_the_order(tmp_path: Path) -> None:
+    found = {"a": torch.arange(10), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.zeros((), dtype=torch.int8)}
+    write(tmp_path / "one", found, {"t": "x", "s": "y"})
+    write(tmp_path / "two", dict(reversed(found.items())), {"s": "y", "t": "x"})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_interleaved_steps(tmp_path: Path) -> None:
+    """Several workers write to one file at once, each to its own tensors."""
+    found = {name: torch.randn(100) for name in "abcd"}
+    writer = ShardWriter(tmp_path / "model", layout_of(found, {}))
+    sinks = {name: writer.step((name,)) for name in found}
+    for start in range(0, 100, 10):
+        for name, sink in sinks.items():
+            sink.append(name, found[name][start : start + 10])
+    for name, sink in sinks.items():
+        assert sink.finish()[name] == hashlib.sha256(raw(found[name])).hexdigest()
+    writer.finish()
+    writer.publish()
+    with safe_open(tmp_path / "model", "pt") as opened:
+        assert all(same(opened.get_tensor(name), found[name]) for name in found)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, LONGEST_TEXT])
+def test_texts_up_to_the_longest(tmp_path: Path, length: int) -> None:
+    write(tmp_path / "model", {"a": torch.ones(3)}, {"t": "x" * length, "u": "y"})
+    with safe_open(tmp_path / "model", "pt") as opened:
+        assert opened.get_tensor("t").shape == (length,) and bytes(opened.get_tensor("u").tolist()) == b"y"
+    check_specification(tmp_path / "model")
+
+
+def test_a_tensor_that_is_not_complete_is_a_bug(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(4)}, {}))
+    sink = writer.step(("a",))
+    sink.append("a", torch.ones(3))
+    with pytest.raises(AssertionError, match="12 of 16 bytes"):
+        sink.finish()
+    writer.close()
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tensor_that_is_too_long_is_a_bug(tmp_path: Path) -> None:
+    """It must not run into its neighbour."""
+    writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(4), "b": torch.ones(4)}, {}))
+    sink = writer.step(("a",))
+    with pytest.raises(AssertionError):
+        sink.append("a", torch.ones(5))
+        sink.finish()
+    writer.close()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_mode_honours_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "model", {"a": torch.ones(3)}, {})
+        write_file(tmp_path / "config.json", b"{}")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model", tmp_path / "config.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path, resume: bool, dangling: bool) -> None:
+    victim = tmp_path / "victim"
+    if not dangling:
+        victim.write_text("mine")
+    (tmp_path / "model.partial").symlink_to(victim)
+    with pytest.raises(OSError):
+        ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(3)}, {}), resume)
+    assert victim.exists() != dangling and (dangling or victim.read_text() == "mine")
+
+
+def test_a_link_at_the_final_name_is_replaced_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "model").symlink_to(victim)
+    writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(1)}, {}))
+    writer.step(("a",)).append("a", torch.ones(1))
+    writer.finish()
+    writer.publish()
+    assert victim.read_text() == "mine" and not (tmp_path / "model").is_symlink()
+
+
+def test_an_older_temporary_file_is_not_taken_over_unasked(tmp_path: Path) -> None:
+    (tmp_path / "model.partial").write_bytes(b"something")
+    with pytest.raises(FileExistsError):
+        ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(3)}, {}))
+
+
+def test_room_is_taken_first(tmp_path: Path) -> None:
+    """A full disk is found before the work, not after it."""
+    layout = layout_of({"a": torch.ones(1_000_000)}, {})
+    writer = ShardWriter(tmp_path / "model", layout)
+    assert (tmp_path / "model.partial").stat().st_size == layout.most_bytes >= 4_000_000
+    writer.close()
+
+
+def test_a_small_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    write_file(path, b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+@given(found=tensors())
+def test_hashes_find_a_changed_byte(found: dict[str, torch.Tensor]) -> None:
+    """What --resume trusts: the same bytes match, one other bit does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder) / "model", layout_of(found, {}))
+        hashes = {}
+        for name, tensor in found.items():
+            sink = writer.step((name,))
+            sink.append(name, tensor)
+            hashes.update(sink.finish())
+        assert writer.matches(hashes)
+        for name, tensor in found.items():
+            if tensor.numel():
+                first = raw(tensor)[0]
+                writer.write(name, 0, bytes([first ^ 1]))
+                assert not writer.matches({name: hashes[name]})
+        writer.close()
