@@ -19,6 +19,9 @@ from qmerge.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text()
+COMMAND_LINE = (ROOT / "docs/command-line.md").read_text()
 TARGETS = (ROOT / "docs/choosing-a-target.md").read_text()
 SCHEMA = (ROOT / "docs/qmerge-json.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +33,7 @@ MODELS = [
 
 
 def section(text: str, title: str) -> str:
-    """What stands under a heading, up to the next one of the same level or a higher one."""
+    """The text under a heading, up to the next heading of the same or a higher level."""
     match = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |^#(?!\1)|\Z)", text, re.MULTILINE | re.DOTALL)
     assert match, f"no heading {title!r}"
     return match[2]
@@ -56,11 +59,11 @@ def commands() -> dict[str, set[str]]:
     }
 
 
-# --- the README ------------------------------------------------------------------------------------------------------
+# --- the tree, in CONTRIBUTING ---------------------------------------------------------------------------------------
 
 
 def test_tree_names_every_file_and_folder_of_the_package() -> None:
-    tree = section(README, "The tree")
+    tree = section(CONTRIBUTING, "The tree")
     inside, beside = tree.split("recipes/", 1)
     named = set(re.findall(r"^  (\S+) ", inside, re.MULTILINE))
     package = ROOT / "qmerge"
@@ -73,13 +76,16 @@ def test_tree_names_every_file_and_folder_of_the_package() -> None:
 
 @pytest.mark.parametrize("kind", ["formats", "adapters", "rounding", "combine"])
 def test_tree_names_every_plugin(kind: str) -> None:
-    line = re.search(rf"^  {kind}/ .*: (.*)$", section(README, "The tree"), re.MULTILINE)
+    line = re.search(rf"^  {kind}/ .*: (.*)$", section(CONTRIBUTING, "The tree"), re.MULTILINE)
     assert line
     assert set(line[1].split()) == set(plugins.names(kind))
 
 
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
 def test_table_of_commands_is_the_programs() -> None:
-    table = rows(section(README, "Commands").split("| exit code")[0])
+    table = rows(section(COMMAND_LINE, "Commands"))
     named = [name.removeprefix("qmerge").split("--")[0].strip() for name in table]
     assert sorted(named) == sorted(commands())
 
@@ -87,13 +93,41 @@ def test_table_of_commands_is_the_programs() -> None:
 def test_table_of_exit_codes_is_the_programs() -> None:
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.QmergeError)}
     codes = raised | {errors.OK, errors.BUG, errors.BELOW_MIN_KEPT}
-    assert set(rows(section(README, "Commands").split("| exit code")[1])) == {str(code) for code in codes}
+    assert set(rows(section(COMMAND_LINE, "Exit codes"))) == {str(code) for code in codes}
 
 
-def test_tables_of_targets_are_the_programs() -> None:
-    targets = {name for name in plugins.names("formats") if get_format(name).is_target}
-    assert rows(section(README, "Targets")).keys() == targets
-    assert rows(section(TARGETS, "Formats")).keys() == targets
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def targets() -> set[str]:
+    return {name for name in plugins.names("formats") if get_format(name).is_target}
+
+
+def test_table_of_targets_is_the_programs() -> None:
+    assert rows(section(TARGETS, "Formats")).keys() == targets()
+
+
+def test_targets_in_the_readme_exist() -> None:
+    text = section(README, "Which target?")
+    named = set(re.findall(r"`(\w+)`", "".join(line for line in text.splitlines() if line.startswith("|"))))
+    assert named and named <= targets()
+    assert f"[{len(targets())} targets]" in text
+
+
+def test_table_of_benchmarks_has_every_target_that_rounds() -> None:
+    text = section(BENCHMARKS, "All targets, on the demo model")
+    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == targets() - {"fp32"}
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short() -> None:
+    assert len(README.split()) <= 1100
+
+
+def test_readme_links_every_page() -> None:
+    assert all(f"](docs/{path.name})" in README for path in (ROOT / "docs").glob("*.md"))
 
 
 # --- every page ------------------------------------------------------------------------------------------------------
@@ -112,7 +146,7 @@ def benchmark_options() -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_command_line_is_understood(path: Path) -> None:
-    """Lines that begin with ``qmerge`` in code blocks: the command exists, and takes those options."""
+    """Lines that begin with ``qmerge`` in code blocks: the command exists and takes those options."""
     options = commands()
     for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
@@ -131,8 +165,16 @@ def test_every_link_inside_leads_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_to_a_heading_leads_somewhere(path: Path) -> None:
+    for page, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text()):
+        linked = (path.parent / page if page else path).read_text()
+        headings = re.findall(r"^#+ (.*)$", linked, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+
+
 def test_paths_in_contributing_exist() -> None:
-    for name in re.findall(r"`((?:qmerge|tests|docs|recipes)/[\w/.-]+)`", (ROOT / "CONTRIBUTING.md").read_text()):
+    for name in re.findall(r"`((?:qmerge|tests|docs|recipes)/[\w/.-]+)`", CONTRIBUTING):
         if "NAME" not in name:
             assert (ROOT / name).exists(), name
 
@@ -143,7 +185,7 @@ def test_paths_in_contributing_exist() -> None:
 def test_contributing_lists_what_a_format_defines() -> None:
     from qmerge.formats.base import Format
 
-    text = section((ROOT / "CONTRIBUTING.md").read_text(), "A format: `qmerge/formats/NAME.py`")
+    text = section(CONTRIBUTING, "A format: `qmerge/formats/NAME.py`")
     must, may = text.split("| may define")
     assert rows(must).keys() == Format.__abstractmethods__
     named = set(re.findall(r"`(\w+)`", may.split("Parity")[0]))
@@ -177,7 +219,7 @@ def test_every_metric_is_documented() -> None:
 
 
 def test_settings_in_the_python_example_are_fields() -> None:
-    example = re.search(r"```python\n(.*?)```", section(README, "From Python"), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", section(README, "Python"), re.DOTALL)
     assert example
     assert set(re.findall(r"[(,] ?(\w+)=", example[1])) <= Recipe.model_fields.keys() | {
         "targets",
@@ -198,10 +240,10 @@ def test_python_names_stay_what_they_are() -> None:
 
 @pytest.mark.slow
 def test_the_judge_gives_the_numbers_of_the_table(tmp_path: Path) -> None:
-    """The script in docs/choosing-a-target.md, run as a user would, on the demo model."""
+    """The script in docs/benchmarks.md, run as a user would, on the demo model."""
     import qmerge
 
-    script = re.search(r"```python\n(.*?)```", TARGETS, re.DOTALL)
+    script = re.search(r"```python\n(.*?)```", BENCHMARKS, re.DOTALL)
     assert script
     demo, judge, merged = ROOT / "qmerge/demo", tmp_path / "judge.py", tmp_path / "merged"
     judge.write_text(script[1])
@@ -214,7 +256,7 @@ def test_the_judge_gives_the_numbers_of_the_table(tmp_path: Path) -> None:
     )  # fmt: skip
     found = re.search(r"gain kept ([\d.]+), KL ratio ([\d.]+)", ran.stdout)
     assert found, ran.stderr
-    table = next(line for line in TARGETS.splitlines() if line.startswith("| `nf4` | `--rounding stochastic`"))
+    table = next(line for line in BENCHMARKS.splitlines() if line.startswith("| `nf4` | `--rounding stochastic`"))
     kept, noise, gain, divergence = (float(cell) for cell in table.strip("|").split("|")[2:])
     assert report.kept == pytest.approx(kept, abs=0.002)
     assert report.noise == pytest.approx(noise, abs=0.02)
