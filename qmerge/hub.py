@@ -26,14 +26,19 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model or adapter comes from. ``id`` and ``commit`` are None for a local folder; ``adapter`` is the name that
-    was asked for, where there are several, and ``around`` the folder that all of them are in, where this one has its own."""
+    """Where a model or an adapter comes from.
+
+    folder           local folder with its files
+    id, commit       of the Hub; None for a local folder
+    adapter          name of the adapter that was asked for, where there are several
+    adapters_folder  the folder above, where several adapters have a folder each; None for all others
+    """
 
     folder: Path
     id: str | None = None
     commit: str | None = None
     adapter: str | None = None
-    around: Path | None = None
+    adapters_folder: Path | None = None
 
     @property
     def name(self) -> str:

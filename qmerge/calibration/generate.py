@@ -33,7 +33,7 @@ def generated_tokens(
     writer = Writer(plan, context)
     generator = torch.Generator().manual_seed(seed)
     first = torch.full((max(1, tokens // length), 1), writer.start(generator))
-    batches = [[ids] for ids in texts.in_batches(first, length)]
+    batches = [[ids] for ids in texts.split_batches(first, length)]
     caches = [DynamicCache(config=writer.model.model.config) for _ in batches]
     for position in range(1, length):
         tell(f"generating token {position + 1} of {length}")

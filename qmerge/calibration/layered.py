@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmerge.checkpoint.skeleton import empty_model
+from qmerge.checkpoint.architecture import empty_model
+from qmerge.checkpoint.conversion import Conversion
 from qmerge.errors import CheckpointError
 
 Values = Callable[[str], Tensor]
@@ -45,8 +46,8 @@ class LayeredModel:
         self.model = empty_model(config).eval()
         self.layers_name, self.layers = decoder_layers(self.model)
         self._forwards = [layer.forward for layer in self.layers]
-        self._loading = Loading(self.model)
-        self.parameters = {name: self._loading.parameter(name) for name in names}
+        self._conversion = Conversion(self.model)
+        self.parameters = {name: self._conversion.rename(name).parameter for name in names}
         self._names: dict[int | None, list[str]] = {}
         for name, parameter in self.parameters.items():
             self._names.setdefault(self._layer_of(parameter), []).append(name)
@@ -90,7 +91,7 @@ class LayeredModel:
         Raises:
             CheckpointError: some parameters are still without values afterwards.
         """
-        self._loading.load({name: values(name).to(self.device) for name in names})
+        self._conversion.load({name: values(name).to(self.device) for name in names})
         missing = [name for name, tensor in self._tensors(index) if tensor.is_meta]
         if missing:
             raise CheckpointError(f"the base holds no values for {missing[0]} of {type(self.model).__name__}")
@@ -170,44 +171,6 @@ def _stopping(index: int) -> Callable[..., Any]:
         return running.visit(Visit(index, args, kwargs))
 
     return forward
-
-
-class Loading:
-    """transformers' conversion of checkpoint names and tensors, for some weights at a time."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import logging
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        logging.disable_progress_bar()  # one bar per layer otherwise
-        self._model = model
-        mapping = get_model_conversion_mapping(model)
-        self._mapping = mapping
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._meta = model.state_dict()
-
-    def parameter(self, name: str) -> str:
-        """The (first) parameter that a weight on disk becomes, or becomes part of."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self._model.base_model_prefix
-        renamed, _ = rename_source_key(name, self._renamings, self._converters, prefix, self._meta)
-        if renamed not in self._meta and name in self._meta:
-            return name
-        return str(renamed)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        devices = {tensor.device for tensor in tensors.values()}
-        config = LoadStateDictConfig(
-            weight_mapping=self._mapping, dtype=torch.float32, device_map={"": next(iter(devices), torch.device("cpu"))}
-        )
-        convert_and_load_state_dict_in_model(self._model, tensors, config)
-        self._model.tie_weights()
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -28,7 +28,7 @@ Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
 
 
-def find(source: str) -> Path:
+def find_text(source: str) -> Path:
     """A file as it is, or the data file of a dataset on the Hub (``owner/name``, or ``owner/name:path/in/it.jsonl``).
 
     Raises:
@@ -112,7 +112,7 @@ def token_batches(
     Raises:
         RecipeError, CheckpointError: no text, no tokenizer, or tokens that the model does not know.
     """
-    ids = tokenized(read_texts(source), tokenizer_folder)[:tokens]
+    ids = tokenize(read_texts(source), tokenizer_folder)[:tokens]
     if len(ids) < 2:
         raise RecipeError(f"{source}: {len(ids)} tokens; at least 2 are needed")
     if max(ids) >= vocabulary:
@@ -121,15 +121,15 @@ def token_batches(
         )
     length = min(length, len(ids))
     whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return in_batches(whole)
+    return split_batches(whole)
 
 
-def in_batches(ids: Tensor, length: int | None = None) -> list[Tensor]:
+def split_batches(ids: Tensor, length: int | None = None) -> list[Tensor]:
     """[sequences, …] cut so that each batch holds about ``BATCH_TOKENS``, at ``length`` tokens per sequence."""
     return list(torch.split(ids, max(1, BATCH_TOKENS // (length or ids.shape[1]))))
 
 
-def tokenized(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]:
+def tokenize(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]:
     tokenizer = load_tokenizer(tokenizer_folder)
     ids: list[int] = []
     for document in documents:
@@ -170,10 +170,10 @@ def random_tokens(vocabulary: int, tokens: int, length: int, seed: int) -> list[
     generator = torch.Generator().manual_seed(seed)
     count = max(1, tokens // length)
     ids = torch.randint(0, vocabulary, (count, length), generator=generator)
-    return in_batches(ids)
+    return split_batches(ids)
 
 
-def vocabulary(config: Mapping[str, Any]) -> int:
+def vocab_size(config: Mapping[str, Any]) -> int:
     """Number of token ids that the model knows."""
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not size:
@@ -183,13 +183,13 @@ def vocabulary(config: Mapping[str, Any]) -> int:
     return int(size)
 
 
-def longest(config: Mapping[str, Any]) -> int:
+def max_sequence_length(config: Mapping[str, Any]) -> int:
     """Most tokens of a sequence (no limit where the config names none)."""
     text = {**config, **(config.get("text_config") or {})}
     return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**20)
 
 
-def digest(batches: Sequence[Tensor]) -> str:
+def batches_sha256(batches: Sequence[Tensor]) -> str:
     sha256 = hashlib.sha256()
     for batch in batches:
         sha256.update(f"{tuple(batch.shape)}".encode() + batch.contiguous().numpy().tobytes())

@@ -27,11 +27,11 @@ def output_config(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
     assert options is not None
-    quantization = target.quantization_config(options, of_same_library(base, target), dtype, layout)
+    quantization = target.quantization_config(options, shared_quantization_config(base, target), dtype, layout)
     return {**config, "quantization_config": quantization}
 
 
-def of_same_library(base: Checkpoint, target: Format) -> dict[str, Any]:
+def shared_quantization_config(base: Checkpoint, target: Format) -> dict[str, Any]:
     """``quantization_config`` of the base, where it speaks of weights like the target's, else {}."""
     same = target.name in base.formats() or base.quantization.get("quant_method") == target.quant_method
     return base.quantization if same else {}
@@ -57,7 +57,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return result
 
 
-def with_vocabulary(
+def with_vocab_size(
     config: dict[str, Any], steps: tuple[Step, ...], embeddings: tuple[str, str] | None
 ) -> dict[str, Any]:
     """The config for as many tokens as the embeddings have rows, where the adapter brought larger or smaller ones.

@@ -138,7 +138,7 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     return {**chosen, **theirs}
 
 
-def tokens_beyond(tokenizer: Path | None, config: Mapping[str, Any]) -> str | None:
+def tokenizer_warning(tokenizer: Path | None, config: Mapping[str, Any]) -> str | None:
     """A warning when a tokenizer.json knows more tokens than the embedding has rows."""
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if tokenizer is None or not rows:

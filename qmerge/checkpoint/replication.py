@@ -15,7 +15,7 @@ LAYER = re.compile(r"(?P<before>(?:[a-z_]+\.)?(?:layers|h|encoder\.layer)\.)(?P<
 """peft replicates the stack of layers at ``model.layers``, ``bert.encoder.layer`` or ``transformer.h`` (replicate_layers)."""
 
 
-def replicated(base: Checkpoint, ranges: Any) -> Checkpoint:
+def replicate_layers(base: Checkpoint, ranges: Any) -> Checkpoint:
     """The base with the layers that the ranges name, in their order, under new numbers; their bytes lie where they lay.
 
     Args:

@@ -1,4 +1,17 @@
-"""Tensors that hold no values but remember where each of them lies on disk: transformers' own conversions run on them."""
+"""Tensors without values that know where their values are on disk, so that a conversion can be followed by running it.
+
+Question: which entries of which weight on disk become entry (3, 5) of a parameter? transformers has the answer only as
+code that stacks, joins, splits and transposes tensors. So that code is run, on ``TracedTensor``: a subclass of torch's
+Tensor that has a shape but no memory. Instead of values it has ``pieces``: blocks that cover it exactly once, each with the
+name of a weight on disk, an offset and strides. They mean what they mean in ``torch.as_strided``.
+
+    traced_weight("w1", (48, 32))       one piece: start (0, 0), size (48, 32), offset 0, strides (32, 1) in w1
+    torch.cat([w1, w3])                 two pieces: the second has start (48, 0), and offset 0 in w3
+    ….transpose(0, 1)                   the same two, with start, size and strides swapped
+
+Every operation that only rearranges is a rule on pieces (``RULES``); any other one is an error, since its result is not
+made of entries on disk. Nothing is allocated, whatever the size of the model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,76 +29,16 @@ from qmerge.errors import CheckpointError
 Shape = tuple[int, ...]
 
 MOST_PIECES = 2**16
+"""Most pieces of one tensor: a reshape that cuts every row apart is refused, before it takes the memory of a real tensor."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A block of what an adapter names, and where it lies on disk.
-
-    ``named[region]`` is ``disk[disk_region]`` with its axes in the order ``axes``: axis k of the block runs along axis
-    ``axes[k]`` of the disk weight, or has length 1 (None).
-
-    ``weight``: name on disk. ``parameter``: name in memory (of the first one, where the weight becomes several).
-    ``shape``: of all that the adapter names: the parameter, or the part of it that has a name of its own on disk
-    (one expert's ``w1``). A delta must have this shape.
-    """
-
-    weight: str
-    parameter: str
-    shape: Shape
-    region: tuple[range, ...]
-    disk_region: tuple[range, ...]
-    axes: tuple[int | None, ...]
-
-    @property
-    def expert(self) -> int | None:
-        """Index into a stack [E, …] of matrices, where the block lies in one of them."""
-        return self.region[0].start if len(self.region) == 3 and len(self.region[0]) == 1 else None
-
-    @property
-    def rows(self) -> range:
-        """Rows of the matrix (of the expert's matrix) that the adapter names."""
-        return self.region[-2] if len(self.region) > 1 else self.region[-1]
-
-    @property
-    def columns(self) -> range:
-        return self.region[-1]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether rows are columns on disk."""
-        last = len(self.disk_region) - 1
-        return len(self.axes) > 1 and last > 0 and (self.axes[-1] == last - 1 or self.axes[-2] == last)
-
-    def covers(self, disk_shape: Sequence[int]) -> bool:
-        """Whether the block is the whole disk weight."""
-        return self.disk_region == _all(disk_shape)
-
-    def factors(self, A_RI: Tensor, B_OR: Tensor, disk_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A delta B·A [O, I] of the matrix that the adapter names (of the matrix of ``expert``) → A and B of its share in
-        the disk weight (in the matrix ``disk_region[0].start`` of it, where that is a stack); zero outside the block.
-
-        Raises:
-            CheckpointError: rows and columns are not the last two axes on disk.
-        """
-        last = len(self.disk_region) - 1
-        if last < 1 or not {*self.axes[-2:], None} <= {last - 1, last, None}:
-            raise CheckpointError(f"{self.weight} holds rows and columns of {self.parameter} in no matrix")
-        A_RI, B_OR = A_RI[:, _slice(self.columns)], B_OR[_slice(self.rows)]
-        if self.transposed:
-            A_RI, B_OR = B_OR.T, A_RI.T
-        rows, columns = self.disk_region[-2:]
-        if (rows, columns) == _all(disk_shape[-2:]):
-            return A_RI, B_OR
-        A_on_disk, B_on_disk = A_RI.new_zeros(len(A_RI), disk_shape[-1]), B_OR.new_zeros(disk_shape[-2], len(A_RI))
-        A_on_disk[:, _slice(columns)], B_on_disk[_slice(rows)] = A_RI, B_OR
-        return A_on_disk, B_on_disk
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A block of a tensor: element (i, j, …) of it, counted from ``start``, is element ``offset`` + i·strides[0] + … of
-    the flattened disk weight."""
+    """A block of a traced tensor, and where it is on disk.
+
+    Entry (i, j, …) of the block, counted from ``start``, is entry ``offset`` + i·strides[0] + j·strides[1] + … of the
+    flattened weight on disk.
+    """
 
     start: Shape
     size: Shape
@@ -94,263 +47,324 @@ class Piece:
     strides: Shape
 
 
-class Traced(Tensor):
+class TracedTensor(Tensor):
     """A shape without values; ``pieces`` cover it exactly once.
 
-    What torch does to it is done to the pieces, for operations that only rearrange.
-
     Raises:
-        CheckpointError: on any other operation.
+        CheckpointError: on an operation that does more than rearrange.
     """
 
     pieces: list[Piece]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], pieces: list[Piece]) -> Traced:
+    def __new__(cls, shape: Sequence[int], pieces: list[Piece]) -> TracedTensor:
         if len(pieces) > MOST_PIECES:
             raise CheckpointError(f"it falls into {len(pieces)} blocks")
-        made = Tensor._make_wrapper_subclass(cls, tuple(shape), device=torch.device("meta"))
-        made.pieces = pieces
-        return made
+        tensor = Tensor._make_wrapper_subclass(cls, tuple(shape), device=torch.device("meta"))
+        tensor.pieces = pieces
+        return tensor
 
     def __init__(self, shape: Sequence[int], pieces: list[Piece]) -> None:
-        pass
+        pass  # __new__ has done it: torch's wrapper subclasses are made there
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # fmt: skip
-        rule = RULES.get(function.overloadpacket.__name__)
+        """torch calls this for every basic operation, after it has broken composite ones (``chunk``) down."""
+        name = function.overloadpacket.__name__
+        rule = RULES.get(name)
         if rule is None:
-            raise CheckpointError(f"torch's {function.overloadpacket.__name__} is no rearrangement that is followed")
+            raise CheckpointError(f"torch's {name} is not a rearrangement that can be followed")
         return rule(*args)
 
 
-def traced(name: str, shape: Shape) -> Traced:
-    """A whole disk weight."""
-    return Traced(shape, [Piece((0,) * len(shape), shape, name, 0, _contiguous(shape))])
+def traced_weight(name: str, shape: Shape) -> TracedTensor:
+    """A whole weight on disk."""
+    piece = Piece(start=(0,) * len(shape), size=shape, weight=name, offset=0, strides=contiguous_strides(shape))
+    return TracedTensor(shape, [piece])
 
 
-def whole(name: str, parameter: str, shape: Shape) -> Place:
-    """The place of what is a weight on disk, as it is."""
-    return Place(name, parameter, shape, _all(shape), _all(shape), tuple(range(len(shape))))
-
-
-def _all(shape: Sequence[int]) -> tuple[range, ...]:
-    return tuple(range(size) for size in shape)
-
-
-def _slice(taken: range) -> slice:
-    return slice(taken.start, taken.stop, taken.step)
-
-
-def _contiguous(shape: Sequence[int]) -> Shape:
+def contiguous_strides(shape: Sequence[int]) -> Shape:
+    """Strides, in entries, of a tensor in row-major order."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _permuted(tensor: Traced, order: Sequence[int]) -> Traced:
-    def moved(values: Sequence[int]) -> Shape:
-        return tuple(values[axis] for axis in order)
-
-    return Traced(
-        moved(tensor.shape),
-        [replace(p, start=moved(p.start), size=moved(p.size), strides=moved(p.strides)) for p in tensor.pieces],
-    )
+# --- rules: one per operation of torch, with torch's own arguments ---------------------------------------------------
 
 
-def _transposed(tensor: Traced, one: int, other: int) -> Traced:
-    order = list(range(tensor.ndim))
-    order[one], order[other] = order[other], order[one]
-    return _permuted(tensor, order)
-
-
-def _narrowed(tensor: Traced, axis: int, start: int, stop: int) -> Traced:
-    axis %= tensor.ndim
-    shape, pieces = list(tensor.shape), []
-    shape[axis] = stop - start
-    for piece in tensor.pieces:
-        begin, end = piece.start[axis], piece.start[axis] + piece.size[axis]
-        low, high = max(begin, start), min(end, stop)
-        if low < high:
-            offset = piece.offset + (low - begin) * piece.strides[axis]
-            starts, sizes = _put(piece.start, axis, low - start), _put(piece.size, axis, high - low)
-            pieces.append(replace(piece, start=starts, size=sizes, offset=offset))
-    return Traced(shape, pieces)
-
-
-def _put(values: Shape, axis: int, value: int) -> Shape:
-    return (*values[:axis], value, *values[axis + 1 :])
-
-
-def _sliced(tensor: Traced, axis: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Traced:
-    if step != 1:
-        raise CheckpointError("a slice with steps is no rearrangement that is followed")
-    begin, end, _ = slice(start, stop).indices(tensor.shape[axis])
-    return _narrowed(tensor, axis, begin, max(begin, end))
-
-
-def _joined(tensors: Sequence[Traced], axis: int = 0) -> Traced:
-    axis %= tensors[0].ndim
-    pieces, at = [], 0
-    for tensor in tensors:
-        if _put(tuple(tensor.shape), axis, 0) != _put(tuple(tensors[0].shape), axis, 0):
-            raise CheckpointError(f"shapes {list(tensors[0].shape)} and {list(tensor.shape)} do not fit together")
-        pieces += [replace(p, start=_put(p.start, axis, p.start[axis] + at)) for p in tensor.pieces]
-        at += tensor.shape[axis]
-    return Traced(_put(tuple(tensors[0].shape), axis, at), pieces)
-
-
-def _stacked(tensors: Sequence[Traced], axis: int = 0) -> Traced:
-    return _joined([_unsqueezed(tensor, axis) for tensor in tensors], axis)
-
-
-def _unsqueezed(tensor: Traced, axis: int) -> Traced:
-    axis %= tensor.ndim + 1
-    return _reshaped(tensor, (*tensor.shape[:axis], 1, *tensor.shape[axis:]))
-
-
-def _squeezed(tensor: Traced, axis: int) -> Traced:
-    axis %= tensor.ndim
-    return _reshaped(tensor, (*tensor.shape[:axis], *tensor.shape[axis + 1 :])) if tensor.shape[axis] == 1 else tensor
-
-
-def _split(tensor: Traced, size: int | Sequence[int], axis: int = 0) -> list[Traced]:
-    length = tensor.shape[axis]
-    sizes = [min(size, length - at) for at in range(0, length, size)] if isinstance(size, int) else [*size]
-    stops = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-    return [_narrowed(tensor, axis, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def _selected(tensor: Traced, axis: int, index: int) -> Traced:
-    index %= tensor.shape[axis]
-    return _squeezed(_narrowed(tensor, axis, index, index + 1), axis)
-
-
-def _unbound(tensor: Traced, axis: int = 0) -> list[Traced]:
-    return [_selected(tensor, axis, index) for index in range(tensor.shape[axis])]
-
-
-def _reshaped(tensor: Traced, shape: Sequence[int]) -> Traced:
-    """Axes that are merged, split, added or dropped, group by group of axes with equal products."""
-    known = math.prod(size for size in shape if size != -1)
-    shape = tuple(tensor.numel() // known if size == -1 else size for size in shape)
-    pairs = list(_groups(tuple(tensor.shape), shape))
-    pieces = []
-    for piece in tensor.pieces:
-        for parts in product(*(_regrouped(piece, tensor.shape, old, new) for old, new in pairs)):
-            start, size, strides = (
-                tuple(value for part in parts for value in part[0]),
-                tuple(value for part in parts for value in part[1]),
-                tuple(value for part in parts for value in part[2]),
-            )
-            pieces.append(Piece(start, size, piece.weight, piece.offset + sum(part[3] for part in parts), strides))
-    return Traced(shape, pieces)
-
-
-Block = tuple[Shape, Shape, Shape, int]
-"""start, size, strides, and what is added to the offset: a piece's share in some axes."""
-
-Run = tuple[int, int, int, int]
-"""The same in one axis."""
-
-
-def _groups(old: Shape, new: Shape) -> Iterator[tuple[range, Shape]]:
-    """(axes of the old shape, sizes of the new one) whose products are equal, as small as can be."""
-    i = j = 0
-    while i < len(old) or j < len(new):
-        begin, at = i, j
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while (left := math.prod(old[begin:i])) != (right := math.prod(new[at:j])):
-            i, j = (i + 1, j) if left < right else (i, j + 1)
-        yield range(begin, i), new[at:j]
-
-
-def _regrouped(piece: Piece, shape: Sequence[int], axes: range, sizes: Shape) -> list[Block]:
-    inner = [(shape[k], (piece.start[k], piece.size[k], piece.strides[k], 0)) for k in axes]
-    if len(sizes) == 1 and len(inner) == 1:
-        start, size, stride, _ = inner[0][1]
-        return [((start,), (size,), (stride,), 0)]
-    runs: list[Run] = [(0, 1, 0, 0)]
-    for length, run in inner:
-        runs = [merged for outer in runs for merged in _merged(outer, length, run)]
-        if len(runs) > MOST_PIECES:
-            raise CheckpointError(f"it falls into more than {MOST_PIECES} blocks")
-    return [block for run in runs for block in _spread(run, sizes)]
-
-
-def _merged(outer: Run, length: int, inner: Run) -> list[Run]:
-    """Two axes as one: the inner one has ``length`` entries, of which the piece has some."""
-    (begin, count, jump, offset), (start, size, stride, _) = outer, inner
-    if length == 1:
-        return [outer]
-    if count == 1:
-        return [(begin * length + start, size, stride, offset)]
-    if size == length and jump == length * stride:
-        return [(begin * length, count * length, stride, offset)]
-    return [((begin + k) * length + start, size, stride, offset + k * jump) for k in range(count)]
-
-
-def _spread(run: Run, sizes: Shape) -> list[Block]:
-    """One axis as several, of these sizes: whole rows of the first one, and what is left before and after them."""
-    start, size, stride, offset = run
-    if not sizes:
-        return [((), (), (), offset)]
-    if len(sizes) == 1:
-        return [((start,), (size,), (stride,), offset)]
-    length = math.prod(sizes[1:])
-    blocks, at = [], start
-    while at < start + size:
-        row, within = divmod(at, length)
-        rows = (start + size - at) // length if within == 0 else 0
-        taken = rows * length or min(length - within, start + size - at)
-        here = offset + (at - start) * stride
-        for begins, counts, strides, more in _spread((within, min(taken, length), stride, here), sizes[1:]):
-            blocks.append(((row, *begins), (rows or 1, *counts), (length * stride, *strides), more))
-        at += taken
-    return blocks
-
-
-def _same(tensor: Traced, *_: Any) -> Traced:
+def _unchanged(tensor: TracedTensor, *_: Any) -> TracedTensor:
     return tensor
 
 
+def _permute(tensor: TracedTensor, order: Sequence[int]) -> TracedTensor:
+    def reordered(values: Sequence[int]) -> Shape:
+        return tuple(values[axis] for axis in order)
+
+    pieces: list[Piece] = []
+    for piece in tensor.pieces:
+        pieces.append(
+            replace(
+                piece,
+                start=reordered(piece.start),
+                size=reordered(piece.size),
+                strides=reordered(piece.strides),
+            )
+        )
+    return TracedTensor(reordered(tensor.shape), pieces)
+
+
+def _transpose(tensor: TracedTensor, first_axis: int, second_axis: int) -> TracedTensor:
+    order = list(range(tensor.ndim))
+    order[first_axis], order[second_axis] = order[second_axis], order[first_axis]
+    return _permute(tensor, order)
+
+
+def _narrow(tensor: TracedTensor, axis: int, start: int, stop: int) -> TracedTensor:
+    """Entries ``start`` … ``stop`` along one axis: pieces are cut, or left out."""
+    axis %= tensor.ndim
+    pieces: list[Piece] = []
+    for piece in tensor.pieces:
+        first = piece.start[axis]
+        low = max(first, start)
+        high = min(first + piece.size[axis], stop)
+        if low >= high:
+            continue
+        pieces.append(
+            replace(
+                piece,
+                start=_with_entry(piece.start, axis, low - start),
+                size=_with_entry(piece.size, axis, high - low),
+                offset=piece.offset + (low - first) * piece.strides[axis],
+            )
+        )
+    return TracedTensor(_with_entry(tuple(tensor.shape), axis, stop - start), pieces)
+
+
+def _slice(
+    tensor: TracedTensor, axis: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> TracedTensor:
+    if step != 1:
+        raise CheckpointError("a slice with steps is not a rearrangement that can be followed")
+    first, end, _ = slice(start, stop).indices(tensor.shape[axis])
+    return _narrow(tensor, axis, first, max(first, end))
+
+
+def _select(tensor: TracedTensor, axis: int, index: int) -> TracedTensor:
+    index %= tensor.shape[axis]
+    return _squeeze(_narrow(tensor, axis, index, index + 1), axis)
+
+
+def _unbind(tensor: TracedTensor, axis: int = 0) -> list[TracedTensor]:
+    return [_select(tensor, axis, index) for index in range(tensor.shape[axis])]
+
+
+def _split(tensor: TracedTensor, sizes: int | Sequence[int], axis: int = 0) -> list[TracedTensor]:
+    """Parts of these sizes along an axis; an int is the size of all but the last one, which may be smaller."""
+    length = tensor.shape[axis]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+    parts: list[TracedTensor] = []
+    start = 0
+    for part_size in sizes:
+        parts.append(_narrow(tensor, axis, start, start + part_size))
+        start += part_size
+    return parts
+
+
+def _cat(tensors: Sequence[TracedTensor], axis: int = 0) -> TracedTensor:
+    first_shape = tuple(tensors[0].shape)
+    axis %= len(first_shape)
+    pieces: list[Piece] = []
+    length = 0
+    for tensor in tensors:
+        shape = tuple(tensor.shape)
+        if _with_entry(shape, axis, 0) != _with_entry(first_shape, axis, 0):
+            raise CheckpointError(f"shapes {list(first_shape)} and {list(shape)} do not fit together")
+        for piece in tensor.pieces:
+            pieces.append(replace(piece, start=_with_entry(piece.start, axis, piece.start[axis] + length)))
+        length += shape[axis]
+    return TracedTensor(_with_entry(first_shape, axis, length), pieces)
+
+
+def _stack(tensors: Sequence[TracedTensor], axis: int = 0) -> TracedTensor:
+    return _cat([_unsqueeze(tensor, axis) for tensor in tensors], axis)
+
+
+def _unsqueeze(tensor: TracedTensor, axis: int) -> TracedTensor:
+    axis %= tensor.ndim + 1
+    return _reshape(tensor, (*tensor.shape[:axis], 1, *tensor.shape[axis:]))
+
+
+def _squeeze(tensor: TracedTensor, axis: int) -> TracedTensor:
+    axis %= tensor.ndim
+    if tensor.shape[axis] != 1:  # as torch: nothing happens
+        return tensor
+    return _reshape(tensor, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]))
+
+
+def _with_entry(values: Shape, axis: int, value: int) -> Shape:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+# --- reshape: the one rule that may cut pieces apart -----------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A piece along one axis: ``size`` entries from ``start`` on, which are ``stride`` apart on disk.
+
+    ``offset``: what to add to the piece's offset for the first of them.
+    """
+
+    start: int
+    size: int
+    stride: int
+    offset: int
+
+
+class Block(NamedTuple):
+    """The same along several axes."""
+
+    start: Shape
+    size: Shape
+    strides: Shape
+    offset: int
+
+
+def _reshape(tensor: TracedTensor, shape: Sequence[int]) -> TracedTensor:
+    """Axes that are merged, split, added or dropped.
+
+    Old and new axes fall into groups with equal numbers of entries: [4, 6] → [2, 2, 6] has the groups 4 → 2·2 and 6 → 6.
+    Each group is worked on by itself, and every combination of the groups' blocks is a piece of the result.
+    """
+    known = math.prod(size for size in shape if size != -1)
+    new_shape = tuple(tensor.numel() // known if size == -1 else size for size in shape)
+    axis_groups = list(_axis_groups(tuple(tensor.shape), new_shape))
+    pieces: list[Piece] = []
+    for piece in tensor.pieces:
+        blocks_per_group = [_reshaped_group(piece, tensor.shape, group) for group in axis_groups]
+        for blocks in product(*blocks_per_group):
+            pieces.append(_piece_of_blocks(piece, blocks))
+    return TracedTensor(new_shape, pieces)
+
+
+def _piece_of_blocks(piece: Piece, blocks: Sequence[Block]) -> Piece:
+    """One block per group of axes, side by side."""
+    start: Shape = ()
+    size: Shape = ()
+    strides: Shape = ()
+    offset = piece.offset
+    for block in blocks:
+        start += block.start
+        size += block.size
+        strides += block.strides
+        offset += block.offset
+    return Piece(start=start, size=size, weight=piece.weight, offset=offset, strides=strides)
+
+
+class AxisGroup(NamedTuple):
+    """Axes of the old shape, and the sizes that they have in the new shape, with the same product."""
+
+    old_axes: range
+    new_sizes: Shape
+
+
+def _axis_groups(old: Shape, new: Shape) -> Iterator[AxisGroup]:
+    """The smallest groups of axes with equal products, in order."""
+    old_end = new_end = 0
+    while old_end < len(old) or new_end < len(new):
+        old_start, new_start = old_end, new_end
+        old_end = min(old_end + 1, len(old))
+        new_end = min(new_end + 1, len(new))
+        while True:
+            old_size = math.prod(old[old_start:old_end])
+            new_size = math.prod(new[new_start:new_end])
+            if old_size == new_size:
+                break
+            if old_size < new_size:
+                old_end += 1
+            else:
+                new_end += 1
+        yield AxisGroup(range(old_start, old_end), new[new_start:new_end])
+
+
+def _reshaped_group(piece: Piece, shape: Sequence[int], group: AxisGroup) -> list[Block]:
+    """A piece along one group of axes: all old axes are merged into one, which is then split into the new ones."""
+    runs_per_axis = [Run(piece.start[axis], piece.size[axis], piece.strides[axis], 0) for axis in group.old_axes]
+    if len(runs_per_axis) == 1 and len(group.new_sizes) == 1:  # an axis that stays as it is
+        start, size, stride, _ = runs_per_axis[0]
+        return [Block((start,), (size,), (stride,), 0)]
+    merged = [Run(0, 1, 0, 0)]
+    for axis, inner in zip(group.old_axes, runs_per_axis, strict=True):
+        outer_runs, merged = merged, []
+        for outer in outer_runs:
+            merged += _merge_axes(outer, inner, shape[axis])
+        if len(merged) > MOST_PIECES:
+            raise CheckpointError(f"it falls into more than {MOST_PIECES} blocks")
+    blocks: list[Block] = []
+    for run in merged:
+        blocks += _split_axis(run, group.new_sizes)
+    return blocks
+
+
+def _merge_axes(outer: Run, inner: Run, length: int) -> list[Run]:
+    """Two axes as one. ``inner`` is a part of an axis of ``length`` entries, ``outer`` of the axis before it."""
+    if length == 1:
+        return [outer]
+    if outer.size == 1:
+        return [Run(outer.start * length + inner.start, inner.size, inner.stride, outer.offset)]
+    is_contiguous = inner.size == length and outer.stride == length * inner.stride
+    if is_contiguous:
+        return [Run(outer.start * length, outer.size * length, inner.stride, outer.offset)]
+    runs: list[Run] = []
+    for row in range(outer.size):
+        start = (outer.start + row) * length + inner.start
+        runs.append(Run(start, inner.size, inner.stride, outer.offset + row * outer.stride))
+    return runs
+
+
+def _split_axis(run: Run, sizes: Shape) -> list[Block]:
+    """One axis as several, of these sizes.
+
+    Whole rows of the first new axis become one block. The entries before the first whole row, and those after the last
+    one, are parts of a row each.
+    """
+    if not sizes:
+        return [Block((), (), (), run.offset)]
+    if len(sizes) == 1:
+        return [Block((run.start,), (run.size,), (run.stride,), run.offset)]
+    row_length = math.prod(sizes[1:])
+    end = run.start + run.size
+    blocks: list[Block] = []
+    position = run.start
+    while position < end:
+        row, column = divmod(position, row_length)
+        whole_rows = (end - position) // row_length if column == 0 else 0
+        offset = run.offset + (position - run.start) * run.stride
+        if whole_rows:
+            first_row = Run(0, row_length, run.stride, offset)
+            taken = whole_rows * row_length
+        else:
+            taken = min(row_length - column, end - position)
+            first_row = Run(column, taken, run.stride, offset)
+        for inner in _split_axis(first_row, sizes[1:]):
+            blocks.append(
+                Block(
+                    (row, *inner.start),
+                    (whole_rows or 1, *inner.size),
+                    (row_length * run.stride, *inner.strides),
+                    inner.offset,
+                )
+            )
+        position += taken
+    return blocks
+
+
 RULES: dict[str, Callable[..., Any]] = {
-    "alias": _same, "detach": _same, "clone": _same,
-    "cat": _joined, "stack": _stacked,
-    "split": _split, "split_with_sizes": _split, "unbind": _unbound, "select": _selected, "slice": _sliced,
-    "transpose": _transposed, "permute": _permuted,
-    "view": _reshaped, "_unsafe_view": _reshaped, "squeeze": _squeezed, "unsqueeze": _unsqueezed,
+    "alias": _unchanged, "detach": _unchanged, "clone": _unchanged,
+    "cat": _cat, "stack": _stack,
+    "split": _split, "split_with_sizes": _split, "unbind": _unbind, "select": _select, "slice": _slice,
+    "transpose": _transpose, "permute": _permute,
+    "view": _reshape, "_unsafe_view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
 }  # fmt: skip
 """Operations of torch that only rearrange. ``chunk``, ``flatten``, ``reshape``, ``contiguous`` arrive as these."""
-
-
-def _place(parameter: str, shape: Shape, piece: Piece, disk_shape: Shape) -> Place:
-    """Offset and strides → axes of the disk weight.
-
-    Raises:
-        CheckpointError: an axis runs across several axes of the disk weight (a convolution flattened).
-    """
-    at = [piece.offset // stride % size for stride, size in zip(_contiguous(disk_shape), disk_shape, strict=True)]
-    disk_region, axes = [range(k, k + 1) for k in at], list[int | None]()
-    for size, stride in zip(piece.size, piece.strides, strict=True):
-        found = _axis(size, stride, at, disk_shape) if size > 1 else None
-        if size > 1 and (found is None or found[0] in axes):
-            raise CheckpointError(
-                f"{parameter} {list(shape)} is {piece.weight} {list(disk_shape)} with its axes flattened or split, and "
-                f"adapters are not taken there"
-            )
-        axes.append(found[0] if found else None)
-        if found:
-            axis, step = found
-            disk_region[axis] = range(at[axis], at[axis] + size * step, step)
-    region = tuple(range(start, start + size) for start, size in zip(piece.start, piece.size, strict=True))
-    return Place(piece.weight, parameter, shape, region, tuple(disk_region), tuple(axes))
-
-
-def _axis(size: int, stride: int, at: Sequence[int], disk_shape: Shape) -> tuple[int, int] | None:
-    """(axis of the disk weight, step along it) of ``size`` values that lie ``stride`` apart."""
-    for axis, unit in enumerate(_contiguous(disk_shape)):
-        step = stride // unit
-        if step and stride % unit == 0 and at[axis] + step * (size - 1) < disk_shape[axis]:
-            return axis, step
-    return None

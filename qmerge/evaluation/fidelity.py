@@ -55,8 +55,8 @@ def fidelity(
     with Reader() as reader:
         plan = make_plan(recipe.model_copy(update={**plain, **dropped, "rounding": "nearest"}), reader)
         config = plan.config
-        length = min(length, texts.longest(config))
-        batches = texts.token_batches(text, plan.inputs.tokenizer_folder, tokens, length, texts.vocabulary(config))
+        length = min(length, texts.max_sequence_length(config))
+        batches = texts.token_batches(text, plan.inputs.tokenizer_folder, tokens, length, texts.vocab_size(config))
         scores = run_streams(plan, merged, RunContext(reader, device, 0, plan.block_entries), batches, tell)
     count = sum(batch.numel() for batch in batches)
     return scores.record(text.name, count, batches[0].shape[1])

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge.checkpoint.architecture import meta_model, ties_embeddings
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.checkpoint.skeleton import meta_model, ties_embeddings
 from qmerge.errors import CheckpointError, NumbersError, listed
 from qmerge.formats import get_format
 from qmerge.formats.base import Stored, Transposed
@@ -153,7 +153,7 @@ def by_name(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Weight]:
 
 def loaded_name(weight: Weight, names: Names) -> str:
     """What is only a part of a parameter in memory keeps its name (single experts)."""
-    name = names.module_of(weight.name) or weight.name
+    name = names.parameter_of(weight.name) or weight.name
     return name if name.rpartition(".")[2] == weight.local else weight.name
 
 

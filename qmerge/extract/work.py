@@ -24,7 +24,7 @@ from qmerge.formats import get_format
 from qmerge.pipeline import compute_device
 from qmerge.progress import NoProgress, Progress
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import PARTIAL, Layout, ShardWriter
+from qmerge.safetensors_io.writer import PARTIAL, FileLayout, ShardWriter
 from qmerge.types import Rows, TensorSpec, dot
 
 REPORT = "qmerge_extract.json"
@@ -249,7 +249,7 @@ class Work:
         if tied and embedding and embedding in saved:  # peft stores (and wants) it under both names
             whole[PREFIX + tied] = saved[embedding][0]
         specs = {**spool.specs, **{name: spec_of(pair) for name, pair in whole.items()}}
-        writer = ShardWriter(self.out / TENSORS, Layout.of(specs))
+        writer = ShardWriter(self.out / TENSORS, FileLayout.of(specs))
         try:
             sink = writer.step(tuple(specs))
             for name in spool.specs:

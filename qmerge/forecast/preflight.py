@@ -157,14 +157,14 @@ def calibration_of(
             raise
         notes.append(f"No calibration (as with --calibration none), because the model cannot be run: {error}")
         return plan, None, CalibrationRecord(source="none")
-    length = min(recipe.sequence_length, texts.longest(plan.config))
+    length = min(recipe.sequence_length, texts.max_sequence_length(plan.config))
     batches = token_batches(source, plan, context, length, tell)
     record = CalibrationRecord(
         source=source if source in ("random", "generate") else Path(source).name,
         tokens=sum(batch.numel() for batch in batches),
         sequence_length=length,
         sequential=recipe.sequential,
-        sha256=texts.digest(batches),
+        sha256=texts.batches_sha256(batches),
     )
     if not recipe.calibration:
         notes.append(BETTER_TEXT.format(text="0.004", random="0.007"))
@@ -174,18 +174,22 @@ def calibration_of(
 def token_batches(source: str, plan: Plan, context: RunContext, length: int, tell: Tell) -> list[Tensor]:
     recipe, config = plan.recipe, plan.config
     if source == "random":
-        return texts.random_tokens(texts.vocabulary(config), recipe.calibration_tokens, length, recipe.seed)
+        return texts.random_tokens(texts.vocab_size(config), recipe.calibration_tokens, length, recipe.seed)
     if source == "generate":
         return generated_tokens(plan, context, recipe.calibration_tokens, length, recipe.seed, tell)
     return texts.token_batches(
-        texts.find(source), plan.inputs.tokenizer_folder, recipe.calibration_tokens, length, texts.vocabulary(config)
+        texts.find_text(source),
+        plan.inputs.tokenizer_folder,
+        recipe.calibration_tokens,
+        length,
+        texts.vocab_size(config),
     )
 
 
 def input_warnings(plan: Plan) -> list[str]:
     """What is odd about the inputs, but no error."""
     files = folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter)
-    tokens = folder.tokens_beyond(files.get("tokenizer.json"), plan.config)
+    tokens = folder.tokenizer_warning(files.get("tokenizer.json"), plan.config)
     base, odd = plan.inputs.base, declared_warnings(plan.inputs, plan.recipe)
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]

@@ -14,7 +14,7 @@ from qmerge.adapters.reading.folder import Adapter, config_file, read_adapter
 from qmerge.adapters.reading.named import find
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
-from qmerge.checkpoint.replication import replicated
+from qmerge.checkpoint.replication import replicate_layers
 from qmerge.checkpoint.scan import Checkpoint, read_json, scan
 from qmerge.combine.base import Settings
 from qmerge.errors import AdapterError, CheckpointError
@@ -50,7 +50,7 @@ class Inputs:
     @property
     def beside_adapter(self) -> Path:
         """Where the adapter's tokenizer and chat template are, if it has any: in its own folder, else where several lie."""
-        own, around = self.adapter.folder, self.adapter_source.around
+        own, around = self.adapter.folder, self.adapter_source.adapters_folder
         return own if around is None or any((own / name).is_file() for name in TOKENIZER) else around
 
 
@@ -92,7 +92,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
 def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:
     """The model on disk, with its layers replicated where the adapter was trained so."""
     found = scan(folder, reader)
-    return replicated(found, ranges) if ranges else found
+    return replicate_layers(found, ranges) if ranges else found
 
 
 def layer_replication(folders: Sequence[Path]) -> Any:

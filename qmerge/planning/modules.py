@@ -8,9 +8,9 @@ from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from qmerge.checkpoint.config import of_same_library
+from qmerge.checkpoint.architecture import ModuleKinds, module_kinds
+from qmerge.checkpoint.config import shared_quantization_config
 from qmerge.checkpoint.names import UNCONVERTED
-from qmerge.checkpoint.skeleton import Skeleton, skeleton
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.base import Format, Layout
@@ -31,7 +31,7 @@ class Modules:
         """Modules whose dense weight lies as [I, O]. Where transformers does not know the architecture, the adapter's
         word counts: peft sets ``fan_in_fan_out`` for such layers."""
         try:
-            return self._skeleton.conv1d
+            return self._module_kinds.conv1d
         except CheckpointError:
             adapted = {name.removesuffix(".weight") for name in self.inputs.adapter.updates}
             return frozenset(adapted if self.inputs.adapter.config.get("fan_in_fan_out") else ())
@@ -52,7 +52,7 @@ class Modules:
             return False
         if self.target.single_experts and self._is_single_expert(weight):
             return self.target.name not in self.inputs.base.formats()
-        return self._quantizes_dense and self._module(weight) in self._skeleton.quantizable
+        return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
 
     def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> Layout:
         """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
@@ -69,7 +69,7 @@ class Modules:
         usual = Counter(step.options for step in stored).most_common(1)
         others = tuple((module[step.name], step.options) for step in stored if usual and step.options != usual[0][0])
         dense = {module[step.name] for step in steps if step.name in promoted} | self._towers - set(quantized)
-        known, library = self._default_skeleton, of_same_library(self.inputs.base, self.target)
+        known, library = self._default_module_kinds, shared_quantization_config(self.inputs.base, self.target)
         if self.inputs.base.quantization and (not library or self.target.lists_dense):
             dense |= known.quantizable - set(quantized)
         self._check_experts(steps)
@@ -77,17 +77,17 @@ class Modules:
         return Layout(quantized, left, known.skipped, dense_experts(steps, self.target), others)
 
     @cached_property
-    def _skeleton(self) -> Skeleton:
+    def _module_kinds(self) -> ModuleKinds:
         skip = self.inputs.base.quantization.get("llm_int8_skip_modules")
-        return skeleton(self.inputs.base.config, skip)
+        return module_kinds(self.inputs.base.config, skip)
 
     @cached_property
-    def _default_skeleton(self) -> Skeleton:
+    def _default_module_kinds(self) -> ModuleKinds:
         """What the stock loader quantizes when it is not told what to skip."""
         try:
-            return skeleton(self.inputs.base.config, None)
+            return module_kinds(self.inputs.base.config, None)
         except CheckpointError:
-            return Skeleton(frozenset(), frozenset(), ("lm_head",))
+            return ModuleKinds(quantizable=frozenset(), conv1d=frozenset(), skipped=("lm_head",))
 
     @cached_property
     def _towers(self) -> frozenset[str]:
@@ -95,7 +95,7 @@ class Modules:
         some of their loaders fail on it (Siglip and Gemma 3 in transformers 5.23)."""
         if self.target.quant_method in (None, "bitsandbytes") or self._unconverted:
             return frozenset()
-        return self._default_skeleton.towers
+        return self._default_module_kinds.towers
 
     @cached_property
     def _quantizes_dense(self) -> bool:
@@ -111,7 +111,7 @@ class Modules:
         return self._parameter(weight).rpartition(".")[2] != weight.local
 
     def _parameter(self, weight: Weight) -> str:
-        return self.inputs.names.module_of(weight.name) or weight.name
+        return self.inputs.names.parameter_of(weight.name) or weight.name
 
     def _module(self, weight: Weight) -> str:
         """What transformers calls its module, if it is a weight by itself in memory, too."""

@@ -31,8 +31,8 @@ class Shard:
     steps: tuple[Step, ...]
 
     @cached_property
-    def layout(self) -> writer.Layout:
-        return writer.Layout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
+    def layout(self) -> writer.FileLayout:
+        return writer.FileLayout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate, TokenRowsUpdate, fitted, refuse_quantized
-from qmerge.checkpoint.config import output_config, with_setting, with_vocabulary
-from qmerge.checkpoint.skeleton import tied_embeddings
+from qmerge.checkpoint.architecture import embedding_weights, tied_embedding_weights
+from qmerge.checkpoint.config import output_config, with_setting, with_vocab_size
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.base import Format, NoOptions
@@ -65,18 +65,18 @@ class StepMaker:
         changes nothing outside the numbered layers.)"""
         adapter = self.inputs.adapter
         outside = [name for name in (*adapter.updates, *adapter.replaced) if not re.search(r"\.\d+\.", name)]
-        return self._embeddings(tied_embeddings(self.inputs.base.config)) if outside else None
+        return self._embeddings(tied_embedding_weights(self.inputs.base.config)) if outside else None
 
     @cached_property
     def _both_embeddings(self) -> tuple[str, str] | None:
         """Names of input and output embedding, tied or not."""
-        return self._embeddings(tied_embeddings(self.inputs.base.config, whatever=True))
+        return self._embeddings(embedding_weights(self.inputs.base.config))
 
     def _embeddings(self, names: tuple[str, str] | None) -> tuple[str, str] | None:
         """As they are called on disk. (An output embedding that is tied is on no disk.)"""
         if names is None:
             return None
-        places = [self.inputs.names.disk_of(name) if name not in self.inputs.base.weights else None for name in names]
+        places = [self.inputs.names.blocks_of(name) if name not in self.inputs.base.weights else None for name in names]
         one, other = (found[0].weight if found else name for name, found in zip(names, places, strict=True))
         return one, other
 
@@ -300,7 +300,7 @@ class StepMaker:
             config = with_setting(config, "tie_word_embeddings", False)
         if not any(step.replacement for step in steps):
             return config
-        return with_vocabulary(config, steps, self._both_embeddings)
+        return with_vocab_size(config, steps, self._both_embeddings)
 
 
 def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:

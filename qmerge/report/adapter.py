@@ -65,7 +65,7 @@ def describe(source: hub.Source, base: str | None = None, base_revision: str | N
         "suspicious": [],
     }
     if base is not None:
-        name = f"#{source.adapter}" if source.adapter and source.around is None else ""
+        name = f"#{source.adapter}" if source.adapter and source.adapters_folder is None else ""
         settings = {"base": base, "revision": base_revision, "adapter": f"{source.folder}{name}", "target": "fp32"}
         return described | beside(make_recipe(settings), source, config)
     try:

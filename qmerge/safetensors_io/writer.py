@@ -30,7 +30,7 @@ PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Where each tensor of a file will lie: offsets from the end of the header; ``texts`` follow, in order.
 
     Sorted as the safetensors library sorts (widest dtype first, then by name), so that every tensor is aligned.
@@ -42,7 +42,7 @@ class Layout:
     fixed_bytes: int
 
     @classmethod
-    def of(cls, specs: Mapping[str, TensorSpec]) -> Layout:
+    def of(cls, specs: Mapping[str, TensorSpec]) -> FileLayout:
         fixed = sorted(
             (name for name, spec in specs.items() if spec.shape != (-1,)), key=lambda n: (-BITS[specs[n].dtype], n)
         )
@@ -109,7 +109,7 @@ class StepSink:
 class ShardWriter:
     """One file being written, under ``NAME.partial`` until ``finish``. Steps may write from several threads."""
 
-    def __init__(self, path: Path, layout: Layout, resume: bool = False) -> None:
+    def __init__(self, path: Path, layout: FileLayout, resume: bool = False) -> None:
         self.path, self.layout, self.texts = path, layout, dict[str, str]()
         self._partial = path.with_name(path.name + PARTIAL)
         if resume and self.path.exists():  # a finished file is checked (and, if need be, written) like any other

@@ -370,7 +370,7 @@ def test_generated_text_is_the_adapter_models_own(tmp_path: Path) -> None:
         written = generated_tokens(plan, context, 128, 32, 0, lambda line: None)
         again = generated_tokens(plan, context, 128, 32, 0, lambda line: None)
         assert all(torch.equal(one, other) for one, other in zip(written, again, strict=True))
-        vocabulary = texts.vocabulary(plan.inputs.base.config)
+        vocabulary = texts.vocab_size(plan.inputs.base.config)
     random = texts.random_tokens(vocabulary, 128, 32, 0)
     model = dense_reference(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "dense")
 

@@ -52,7 +52,7 @@ def test_documents_are_parted_by_the_end_of_text_token(monkeypatch: pytest.Monke
     tokenizer = texts.load_tokenizer(FOLDER)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
     monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
-    assert texts.tokenized(["a b", "c"], FOLDER) == [*ids_of("a b"), 5, *ids_of("c")]
+    assert texts.tokenize(["a b", "c"], FOLDER) == [*ids_of("a b"), 5, *ids_of("c")]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_chats_go_through_the_template_of_the_tokenizer(
     tokenizer = texts.load_tokenizer(FOLDER)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
     monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
-    found = texts.tokenized(texts.read_texts(lines(tmp_path / "a.jsonl", record)), FOLDER)
+    found = texts.tokenize(texts.read_texts(lines(tmp_path / "a.jsonl", record)), FOLDER)
     assert found == tokenizer("user: hi; assistant: ho; ", add_special_tokens=False)["input_ids"]
 
 
@@ -77,7 +77,7 @@ def test_a_template_that_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.
     tokenizer.chat_template = "{{ raise_exception('only users') }}"
     monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
     with pytest.raises(RecipeError, match="only users"):
-        texts.tokenized([[{"role": "system", "content": "x"}]], FOLDER)
+        texts.tokenize([[{"role": "system", "content": "x"}]], FOLDER)
 
 
 BAD: dict[str, tuple[str, bytes, type[QmergeError], str]] = {
@@ -119,9 +119,9 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_neither_a_file_nor_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"expected a \.txt or \.jsonl file"):
-        texts.find("no such thing.txt")
+        texts.find_text("no such thing.txt")
     with pytest.raises(RecipeError, match="expected a"):
-        texts.find(str(tmp_path))
+        texts.find_text(str(tmp_path))
 
 
 def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +137,9 @@ def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     files = ["README.md", "data/test.jsonl", "data/train.jsonl", "images.zip"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert texts.read_texts(texts.find("someone/chats")) == ["from the hub"]
-    texts.find("someone/chats:data/test.jsonl")
+    assert texts.read_texts(texts.find_text("someone/chats")) == ["from the hub"]
+    texts.find_text("someone/chats:data/test.jsonl")
     assert asked == ["data/train.jsonl", "data/test.jsonl"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: ["a.parquet"])
     with pytest.raises(RecipeError, match="holds no"):
-        texts.find("someone/tables")
+        texts.find_text("someone/tables")

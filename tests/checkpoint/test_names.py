@@ -25,9 +25,11 @@ from transformers import core_model_loading as ops
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 
 from qmerge.checkpoint import names as module
+from qmerge.checkpoint.architecture import meta_model
+from qmerge.checkpoint.blocks import DiskBlock, disk_block
+from qmerge.checkpoint.conversion import Conversion
 from qmerge.checkpoint.names import UNCONVERTED, Names
-from qmerge.checkpoint.skeleton import meta_model
-from qmerge.checkpoint.traced import Place, Traced, traced
+from qmerge.checkpoint.traced import TracedTensor, traced_weight
 from qmerge.errors import CheckpointError
 
 TEXT = {
@@ -128,7 +130,7 @@ def made(name: str, old: bool = True, edit: Callable[[dict[str, Tensor]], dict[s
     return Made(config, disk, {key: p.detach().clone() for key, p in loaded.named_parameters()})
 
 
-def assembled(places: Iterable[Place], disk: Mapping[str, Tensor]) -> Tensor:
+def assembled(places: Iterable[DiskBlock], disk: Mapping[str, Tensor]) -> Tensor:
     """What an adapter names, from the disk; every element exactly once."""
     places = list(places)
     result = torch.full(places[0].shape, math.nan)
@@ -149,7 +151,7 @@ def differing(found: Made, names: Names) -> list[str]:
     return [
         key
         for key, values in found.loaded.items()
-        if (places := names.disk_of(key)) is None or not torch.equal(assembled(places, found.disk), values)
+        if (places := names.blocks_of(key)) is None or not torch.equal(assembled(places, found.disk), values)
     ]
 
 
@@ -163,7 +165,7 @@ def test_places_make_up_every_parameter_that_transformers_loads(name: str, old: 
     names = found.names
     assert differing(found, names) == []
     for weight in found.disk:
-        places = names.disk_of(str(names.module_of(weight)))
+        places = names.blocks_of(str(names.parameter_of(weight)))
         assert places is not None and weight in {place.weight for place in places}
 
 
@@ -177,14 +179,14 @@ def test_experts_that_lie_transposed_on_disk() -> None:
     names = found.names
     assert differing(found, names) == []
     key = "model.language_model.layers.1.mlp.experts.gate_up_proj"
-    places = names.disk_of(key)
+    places = names.blocks_of(key)
     assert places is not None and places[0].transposed and places[0].axes == (0, 2, 1)
-    straight = made("qwen3-vl-moe").names.disk_of(key)
+    straight = made("qwen3-vl-moe").names.blocks_of(key)
     assert straight is not None and not straight[0].transposed
 
 
 def test_a_place_says_expert_and_rows() -> None:
-    places = made("mixtral").names.disk_of("model.layers.1.mlp.experts.gate_up_proj")
+    places = made("mixtral").names.blocks_of("model.layers.1.mlp.experts.gate_up_proj")
     assert places is not None and len(places) == 24 and {place.shape for place in places} == {(12, 96, 32)}
     w1, w3 = (f"model.layers.1.block_sparse_moe.experts.11.{part}.weight" for part in ("w1", "w3"))
     at = {place.weight: place for place in places}
@@ -255,7 +257,7 @@ def test_every_key_of_an_adapter_made_by_peft_resolves(name: str, old: bool) -> 
     layers, targets = wrapped(model, stacked)
     assert len(layers) > 3 and bool(stacked) == any(key.endswith(".experts.base_layer") for key in layers)
     for key, layer in layers.items():
-        places = names.disk_of(names.targeted(key, targets))
+        places = names.blocks_of(names.targeted_parameter(key, targets))
         assert places is not None, key
         assert torch.equal(assembled(places, found.disk), parameter_of(layer)), key
 
@@ -269,7 +271,7 @@ def matrices(layer: Any, expert: int | None) -> tuple[Tensor, Tensor, float]:
     return (A, B, scale) if layer._did_swap_in_out_features else (B.T, A.T, scale)
 
 
-def added_on_disk(places: Collection[Place], layer: Any, disk: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def added_on_disk(places: Collection[DiskBlock], layer: Any, disk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Disk weight → the delta that it gets."""
     added = {place.weight: torch.zeros_like(disk[place.weight]) for place in places}
     for place in places:
@@ -292,7 +294,7 @@ def test_factors_added_on_disk_are_the_delta_that_peft_adds(name: str, old: bool
     layers, targets = wrapped(build(name), stacked_in(found))
     with torch.no_grad():
         for key, layer in layers.items():
-            places = names.disk_of(names.targeted(key, targets))
+            places = names.blocks_of(names.targeted_parameter(key, targets))
             assert places is not None
             delta = assembled(places, added_on_disk(places, layer, found.disk))
             expected = layer.get_delta_weight("default")
@@ -306,7 +308,7 @@ def test_experts_that_lie_transposed_on_disk_get_the_delta_transposed() -> None:
     names = found.names
     layers, targets = wrapped(build("qwen3-vl-moe"), stacked_in(found))
     key = "model.language_model.layers.0.mlp.experts.base_layer"
-    places = names.disk_of(names.targeted(key, targets))
+    places = names.blocks_of(names.targeted_parameter(key, targets))
     assert places is not None and len(places) == 1 and places[0].transposed
     with torch.no_grad():
         added = added_on_disk(places, layers[key], found.disk)
@@ -318,22 +320,22 @@ def test_targeted_parameters_in_any_spelling() -> None:
     both, one = ["experts.gate_up_proj", "mlp.experts.down_proj"], ["gate_up_proj"]
     for block in ("model.layers.1.block_sparse_moe", "model.layers.1.mlp", "layers.1.mlp"):
         experts = "model.layers.1.mlp.experts"
-        assert names.targeted(f"{block}.experts.base_layer", both) == f"{experts}.gate_up_proj"
-        assert names.targeted(f"{block}.experts", both) == f"{experts}.down_proj"
-        assert names.targeted(f"{block}.experts", one) == f"{experts}.gate_up_proj"
+        assert names.targeted_parameter(f"{block}.experts.base_layer", both) == f"{experts}.gate_up_proj"
+        assert names.targeted_parameter(f"{block}.experts", both) == f"{experts}.down_proj"
+        assert names.targeted_parameter(f"{block}.experts", one) == f"{experts}.gate_up_proj"
     for key in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts.base_layer.base_layer", "no.such"):
-        assert names.targeted(key, both) == key
+        assert names.targeted_parameter(key, both) == key
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in STACKED])
 def test_old_and_new_spellings_are_the_same_places(name: str) -> None:
     old, new = made(name, True), made(name, False)
-    by_parameter = {old.names.module_of(weight): weight for weight in old.disk}
+    by_parameter = {old.names.parameter_of(weight): weight for weight in old.disk}
     for found in (old, new):
         names = found.names
         for parameter, weight in by_parameter.items():
-            assert parameter is not None and names.disk_of(parameter) is not None
-            assert names.disk_of(weight.removesuffix(".weight")) == names.disk_of(parameter.removesuffix(".weight"))
+            assert parameter is not None and names.blocks_of(parameter) is not None
+            assert names.blocks_of(weight.removesuffix(".weight")) == names.blocks_of(parameter.removesuffix(".weight"))
     renamed = [parameter for parameter, weight in by_parameter.items() if parameter != weight]
     assert bool(renamed) == (name in ("gemma3", "llava", "qwen2.5-vl", "granite-moe"))
 
@@ -347,7 +349,7 @@ def test_keys_of_single_experts_resolve_on_either_disk(name: str, old: bool) -> 
     for weight, values in single.disk.items():
         key = weight.removesuffix(".weight")
         for spelled in {key, key.removeprefix("model."), key.replace(".block_sparse_moe.", ".mlp.")}:
-            places = names.disk_of(spelled)
+            places = names.blocks_of(spelled)
             assert places is not None, spelled
             assert torch.equal(assembled(places, found.disk), values), spelled
 
@@ -359,9 +361,9 @@ def test_keys_and_disks_with_and_without_the_base_prefix() -> None:
     for config in (found.config, {**found.config, "architectures": ["LlamaModel"]}):
         for disk in (shapes(found.disk), bare):
             names = Names(config, disk)
-            (place,) = names.disk_of(key) or ()
+            (place,) = names.blocks_of(key) or ()
             assert place.weight in disk and place.weight.endswith("layers.1.self_attn.q_proj.weight")
-            assert [p.weight for p in names.disk_of(key.removeprefix("model.")) or ()] == [place.weight]
+            assert [p.weight for p in names.blocks_of(key.removeprefix("model.")) or ()] == [place.weight]
 
 
 # --- what is no weight, or not one -----------------------------------------------------------------------------------
@@ -371,34 +373,34 @@ def test_unknown_keys_and_tied_embeddings_are_none() -> None:
     for name in MODELS:
         names = made(name).names
         for key in ("model.layers.9.self_attn.q_proj", "q_proj", "", "model", "model.layers.0.mlp.experts.99.w1"):
-            assert names.disk_of(key) is None, (name, key)
+            assert names.blocks_of(key) is None, (name, key)
     found = made("gemma3-text")
     disk = {key: shape for key, shape in shapes(found.disk).items() if key != "lm_head.weight"}
-    assert Names(found.config, disk).disk_of("lm_head") is None
-    assert Names(found.config, disk).module_of("lm_head.weight") is None
+    assert Names(found.config, disk).blocks_of("lm_head") is None
+    assert Names(found.config, disk).parameter_of("lm_head.weight") is None
 
 
 def test_two_weights_for_one_parameter_are_ambiguous() -> None:
     found = made("gemma3")
     extra = "model.language_model.layers.0.self_attn.q_proj.weight"
     names = Names(found.config, {**shapes(found.disk), extra: (32, 32)})
-    assert names.disk_of("model.language_model.layers.0.self_attn.q_proj") is None
-    assert names.disk_of("language_model.model.layers.0.self_attn.q_proj") is None
-    assert names.disk_of("model.language_model.layers.1.self_attn.q_proj") is not None
+    assert names.blocks_of("model.language_model.layers.0.self_attn.q_proj") is None
+    assert names.blocks_of("language_model.model.layers.0.self_attn.q_proj") is None
+    assert names.blocks_of("model.language_model.layers.1.self_attn.q_proj") is not None
 
 
 def test_an_architecture_that_transformers_does_not_know_goes_by_the_names_on_disk() -> None:
     names = Names({"model_type": "nobody", "architectures": ["NobodyModel"]}, {"a.b.weight": (4, 2), "a.c": (3,)})
-    assert [p.weight for key in ("a.b", "a.c") for p in names.disk_of(key) or ()] == ["a.b.weight", "a.c"]
-    assert names.disk_of("b") is None and names.module_of("a.b.weight") == "a.b.weight"
-    assert names.targeted("a.b.base_layer", ["b.x"]) == "a.b.base_layer"
+    assert [p.weight for key in ("a.b", "a.c") for p in names.blocks_of(key) or ()] == ["a.b.weight", "a.c"]
+    assert names.blocks_of("b") is None and names.parameter_of("a.b.weight") == "a.b.weight"
+    assert names.targeted_parameter("a.b.base_layer", ["b.x"]) == "a.b.base_layer"
 
 
 def test_a_missing_expert_is_an_error() -> None:
     found = made("mixtral")
     disk = {key: shape for key, shape in shapes(found.disk).items() if ".experts.3.w2." not in key}
     with pytest.raises(CheckpointError, match=r"down_proj is \[12, 32, 48\], but .* make up \[11, 32, 48\]"):
-        Names(found.config, disk).disk_of("model.layers.0.mlp.experts.down_proj")
+        Names(found.config, disk).blocks_of("model.layers.0.mlp.experts.down_proj")
 
 
 class Doubled(ops.ConversionOps):
@@ -411,17 +413,17 @@ def test_what_is_no_rearrangement_is_refused_by_name(monkeypatch: pytest.MonkeyP
     converter = ops.WeightConverter("o_proj.weight", "o_proj.weight", [Doubled()])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
     names = Names({**found.config, "model_type": "qwen2_vl_text"}, shapes(found.disk))
-    names.__dict__["_loading"] = module._Loading(meta_model(found.config), shapes(found.disk))
-    message = r"layers\.0\.self_attn\.o_proj\.weight, .* by Doubled, cannot be traced to the disk: torch's mul is no"
+    names.__dict__["_tracer"] = module._Tracer(Conversion(meta_model(found.config)), shapes(found.disk))
+    message = r"layers\.0\.self_attn\.o_proj\.weight, .* by Doubled, cannot be traced to the disk: torch's mul is not"
     with pytest.raises(CheckpointError, match=message):
-        names.disk_of("model.layers.0.self_attn.o_proj")
-    assert names.disk_of("model.layers.0.self_attn.q_proj") is not None
+        names.blocks_of("model.layers.0.self_attn.o_proj")
+    assert names.blocks_of("model.layers.0.self_attn.q_proj") is not None
 
 
 def test_a_flattened_convolution_is_refused() -> None:
-    piece = traced("patch.weight", (4, 3, 2, 2)).reshape(4, 12)
+    piece = traced_weight("patch.weight", (4, 3, 2, 2)).reshape(4, 12)
     with pytest.raises(CheckpointError, match=r"patch.weight \[4, 3, 2, 2\] with its axes flattened"):
-        module._place("patch", (4, 12), piece.pieces[0], (4, 3, 2, 2))  # type: ignore[attr-defined]
+        disk_block(piece.pieces[0], (4, 3, 2, 2), parameter="patch", shape=(4, 12))  # type: ignore[attr-defined]
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def test_a_large_mixture_takes_no_memory_for_its_weights() -> None:
         place
         for layer in range(56)
         for part in ("gate_up_proj", "down_proj")
-        for place in names.disk_of(f"model.layers.{layer}.mlp.experts.{part}") or ()
+        for place in names.blocks_of(f"model.layers.{layer}.mlp.experts.{part}") or ()
     ]
     assert len(places) == len(disk) and all(place.covers(disk[place.weight]) for place in places)
 
@@ -468,7 +470,7 @@ def test_a_large_mixture_takes_no_memory_for_its_weights() -> None:
 # --- the tensors that remember where they lie ------------------------------------------------------------------------
 
 
-def values_of(tensor: Traced, sources: Mapping[str, Tensor]) -> Tensor:
+def values_of(tensor: TracedTensor, sources: Mapping[str, Tensor]) -> Tensor:
     result = torch.full(tuple(tensor.shape), math.nan)
     for piece in tensor.pieces:
         block = result[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.size, strict=True))]
@@ -508,7 +510,9 @@ def test_transformers_operations_do_the_same_to_places_as_to_values(case: str) -
         for i, group in enumerate(sources)
     }
     named = {f"{key}.{k}": tensor for key, group in real.items() for k, tensor in enumerate(group)}
-    places = {key: [traced(f"{key}.{k}", tuple(t.shape)) for k, t in enumerate(group)] for key, group in real.items()}
+    places = {
+        key: [traced_weight(f"{key}.{k}", tuple(t.shape)) for k, t in enumerate(group)] for key, group in real.items()
+    }
     parameters = {"t0": torch.empty(2, 4), "t1": torch.empty(4, 4)}
     more = {
         "source_patterns": list(real), "target_patterns": [f"t{k}*" if "back" in case else f"t{k}" for k in range(count)],
@@ -536,15 +540,15 @@ def test_reshaping_after_cutting_joining_and_turning(old: tuple[int, ...], new: 
         mixed = torch.cat([a[5:], b, a[:5]])[: math.prod(old)] if len(a) > 12 else a
         return [mixed.view(old).reshape(new), c.permute(*range(c.ndim)[::-1]).contiguous().view(new)]
 
-    found = work(*[traced(name, tuple(tensor.shape)) for name, tensor in whole_.items()])
+    found = work(*[traced_weight(name, tuple(tensor.shape)) for name, tensor in whole_.items()])
     for tensor, values in zip(found, work(*whole_.values()), strict=True):
         assert torch.equal(values_of(tensor, whole_), values)  # type: ignore[arg-type]
 
 
 def test_control_a_shifted_piece_gives_other_values() -> None:
     sources = {"a": torch.randn(4, 6)}
-    tensor = traced("a", (4, 6)).transpose(0, 1)
-    assert isinstance(tensor, Traced) and torch.equal(values_of(tensor, sources), sources["a"].T)
+    tensor = traced_weight("a", (4, 6)).transpose(0, 1)
+    assert isinstance(tensor, TracedTensor) and torch.equal(values_of(tensor, sources), sources["a"].T)
     tensor.pieces = [replace(tensor.pieces[0], strides=(6, 1), size=(4, 6))]
-    tensor = Traced((4, 6), tensor.pieces)
+    tensor = TracedTensor((4, 6), tensor.pieces)
     assert not torch.equal(values_of(tensor, sources).reshape(6, 4), sources["a"].T)

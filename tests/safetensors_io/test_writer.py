@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from qmerge.errors import CheckpointError
 from qmerge.safetensors_io.header import read_header
-from qmerge.safetensors_io.writer import LONGEST_TEXT, Layout, ShardWriter, write_file
+from qmerge.safetensors_io.writer import LONGEST_TEXT, FileLayout, ShardWriter, write_file
 from qmerge.types import BITS, SAFETENSORS_DTYPES, TensorSpec
 
 DTYPES = [
@@ -62,9 +62,9 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
-def layout_of(found: dict[str, torch.Tensor], texts: dict[str, str]) -> Layout:
+def layout_of(found: dict[str, torch.Tensor], texts: dict[str, str]) -> FileLayout:
     specs = {name: TensorSpec(SAFETENSORS_DTYPES[x.dtype], tuple(x.shape)) for name, x in found.items()}
-    return Layout.of({**specs, **{name: TensorSpec("U8", (-1,)) for name in texts}})
+    return FileLayout.of({**specs, **{name: TensorSpec("U8", (-1,)) for name in texts}})
 
 
 def write(

@@ -35,7 +35,7 @@ def choose(source: hub.Source, place: str, name: str | None) -> hub.Source:
     there = adapters_in(source.folder)
     if name in there:
         around = None if there[name] == source.folder else source.folder
-        return replace(source, folder=there[name], adapter=name, around=around)
+        return replace(source, folder=there[name], adapter=name, adapters_folder=around)
     own = [known for known, folder in there.items() if folder == source.folder]
     others = [known for known in there if known not in own and not (own and CHECKPOINT.fullmatch(known))]
     if name is None and ((len(own) == 1 and not others) or not there):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.lora import LoraUpdate, fitted
+from qmerge.checkpoint.blocks import DiskBlock
 from qmerge.checkpoint.names import Names
-from qmerge.checkpoint.traced import Place
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update, as_matrix
 
@@ -33,7 +33,7 @@ def placed(found: Found, names: Names) -> Found:
     shares: Shares = {}
     made_of: dict[str, list[str]] = {}
     for name, (change, tensors) in found.items():
-        places = None if name in names.disk and not isinstance(change, StackUpdate) else names.disk_of(name)
+        places = None if name in names.disk and not isinstance(change, StackUpdate) else names.blocks_of(name)
         if not places or _is_whole(places, names.disk):
             place_name = places[0].weight if places else name
             _put(result, place_name, _on_disk(change, places, names.disk.get(place_name)), tensors)
@@ -49,7 +49,7 @@ def placed(found: Found, names: Names) -> Found:
     return result
 
 
-def _is_whole(places: tuple[Place, ...], disk: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_whole(places: tuple[DiskBlock, ...], disk: Mapping[str, tuple[int, ...]]) -> bool:
     return len(places) == 1 and places[0].covers(disk[places[0].weight]) and not places[0].transposed
 
 
@@ -60,7 +60,7 @@ def _put(result: Found, name: str, change: Update | Replacement, tensors: list[s
 
 
 def _on_disk(
-    change: Update | Replacement, places: tuple[Place, ...] | None, shape: tuple[int, ...] | None
+    change: Update | Replacement, places: tuple[DiskBlock, ...] | None, shape: tuple[int, ...] | None
 ) -> Update | Replacement:  # fmt: skip
     """A stack of one matrix is that matrix, where it is no stack on disk; what depends on the width of the weight is settled."""
     if isinstance(change, StackUpdate) and places and len(places[0].disk_region) == 2:
@@ -68,7 +68,7 @@ def _on_disk(
     return change if isinstance(change, Replacement) or shape is None else fitted(change, as_matrix(shape))
 
 
-def _loras(name: str, change: Update | Replacement, place: Place) -> dict[int | None, LoraUpdate]:
+def _loras(name: str, change: Update | Replacement, place: DiskBlock) -> dict[int | None, LoraUpdate]:
     """The LoRA of every matrix that the place holds some of, by its number in memory."""
     if isinstance(change, StackUpdate):
         numbers = [place.expert] if place.expert is not None else [*place.region[0]]
@@ -86,7 +86,7 @@ def _loras(name: str, change: Update | Replacement, place: Place) -> dict[int | 
 
 
 def _share(
-    shares: Shares, place: Place, loras: Mapping[int | None, LoraUpdate], disk: Mapping[str, tuple[int, ...]]
+    shares: Shares, place: DiskBlock, loras: Mapping[int | None, LoraUpdate], disk: Mapping[str, tuple[int, ...]]
 ) -> None:  # fmt: skip
     shape = disk[place.weight]
     for number, lora in loras.items():
@@ -114,7 +114,7 @@ def _summed(loras: list[LoraUpdate]) -> LoraUpdate:
     return LoraUpdate(torch.cat([lora.A_RI for lora in loras]), B_OR, loras[0].scale if same else 1.0)
 
 
-def _cut_out(change: Replacement, place: Place, disk: Mapping[str, tuple[int, ...]]) -> Replacement:
+def _cut_out(change: Replacement, place: DiskBlock, disk: Mapping[str, tuple[int, ...]]) -> Replacement:
     """The values of a weight on disk, out of those of a parameter in memory."""
     shape = disk[place.weight]
     if not place.covers(shape) or tuple(change.values.shape) != place.shape:

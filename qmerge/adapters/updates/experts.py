@@ -91,13 +91,13 @@ def targeted(module: str, config: Mapping[str, Any], names: Names | None) -> Par
             f"adapter_config.json has target_parameters={listed(targets)}: which LoRA belongs to which of them, and how many "
             f"experts there are, only the base tells"
         )
-    name = names.targeted(module, targets)
+    name = names.targeted_parameter(module, targets)
     if name == module and module.endswith(".base_layer"):
         raise AdapterError(
             f"{module}: adapter_config.json's target_parameters ({listed(targets)}) name fewer of the base's parameters than "
             f"there are LoRAs: is one misspelt, or is it another base?"
         )
-    places = names.disk_of(name) if name != module else None
+    places = names.blocks_of(name) if name != module else None
     return Parameter(name, places[0].shape, names.is_transposed(name)) if places else None
 
 
@@ -108,7 +108,9 @@ def check_complete(found: Mapping[str, Parameter], config: Mapping[str, Any], na
         return
     known = {parameter.name for parameter in found.values()}
     for module in {module.replace(".base_layer", "") for module in found}:
-        missing = [name for name in names.targeted_in(module, config["target_parameters"]) if name not in known]
+        missing = [
+            name for name in names.targeted_parameters_in(module, config["target_parameters"]) if name not in known
+        ]
         if missing:
             raise AdapterError(f"{missing[0]} is one of target_parameters, but has no LoRA: the adapter is incomplete")
 

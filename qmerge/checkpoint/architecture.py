@@ -1,0 +1,189 @@
+"""What transformers knows about a model's architecture: its modules, its embeddings, and which layers loaders quantize.
+
+The questions are put to a model that transformers builds without weights. They only come up where the tensors on disk do
+not give the answer: a dense base that gets quantized, or GPT-2's Conv1D, whose dense weights are [I, O] but are quantized
+as [O, I]. No code from the checkpoint is run: an architecture that transformers does not know is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qmerge.checkpoint.config import with_dtype
+from qmerge.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleKinds:
+    """How stock loaders treat the modules of a model, by module name.
+
+    quantizable  modules that become 4- or 8-bit
+    conv1d       Conv1D modules (GPT-2), whose dense weight is [I, O]
+    skipped      patterns of modules that the loader leaves dense, as its skip list names them
+    towers       linear layers of a multimodal model that are not in its text model
+    """
+
+    quantizable: frozenset[str]
+    conv1d: frozenset[str]
+    skipped: tuple[str, ...]
+    towers: frozenset[str] = frozenset()
+
+
+def module_kinds(config: Mapping[str, Any], skip: Sequence[str] | None) -> ModuleKinds:
+    """Build the model on the meta device and apply transformers' own rules to its modules.
+
+    Args:
+        config: config.json of the base.
+        skip: ``llm_int8_skip_modules`` of the quantization config; None where it has none.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    return _module_kinds(json.dumps(config), None if skip is None else tuple(skip))
+
+
+@lru_cache(maxsize=8)
+def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = meta_model(json.loads(config))
+    skip_list = None if skip is None else list(skip)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, skip_list, getattr(model, "_keep_in_fp32_modules", None))
+    conv1d: set[str] = set()
+    quantizable: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            conv1d.add(name)
+        is_linear = type(module) is torch.nn.Linear or name in conv1d
+        if is_linear and should_convert_module(name, skipped):
+            quantizable.add(name)
+    return ModuleKinds(
+        quantizable=frozenset(quantizable),
+        conv1d=frozenset(conv1d),
+        skipped=tuple(skipped),
+        towers=frozenset(_linear_layers_outside_text(model)),
+    )
+
+
+def _linear_layers_outside_text(model: Any) -> set[str]:
+    """Linear layers of the vision and audio towers, and of the projectors between them and the text model."""
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return set()
+    text_modules = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
+    outside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and id(module) not in text_modules:
+            outside.add(name)
+    return outside
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether input and output embedding are one tensor.
+
+    A config that does not say so leaves it to its class (Gemma ties by default).
+    """
+    for part in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    import transformers
+
+    try:
+        return bool(transformers.AutoConfig.for_model(str(config.get("model_type"))).tie_word_embeddings)
+    except (ValueError, AttributeError):
+        return False
+
+
+def tied_embedding_weights(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The same as ``embedding_weights`` where the model ties the two, else None."""
+    return embedding_weights(config) if ties_embeddings(config) else None
+
+
+def embedding_weights(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Names of the weights of the input and the output embedding, whether or not the model ties them.
+
+    None where the model lacks one of them, or where transformers does not know the architecture.
+    """
+    return _embedding_weights(json.dumps(config))
+
+
+@lru_cache(maxsize=8)
+def _embedding_weights(config: str) -> tuple[str, str] | None:
+    try:
+        model: Any = meta_model(json.loads(config))
+    except CheckpointError:
+        return None
+    name_of = {id(module): name for name, module in model.named_modules()}
+    input_module = name_of.get(id(model.get_input_embeddings()))
+    output_module = name_of.get(id(model.get_output_embeddings()))
+    if not input_module or not output_module:
+        return None
+    return f"{input_module}.weight", f"{output_module}.weight"
+
+
+def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """The model of a config.json on the meta device: modules and shapes, no memory.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    consequence = (
+        "so it is not known which modules are linear layers. Use a 16-bit target, or a base that is quantized already"
+    )
+    return _build(config, torch.device("meta"), consequence)
+
+
+def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """The same in float32 and with its buffers (rotary frequencies, masks), ready to run once weights are loaded.
+
+    Experts run one after the other in plain matrix products, whichever kernels are installed.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    from accelerate import init_empty_weights
+
+    consequence = "so it cannot be run. Merging needs no run: --calibration none"
+    model: Any = _build(with_dtype(config, "float32"), init_empty_weights(include_buffers=False), consequence)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    module: torch.nn.Module = model
+    return module
+
+
+def _build(config: Mapping[str, Any], device: AbstractContextManager[Any], consequence: str) -> torch.nn.Module:
+    """The model that ``architectures`` of a config names, else the causal language model of its ``model_type``.
+
+    Args:
+        device: the context in which modules are created; it decides where their parameters are.
+        consequence: the end of the error message, after "transformers cannot build …".
+    """
+    import transformers
+
+    # quantization_config would make transformers look for kernels, auto_map for code inside the checkpoint.
+    plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    names = config.get("architectures") or []
+    model_class = getattr(transformers, str(names[0]), None) if names else None
+    try:
+        with warnings.catch_warnings(), device:
+            warnings.simplefilter("ignore")
+            parsed = transformers.AutoConfig.for_model(**plain)
+            if model_class:
+                model: torch.nn.Module = model_class._from_config(parsed)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(parsed)
+            return model
+    except Exception as cause:  # every architecture's own code may raise something else
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r}, {consequence}. "
+            f"({' '.join(str(cause).split())[:160]})"
+        ) from cause
