@@ -33,7 +33,13 @@ def by_gptqmodel(merged: Path, out: Path, given: argparse.Namespace) -> float:
     """Quantize a 16-bit model as its README does; returns seconds."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    batches = texts.token_batches(Path(given.calibration), merged, given.tokens, given.length, vocabulary(merged))
+    batches = texts.token_batches(
+        Path(given.calibration),
+        merged,
+        tokens=given.tokens,
+        length=given.length,
+        vocab_size=vocabulary(merged),
+    )
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for batch in batches for row in batch]
     settings = QuantizeConfig(
         bits=given.bits, group_size=given.group_size, sym=not given.asym, desc_act=given.act_order,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge import run
-from qmerge.evaluation import verify
+from qmerge.evaluation.fidelity import fidelity_of_folder
 from qmerge.patch import direct
 from qmerge.recipe import JUDGED_TOKENS, make_recipe
 from qmerge.report.terminal import TerminalProgress, out, survival_table
@@ -65,6 +65,12 @@ def fidelity(
     device: str = "auto", quiet: bool = False,
 ) -> FidelityRecord:  # fmt: skip
     progress = TerminalProgress(quiet)
-    return verify.judge(
-        Path(out).expanduser(), Path(text).expanduser(), against, tokens, sequence_length, device, progress
+    return fidelity_of_folder(
+        Path(out).expanduser(),
+        Path(text).expanduser(),
+        against=against,
+        tokens=tokens,
+        length=sequence_length,
+        device=device,
+        progress=progress,
     )

@@ -1,7 +1,7 @@
-"""Text → batches of token ids: for calibration and for judging.
+"""Text → batches of token ids, to calibrate on and to measure fidelity on.
 
-Plain text, or one JSON object per line with a ``text``, or with chat ``messages``, which transformers' own sandboxed
-renderer turns into text by the tokenizer's chat template.
+Plain text, or one JSON object per line with a ``text``, or with chat ``messages``. Chats become text by the tokenizer's chat
+template, in transformers' own sandboxed renderer.
 """
 
 from __future__ import annotations
@@ -21,115 +21,150 @@ from qmerge.errors import CheckpointError, RecipeError
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
 
-CHATS = ("messages", "conversations")
-DATA = (".jsonl", ".json", ".txt")
+CHAT_FIELDS = ("messages", "conversations")
+TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+LONGEST_QUOTE = 200
+"""Characters of another library's message that an error line repeats."""
 
 Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
 
 
 def find_text(source: str) -> Path:
-    """A file as it is, or the data file of a dataset on the Hub (``owner/name``, or ``owner/name:path/in/it.jsonl``).
+    """The local file of a text.
+
+    Args:
+        source: a file, or a dataset on the Hub: ``owner/name``, or ``owner/name:path/in/it.jsonl``.
 
     Raises:
-        RecipeError: there is no such file, or the dataset has none that can be read.
+        RecipeError: there is no such file, or the dataset has no file that can be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    name, _, inside = source.partition(":")
+    name, _, file_in_dataset = source.partition(":")
     if path.exists() or not hub.HUB_ID.fullmatch(name):
         raise RecipeError(f"calibration text {source}: expected a .txt or .jsonl file, or a dataset on the Hub")
-    return _from_hub(name, inside)
+    return _download_text(name, file_in_dataset)
 
 
-def _from_hub(name: str, inside: str) -> Path:
+def _download_text(name: str, file: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        if not inside:
-            files = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if file.endswith(DATA)]
-            inside = min((file for file in files if "train" in file), default=min(files, default=""))
-        if not inside:
-            raise RecipeError(f"dataset {name} holds no {', '.join(DATA)} file; save it as jsonl: --calibration FILE")
-        return Path(hf_hub_download(name, inside, repo_type="dataset"))
+        if not file:
+            file = _training_file(HfApi().list_repo_files(name, repo_type="dataset"))
+        if not file:
+            suffixes = ", ".join(TEXT_SUFFIXES)
+            raise RecipeError(f"dataset {name} holds no {suffixes} file; save it as jsonl and use --calibration FILE")
+        return Path(hf_hub_download(name, file, repo_type="dataset"))
     except (HfHubHTTPError, OSError, ValueError) as cause:
-        raise RecipeError(f"dataset {name} on the Hub cannot be read: {' '.join(str(cause).split())[:200]}") from cause
+        raise RecipeError(f"dataset {name} on the Hub cannot be read: {_quoted(cause)}") from cause
+
+
+def _training_file(files: Sequence[str]) -> str:
+    """The first text file by name, of those with ``train`` in their name where there are any; "" where there is none."""
+    text_files = [file for file in files if file.endswith(TEXT_SUFFIXES)]
+    training_files = [file for file in text_files if "train" in file]
+    return min(training_files or text_files, default="")
 
 
 def read_texts(path: Path) -> list[Document]:
-    """The documents of a file.
+    """The documents of a file: all of a plain text, or one per line of JSON.
 
     Raises:
-        RecipeError: it cannot be read, is no text, or a line holds no text and no chat.
+        RecipeError: it cannot be read, is not text, or a line has neither a text nor a chat.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except OSError as cause:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
     except UnicodeDecodeError as cause:
-        raise RecipeError(f"{path}: no UTF-8 text (byte {cause.start}); expected plain text or JSON lines") from cause
+        raise RecipeError(f"{path}: not UTF-8 text (byte {cause.start}); expected plain text or JSON lines") from cause
     if path.suffix not in (".jsonl", ".json"):
-        return [text]
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return [_document(f"{path.name}, line {number}", line) for number, line in lines]
+        return [content]
+    documents: list[Document] = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            documents.append(_document(line, where=f"{path.name}, line {number}"))
+    return documents
 
 
-def _document(where: str, line: str) -> Document:
+def _document(line: str, where: str) -> Document:
     try:
         record = json.loads(line)
     except ValueError as cause:
-        raise RecipeError(f"{where}: no JSON object on one line: {cause}") from cause
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return str(record["text"])
-        for name in CHATS:
-            chat = record.get(name)
-            if isinstance(chat, list) and chat and all(isinstance(message, dict) for message in chat):
-                return [_message(where, message) for message in chat]
-    found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-    raise RecipeError(f"{where}: expected a field `text` or `messages`, found {found[:80]}")
+        raise RecipeError(f"{where}: expected one JSON object per line: {cause}") from cause
+    if not isinstance(record, dict):
+        raise RecipeError(f"{where}: expected a field `text` or `messages`, found {type(record).__name__}")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    for field in CHAT_FIELDS:
+        chat = record.get(field)
+        if isinstance(chat, list) and chat and all(isinstance(message, dict) for message in chat):
+            return [_message(message, where) for message in chat]
+    raise RecipeError(f"{where}: expected a field `text` or `messages`, found {', '.join(record)[:80]}")
 
 
-def _message(where: str, message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know it; ShareGPT's spelling (``from``, ``value``) is understood."""
-    roles = {"human": "user", "gpt": "assistant"}
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message as chat templates expect it. ShareGPT's spelling (``from``, ``value``) is accepted too."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
     if not isinstance(role, str) or content is None:
         raise RecipeError(f"{where}: a message needs `role` and `content`, found {', '.join(message)[:80]}")
-    return {**message, "role": roles.get(role, role), "content": content}
+    return {**message, "role": SHAREGPT_ROLES.get(role, role), "content": content}
 
 
 def token_batches(
-    source: Path, tokenizer_folder: Path, tokens: int | None, length: int, vocabulary: int
+    source: Path, tokenizer_folder: Path, *, tokens: int | None, length: int, vocab_size: int
 ) -> list[Tensor]:
-    """int64 [sequences, length] each: the first ``tokens`` tokens of a text (all for None), cut into sequences.
+    """The beginning of a text as sequences of token ids.
 
-    Documents follow one another, with the tokenizer's end-of-text token between them. What is left over at the end is
-    dropped, unless it is all there is.
+    Documents follow one another, with the tokenizer's end-of-text token between them. The rest that does not fill a
+    sequence is dropped, unless the whole text is shorter than one.
+
+    Args:
+        tokens: how many tokens of the text; None for all.
+        length: tokens per sequence.
+        vocab_size: number of token ids that the model knows.
+
+    Returns:
+        int64 [sequences, length] each.
 
     Raises:
-        RecipeError, CheckpointError: no text, no tokenizer, or tokens that the model does not know.
+        RecipeError: the text cannot be read, or has fewer than two tokens.
+        CheckpointError: the tokenizer cannot be loaded, or makes tokens that the model does not know.
     """
     ids = tokenize(read_texts(source), tokenizer_folder)[:tokens]
     if len(ids) < 2:
         raise RecipeError(f"{source}: {len(ids)} tokens; at least 2 are needed")
-    if max(ids) >= vocabulary:
+    if max(ids) >= vocab_size:
         raise CheckpointError(
-            f"{tokenizer_folder}: the tokenizer makes token {max(ids)}, but the model knows {vocabulary}: is it another model's?"
+            f"{tokenizer_folder}: the tokenizer makes token {max(ids)}, but the model knows {vocab_size}: does it belong to "
+            f"another model?"
         )
     length = min(length, len(ids))
-    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return split_batches(whole)
+    sequences = len(ids) // length
+    return split_batches(torch.tensor(ids[: sequences * length]).view(sequences, length))
 
 
 def split_batches(ids: Tensor, length: int | None = None) -> list[Tensor]:
-    """[sequences, …] cut so that each batch holds about ``BATCH_TOKENS``, at ``length`` tokens per sequence."""
-    return list(torch.split(ids, max(1, BATCH_TOKENS // (length or ids.shape[1]))))
+    """Sequences [N, …] in batches of about ``BATCH_TOKENS`` tokens, counted with ``length`` tokens per sequence."""
+    sequences_per_batch = max(1, BATCH_TOKENS // (length or ids.shape[1]))
+    return list(torch.split(ids, sequences_per_batch))
 
 
 def tokenize(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]:
+    """Token ids of all documents, with the end-of-text token between them.
+
+    Raises:
+        RecipeError: a chat, but the tokenizer has no chat template, or its template refuses it.
+        CheckpointError: the tokenizer cannot be loaded.
+    """
     tokenizer = load_tokenizer(tokenizer_folder)
     ids: list[int] = []
     for document in documents:
@@ -138,59 +173,74 @@ def tokenize(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]
         if isinstance(document, str):
             ids += tokenizer(document)["input_ids"]
         else:
-            ids += _chat(tokenizer, document)
+            ids += _tokenize_chat(tokenizer, document)
     return ids
 
 
-def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+def _tokenize_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
     if not tokenizer.chat_template:
-        raise RecipeError("the text holds chats, but the tokenizer has no chat template; give plain text instead")
+        raise RecipeError("the text holds chats, but the tokenizer has no chat template; use plain text instead")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as cause:  # whatever a template raises
-        raise RecipeError(f"the chat template does not take this chat: {' '.join(str(cause).split())[:200]}") from cause
+    except Exception as cause:  # a template may raise anything
+        raise RecipeError(f"the chat template does not accept this chat: {_quoted(cause)}") from cause
+    # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder, from local files only; code in the folder is not run.
+
+    Raises:
+        CheckpointError: transformers cannot load one.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer.model_max_length = 2**40  # texts are cut into sequences here; no warning about their length
-        return tokenizer
-    except Exception as cause:  # transformers raises whatever it finds
+    except Exception as cause:  # transformers passes on whatever a tokenizer's file or class raises
         raise CheckpointError(
-            f"{folder}: no tokenizer that transformers can load, so no text can be read: {' '.join(str(cause).split())[:200]}"
+            f"{folder}: no tokenizer that transformers can load, so no text can be read: {_quoted(cause)}"
         ) from cause
+    tokenizer.model_max_length = 2**40  # texts are cut into sequences later: no warning about their length
+    return tokenizer
 
 
-def random_tokens(vocabulary: int, tokens: int, length: int, seed: int) -> list[Tensor]:
-    """int64 [sequences, length] each, uniform over the vocabulary."""
+def random_tokens(vocab_size: int, *, tokens: int, length: int, seed: int) -> list[Tensor]:
+    """Token ids, int64 [sequences, length] each, uniform over the vocabulary; at least one sequence."""
     generator = torch.Generator().manual_seed(seed)
-    count = max(1, tokens // length)
-    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
-    return split_batches(ids)
+    sequences = max(1, tokens // length)
+    return split_batches(torch.randint(0, vocab_size, (sequences, length), generator=generator))
 
 
 def vocab_size(config: Mapping[str, Any]) -> int:
-    """Number of token ids that the model knows."""
+    """Number of token ids that the model of a config.json knows.
+
+    Raises:
+        CheckpointError: the config does not say.
+    """
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not size:
         raise CheckpointError(
-            "config.json has no vocab_size, so there are no random tokens; give a text: --calibration FILE"
+            "config.json has no vocab_size, so random tokens cannot be drawn; calibrate on a text: --calibration FILE"
         )
     return int(size)
 
 
 def max_sequence_length(config: Mapping[str, Any]) -> int:
-    """Most tokens of a sequence (no limit where the config names none)."""
-    text = {**config, **(config.get("text_config") or {})}
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**20)
+    """Most tokens of a sequence that the model of a config.json takes; 2**20 where the config has no limit."""
+    text_config = {**config, **(config.get("text_config") or {})}
+    return int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**20)
 
 
 def batches_sha256(batches: Sequence[Tensor]) -> str:
+    """SHA-256 of shapes and token ids, hexadecimal."""
     sha256 = hashlib.sha256()
     for batch in batches:
         sha256.update(f"{tuple(batch.shape)}".encode() + batch.contiguous().numpy().tobytes())
     return sha256.hexdigest()
+
+
+def _quoted(error: BaseException) -> str:
+    """Another library's message on one line, shortened."""
+    return " ".join(str(error).split())[:LONGEST_QUOTE]

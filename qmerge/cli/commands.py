@@ -268,17 +268,26 @@ def verify_command(
     With --text, also what the whole model kept of the fine-tuning: losses, gain kept, KL ratio.
     """
     from qmerge.calibration import texts
-    from qmerge.evaluation import verify
+    from qmerge.evaluation.fidelity import fidelity_of_folder
+    from qmerge.evaluation.verify import verify
     from qmerge.report import terminal
 
     if against and text is None:
         raise RecipeError("--against needs --text FILE: the held-out text to judge on")
     if text:
         texts.read_texts(text)  # what is wrong with it is said before gigabytes are hashed and loaded
-    checks = verify.verify(out, reload, loader)
+    checks = verify(out, reload, loader)
     sound, record = all(check.ok for check in checks), None
     if text and sound:  # a damaged folder is not judged: what is wrong with it is the answer
-        record = verify.judge(out, text, against, tokens, sequence_length, device, terminal.TerminalProgress(quiet))
+        record = fidelity_of_folder(
+            out,
+            text,
+            against=against,
+            tokens=tokens,
+            length=sequence_length,
+            device=device,
+            progress=terminal.TerminalProgress(quiet),
+        )
     if json:
         judged = {"fidelity": record.model_dump()} if record else {}
         typer.echo(jsonlib.dumps({"checks": [vars(check) for check in checks], **judged}, indent=1))

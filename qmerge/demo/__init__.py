@@ -24,7 +24,8 @@ CALIBRATION = {"calibration_tokens": 8192, "sequence_length": 128}
 def run_demo(keep: Path | None) -> None:
     """Measure three targets, merge into NF4 with every rounding, judge the models on held-out text, verify what was
     written."""
-    from qmerge.evaluation.verify import judge, verify
+    from qmerge.evaluation.fidelity import fidelity_of_folder
+    from qmerge.evaluation.verify import verify
 
     with as_file(files("qmerge.demo")) as here, _folder(keep) as folder:
         inputs = {"base": str(here / "base-nf4"), "adapter": str(here / "adapter")}
@@ -42,7 +43,15 @@ def run_demo(keep: Path | None) -> None:
             )
             report = run.merge(make_recipe(settings), progress=TerminalProgress(quiet=rounding != "preserve"))
             text, tokens = here / "heldout.txt", CALIBRATION["calibration_tokens"]
-            judged[rounding] = judge(merged, text, None, tokens, 128, "auto", TerminalProgress(quiet=True))
+            judged[rounding] = fidelity_of_folder(
+                merged,
+                text,
+                against=None,
+                tokens=tokens,
+                length=128,
+                device="auto",
+                progress=TerminalProgress(quiet=True),
+            )
         out().print(survival_table(report))
         typer.echo("")
         out().print(side_by_side(judged))

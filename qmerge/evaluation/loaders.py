@@ -1,6 +1,6 @@
-"""Stock loaders, asked whether they take a folder: each loads the model by its own code and answers a few tokens.
+"""Stock loaders: each loads a folder with its own code and computes logits for a few tokens.
 
-For ``qmerge verify --loader``. Each needs the library of its name, which is not a dependency of qmerge.
+For ``qmerge verify --loader``. Each needs the library of its name. gptqmodel and auto-gptq are not dependencies of qmerge.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.evaluation.fidelity import answer
+from qmerge.evaluation.fidelity import logits_of_folder
 from qmerge.pipeline import dense_values
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 
 TOKENS = 8
-"""How many token ids the model must answer."""
+"""Number of token ids that a loaded model must compute logits for."""
 
-FARTHEST, FARTHEST_EIGHT = 0.05, 0.1
+LOGITS_TOLERANCE, LOGITS_TOLERANCE_8BIT_ACTIVATIONS = 0.05, 0.1
 """Relative distance of logits from those of the stored values: bfloat16 is off by about half a percent on small models and
 by a few on deep ones, activations in 8 bits by more."""
 
@@ -39,85 +39,114 @@ PRODUCT_TOLERANCE = 1e-5
 """Relative: two float32 sums over up to 2**14 inputs, in different orders, differ by about √n · 2**-24."""
 
 
-def by_transformers(folder: Path) -> str:
-    """AutoModelForCausalLM, with nothing missing, nothing left over, and finite logits."""
+def load_with_transformers(folder: Path) -> str:
+    """Load with AutoModelForCausalLM: nothing missing, nothing left over, and the right logits.
+
+    Returns:
+        One line with the result; so do the other loaders.
+
+    Raises:
+        CheckpointError: transformers does not load it, or computes other logits.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    name = f"transformers {transformers.__version__}"
-    with failing_as(name), quiet():
+    library = f"transformers {transformers.__version__}"
+    with as_checkpoint_error(library), silenced():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map="cpu", output_loading_info=True, trust_remote_code=False, **kernel(folder)
+            folder,
+            device_map="cpu",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **_cpu_kernel(folder),
         )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
-            raise CheckpointError(f"{name} reports {problem}: {sorted(info[problem])[:3]}")
-    return f"{type(model).__name__} with {name}, {answers(model, name, folder)}"
+            raise CheckpointError(f"{library} reports {problem}: {sorted(info[problem])[:3]}")
+    return f"{type(model).__name__} with {library}, {check_logits(model, folder, library)}"
 
 
-def kernel(folder: Path) -> dict[str, Any]:
-    """On a CPU, gptqmodel's own choice of a kernel takes 4 bits in few group sizes (7.6): its plain one takes all."""
+def _cpu_kernel(folder: Path) -> dict[str, Any]:
+    """Arguments that choose gptqmodel's plain kernel, which takes all bits and group sizes.
+
+    The one that gptqmodel 7.6 chooses by itself on a CPU takes 4 bits in few group sizes.
+    """
     import transformers
 
-    config = quantization(folder)
-    if config.get("quant_method") == "gptq":
-        return {"quantization_config": transformers.GPTQConfig(bits=config["bits"], backend="gptq_torch")}
-    if config.get("quant_method") == "awq":
+    quantization = quantization_config(folder)
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="gptq_torch")}
+    if method == "awq":
         return {"quantization_config": transformers.AwqConfig(backend="torch_awq")}
     return {}
 
 
-def quantization(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """``quantization_config`` of a folder's config.json; {} where it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    return dict(config.get("quantization_config") or {})
 
 
-def eight_bit_activations(config: dict[str, Any]) -> bool:
-    """Whether loaders round activations to 8 bits too: LLM.int8(), and schemes that say so. (FP8 is dequantized on a CPU.)"""
-    groups = (config.get("config_groups") or {}).values()
-    return bool(config.get("load_in_8bit")) or any(group.get("input_activations") for group in groups)
+def rounds_activations(quantization: dict[str, Any]) -> bool:
+    """Whether loaders round activations to 8 bits too: LLM.int8(), and schemes with ``input_activations``.
+
+    (FP8 is dequantized on a CPU.)
+    """
+    groups = (quantization.get("config_groups") or {}).values()
+    return bool(quantization.get("load_in_8bit")) or any(group.get("input_activations") for group in groups)
 
 
-def by_gptqmodel(folder: Path) -> str:
-    """gptqmodel itself, which checks shapes, bits and group sizes before it loads."""
+def load_with_gptqmodel(folder: Path) -> str:
+    """Load with gptqmodel itself, which checks shapes, bits and group sizes before it loads.
+
+    Raises:
+        CheckpointError: gptqmodel does not load it, or computes other logits.
+        RecipeError: gptqmodel is not installed.
+    """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.6 does not start on two cores otherwise
-    with quiet():
-        package = needed("gptqmodel", "gptqmodel", 'pip install "qmerge[gptq]"')
-    name = f"gptqmodel {package.__version__}"
-    with failing_as(name), quiet():
-        backend = (
-            package.BACKEND.AWQ_TORCH
-            if quantization(folder).get("quant_method") == "awq"
-            else package.BACKEND.GPTQ_TORCH
-        )
+    with silenced():
+        package = import_library("gptqmodel", "gptqmodel", 'pip install "qmerge[gptq]"')
+    library = f"gptqmodel {package.__version__}"
+    with as_checkpoint_error(library), silenced():
+        backend = package.BACKEND.GPTQ_TORCH
+        if quantization_config(folder).get("quant_method") == "awq":
+            backend = package.BACKEND.AWQ_TORCH
         model = package.GPTQModel.load(str(folder), device="cpu", backend=backend)
-    return f"{type(model.model).__name__} with {name}, {answers(model.model, name, folder)}"
+    return f"{type(model.model).__name__} with {library}, {check_logits(model.model, folder, library)}"
 
 
-def by_auto_gptq(folder: Path) -> str:
-    """auto-gptq's layers, weight by weight: its model classes are older than transformers 5, its layers still run. Each
-    product must be that of the values that qmerge reads."""
-    package = auto_gptq()
+def load_with_auto_gptq(folder: Path) -> str:
+    """Multiply with auto-gptq's layers, weight by weight, and compare with the values that qmerge reads.
+
+    Its model classes are older than transformers 5; its layers still run.
+
+    Raises:
+        CheckpointError: a product differs, or no weight of the folder is stored as GPTQ.
+        RecipeError: auto-gptq is not installed.
+    """
+    package = import_auto_gptq()
     with Reader() as reader:
-        weights = [w for w in scan(folder, reader).weights.values() if w.format == "gptq"]
+        weights = [weight for weight in scan(folder, reader).weights.values() if weight.format == "gptq"]
         if not weights:
-            raise CheckpointError("auto-gptq reads GPTQ, and no weight of this folder is")
+            raise CheckpointError("auto-gptq reads GPTQ only, and no weight of this folder is stored as GPTQ")
         for weight in weights:
-            check_product(weight, reader)
+            _check_product(weight, reader)
     return f"{len(weights)} weights multiply alike in auto-gptq {getattr(package, '__version__', '')}".rstrip()
 
 
-def check_product(weight: Weight, reader: Reader) -> None:
-    """x · Wᵀ by auto-gptq's QuantLinear, against the same with dequantized values."""
+def _check_product(weight: Weight, reader: Reader) -> None:
+    """Compare x · Wᵀ by auto-gptq's QuantLinear with the same product of the dequantized values."""
     options: Any = weight.options
     rows, columns = weight.shape
     parts = {local: reader.tensor(info) for local, info in weight.parts.items()}
-    file = "qlinear_cuda" if options.act_order else "qlinear_cuda_old"
-    layer_class = importlib.import_module(f"auto_gptq.nn_modules.qlinear.{file}").QuantLinear
+    module = "qlinear_cuda" if options.act_order else "qlinear_cuda_old"
+    layer_class = importlib.import_module(f"auto_gptq.nn_modules.qlinear.{module}").QuantLinear
     layer = layer_class(options.bits, options.group_size, columns, rows, bias=False)
     layer.load_state_dict(parts, strict=False)
-    layer.scales = parts["scales"].float()
+    layer.scales = parts["scales"].float()  # float32, as x is
     x = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
     expected = x @ dense_values(weight, reader, torch.device("cpu")).T
     with torch.no_grad():
@@ -128,69 +157,81 @@ def check_product(weight: Weight, reader: Reader) -> None:
         )
 
 
-def auto_gptq() -> ModuleType:
-    """auto-gptq 0.7.1 was archived in 2025: it is given back the names of transformers and peft that it imports."""
-    gone = {
+def import_auto_gptq() -> ModuleType:
+    """Import auto-gptq 0.7.1, archived in 2025, with the names that transformers and peft have removed since."""
+    removed = {
         "transformers.modeling_utils": ("no_init_weights",),
         "transformers.utils.hub": ("create_repo", "create_commit", "CommitOperationAdd"),
         "peft.peft_model": ("PEFT_TYPE_TO_MODEL_MAPPING",),
     }
-    with contextlib.ExitStack() as stack, quiet():
-        for home, names in gone.items():
+    with contextlib.ExitStack() as stack, silenced():
+        for module, names in removed.items():
             for name in names:
-                stack.enter_context(mock.patch(f"{home}.{name}", {}, create=True))
-        if importlib.util.find_spec("gekko") is None:  # only its AVX2 kernels ask for it
+                stack.enter_context(mock.patch(f"{module}.{name}", {}, create=True))
+        if importlib.util.find_spec("gekko") is None:  # only its AVX2 kernels use it
             sys.modules["gekko"] = mock.MagicMock()
             stack.callback(sys.modules.pop, "gekko")
-        return needed("auto_gptq", "auto-gptq", "pip install --no-deps auto-gptq==0.7.1, for Python up to 3.11")
+        return import_library("auto_gptq", "auto-gptq", "pip install --no-deps auto-gptq==0.7.1, for Python up to 3.11")
 
 
 LOADERS: dict[str, Callable[[Path], str]] = {
-    "transformers": by_transformers,
-    "gptqmodel": by_gptqmodel,
-    "auto-gptq": by_auto_gptq,
+    "transformers": load_with_transformers,
+    "gptqmodel": load_with_gptqmodel,
+    "auto-gptq": load_with_auto_gptq,
 }
+"""Name on the command line → loader: folder → one line with the result; CheckpointError where it fails."""
 
 
-def answers(model: Any, name: str, folder: Path) -> str:
-    """Logits for a few token ids are those of the stored values, but for how the loader computes.
+def check_logits(model: Any, folder: Path, library: str) -> str:
+    """Compare a loaded model's logits for a few token ids with those of the stored values.
+
+    Returns:
+        One line with the result.
 
     Raises:
         CheckpointError: NaN, or further off than any compute dtype explains: the loader reads other values.
     """
     ids_NL = torch.arange(1, TOKENS + 1)[None]
-    with failing_as(name), quiet(), torch.no_grad():
+    with as_checkpoint_error(library), silenced(), torch.no_grad():
         logits = model(input_ids=ids_NL).logits.float()
     if not bool(logits.isfinite().all()):
-        raise CheckpointError(f"{name} loads it, but its answer holds NaN or infinity")
-    expected = answer(folder, ids_NL)
+        raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
+    expected = logits_of_folder(folder, ids_NL)
     error = float((logits - expected).norm() / expected.norm())
-    if error > (FARTHEST_EIGHT if eight_bit_activations(quantization(folder)) else FARTHEST):
+    tolerance = LOGITS_TOLERANCE
+    if rounds_activations(quantization_config(folder)):
+        tolerance = LOGITS_TOLERANCE_8BIT_ACTIVATIONS
+    if error > tolerance:
         raise CheckpointError(
-            f"{name} loads it, but answers {error:.0%} off from the stored values: it reads them otherwise"
+            f"{library} loads it, but its logits are {error:.0%} off those of the stored values: it reads other values"
         )
     return f"answers within {error:.1%} of the stored values"
 
 
-def needed(module: str, package: str, how: str) -> ModuleType:
+def import_library(module: str, package: str, how_to_install: str) -> ModuleType:
+    """Import a loader's library.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as cause:
-        raise RecipeError(f"--loader {package} needs {package}: {how} ({cause})") from cause
+        raise RecipeError(f"--loader {package} needs {package}: {how_to_install} ({cause})") from cause
 
 
 @contextlib.contextmanager
-def failing_as(name: str) -> Iterator[None]:
-    """Whatever a stock loader raises, it means that it does not take the folder."""
+def as_checkpoint_error(library: str) -> Iterator[None]:
+    """Any exception of a stock loader means that it does not load the folder: raise CheckpointError instead."""
     try:
         yield
     except Exception as cause:
-        raise CheckpointError(f"{name} does not load it: {cause}") from cause
+        raise CheckpointError(f"{library} does not load it: {cause}") from cause
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Loaders print banners and progress to both streams."""
+def silenced() -> Iterator[None]:
+    """Inside, banners, progress and warnings of loaders are not shown."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

@@ -1,7 +1,9 @@
-"""Is a folder what qmerge wrote, whole, and does the stock loader take it?
+"""Check a folder: is it complete and unchanged since qmerge wrote it, and does a stock loader load it?
 
-Hashes against qmerge.json; headers by our strict reader and by the safetensors library; index against headers; and a
-load with transformers that must leave nothing missing and nothing over.
+hashes   every output file has the size and SHA-256 that qmerge.json records
+headers  qmerge's strict reader, the safetensors library and the index agree on the tensors
+finite   the scales of quantized weights hold neither NaN nor infinity
+reload   a stock loader loads the model with nothing missing and nothing left over, and its output is right
 """
 
 from __future__ import annotations
@@ -9,102 +11,92 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
+import torch
 
 from qmerge import plugins
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.evaluation.loaders import LOADERS
 from qmerge.formats import get_format
-from qmerge.pipeline import compute_device
-from qmerge.progress import Progress
-from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
-from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import FidelityRecord, ReportData, read_report
+from qmerge.schema import ReportData, read_report
 
 
 @dataclass(frozen=True)
 class Check:
+    """One check of a folder. ``found``: one line, the result or the error."""
+
     name: str
     ok: bool
     found: str
 
 
 def verify(folder: Path, reload: bool = True, loader: str = "transformers") -> list[Check]:
-    """Every check that can be made; a later one is left out where an earlier one makes it meaningless.
+    """Run every check that makes sense: after damaged files, nothing is loaded.
+
+    Args:
+        reload: also load the model with a stock loader.
+        loader: one of ``LOADERS``.
 
     Raises:
         CheckpointError: ``folder`` has no qmerge.json.
-        RecipeError: no such loader, or its library is not installed.
+        RecipeError: there is no such loader, or its library is not installed.
     """
     if loader not in LOADERS:
         raise RecipeError(f"no loader is called {loader!r}. {plugins.suggestion(loader, list(LOADERS))}")
     report = read_report(folder)
-    checks = [_check("hashes", lambda: hashes(folder, report)), _check("headers", lambda: headers(folder))]
-    if all(check.ok for check in checks):
-        checks.append(_check("finite", lambda: finite(folder)))
-        checks.append(
-            _check("reload", lambda: loads(folder, loader)) if reload else Check("reload", True, "not asked for")
-        )
+    checks = [
+        _run_check("hashes", lambda: check_hashes(folder, report)),
+        _run_check("headers", lambda: check_headers(folder)),
+    ]
+    if not all(check.ok for check in checks):
+        return checks
+    checks.append(_run_check("finite", lambda: check_finite(folder)))
+    if reload:
+        checks.append(_run_check("reload", lambda: check_reload(folder, loader)))
+    else:
+        checks.append(Check("reload", True, "not asked for"))
     return checks
 
 
-def judge(
-    folder: Path, text: Path, against: tuple[str, str] | None, tokens: int, length: int, device: str, progress: Progress
-) -> FidelityRecord:  # fmt: skip
-    """Gain kept and KL ratio of a folder on held-out text.
-
-    Args:
-        folder: a model; one that qmerge did not write needs ``against``.
-        against: base and adapter; None for those that the recipe in the folder names.
-
-    Raises:
-        QmergeError: as ``judging.fidelity``.
-    """
-    from qmerge.evaluation.fidelity import fidelity
-
-    foreign = against is not None and not (folder / REPORT_NAME).is_file()
-    recipe: dict[str, Any] = {"target": "fp32"} if foreign else read_report(folder).recipe
-    if against:
-        recipe = {**recipe, "base": against[0], "adapter": against[1], "revision": None, "adapter_revision": None}
-    checked = make_recipe({**recipe, "device": device})
+def _run_check(name: str, check: Callable[[], str]) -> Check:
     try:
-        progress.stage("judging", 1)
-        return fidelity(
-            folder, checked, text, compute_device(device), tokens, length, lambda at: progress.advance(0, at)
-        )
-    finally:
-        progress.end()
-
-
-def _check(name: str, work: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, work())
-    except RecipeError:  # the command line, not the folder
+        return Check(name, True, check())
+    except RecipeError:  # the command line is wrong, not the folder
         raise
     except QmergeError as error:
         return Check(name, False, str(error))
 
 
-def hashes(folder: Path, report: ReportData) -> str:
-    """SHA-256 of every output file, as when it was written."""
+def check_hashes(folder: Path, report: ReportData) -> str:
+    """Compare size and SHA-256 of every output file with qmerge.json.
+
+    Returns:
+        One line with the result; so do the other checks.
+
+    Raises:
+        CheckpointError: a file is missing or differs.
+    """
     for record in report.outputs:
         path = folder / record.file
         if not path.is_file():
             raise CheckpointError(f"{record.file} is missing")
         if path.stat().st_size != record.bytes or hash_file(path) != record.sha256:
             raise CheckpointError(
-                f"{record.file} is not as it was written: its size or SHA-256 differs from qmerge.json"
+                f"{record.file} has changed since it was written: its size or SHA-256 differs from qmerge.json"
             )
     return f"{len(report.outputs)} files as written"
 
 
-def headers(folder: Path) -> str:
-    """Our reader, the safetensors library and the index agree on what is there."""
+def check_headers(folder: Path) -> str:
+    """Compare the tensors that qmerge's reader, the safetensors library and the index see.
+
+    Raises:
+        CheckpointError: they disagree, or a header breaks the specification.
+    """
     from safetensors import SafetensorError, safe_open
 
     with Reader() as reader:
@@ -113,37 +105,50 @@ def headers(folder: Path) -> str:
     for file in checkpoint.files:
         try:
             with safe_open(file, framework="pt") as opened:
-                names = set(opened.keys())
+                library_names = set(opened.keys())
         except SafetensorError as cause:
             raise CheckpointError(f"{file.name}: the safetensors library refuses it: {cause}") from cause
-        ours = {
-            part.name for weight in checkpoint.weights.values() for part in weight.parts.values() if part.file == file
-        }
-        if names != ours:
+        if library_names != _tensor_names(checkpoint, file):
             raise CheckpointError(f"{file.name}: the safetensors library sees other tensors than its header lists")
-        count += len(names)
-    return f"{count} tensors in {len(checkpoint.files)} files, {_formats(checkpoint)}"
+        count += len(library_names)
+    formats = ", ".join(f"{weights} {name}" for name, weights in checkpoint.formats().items())
+    return f"{count} tensors in {len(checkpoint.files)} files, {formats}"
 
 
-def finite(folder: Path) -> str:
-    """The small parts (scales) of every quantized weight open without NaN or infinity."""
-    import torch
+def _tensor_names(checkpoint: Checkpoint, file: Path) -> set[str]:
+    """Tensors that qmerge's reader sees in one file."""
+    names: set[str] = set()
+    for weight in checkpoint.weights.values():
+        names.update(part.name for part in weight.parts.values() if part.file == file)
+    return names
 
+
+def check_finite(folder: Path) -> str:
+    """Open every quantized weight: formats refuse scales with NaN or infinity.
+
+    Raises:
+        CheckpointError: a weight cannot be opened.
+    """
     with Reader() as reader:
         checkpoint = scan(folder, reader)
-        quantized = [w for w in checkpoint.weights.values() if get_format(w.format).quant_method]
-        for weight in quantized:
-            get_format(weight.format).open(weight, reader, torch.device("cpu"))
-    return f"scales of {len(quantized)} quantized weights"
+        count = 0
+        for weight in checkpoint.weights.values():
+            weight_format = get_format(weight.format)
+            if weight_format.quant_method:
+                weight_format.open(weight, reader, torch.device("cpu"))
+                count += 1
+    return f"scales of {count} quantized weights"
 
 
-def loads(folder: Path, loader: str) -> str:
-    """A stock loader takes the model, and answers."""
-    size, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory().available
+def check_reload(folder: Path, loader: str) -> str:
+    """Load the model with a stock loader and compare its output, where the model fits into memory.
+
+    Raises:
+        CheckpointError: it does not load, or computes something else.
+        RecipeError: the loader's library is not installed.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
     if size > free / 2:
         return f"left out: the model has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB of memory are free"
     return LOADERS[loader](folder)
-
-
-def _formats(checkpoint: Checkpoint) -> str:
-    return ", ".join(f"{count} {name}" for name, count in checkpoint.formats().items())

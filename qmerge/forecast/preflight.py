@@ -14,7 +14,7 @@ from qmerge.adapters.updates.lora import needs_dense
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.calibration import texts
-from qmerge.calibration.generate import generated_tokens
+from qmerge.calibration.generate import generate_tokens
 from qmerge.calibration.layered import LayeredModel
 from qmerge.checkpoint import folder
 from qmerge.errors import CheckpointError
@@ -174,15 +174,19 @@ def calibration_of(
 def token_batches(source: str, plan: Plan, context: RunContext, length: int, tell: Tell) -> list[Tensor]:
     recipe, config = plan.recipe, plan.config
     if source == "random":
-        return texts.random_tokens(texts.vocab_size(config), recipe.calibration_tokens, length, recipe.seed)
+        return texts.random_tokens(
+            texts.vocab_size(config), tokens=recipe.calibration_tokens, length=length, seed=recipe.seed
+        )
     if source == "generate":
-        return generated_tokens(plan, context, recipe.calibration_tokens, length, recipe.seed, tell)
+        return generate_tokens(
+            plan, context, tokens=recipe.calibration_tokens, length=length, seed=recipe.seed, report_progress=tell
+        )
     return texts.token_batches(
         texts.find_text(source),
         plan.inputs.tokenizer_folder,
-        recipe.calibration_tokens,
-        length,
-        texts.vocab_size(config),
+        tokens=recipe.calibration_tokens,
+        length=length,
+        vocab_size=texts.vocab_size(config),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.statistics import waves
+from qmerge.calibration.statistics import calibrated_groups
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.errors import InputError, NumbersError, RecipeError
@@ -193,7 +193,15 @@ def judged(report: ReportData, plan: Plan, context: RunContext, out: Path, progr
     assert plan.recipe.verify is not None
     progress.stage("judging", 1)
     text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
-    record = fidelity(out, plan.recipe, text, context.device, JUDGED_TOKENS, length, lambda at: progress.advance(0, at))
+    record = fidelity(
+        out,
+        plan.recipe,
+        text,
+        device=context.device,
+        tokens=JUDGED_TOKENS,
+        length=length,
+        report_progress=lambda line: progress.advance(0, line),
+    )
     report = report.model_copy(update={"fidelity": record})
     write_faces(report, plan, out)
     return report
@@ -209,13 +217,20 @@ def walk(
     plan: Plan, steps: Sequence[Step], context: RunContext, place: Writing | Measuring,
     batches: Sequence[Tensor] | None, progress: Progress,
 ) -> None:  # fmt: skip
-    """Every step once: those that need no calibration as they come, the others wave by wave of the calibration."""
+    """Every step once: those that need no calibration as they come, the others group by group of the calibration."""
     calibrated = {step.name for step in steps if step.rounding == "preserve"} if batches is not None else set()
     place.do([step for step in steps if step.name not in calibrated], {})
     if calibrated:
         assert batches is not None
-        for wave, inputs in waves(plan, context, batches, place.stored, lambda at: progress.advance(0, at)):
-            place.do(wave, inputs)
+        groups = calibrated_groups(
+            plan,
+            context,
+            batches,
+            stored_values=place.stored,
+            report_progress=lambda line: progress.advance(0, line),
+        )
+        for group in groups:
+            place.do(group.steps, group.statistics)
     applied = {step.name for step in plan.merged}
     assert place.outcomes.keys() == applied, "planned and applied updates differ"
 

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qmerge
 import qmerge.demo
-from qmerge.calibration import statistics as calibration
 from qmerge.calibration import texts
-from qmerge.calibration.generate import generated_tokens
+from qmerge.calibration.generate import generate_tokens
+from qmerge.calibration.statistics import calibrated_groups
+from qmerge.calibration.sums import InputSums
 from qmerge.checkpoint.journal import Journal
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
@@ -36,7 +37,7 @@ GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], 
 
 
 def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str], dict[str, Statistics]]]:
-    """Every wave of a walk whose steps are stored without any rounding at all (so that the merged stream is the unmerged)."""
+    """Every group of a calibration whose steps are stored without any rounding (so that merged and unmerged model are equal)."""
     found = []
     with Reader() as reader:
         plan = make_plan(
@@ -47,7 +48,9 @@ def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str
         )
         context = make_run_context(plan, reader)
         stored = settings_stored(plan, context)
-        for steps, inputs in calibration.waves(plan, context, BATCHES, stored, lambda line: None):
+        for steps, inputs in calibrated_groups(
+            plan, context, BATCHES, stored_values=stored, report_progress=lambda line: None
+        ):
             found.append(([step.name for step in steps], inputs))
     return found
 
@@ -134,10 +137,10 @@ def test_a_model_without_its_delta_has_other_hessians(bases: dict[str, tuple[Pat
 
 
 def test_groups_come_in_the_order_of_the_layer(bases: dict[str, tuple[Path, Path]]) -> None:
-    waves = [names for names, _ in collected(*bases["llama"])]
-    kinds = [[name.split(".")[-2] for name in names] for names in waves]
+    groups = [names for names, _ in collected(*bases["llama"])]
+    kinds = [[name.split(".")[-2] for name in names] for names in groups]
     assert kinds == GROUPS * 2
-    assert all(len({name.split(".")[2] for name in names}) == 1 for names in waves)
+    assert all(len({name.split(".")[2] for name in names}) == 1 for names in groups)
 
 
 def test_nothing_is_to_be_corrected_where_nothing_was_rounded(bases: dict[str, tuple[Path, Path]]) -> None:
@@ -241,8 +244,8 @@ def test_experts_see_the_tokens_that_are_sent_to_them(name: str, tmp_path: Path)
         for ids in BATCHES:
             model(input_ids=ids)
     down = MIXTURES[name][2][2]
-    waves = collected(base, lora, sequential=False)
-    every = {key: value for _, inputs in waves for key, value in inputs.items()}
+    groups = collected(base, lora, sequential=False)
+    every = {key: value for _, inputs in groups for key, value in inputs.items()}
     found = {key: value for key, value in every.items() if ".experts." in key}
     assert len(found) == 12 and sum(len(xs) for xs in seen.values()) > 0
     for key, statistics in found.items():
@@ -257,9 +260,11 @@ def test_experts_that_see_little_borrow() -> None:
     names = [f"layer.experts.{e}.w1.weight" for e in range(3)]
     own = {0: torch.eye(8) * 4, 1: torch.diag(torch.arange(8.0))}
     tokens = {names[0]: 12, names[1]: 2, names[2]: 0}
-    squares = {names[e]: own[e] * tokens[names[e]] for e in own}
-    found = {names[e]: Statistics(own[e], None, tokens[names[e]]) for e in own}
-    result = calibration.shared_out(found, names, squares, tokens, {names[0]: names[0], names[1]: names[1]})
+    sums = InputSums(names, torch.device("cpu"))
+    sums.tokens = tokens
+    sums.leaders = {names[0]: names[0], names[1]: names[1]}
+    sums.hessians = {names[e]: own[e] * tokens[names[e]] for e in own}
+    result = sums.statistics()
     shared_II = (12 * own[0] + 2 * own[1]) / 14
     assert [result[name].borrowed for name in names] == [0.0, 0.75, 1.0]
     torch.testing.assert_close(result[names[0]].hessian_II, own[0])
@@ -325,13 +330,13 @@ def test_the_same_again_gives_the_same_bytes(preserved: Path, tmp_path: Path) ->
 
 
 def test_measuring_sees_what_merging_stores(preserved: Path) -> None:
-    """The merged stream comes from memory in one and from the file in the other."""
+    """The values of the merged model come from memory in one and from the file in the other."""
     settings = {name: value for name, value in asked(Path("x")).items() if name != "out"}
     measured = qmerge.measure(**settings)[0].data
     assert measured.total.values == json.loads((preserved / "qmerge.json").read_text())["total"]["values"]
 
 
-def test_interrupted_between_two_waves(preserved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_between_two_groups(preserved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, done = Journal.step_done, []
 
     def stops(journal: Journal, name: str, record: dict[str, Any]) -> None:
@@ -367,11 +372,12 @@ def test_generated_text_is_the_adapter_models_own(tmp_path: Path) -> None:
     with Reader() as reader:
         plan = make_plan(make_recipe({k: v for k, v in asked(tmp_path).items() if k != "quiet"}), reader)
         context = make_run_context(plan, reader)
-        written = generated_tokens(plan, context, 128, 32, 0, lambda line: None)
-        again = generated_tokens(plan, context, 128, 32, 0, lambda line: None)
+        asked_for: dict[str, Any] = {"tokens": 128, "length": 32, "seed": 0, "report_progress": lambda line: None}
+        written = generate_tokens(plan, context, **asked_for)
+        again = generate_tokens(plan, context, **asked_for)
         assert all(torch.equal(one, other) for one, other in zip(written, again, strict=True))
         vocabulary = texts.vocab_size(plan.inputs.base.config)
-    random = texts.random_tokens(vocabulary, 128, 32, 0)
+    random = texts.random_tokens(vocabulary, tokens=128, length=32, seed=0)
     model = dense_reference(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "dense")
 
     def loss(batches: list[Tensor]) -> float:

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qmerge.calibration.layered import LayeredModel, Pass
+from qmerge.calibration.forward import ForwardPass
+from qmerge.calibration.layered import LayeredModel
 from qmerge.errors import CheckpointError
 
 SMALL = {
@@ -53,7 +54,7 @@ def saved(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], l
 
 def in_memory(model: LayeredModel) -> set[int | None]:
     """Which decoder layers (None: all else) hold values."""
-    return {model._layer_of(name) for name, p in model.model.named_parameters() if not p.is_meta}
+    return {model.layer_of(name) for name, p in model.model.named_parameters() if not p.is_meta}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -61,13 +62,13 @@ def test_logits_layer_by_layer(name: str, tmp_path: Path) -> None:
     config, tensors, expected = saved(name, tmp_path)
     model = LayeredModel(config, tensors, CPU)
     run: Any = model.model
-    passes = [Pass(lambda ids=ids: run(input_ids=ids, use_cache=False).logits) for ids in IDS]  # type: ignore[misc]
+    passes = [ForwardPass(lambda ids=ids: run(input_ids=ids, use_cache=False).logits) for ids in IDS]  # type: ignore[misc]
     with model.loaded(None, lambda key: tensors[key].float()):
-        at = [one.step() for one in passes]
+        at = [one.advance() for one in passes]
         for index in range(len(model)):
             with model.loaded(index, lambda key: tensors[key].float()):
                 assert in_memory(model) == {None, index}
-                at = [one.step(model.run_layer(visit)) for one, visit in zip(passes, at, strict=True)]
+                at = [one.advance(model.run_layer(visit)) for one, visit in zip(passes, at, strict=True)]
     assert in_memory(model) == set()
     assert all(torch.equal(found, logits) for found, logits in zip(at, expected, strict=True))
 
@@ -90,4 +91,4 @@ def test_errors_inside_the_model_reach_the_caller(tmp_path: Path) -> None:
     model = LayeredModel(config, tensors, CPU)
     run: Any = model.model
     with model.loaded(None, lambda key: tensors[key].float()), pytest.raises(IndexError):
-        Pass(lambda: run(input_ids=torch.tensor([[960]]))).step()
+        ForwardPass(lambda: run(input_ids=torch.tensor([[960]]))).advance()

@@ -29,17 +29,20 @@ def test_plain_text(tmp_path: Path) -> None:
     text = "one two three four five six seven " * 40
     path = tmp_path / "a.txt"
     path.write_text(text)
-    batches = texts.token_batches(path, FOLDER, None, 16, VOCABULARY)
+    batches = texts.token_batches(path, FOLDER, tokens=None, length=16, vocab_size=VOCABULARY)
     flat = [token for batch in batches for token in batch.flatten().tolist()]
     assert all(batch.shape[1] == 16 for batch in batches) and flat == ids_of(text)[: len(flat)]
     assert len(ids_of(text)) - len(flat) < 16
-    assert sum(batch.numel() for batch in texts.token_batches(path, FOLDER, 40, 16, VOCABULARY)) == 32
+    assert (
+        sum(batch.numel() for batch in texts.token_batches(path, FOLDER, tokens=40, length=16, vocab_size=VOCABULARY))
+        == 32
+    )
 
 
 def test_a_text_shorter_than_a_sequence_is_taken_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("only a few words")
-    (batch,) = texts.token_batches(path, FOLDER, None, 512, VOCABULARY)
+    (batch,) = texts.token_batches(path, FOLDER, tokens=None, length=512, vocab_size=VOCABULARY)
     assert batch.shape == (1, len(ids_of("only a few words")))
 
 
@@ -81,8 +84,8 @@ def test_a_template_that_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
 
 BAD: dict[str, tuple[str, bytes, type[QmergeError], str]] = {
-    "no UTF-8": ("a.txt", b"abc\xff", RecipeError, "no UTF-8 text"),
-    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text"\n', RecipeError, "line 2: no JSON"),
+    "no UTF-8": ("a.txt", b"abc\xff", RecipeError, "not UTF-8 text"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text"\n', RecipeError, "line 2: expected one JSON object"),
     "another field": (
         "a.jsonl",
         b'{"prompt": "a"}\n',
@@ -101,20 +104,20 @@ def test_bad_texts(name: str, tmp_path: Path) -> None:
     file, data, kind, words = BAD[name]
     (tmp_path / file).write_bytes(data)
     with pytest.raises(kind) as caught:
-        texts.token_batches(tmp_path / file, FOLDER, None, 16, VOCABULARY)
+        texts.token_batches(tmp_path / file, FOLDER, tokens=None, length=16, vocab_size=VOCABULARY)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     with pytest.raises(CheckpointError, match="the model knows 3"):
-        texts.token_batches(tmp_path / "a.txt", FOLDER, None, 16, 3)
+        texts.token_batches(tmp_path / "a.txt", FOLDER, tokens=None, length=16, vocab_size=3)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        texts.token_batches(tmp_path / "a.txt", tmp_path, None, 16, VOCABULARY)
+        texts.token_batches(tmp_path / "a.txt", tmp_path, tokens=None, length=16, vocab_size=VOCABULARY)
 
 
 def test_neither_a_file_nor_a_dataset(tmp_path: Path) -> None:

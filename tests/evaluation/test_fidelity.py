@@ -20,7 +20,7 @@ import qmerge
 import qmerge.demo
 from qmerge.calibration import texts
 from qmerge.calibration.layered import LayeredModel
-from qmerge.calibration.statistics import Stream
+from qmerge.calibration.layerwise_run import LayerwiseRun
 from qmerge.evaluation.fidelity import Scores
 from qmerge.schema import FidelityRecord
 
@@ -109,7 +109,7 @@ def judged(out: Path, **more: Any) -> FidelityRecord:
 
 def test_equals_transformers_and_peft(merged: Path, tmp_path: Path) -> None:
     found = judged(merged)
-    batches = texts.token_batches(TEXT, DEMO / "base-nf4", TOKENS, LENGTH, 10**6)
+    batches = texts.token_batches(TEXT, DEMO / "base-nf4", tokens=TOKENS, length=LENGTH, vocab_size=10**6)
     base, stored = (
         dense(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "base"),
         dense(merged, DEMO / "adapter", tmp_path / "out"),
@@ -146,7 +146,7 @@ def test_another_adapter_is_another_reference(merged: Path, tmp_path: Path) -> N
 def test_conv1d_and_quantized_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2, whose dense weights lie transposed, quantized on the fly in training."""
     batches = [torch.arange(64).view(2, 32) * k % 96 for k in (1, 5)]
-    monkeypatch.setattr(texts, "token_batches", lambda *_: batches)
+    monkeypatch.setattr(texts, "token_batches", lambda *_, **__: batches)
     model = models.gpt2()
     base = models.save(model, tmp_path / "gpt2")
     lora = models.adapter(model, tmp_path / "lora", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
@@ -174,7 +174,7 @@ def mixtral() -> Any:
 def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts lie one by one on disk and stacked in memory; a tied head lies on disk once."""
     batches = [torch.arange(64).view(2, 32) * k % 96 for k in (1, 5)]
-    monkeypatch.setattr(texts, "token_batches", lambda *_: batches)
+    monkeypatch.setattr(texts, "token_batches", lambda *_, **__: batches)
     model = make()
     base = models.save(model, tmp_path / "base")
     lora = models.adapter(model, tmp_path / "lora", size=0.1, target_modules=["q_proj", "v_proj"])
@@ -189,7 +189,7 @@ def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pyt
 def test_one_layer_of_one_model_is_in_memory(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While hidden states go through the layers, of all three models; and what is not a layer is away meanwhile."""
     made: list[LayeredModel] = []
-    load, run = LayeredModel.load, Stream.run
+    load, run = LayeredModel.load, LayerwiseRun.run_loaded_layer
 
     def loading(self: LayeredModel, *arguments: Any) -> None:
         made.append(self) if self not in made else None
@@ -197,13 +197,13 @@ def test_one_layer_of_one_model_is_in_memory(merged: Path, monkeypatch: pytest.M
 
     held: list[list[tuple[int, int | None]]] = []
 
-    def running(self: Stream, last: bool = False) -> None:
+    def running(self: LayerwiseRun, is_last: bool = False) -> None:
         named = [(i, n, p) for i, model in enumerate(made) for n, p in model.model.named_parameters()]
-        held.append(sorted({(i, made[i]._layer_of(n)) for i, n, p in named if not p.is_meta}, key=str))
-        run(self, last)
+        held.append(sorted({(i, made[i].layer_of(n)) for i, n, p in named if not p.is_meta}, key=str))
+        run(self, is_last)
 
     monkeypatch.setattr(LayeredModel, "load", loading)
-    monkeypatch.setattr(Stream, "run", running)
+    monkeypatch.setattr(LayerwiseRun, "run_loaded_layer", running)
     judged(merged)
     assert held == [[(model, layer)] for layer in range(len(made[0])) for model in range(3)]
 
@@ -214,7 +214,7 @@ def test_no_pass_is_left_waiting_after_an_error(merged: Path, monkeypatch: pytes
     def failing(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Stream, "run", failing)
+    monkeypatch.setattr(LayerwiseRun, "run_loaded_layer", failing)
     with pytest.raises(MemoryError):
         judged(merged)
     until = time.monotonic() + 10
@@ -229,8 +229,8 @@ def test_scores_of_a_large_vocabulary_in_pieces() -> None:
     logits = [torch.randn(5, 70, 300, generator=generator) for _ in range(3)]
     ids = torch.randint(0, 300, (5, 70), generator=generator)
     scores = Scores()
-    scores.add(logits, ids)
-    record = scores.record("x", 350, 70)
+    scores.add(ids, base=logits[0], unmerged=logits[1], merged=logits[2])
+    record = scores.record("x", tokens=350, length=70)
     logs = [torch.log_softmax(x.double(), -1) for x in logits]
     loss = float(-logs[0][:, :-1].gather(-1, ids[:, 1:, None]).mean())
     divergence = float((logs[1].exp() * (logs[1] - logs[2])).sum(-1).mean())
@@ -239,8 +239,9 @@ def test_scores_of_a_large_vocabulary_in_pieces() -> None:
 
 def test_no_gain_to_keep() -> None:
     scores = Scores()
-    scores.add([torch.zeros(1, 4, 8)] * 3, torch.zeros(1, 4, dtype=torch.long))
-    record = scores.record("x", 4, 4)
+    logits = torch.zeros(1, 4, 8)
+    scores.add(torch.zeros(1, 4, dtype=torch.long), base=logits, unmerged=logits, merged=logits)
+    record = scores.record("x", tokens=4, length=4)
     assert record.gain_kept is None and record.loss_base == pytest.approx(math.log(8))
 
 

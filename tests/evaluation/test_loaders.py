@@ -50,7 +50,7 @@ def test_auto_gptq_refuses_other_zeros(gptq: Path, tmp_path: Path) -> None:
     changed = {name: part + 0x11111111 if name.endswith("qzeros") else part for name, part in found.items()}
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"auto-gptq's product is .* off; it takes every file for v1 \(gptq_v2\)"):
-        loaders.by_auto_gptq(tmp_path)
+        loaders.load_with_auto_gptq(tmp_path)
 
 
 def test_an_answer_of_nan_is_a_failure(dense: Path, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_an_answer_of_nan_is_a_failure(dense: Path, tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     found = load_file(dense / "model.safetensors")
     save_file({**found, "model.norm.weight": found["model.norm.weight"] * torch.nan}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="loads it, but its answer holds NaN"):
-        loaders.by_transformers(tmp_path)
+    with pytest.raises(CheckpointError, match="loads it, but its logits hold NaN"):
+        loaders.load_with_transformers(tmp_path)
 
 
 def test_unknown_and_missing_loaders(gptq: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def auto_gptq() -> ModuleType | None:
     """auto-gptq, or None where it is not installed."""
     from qmerge.evaluation import loaders
 
-    return loaders.auto_gptq() if importlib.util.find_spec("auto_gptq") else None
+    return loaders.import_auto_gptq() if importlib.util.find_spec("auto_gptq") else None
 
 
 def auto_gptq_packed(

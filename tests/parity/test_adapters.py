@@ -144,7 +144,7 @@ def test_calibrated_in_the_unmerged_model(
     model, inputs = unmerged(base, adapter, KINDS[name].resize), list[torch.Tensor]()
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.gate_proj")
     layer.register_forward_hook(lambda _, args, out: inputs.append(args[0].flatten(0, 1)))
-    ids = torch.cat(texts.random_tokens(96 + KINDS[name].resize, 64, 16, 0))
+    ids = torch.cat(texts.random_tokens(96 + KINDS[name].resize, tokens=64, length=16, seed=0))
     with torch.no_grad():
         model(input_ids=ids)
     x = torch.cat(inputs)

@@ -1,0 +1,82 @@
+"""All batches of a text on their way through one model, decoder layer by decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from qmerge.calibration.forward import ForwardPass, LayerCall
+from qmerge.calibration.layered import LayeredModel, Values
+
+
+class LayerwiseRun:
+    """One forward pass per batch; all of them wait at the same decoder layer.
+
+    Args:
+        values: the weights of ``model``, for ``start`` and ``run_layer``.
+        batches: token ids, int64 [sequences, length] each.
+        with_head: also compute logits; without, the passes end at the last decoder layer.
+
+    Attributes:
+        waiting: per batch, the call of the decoder layer at which it waits.
+    """
+
+    def __init__(
+        self, model: LayeredModel, values: Values, batches: Sequence[Tensor], *, with_head: bool = False
+    ) -> None:
+        self.model = model
+        self.values = values
+        self.waiting: list[LayerCall] = []
+        self._last_outputs: list[Any] = []
+        forward: Any = model.model
+        if not with_head:
+            forward = getattr(model.model, "base_model", model.model)
+        self._passes: list[ForwardPass] = []
+        for ids in batches:
+            self._passes.append(ForwardPass(partial(forward, input_ids=ids.to(model.device), use_cache=False)))
+
+    def start(self) -> None:
+        """Run the embeddings, up to the first decoder layer."""
+        with self.model.loaded(None, self.values):
+            self.waiting = [forward_pass.advance() for forward_pass in self._passes]
+
+    def run_layer(self, index: int) -> None:
+        """Load decoder layer ``index``, at which all batches wait, run them through it, and unload it."""
+        with self.model.loaded(index, self.values):
+            self.run_loaded_layer(is_last=index + 1 == len(self.model))
+
+    def run_loaded_layer(self, is_last: bool = False) -> None:
+        """Run all batches through the layer at which they wait, and on to the next one.
+
+        After the last layer the passes wait until the head is loaded: ``logits`` goes on with them.
+        """
+        for batch, forward_pass in enumerate(self._passes):
+            output = self.model.run_layer(self.waiting[batch])
+            if is_last:
+                self._last_outputs.append(output)
+            else:
+                self.waiting[batch] = forward_pass.advance(output)
+
+    def logits(self, batch: int) -> Tensor:
+        """Logits [sequences, length, vocabulary] of one batch. Every layer has been run, and the head is loaded."""
+        logits: Tensor = self._passes[batch].advance(self._last_outputs[batch]).logits
+        return logits
+
+    def stop(self) -> None:
+        """End all passes."""
+        for forward_pass in self._passes:
+            forward_pass.stop()
+
+
+@contextmanager
+def stopping(runs: Iterable[LayerwiseRun]) -> Iterator[None]:
+    """Stop the runs at the end: after an error, their passes would wait in their threads and keep hidden states alive."""
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.stop()

@@ -1,0 +1,114 @@
+"""Sums over the inputs of some weights of one decoder layer: E[x̃ x̃ᵀ] and E[(x − x̃) x̃ᵀ].
+
+x are the inputs in the unmerged adapter model, x̃ those in the model as merged so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmerge.calibration.capture import MatrixProduct, without_expert_number
+from qmerge.rounding.base import Statistics
+
+
+class InputSums:
+    """Sums of some weights, batch by batch.
+
+    Weights that share an input (q, k and v) share the sums; the first of them, their leader, keeps them.
+
+    Args:
+        names: weights of one decoder layer, by their names on disk.
+
+    Attributes:
+        hessians: leader → Σ x̃ x̃ᵀ, float32 [I, I].
+        crosses: leader → Σ (x − x̃) x̃ᵀ, float32 [I, I].
+        tokens: weight → number of inputs that it got.
+        leaders: weight → its leader; a weight that got no input has none.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = names
+        self.has_experts = any(without_expert_number(name) != name for name in names)
+        self.hessians: dict[str, Tensor] = {}
+        self.crosses: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = dict.fromkeys(names, 0)
+        self.leaders: dict[str, str] = {}
+        self._device = device
+
+    def add(self, unmerged: Sequence[MatrixProduct] | None, merged: Sequence[MatrixProduct]) -> None:
+        """Add the products of one batch.
+
+        Args:
+            unmerged: products in the unmerged model, one for each of ``merged``; None: there is only one model. Not used
+                for experts: the two models may send a token to different experts, so inputs cannot be paired.
+            merged: products in the model as merged so far.
+        """
+        unmerged_inputs: list[Tensor] | None = None
+        if unmerged is not None and not self.has_experts:
+            unmerged_inputs = [product.x for product in unmerged]
+            assert len(unmerged_inputs) == len(merged), "the two models make other products"
+        leader_of_input: dict[tuple[int, int], str] = {}
+        for position, product in enumerate(merged):
+            x = product.x
+            leader = leader_of_input.setdefault((x.data_ptr(), len(x)), product.names[0])
+            for name in product.names:
+                self.tokens[name] += len(x)
+                self.leaders[name] = leader
+            if leader != product.names[0]:  # this input has been added already
+                continue
+            self._add_product(self.hessians, leader, x, x)
+            if unmerged_inputs is not None:
+                self._add_product(self.crosses, leader, unmerged_inputs[position] - x, x)
+
+    def _add_product(self, sums: dict[str, Tensor], leader: str, left_TI: Tensor, right_TI: Tensor) -> None:
+        """Add leftᵀ · right, of T tokens, to the sum that the leader keeps."""
+        if leader not in sums:
+            sums[leader] = torch.zeros(left_TI.shape[1], right_TI.shape[1], device=self._device)
+        sums[leader].addmm_(left_TI.T, right_TI)
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Means over all batches, by weight. A weight without any input is left out, unless other experts lend to it."""
+        result: dict[str, Statistics] = {}
+        for name, leader in self.leaders.items():
+            tokens = self.tokens[name]
+            cross_II = self.crosses.get(leader)
+            if cross_II is not None:
+                cross_II = cross_II / tokens
+            result[name] = Statistics(self.hessians[leader] / tokens, cross_II, tokens)
+        if self.has_experts:
+            for experts in self._expert_groups():
+                result |= self._with_borrowed(experts, result)
+        return result
+
+    def _expert_groups(self) -> list[list[str]]:
+        """Weights that differ in the expert's number only: ``w1`` of all experts, ``w2`` of all experts, …"""
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(without_expert_number(name), []).append(name)
+        return list(groups.values())
+
+    def _with_borrowed(self, experts: Sequence[str], own: dict[str, Statistics]) -> dict[str, Statistics]:
+        """Statistics of those experts that got fewer tokens than they have inputs.
+
+        Such a Hessian is singular. The missing share is borrowed from the mean over all experts of the group.
+        """
+        seen = [name for name in experts if name in own]
+        if not seen:
+            return {}
+        sum_II = torch.zeros_like(self.hessians[self.leaders[seen[0]]])
+        for name in seen:
+            sum_II = sum_II + self.hessians[self.leaders[name]]
+        shared_II = sum_II / sum(self.tokens[name] for name in seen)
+        result: dict[str, Statistics] = {}
+        for name in experts:
+            own_share = min(1.0, self.tokens[name] / len(shared_II))
+            if own_share == 1:
+                continue
+            mixed_II = (1 - own_share) * shared_II
+            if name in own:
+                mixed_II = mixed_II + own_share * own[name].hessian_II
+            result[name] = Statistics(mixed_II, None, self.tokens[name], 1 - own_share)
+        return result
