@@ -370,7 +370,7 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
         if patch:
             revision = f" --revision {recipe.revision}" if recipe.revision else ""
             again = f"The merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"
-            typer.echo("\n".join([*patch.says(), again]))
+            typer.echo("\n".join([*patch.lines(), again]))
         else:
             typer.echo(f"Written to {recipe.out} in {report.seconds:.0f} s. Check it with: qmerge verify {recipe.out}")
     raise typer.Exit(exit_code([report], recipe.min_kept))

@@ -57,8 +57,10 @@ def patch_command(
 
     source = hub.resolve(base, revision, CheckpointError)
     with nothing_left():
-        made = patch.make_patch(source.folder, merged, out, not one_way, source.id, TerminalProgress(quiet))
-    typer.echo(jsonlib.dumps(vars(made), indent=1, default=str) if json else "\n".join(made.says()))
+        made = patch.make_patch(
+            source.folder, merged, out, reversible=not one_way, base_name=source.id, progress=TerminalProgress(quiet)
+        )
+    typer.echo(jsonlib.dumps(vars(made), indent=1, default=str) if json else "\n".join(made.lines()))
 
 
 def apply_command(
@@ -74,7 +76,7 @@ def apply_command(
     from qmerge.report.terminal import TerminalProgress
 
     with nothing_left():
-        restored = apply_patch(base, patch, out, revision, TerminalProgress(quiet))
+        restored = apply_patch(base, patch, out, revision=revision, progress=TerminalProgress(quiet))
     show_restored(restored, json)
 
 
@@ -91,7 +93,7 @@ def unmerge_command(
     from qmerge.report.terminal import TerminalProgress
 
     with nothing_left():
-        restored = unmerge(merged, patch, out, revision, TerminalProgress(quiet))
+        restored = unmerge(merged, patch, out, revision=revision, progress=TerminalProgress(quiet))
     show_restored(restored, json)
 
 

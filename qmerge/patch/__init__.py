@@ -1,7 +1,5 @@
-"""Reversible merges: what a merged folder has that its base has not, as one small file.
-
-``make.py`` writes it from two folders, ``direct.py`` in the course of a merge, ``restore.py`` gives either folder back from
-the other one, byte for byte; ``codec.py`` packs bytes and differences, ``file.py`` is the file itself.
+"""Patches: the difference between a base and a merged folder as one small file. Each folder restores the other one, byte
+for byte. ``make.py`` writes a patch from two folders, ``direct.py`` at the end of a merge; ``restore.py`` uses it.
 """
 
 from qmerge.patch.make import Summary, make_patch

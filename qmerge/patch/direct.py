@@ -1,4 +1,4 @@
-"""A merge that ends in a patch: the merged folder stands beside the patch while it is made, and is gone afterwards."""
+"""A merge that ends in a patch: the merged folder exists only while the patch is made, in a hidden folder next to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from qmerge import hub, run
 from qmerge.adapters.reading.named import find
 from qmerge.errors import CheckpointError, RecipeError, RoomError
-from qmerge.patch.make import Summary, check_file, make_patch, model_files
+from qmerge.patch.folders import check_file, model_files
+from qmerge.patch.make import Summary, make_patch
 from qmerge.progress import Progress
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 from qmerge.safetensors_io.writer import write_file
@@ -16,7 +17,7 @@ from qmerge.schema import RECIPE_NAME, ReportData
 
 
 def merge(recipe: Recipe, resume: bool, progress: Progress) -> tuple[ReportData, Summary | None]:
-    """What the recipe asks for: a folder, or a patch.
+    """Merge into the folder ``out`` of the recipe, or into its ``patch``; the summary is that of the patch.
 
     Raises:
         RecipeError, InputError, NumbersError, RoomError: see ``errors.py``.
@@ -25,38 +26,47 @@ def merge(recipe: Recipe, resume: bool, progress: Progress) -> tuple[ReportData,
         return run.merge(recipe, resume, progress), None
     if resume:
         raise RecipeError(
-            "--resume: a patch is made in one go, nothing of it is kept to go on from; start without --resume"
+            "--resume: a run with --patch keeps nothing to resume from; start again without --resume, or use --out"
         )
     return merge_to_patch(recipe, Path(recipe.patch).expanduser(), progress)
 
 
 def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[ReportData, Summary]:
-    """Merge into a folder beside ``file``, compare it with the base, write the patch, and remove the folder.
+    """Merge into a temporary folder next to ``file``, write its difference to the base, and remove the folder.
 
     Raises:
-        as for ``merge``. Nothing is left behind by any error, nor by Ctrl-C.
+        as ``merge``. Errors and Ctrl-C leave nothing behind.
     """
     base = hub.resolve(recipe.base, recipe.revision, CheckpointError)
-    adapters = [find(name, recipe.adapter_revision) for name, _ in recipe.adapters]
-    check_file(file, {"the base": base.folder, **{f"the adapter {a.name}": a.folder for a in adapters}})
-    model_files(base.folder)  # what of it cannot be compared is said now, not when the work is done
-    try:
-        place = tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.absolute().parent)
-    except OSError as cause:
-        raise RecipeError(f"--patch {file}: {file.absolute().parent} cannot be written to: {cause.strerror}") from cause
-    with place as folder:
-        out = Path(folder) / file.stem
+    roles = {"the base": base.folder}
+    for name, _ in recipe.adapters:
+        adapter = find(name, recipe.adapter_revision)
+        roles[f"the adapter {adapter.name}"] = adapter.folder
+    check_file(file, roles)
+    model_files(base.folder)  # refuses a base that cannot be compared, before the long work
+    with hidden_folder(file) as hidden:
+        # The folder's name becomes part of names in the output (the base of a residual adapter), so it is the patch's.
+        out = Path(hidden) / file.stem
+        folder_recipe = recipe.model_copy(update={"patch": None, "out": str(out)})
         try:
-            report = run.merge(recipe.model_copy(update={"patch": None, "out": str(out)}), progress=progress)
+            report = run.merge(folder_recipe, progress=progress)
         except RoomError as error:
-            raise RoomError(
-                f"--patch {file} takes the room of the merged model until it is written: {error}"
-            ) from error
+            raise RoomError(f"--patch {file} temporarily needs disk space for the merged model: {error}") from error
         name_patch(out / RECIPE_NAME, str(recipe.patch))
-        return report, make_patch(base.folder, out, file, name=base.id, progress=progress)
+        return report, make_patch(base.folder, out, file, base_name=base.id, progress=progress)
 
 
-def name_patch(path: Path, patch: str) -> None:
-    """The recipe says what was asked for, not where the folder stood."""
-    settings = {name: value for name, value in read_recipe(path).items() if name != "out"}
-    write_file(path, make_recipe({**settings, "patch": patch}).to_yaml().encode())
+def hidden_folder(file: Path) -> tempfile.TemporaryDirectory[str]:
+    """A new folder next to ``file``, so that it is on the same disk."""
+    parent = file.absolute().parent
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=parent)
+    except OSError as cause:
+        raise RecipeError(f"--patch {file}: cannot write to {parent}: {cause.strerror}") from cause
+
+
+def name_patch(recipe_file: Path, patch: str) -> None:
+    """Make the stored recipe name the patch that the user asked for, not the temporary folder."""
+    settings = read_recipe(recipe_file)
+    settings.pop("out", None)
+    write_file(recipe_file, make_recipe({**settings, "patch": patch}).to_yaml().encode())

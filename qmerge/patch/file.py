@@ -1,17 +1,16 @@
-"""The patch file: a safetensors file whose tensors are packed bytes and whose metadata says what they are for.
+"""The patch file: a safetensors file whose tensors are packed bytes and whose metadata describes how to use them.
 
-A safetensors file, because then every tool that lists tensors lists a patch, and one strict reader of headers serves;
-its price, that the header stands first and sizes are known last, is one copy of the (small) data through an unnamed
-temporary file. Metadata, all text:
+Every tool that lists safetensors files can therefore list a patch, and one strict reader of headers serves both. The price:
+the header comes first and the sizes are known last, so the (small) data is copied once, through an unnamed temporary file.
+
+Metadata, all text:
 
     qmerge_patch    version of this layout
-    manifest        JSON, the ``Manifest`` below: both folders, file by file, each file a list of segments
-    sha256          of the manifest's bytes and the data after the header
+    manifest        JSON: both folders, file by file (``manifest.py``)
+    sha256          of the bytes of the manifest and of all bytes after the header
 
-A file is its segments in order: ``[bytes, "copy", file, offset, ""]`` stands in the other folder; ``[bytes, "delta",
-file, offset, blob]`` is that with a difference added (base → merged) or taken away (merged → base); ``[bytes, "whole",
--1, 0, blob]`` is in the patch. A blob is a chain of blocks: length (4 bytes), then what ``codec.pack`` made of up to
-``codec.BLOCK`` bytes.
+A tensor, here called a blob, is a chain of blocks: length (4 bytes, little-endian), then a block of ``codec.pack`` with up
+to ``codec.BLOCK`` raw bytes.
 """
 
 from __future__ import annotations
@@ -24,119 +23,84 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from qmerge.checkpoint import journal
-from qmerge.checkpoint.folder import LOCK
+from qmerge.checkpoint.folder import free_bytes
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch import codec
-from qmerge.safetensors_io.header import LARGEST_HEADER, read_header
+from qmerge.patch.manifest import Manifest, manifest_problems
+from qmerge.safetensors_io.header import LARGEST_HEADER, fsync_folder, read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import PARTIAL, hash_file
 from qmerge.types import TensorInfo
 
 VERSION = "1"
 MAGIC = "qmerge_patch"
-TOOLS_FOLDERS = (".git", ".cache")
-"""What tools keep about a folder, which is no part of a model; writing there could make git run something."""
+LENGTH = struct.Struct("<I")
+"""Length of a block, in front of it."""
 
-Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-
-
-class Segment(NamedTuple):
-    """Some bytes of a file. ``file`` and ``offset``: in the other folder's list of files; −1 where there is none."""
-
-    bytes: Annotated[int, Field(gt=0, lt=2**63, strict=True)]
-    how: Literal["copy", "delta", "whole"]
-    file: Annotated[int, Field(ge=-1, strict=True)] = -1
-    offset: Count = 0
-    blob: str = ""
-
-
-class PatchFile(BaseModel):
-    """A file of one of the folders. ``path``: within the folder, with slashes."""
-
-    model_config = ConfigDict(extra="forbid")
-    path: str
-    bytes: Count
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    segments: list[Segment] = []
-
-
-class Side(BaseModel):
-    """One folder, and the name that it had."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str
-    files: list[PatchFile]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-
-class Manifest(BaseModel):
-    """Both folders. Where ``reversible`` is false, the base's files have no segments."""
-
-    model_config = ConfigDict(extra="forbid")
-    made_by: str
-    reversible: bool
-    base: Side
-    merged: Side
+COPIED_BYTES = 2**22
+"""Bytes that are hashed or copied at a time."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch that was checked whole. ``blobs``: name → where its packed bytes lie."""
+    """A patch that was checked completely. ``blobs``: name → where its packed bytes are in the file."""
 
     path: Path
     manifest: Manifest
     blobs: Mapping[str, TensorInfo]
 
     def blocks(self, name: str, size: int, reader: Reader) -> Iterator[tuple[bytes, int]]:
-        """The ``size`` bytes of a blob and their width, block by block.
+        """The ``size`` bytes of a blob, block by block, each with the width of its numbers.
 
         Raises:
-            CheckpointError: it holds something else.
+            CheckpointError: the blob is damaged or has another size.
         """
-        info, position = self.blobs[name], 0
+        info = self.blobs[name]
+        position = 0
         try:
             for start in range(0, size, codec.BLOCK):
-                length = _length(self._read(info, position, 4, reader))
-                block = self._read(info, position + 4, length, reader)
+                length = self._block_length(info, position, reader)
+                block = self._read(info, position + LENGTH.size, length, reader)
                 yield codec.unpack(block, min(codec.BLOCK, size - start))
-                position += 4 + length
+                position += LENGTH.size + length
+            # Bytes that no block reads would be a place to hide something in.
             if position != info.nbytes:
-                raise codec.DamagedError("more than was announced")
+                raise codec.DamagedError("bytes after the last block")
         except codec.DamagedError as cause:
-            raise CheckpointError(f"{self.path.name}: {name} is damaged ({cause}); get the patch again") from cause
+            raise CheckpointError(
+                f"{self.path.name}: the data {name} is damaged ({cause}): download or make the patch again"
+            ) from cause
+
+    def _block_length(self, info: TensorInfo, position: int, reader: Reader) -> int:
+        (length,) = LENGTH.unpack(self._read(info, position, LENGTH.size, reader))
+        if length > codec.LARGEST_BLOCK:
+            raise codec.DamagedError(f"a block of {length} bytes")
+        return int(length)
 
     def _read(self, info: TensorInfo, start: int, length: int, reader: Reader) -> bytes:
         if start + length > info.nbytes:
-            raise codec.DamagedError("less than was announced")
+            raise codec.DamagedError("the last block is incomplete")
         return bytes(reader.bytes(info, start, start + length))
 
 
-def _length(data: bytes) -> int:
-    length = int(struct.unpack("<I", data)[0])
-    if length > codec.LARGEST_BLOCK:
-        raise codec.DamagedError(f"a block of {length} bytes")
-    return length
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def framed(block: bytes) -> bytes:
-    """A block as it stands in a blob."""
-    return struct.pack("<I", len(block)) + block
+    """A packed block with its length, as it is in a blob."""
+    return LENGTH.pack(len(block)) + block
 
 
 def header_of(metadata: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
-    """The header of a patch file whose blobs lie one after the other; the one way to write it.
+    """The header of a patch whose blobs follow one another in this order. Only this spelling of a header is accepted.
 
     Raises:
-        CheckpointError: it would be longer than the safetensors library reads.
+        CheckpointError: the header would be longer than the safetensors library reads.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -144,98 +108,129 @@ def header_of(metadata: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
         entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    if len(text) > LARGEST_HEADER:
+    padded_length = -(-len(text) // 8) * 8  # the specification aligns the data to 8 bytes
+    if padded_length > LARGEST_HEADER:
         raise CheckpointError(
-            f"a patch of so many tensors needs a header of {len(text)} bytes, the most is {LARGEST_HEADER}"
+            f"the patch has {len(sizes)} tensors and needs a header of {padded_length} bytes; safetensors allows {LARGEST_HEADER}"
         )
-    return struct.pack("<Q", len(text)) + text
+    return struct.pack("<Q", padded_length) + text.ljust(padded_length)
 
 
 def seal(manifest: str, descriptor: int, start: int) -> str:
-    """SHA-256 of the manifest and of a file from ``start`` on."""
-    digest, position = hashlib.sha256(manifest.encode()), start
-    while data := os.pread(descriptor, 2**22, position):
+    """SHA-256 of the manifest, followed by the bytes of an open file from ``start`` on."""
+    digest = hashlib.sha256(manifest.encode())
+    position = start
+    # pread leaves the position of the file alone, where the next blob goes.
+    while data := os.pread(descriptor, COPIED_BYTES, position):
         digest.update(data)
         position += len(data)
     return digest.hexdigest()
 
 
-def read_patch(path: Path) -> Patch:
-    """Open a patch and check all of it: no byte may differ from what was written, and nothing in it may reach beyond
-    what it announces.
+def write_patch(path: Path, manifest: Manifest, sizes: Mapping[str, int], blobs: BinaryIO) -> int:
+    """Write a patch under a temporary name, sync it, and rename it. Returns its size in bytes.
+
+    Args:
+        sizes: name → bytes of every blob, in the order in which ``blobs`` has them.
+        blobs: an open file with nothing but the blobs.
 
     Raises:
-        CheckpointError: no patch, of another version, damaged, or made to do harm.
+        CheckpointError: too many tensors for a header.
+        RoomError: not enough free disk space.
+    """
+    blobs.flush()
+    text = manifest.model_dump_json()
+    metadata = {MAGIC: VERSION, "manifest": text, "sha256": seal(text, blobs.fileno(), 0)}
+    header = header_of(metadata, sizes)
+    nbytes = len(header) + sum(sizes.values())
+    if free_bytes(path.parent) < nbytes:
+        raise RoomError(
+            f"{path}: no room on the disk: the patch needs {nbytes / 1e6:.0f} MB. Nothing was kept; free some space."
+        )
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as out:
+            out.write(header)
+            blobs.seek(0)
+            while data := blobs.read(COPIED_BYTES):
+                out.write(data)
+            # Synced before it is renamed: after a power cut the name must not belong to an empty file.
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+        fsync_folder(path.absolute().parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # it is new: a patch never replaces a file
+        raise
+    return nbytes
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_patch(path: Path) -> Patch:
+    """Open a patch and check all of it: no byte may differ from what was written, and no instruction may reach outside
+    the folder, its files or its data.
+
+    Raises:
+        CheckpointError: not a patch, a patch of another version, damaged, or made to do harm.
     """
     blobs, metadata = read_header(path, CheckpointError)
-    if MAGIC not in metadata:
-        raise CheckpointError(f"{path.name} is a safetensors file, but no patch: expected what `qmerge patch` wrote")
-    if metadata[MAGIC] != VERSION:
-        raise CheckpointError(
-            f"{path.name} is a patch of version {metadata[MAGIC][:20]}, this qmerge reads version {VERSION}; "
-            f"upgrade qmerge, or make the patch again"
-        )
-    text = metadata.get("manifest", "")
-    ordered = sorted(blobs.values(), key=lambda info: (info.offset, info.nbytes))
-    with path.open("rb") as file:
-        expected = header_of(metadata, {info.name: info.nbytes for info in ordered})
-        same = file.read(len(expected)) == expected  # also the bytes that say nothing: spaces, order, spelling
-        if not same or seal(text, file.fileno(), len(expected)) != metadata.get("sha256"):
-            raise CheckpointError(f"{path.name} is damaged: its SHA-256 is not the one in it; get the patch again")
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as cause:
-        first = cause.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path.name}: manifest: {where}: {first['msg']}") from cause
-    problem = next(_problems(manifest, blobs), None)
+    _check_version(path, metadata)
+    _check_seal(path, blobs, metadata)
+    manifest = _parse_manifest(path, metadata.get("manifest", ""))
+    problem = next(manifest_problems(manifest, blobs), None)  # one is enough to refuse the file
     if problem:
-        raise CheckpointError(f"{path.name} is no sound patch: {problem}; do not use it")
+        raise CheckpointError(f"{path.name} is corrupted: {problem}: do not use this patch")
     return Patch(path, manifest, blobs)
 
 
-def _problems(manifest: Manifest, blobs: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """What is wrong with a manifest that was not made by ``make_patch``."""
-    sides = (manifest.merged, manifest.base) if manifest.reversible else (manifest.merged,)
-    for side, other in zip((manifest.merged, manifest.base), (manifest.base, manifest.merged), strict=True):
-        yield from path_problems([file.path for file in side.files])
-        if side not in sides:
-            continue
-        for file in side.files:
-            if sum(segment.bytes for segment in file.segments) != file.bytes:
-                yield f"the segments of {file.path} are not its {file.bytes} bytes"
-            for segment in file.segments:
-                if segment.how != "copy" and segment.blob not in blobs:
-                    yield f"{file.path} needs {segment.blob!r}, which is not there"
-                if segment.how != "whole" and not _inside(segment, other):
-                    yield f"{file.path} wants bytes that the other folder does not have"
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    if MAGIC not in metadata:
+        raise CheckpointError(
+            f"{path.name} is a safetensors file but not a patch: expected a file written by `qmerge patch`"
+        )
+    if metadata[MAGIC] != VERSION:
+        raise CheckpointError(
+            f"{path.name} is a patch of version {metadata[MAGIC][:20]}, this qmerge reads version {VERSION}: "
+            f"upgrade qmerge, or make the patch again"
+        )
 
 
-def _inside(segment: Segment, other: Side) -> bool:
-    inside = 0 <= segment.file < len(other.files)
-    return inside and segment.offset + segment.bytes <= other.files[segment.file].bytes
+def _check_seal(path: Path, blobs: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    ordered = sorted(blobs.values(), key=lambda info: (info.offset, info.nbytes))
+    header = header_of(metadata, {info.name: info.nbytes for info in ordered})
+    with path.open("rb") as file:
+        # The hash does not cover the header. Comparing it with the only accepted spelling covers dtypes, order and spaces.
+        header_is_ours = file.read(len(header)) == header
+        digest = seal(metadata.get("manifest", ""), file.fileno(), len(header)) if header_is_ours else None
+    if digest is None or digest != metadata.get("sha256"):
+        raise CheckpointError(
+            f"{path.name} is damaged: its bytes do not have the SHA-256 that it names: download or make the patch again"
+        )
 
 
-def path_problems(paths: list[str]) -> Iterator[str]:
-    """File names that lead out of their folder, or mean something to a system, to git or to qmerge."""
-    known = set(paths)
-    if len(known) != len(paths):
-        yield f"{next(path for path in paths if paths.count(path) > 1)!r} stands there twice"
-    for path in paths:
-        # Parsed as a Windows path everywhere: drives, UNC shares and backslashes are seen on every system.
-        seen = PureWindowsPath(path)
-        odd = seen.drive or seen.root or ".." in seen.parts or seen.as_posix() != path or ":" in path or path == "."
-        if odd or not path.isprintable():
-            yield f"the file name {path!a} is not one inside a folder"
-        elif path.endswith(PARTIAL) or {LOCK, journal.NAME, *TOOLS_FOLDERS} & {part.lower() for part in seen.parts}:
-            yield f"a file cannot be called {path!r}"
-        elif any(parent.as_posix() in known for parent in PurePosixPath(path).parents):
-            yield f"{path!r} lies inside another file"
+def _parse_manifest(path: Path, text: str) -> Manifest:
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as cause:
+        first = cause.errors()[0]  # an error message is one line
+        key = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{path.name} is corrupted: manifest: {key}: {first['msg']}: do not use this patch"
+        ) from cause
 
 
-def hashed(path: Path) -> str:
-    """SHA-256 of a file of either folder; CheckpointError where it cannot be read."""
+# --- errors of the operating system ----------------------------------------------------------------------------------
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file of either folder.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     try:
         return hash_file(path)
     except OSError as cause:
@@ -243,12 +238,15 @@ def hashed(path: Path) -> str:
 
 
 @contextmanager
-def no_room(file: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system while ``path`` is written into RoomError and RecipeError."""
     try:
         yield
     except OSError as cause:
         if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RoomError(f"{file}: no room left: {cause.strerror}. Nothing was kept.") from cause
+            raise RoomError(
+                f"{path}: no room on the disk: {cause.strerror}. Nothing was kept; free some space."
+            ) from cause
         if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
-            raise RecipeError(f"{file}: cannot be written: {cause.strerror}") from cause
+            raise RecipeError(f"{path}: cannot be written: {cause.strerror}") from cause
         raise

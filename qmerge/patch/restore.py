@@ -1,7 +1,7 @@
-"""A folder and a patch → the other folder, byte for byte.
+"""One folder and a patch → the other folder, byte for byte.
 
-What the patch refers to is hashed first, so that a wrong folder costs no work and is named; what is written is hashed on
-the way, and no file gets its name before all of them are what they were.
+Every file that the patch refers to is hashed first, so that a wrong folder is named before any work. The written bytes are
+hashed as well, and no file gets its final name before all of them have the right SHA-256.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from qmerge import hub
 from qmerge.checkpoint.folder import check_out, check_room, locked
 from qmerge.errors import CheckpointError
 from qmerge.patch import codec
-from qmerge.patch.file import Patch, PatchFile, Segment, Side, hashed, no_room, read_patch
+from qmerge.patch.file import Patch, hash_of, read_patch, write_errors
+from qmerge.patch.folders import byte_span
+from qmerge.patch.manifest import PatchFile, Segment, Side
 from qmerge.progress import NoProgress, Progress
 from qmerge.safetensors_io.header import fsync_folder
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import PARTIAL
-from qmerge.types import TensorInfo
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written; ``nbytes`` of all files."""
+    """What was written: number of files and their bytes."""
 
     out: Path
     files: int
@@ -36,79 +38,98 @@ class Restored:
 
 
 def apply_patch(
-    base: str | Path, patch: Path, out: Path, revision: str | None = None, progress: Progress | None = None
+    base: str | Path, patch: Path, out: Path, *, revision: str | None = None, progress: Progress | None = None
 ) -> Restored:
-    """Base and patch → the merged folder.
+    """Restore the merged folder from its base and the patch.
 
     Args:
         base: folder or Hub id.
-        out: new or empty.
+        out: the folder to write; new or empty.
+        revision: of the base on the Hub.
 
     Raises:
-        CheckpointError: the base is another one, or the patch is damaged.
+        CheckpointError: the patch is damaged, or it was made for another base.
         RecipeError: ``out`` cannot be used.
-        RoomError: no room on the disk. Nothing is left behind by any of these.
+        RoomError: not enough disk space. Nothing is left behind by any error.
     """
     opened = read_patch(patch)
-    folder = hub.resolve(str(base), revision, CheckpointError).folder
-    manifest = opened.manifest
-    return Restoring(opened, manifest.base, manifest.merged, folder, "BASE", +1, progress or NoProgress()).into(out)
+    restoration = Restoration(
+        patch=opened,
+        source=opened.manifest.base,
+        result=opened.manifest.merged,
+        folder=hub.resolve(str(base), revision, CheckpointError).folder,
+        role="BASE",
+        change=codec.add_difference,
+        progress=progress or NoProgress(),
+    )
+    return restoration.write_to(out)
 
 
 def unmerge(
-    merged: str | Path, patch: Path, out: Path, revision: str | None = None, progress: Progress | None = None
+    merged: str | Path, patch: Path, out: Path, *, revision: str | None = None, progress: Progress | None = None
 ) -> Restored:
-    """Merged folder and patch → the base's files. Arguments and errors as for ``apply_patch``.
+    """Restore the files of the base from the merged folder and the patch. Arguments and errors as for ``apply_patch``.
 
     Raises:
-        CheckpointError: also where the patch was made for one way only.
+        CheckpointError: also for a patch that was made for one direction only.
     """
     opened = read_patch(patch)
-    manifest = opened.manifest
-    if not manifest.reversible:
+    if not opened.manifest.reversible:
         raise CheckpointError(
-            f"{patch.name} was made one way: it does not hold what of the base {manifest.base.name} was replaced; "
+            f"{patch.name} was made one way: it does not contain the replaced data of the base {opened.manifest.base.name}; "
             f"make it again without --one-way"
         )
-    folder = hub.resolve(str(merged), revision, CheckpointError).folder
-    return Restoring(
-        opened, manifest.merged, manifest.base, folder, "the merged model", -1, progress or NoProgress()
-    ).into(out)
+    restoration = Restoration(
+        patch=opened,
+        source=opened.manifest.merged,
+        result=opened.manifest.base,
+        folder=hub.resolve(str(merged), revision, CheckpointError).folder,
+        role="the merged model",
+        change=codec.subtract_difference,
+        progress=progress or NoProgress(),
+    )
+    return restoration.write_to(out)
 
 
-class Restoring:
-    """``sign``: +1 where differences are added, −1 where they are taken away."""
+@dataclass(frozen=True, kw_only=True)
+class Restoration:
+    """One run.
 
-    def __init__(
-        self, patch: Patch, have: Side, want: Side, folder: Path, role: str, sign: int, progress: Progress
-    ) -> None:  # fmt: skip
-        self.patch, self.have, self.want, self.folder = patch, have, want, folder
-        self.role, self.sign, self.progress = role, sign, progress
+    ``source``  the side of the patch that the user has, in ``folder``; ``role`` is its name in messages
+    ``result``  the side that is written
+    ``change``  adds or subtracts a difference: (bytes of the source, difference, width of the numbers) → bytes of the result
+    """
 
-    def into(self, out: Path) -> Restored:
+    patch: Patch
+    source: Side
+    result: Side
+    folder: Path
+    role: str
+    change: Callable[[bytearray, bytes, int], bytes]
+    progress: Progress
+
+    def write_to(self, out: Path) -> Restored:
+        """Check the source, then write every file of the result."""
         started = time.monotonic()
         check_out(out, {self.role: self.folder}, resume=False)
-        check_room(out, self.want.nbytes)
+        check_room(out, self.result.nbytes)
         try:
-            self.check_files()
-            self.progress.stage("writing", self.want.nbytes)
-            existed = out.exists()
-            try:
-                with locked(out), no_room(out):
-                    self.write(out)
-            except BaseException:
-                if not existed and out.is_dir() and not any(out.iterdir()):
-                    out.rmdir()
-                raise
+            self.check_source()
+            self.progress.stage("writing", self.result.nbytes)
+            with removed_after_errors(out), locked(out), write_errors(out):
+                self.write_files(out)
         finally:
             self.progress.end()
-        return Restored(out, len(self.want.files), self.want.nbytes, time.monotonic() - started)
+        return Restored(out, len(self.result.files), self.result.nbytes, time.monotonic() - started)
 
-    def check_files(self) -> None:
-        """Every file that a segment refers to has the size and SHA-256 that it had."""
-        segments = [segment for file in self.want.files for segment in file.segments]
-        needed = [self.have.files[place] for place in sorted({s.file for s in segments if s.how != "whole"})]
-        for file in needed:  # sizes first: most wrong folders are found at once
+    def check_source(self) -> None:
+        """Check that every needed file of the source has the size and SHA-256 that it had.
+
+        Raises:
+            CheckpointError: which file differs.
+        """
+        needed = self.needed_files()
+        for file in needed:  # sizes first: they find most wrong folders at once
             path = self.folder / file.path
             if not path.is_file():
                 raise CheckpointError(f"{self.folder} has no {file.path}: {self._expected(file)}")
@@ -116,70 +137,108 @@ class Restoring:
                 raise CheckpointError(f"{path} has {path.stat().st_size} bytes: {self._expected(file)}")
         self.progress.stage("hashing", sum(file.bytes for file in needed))
         for file in needed:
-            found = hashed(self.folder / file.path)
-            if found != file.sha256:
-                raise CheckpointError(f"{self.folder / file.path} has SHA-256 {found}: {self._expected(file)}")
+            sha256 = hash_of(self.folder / file.path)
+            if sha256 != file.sha256:
+                raise CheckpointError(f"{self.folder / file.path} has SHA-256 {sha256}: {self._expected(file)}")
             self.progress.advance(file.bytes, file.path)
+
+    def needed_files(self) -> list[PatchFile]:
+        """The files of the source that segments refer to."""
+        positions: set[int] = set()
+        for file in self.result.files:
+            positions.update(segment.file for segment in file.segments if segment.needs_folder)
+        return [self.source.files[position] for position in sorted(positions)]
 
     def _expected(self, file: PatchFile) -> str:
         return (
-            f"expected {file.bytes} bytes with SHA-256 {file.sha256}, as in {self.have.name}, for which the patch was made; "
-            f"give {self.role} as it was then"
+            f"expected {file.bytes} bytes with SHA-256 {file.sha256}, as in {self.source.name} when the patch was made; "
+            f"use {self.role} in that version"
         )
 
-    def write(self, out: Path) -> None:
-        """All files under temporary names; then their own, config.json last, without which a folder does not load."""
+    def write_files(self, out: Path) -> None:
+        """Write all files under temporary names, then rename them."""
         partials: dict[Path, Path] = {}
-        made: list[Path] = []
+        made_folders: list[Path] = []
         try:
             with Reader() as reader:
-                for file in self.want.files:
-                    final = out / file.path
-                    missing = [p for p in final.parents if p != out and out in p.parents and not p.exists()]
-                    for parent in reversed(missing):
-                        parent.mkdir()
-                        made.append(parent)
-                    partial = final.with_name(final.name + PARTIAL)
-                    partials[final] = partial
-                    self._write_file(file, partial, reader)
-            for final in sorted(partials, key=lambda path: path == out / "config.json"):
-                partials[final].replace(final)
-            for place in {out, *made}:
-                fsync_folder(place)
+                for file in self.result.files:
+                    path = out / file.path
+                    make_parents(path, out, made_folders)
+                    partials[path] = path.with_name(path.name + PARTIAL)
+                    self.write_file(file, partials[path], reader)
+            # config.json last: a folder without it does not load.
+            for path in sorted(partials, key=lambda path: path == out / "config.json"):
+                partials[path].replace(path)
+            # Renames survive a power cut only if their folders are synced.
+            for folder in {out, *made_folders}:
+                fsync_folder(folder)
         except BaseException:
-            for final, partial in partials.items():
+            for path, partial in partials.items():
                 partial.unlink(missing_ok=True)
-                final.unlink(missing_ok=True)
-            for place in reversed(made):
-                place.rmdir()
+                path.unlink(missing_ok=True)
+            for folder in reversed(made_folders):  # the innermost first
+                folder.rmdir()
             raise
 
-    def _write_file(self, file: PatchFile, path: Path, reader: Reader) -> None:
+    def write_file(self, file: PatchFile, path: Path, reader: Reader) -> None:
+        """Write one file of the result to a new ``path``.
+
+        Raises:
+            CheckpointError: the written bytes have another SHA-256.
+        """
         digest = hashlib.sha256()
+        # O_EXCL and O_NOFOLLOW: a link that somebody puts here must not lead the bytes elsewhere.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with os.fdopen(descriptor, "wb") as written:
+        with os.fdopen(descriptor, "wb") as out:
             for segment in file.segments:
-                for data in self._data(segment, reader):
-                    written.write(data)
+                # Written while it is read: a file of any size needs one block of memory.
+                for data in self.segment_bytes(segment, reader):
+                    out.write(data)
                     digest.update(data)
                     self.progress.advance(len(data), file.path)
-            written.flush()
-            os.fsync(written.fileno())
+            out.flush()
+            os.fsync(out.fileno())
         if digest.hexdigest() != file.sha256:
             raise CheckpointError(
-                f"{file.path} came out with SHA-256 {digest.hexdigest()}, expected {file.sha256}: {self.folder} was changed "
-                f"meanwhile, or {self.patch.path.name} is no sound patch; nothing was kept"
+                f"{file.path}: the restored file has SHA-256 {digest.hexdigest()}, expected {file.sha256}: {self.folder} was "
+                f"changed during the run, or {self.patch.path.name} is corrupted; nothing was kept"
             )
 
-    def _data(self, segment: Segment, reader: Reader) -> Iterator[bytes | bytearray]:
+    def segment_bytes(self, segment: Segment, reader: Reader) -> Iterator[bytes | bytearray]:
+        """The bytes of a segment of the result, in blocks of at most ``codec.BLOCK``."""
         if segment.how == "whole":
-            yield from (data for data, _ in self.patch.blocks(segment.blob, segment.bytes, reader))
-            return
-        path = self.folder / self.have.files[segment.file].path
-        old = TensorInfo("U8", (segment.bytes,), path.name, path, segment.offset)
-        changes = self.patch.blocks(segment.blob, segment.bytes, reader) if segment.how == "delta" else None
+            for data, _ in self.patch.blocks(segment.blob, segment.bytes, reader):
+                yield data
+        elif segment.how == "copy":
+            yield from self._source_blocks(segment, reader)
+        else:
+            # strict: both must end together, which also makes ``blocks`` check that its blob has no more bytes.
+            differences = self.patch.blocks(segment.blob, segment.bytes, reader)
+            for source, (difference, width) in zip(self._source_blocks(segment, reader), differences, strict=True):
+                yield self.change(source, difference, width)
+
+    def _source_blocks(self, segment: Segment, reader: Reader) -> Iterator[bytearray]:
+        path = self.folder / self.source.files[segment.file].path
+        span = byte_span(path, segment.offset, segment.bytes, name=path.name)
         for start in range(0, segment.bytes, codec.BLOCK):
-            data = reader.bytes(old, start, min(start + codec.BLOCK, segment.bytes))
-            yield codec.added(data, *next(changes), self.sign) if changes else data
-        if changes:
-            next(changes, None)  # its end: nothing may be left over
+            yield reader.bytes(span, start, min(start + codec.BLOCK, segment.bytes))
+
+
+@contextmanager
+def removed_after_errors(out: Path) -> Iterator[None]:
+    """After an error, remove ``out`` if this run made it and nothing is in it."""
+    existed = out.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+def make_parents(path: Path, out: Path, made: list[Path]) -> None:
+    """Make the folders between ``out`` and a file, the outer ones first, and append them to ``made``."""
+    missing = [parent for parent in path.parents if out in parent.parents and not parent.exists()]
+    for parent in reversed(missing):
+        parent.mkdir()
+        made.append(parent)

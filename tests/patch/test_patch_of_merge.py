@@ -17,6 +17,7 @@ from qmerge import run
 from qmerge.checkpoint import folder as folder_module
 from qmerge.errors import CheckpointError, RecipeError, RoomError, StoppedError
 from qmerge.patch import apply_patch, direct, unmerge
+from qmerge.progress import NoProgress
 from qmerge.recipe import Recipe, make_recipe
 
 from .. import models
@@ -69,7 +70,7 @@ def test_apply_gives_what_out_would_have_been(
     nf4: Path, lora: Path, tmp_path: Path, seen: list[dict[str, str]], more: dict[str, Any]
 ) -> None:
     """Bit for bit the folder that the patch was made of; but for times, that of a run with --out. unmerge goes back."""
-    report, summary = direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **more), False, run.NoProgress())
+    report, summary = direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **more), False, NoProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["a.patch"]
     assert summary is not None and summary.nbytes == (tmp_path / "a.patch").stat().st_size
     apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
@@ -86,7 +87,7 @@ def test_apply_gives_what_out_would_have_been(
 
 
 def test_no_path_of_the_folder_meanwhile_stays(nf4: Path, lora: Path, tmp_path: Path) -> None:
-    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, NoProgress())
     apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
     for path in (tmp_path / "applied").iterdir():
         assert b".a.patch-" not in path.read_bytes(), path.name
@@ -118,7 +119,7 @@ def test_command_recipe_and_python(nf4: Path, lora: Path, tmp_path: Path, cli: C
 def test_several_adapters(nf4: Path, lora: Path, tmp_path: Path, seen: list[dict[str, str]]) -> None:
     other = models.adapter(models.llama(), tmp_path / "other", seed=9)
     pair = {"adapter": [f"{lora}=0.7", f"{other}=0.3"], "combine": "ties", "density": 0.5}
-    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **pair), False, run.NoProgress())
+    direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **pair), False, NoProgress())
     apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
     assert [snapshot(tmp_path / "applied")] == seen
 
@@ -133,14 +134,18 @@ def test_out_and_patch_are_one_or_the_other() -> None:
 
 def test_resume_is_refused(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", tmp_path / "a.patch", "--resume")
-    assert ran.code == 2 and "--resume: a patch is made in one go" in ran.err and not any(tmp_path.iterdir())
+    assert (
+        ran.code == 2
+        and "--resume: a run with --patch keeps nothing to resume from" in ran.err
+        and not any(tmp_path.iterdir())
+    )
 
 
 PLACES: dict[str, tuple[Callable[[Path, Path, Path], Path], str]] = {
     "there already": (lambda place, base, adapter: place / "taken", "exists"),
-    "in the base": (lambda place, base, adapter: base / "a.patch", "lies inside the base"),
-    "in the adapter": (lambda place, base, adapter: adapter / "a.patch", "lies inside the adapter"),
-    "in no folder": (lambda place, base, adapter: place / "no/a.patch", "there is no folder"),
+    "in the base": (lambda place, base, adapter: base / "a.patch", "is inside the base"),
+    "in the adapter": (lambda place, base, adapter: adapter / "a.patch", "is inside the adapter"),
+    "in no folder": (lambda place, base, adapter: place / "no/a.patch", "does not exist; make it first"),
 }
 
 
@@ -168,7 +173,7 @@ def test_a_base_that_cannot_be_compared(nf4: Path, lora: Path, tmp_path: Path, m
     before = snapshot(tmp_path)
     with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="a link that leads out"):
         patched.setattr(run, "merge", None)
-        direct.merge(recipe(base, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+        direct.merge(recipe(base, lora, patch=str(tmp_path / "a.patch")), False, NoProgress())
     assert snapshot(tmp_path) == before
     run.merge(recipe(base, lora, out=str(tmp_path / "out")))  # the control
 
@@ -180,8 +185,8 @@ def test_room_for_the_model_is_asked_for_first(
     nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "free_bytes", lambda out: 1000)
-    with pytest.raises(RoomError, match=r"--patch .*a\.patch takes the room of the merged model .* free"):
-        direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, run.NoProgress())
+    with pytest.raises(RoomError, match=r"--patch .*a\.patch temporarily needs disk space for the merged model.* free"):
+        direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, NoProgress())
     assert not any(tmp_path.iterdir())
 
 
@@ -196,7 +201,7 @@ def test_whenever_it_ends_nothing_is_left(
             struck = install(patched, at, strike)
             try:
                 direct.merge(
-                    recipe(nf4, lora, patch=str(tmp_path / "a.patch"), rounding="nearest"), False, run.NoProgress()
+                    recipe(nf4, lora, patch=str(tmp_path / "a.patch"), rounding="nearest"), False, NoProgress()
                 )
             except (RoomError, OSError, KeyboardInterrupt) as raised:
                 assert isinstance(raised, KeyboardInterrupt) == isinstance(strike, KeyboardInterrupt)
