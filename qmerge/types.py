@@ -1,7 +1,7 @@
-"""The nouns: what lies on disk, what will be done with it, and what came out.
+"""The data types of a merge: tensors on disk, weights, and the steps that are planned for them. Nothing here opens a file.
 
-Shapes stand in names, as suffixes: O out features, I in features, R rank, B blocks (NF4) or groups (GPTQ), L levels.
-``base_OI`` is a float32 tensor [out features, in features]. Everything here is data; nothing here opens a file.
+Names carry shapes as suffixes: O out features, I in features, R rank, B blocks (NF4) or groups (GPTQ), L levels.
+``base_OI`` is a float32 tensor [out features, in features].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""Local name inside the module (``weight``, ``weight.absmax``, ``SCB``) → tensor as it lies on disk."""
+"""Local name inside the module (``weight``, ``weight.absmax``, ``SCB``) → tensor as stored on disk."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,7 +32,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors dtype → torch dtype, for the dtypes that qmerge computes with; any other is copied as bytes."""
+"""safetensors dtype → torch dtype, for the dtypes that qmerge computes with. Tensors of other dtypes are copied as bytes."""
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -61,12 +61,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
 class TensorInfo(TensorSpec):
-    """A tensor and where its bytes lie: ``file``, from ``offset`` on (counted from the start of the file)."""
+    """A tensor on disk: its bytes are in ``file``, from ``offset`` on (counted from the start of the file)."""
 
     name: str
     file: Path
@@ -74,14 +75,19 @@ class TensorInfo(TensorSpec):
 
 
 class Options(Protocol):
-    """How one format stores one weight: a frozen dataclass that belongs to the format (empty for most)."""
+    """How one format stores one weight: a frozen dataclass that the format defines (empty for most formats)."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One logical matrix (or vector), however many tensors store it.
+    """One logical matrix (or vector), stored as one tensor or several.
 
-    ``shape`` is the shape of the values as stored: (O, I) for a linear layer, (I, O) for a dense Conv1D.
+    module   the module that it is a parameter of; empty for a parameter of the model itself
+    local    its name in the module, such as ``weight``
+    format   name of the format that it is stored in
+    shape    shape of the values: (O, I) for a linear layer, (I, O) for a dense Conv1D
+    parts    local name → the tensors that store it
+    options  how the format stores it
     """
 
     module: str
@@ -93,30 +99,33 @@ class Weight:
 
     @property
     def name(self) -> str:
+        """Full name: ``model.layers.0.self_attn.q_proj.weight``."""
         return self.prefix + self.local
 
     @property
     def prefix(self) -> str:
-        """What stands before the local names of its parts."""
+        """What precedes a local name in the full name of a tensor."""
         return f"{self.module}." if self.module else ""
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors on disk."""
         return sum(part.nbytes for part in self.parts.values())
 
     @property
     def numel(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
-    def is_itself(self) -> bool:
-        """Whether its parts on disk are its own: an output embedding that was tied is read from the input embedding."""
+    def has_own_parts(self) -> bool:
+        """False for an output embedding that is read from the input embedding, because the base ties them."""
         return all(info.name == self.prefix + local for local, info in self.parts.items())
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``start`` … ``stop`` of a matrix: the unit in which weights larger than the budget are worked on."""
+    """Rows ``start`` to ``stop`` of a matrix: weights that are larger than the memory budget are worked on in such blocks."""
 
     start: int
     stop: int
@@ -163,66 +172,123 @@ class Replacement:
 
 
 Action = Literal["copy", "convert", "merge", "replace"]
+"""What happens to a weight.
+
+``copy``     its bytes are copied
+``convert``  it is written in another format, without a delta
+``merge``    the adapter's update is applied to it
+``replace``  the adapter brings other values for it
+"""
 
 
 @dataclass(frozen=True)
-class Step:
-    """What happens to one weight.
+class TrainingFormat:
+    """How training quantized a dense base on the fly (``load_in_4bit=True``)."""
 
-    ``copy``     bytes leave as they came;
-    ``convert``  another format, no delta;
-    ``merge``    the adapter's update is applied;
-    ``replace``  the adapter has values of its own.
-    ``outputs``  full tensor name → dtype and shape; a shape of (-1,) is a short text whose length is known at the end.
-    ``keeps_grid``  the target is stored on the base's own scales;
-    ``trained_on``  a dense weight is first quantized this way, as it was on the fly in training;
-    ``original``    values come from this weight, the grid from ``weight`` (merge onto the original);
-    ``onto_original``  with ``trained_on``: values are the dense ones, only the grid is that of training;
-    ``conv1d``      dense weights of this module lie as [I, O] (GPT-2); all work is done as [O, I];
-    ``rounding``    how codes are chosen (``auto`` until it is settled);
-    ``beside``      the 16-bit weight, which ``preserve`` may lean on while merging onto the quantized one.
+    format: str
+    options: Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSource:
+    """Where a step takes its values and its grid from.
+
+    weight                the weight that is read; the original's where its values go onto a fresh grid
+    conv1d                its dense values are stored as [I, O] (GPT-2's Conv1D); all work is done as [O, I]
+    keeps_grid            the output keeps the scales that ``weight`` has
+    training_format       ``weight`` is first quantized this way, as in training
+    original_weight       the 16-bit weight of which ``weight`` is the quantized form, where it is needed too
+    merges_onto_original  the delta is added to the 16-bit values; ``weight`` then gives the grid only
     """
 
     weight: Weight
+    conv1d: bool = False
+    keeps_grid: bool = False
+    training_format: TrainingFormat | None = None
+    original_weight: Weight | None = None
+    merges_onto_original: bool = False
+
+    @property
+    def base_weight(self) -> Weight:
+        """The weight whose values the delta is added to."""
+        if self.merges_onto_original and self.original_weight is not None:
+            return self.original_weight
+        return self.weight
+
+    @property
+    def base_format(self) -> str:
+        """How the base was quantized when the adapter was trained, as far as known; else how it is stored."""
+        return self.training_format.format if self.training_format else self.weight.format
+
+    @property
+    def simulates_training(self) -> bool:
+        """Whether the values that the delta is added to are quantized on the fly first."""
+        return self.training_format is not None and not self.merges_onto_original
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of the weights that a merge or a conversion reads."""
+        if self.base_weight is self.weight:
+            return self.weight.nbytes
+        return self.weight.nbytes + self.base_weight.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What happens to one weight.
+
+    target       name of the format that it is written in, with ``options``
+    outputs      full tensor name → dtype and shape; the shape (-1,) is a short text whose length is known at the end
+    update       what the adapter adds (``merge``)
+    replacement  what the adapter puts in place (``replace``)
+    rounding     name of the rounding; ``auto`` until the preflight has chosen one
+    """
+
+    source: StepSource
     action: Action
     target: str
     options: Options
     outputs: Mapping[str, TensorSpec]
     update: Update | None = None
-    keeps_grid: bool = False
-    trained_on: tuple[str, Options] | None = None
-    onto_original: bool = False
-    original: Weight | None = None
-    conv1d: bool = False
-    rounding: str = "nearest"
-    beside: Weight | None = None
     replacement: Replacement | None = None
+    rounding: str = "nearest"
+
+    @property
+    def weight(self) -> Weight:
+        """The weight that is read and written."""
+        return self.source.weight
 
     @property
     def name(self) -> str:
+        """Full name of the weight, in the base and in the output."""
         return self.weight.name
 
     @property
     def label(self) -> str:
-        """What reports call it: the module, or the whole name where the module has more to it than its weight."""
+        """The name in reports: the module, or the full name for other parameters than ``weight``."""
         return self.weight.module if self.weight.local == "weight" else self.name
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I) of the values as they are worked on; a vector is one row."""
+        """(O, I) of the values while they are worked on; a vector is one row."""
         rows, columns = as_matrix(self.weight.shape)
-        return (columns, rows) if self.conv1d and self.source_is_dense else (rows, columns)
+        if self.source.conv1d and self.source_is_dense:
+            return columns, rows
+        return rows, columns
 
     @property
     def source_is_dense(self) -> bool:
-        return len(self.weight.parts) == 1  # a quantized weight has scales beside it
+        """Whether the weight is stored as one tensor. A quantized weight has scales as well."""
+        return len(self.weight.parts) == 1
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) that a weight is worked on as: stacks and convolutions by their first axis, a vector as one row."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    """(rows, columns) of a weight as a matrix: the first axis of a stack or a convolution gives the rows, a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 def dot(a_OI: Tensor, b_OI: Tensor) -> float:
-    """⟨a, b⟩: float32 within a row, float64 across rows, so that it does not depend on how rows were grouped."""
+    """⟨a, b⟩, summed in float32 within a row and in float64 across rows, so that it does not depend on the row blocks."""
     return float(torch.linalg.vecdot(a_OI, b_OI, dim=-1).double().sum())

@@ -25,9 +25,11 @@ from qmerge.adapters.lora import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
 from qmerge.formats import get_format
-from qmerge.pipeline import RunContext, open_weight, row_groups
 from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, dot
+from qmerge.weights.context import RunContext
+from qmerge.weights.rows import sampled_rows
+from qmerge.weights.values import open_weight
 from qmerge.wording import module_names, percent, span
 
 MODULES, ENTRIES = 4, 2**18
@@ -110,13 +112,13 @@ def rms(lora: LoraUpdate) -> float:
 
 def alignment(step: Step, lora: LoraUpdate, context: RunContext) -> Alignment:
     """Exact over the rows that are looked at."""
-    weight = step.original or step.weight
+    weight = step.source.base_weight
     source, here = open_weight(weight, step, context), lora.to(context.device)
-    dense = bool(get_format(weight.format).dense_dtype) and (not step.trained_on or step.onto_original)
+    dense = bool(get_format(weight.format).dense_dtype) and not step.source.simulates_training
     Q_IR, _ = torch.linalg.qr(here.A_RI.T)
     sums = torch.zeros(6, dtype=torch.float64)  # ‖D‖², ‖W‖², ‖W P‖², ⟨D, W⟩, ‖E P‖², ⟨D, E⟩
     count = 0
-    for rows in row_groups(step, min(ENTRIES, context.block_entries)):
+    for rows in sampled_rows(step, min(ENTRIES, context.block_entries)):
         base_OI = source.values(rows)
         delta_OI = here.apply(torch.zeros_like(base_OI), rows)
         error_OI = base_OI - nf4(base_OI, rows, context) if dense else torch.zeros_like(base_OI)

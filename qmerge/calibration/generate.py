@@ -13,8 +13,9 @@ from torch import Tensor
 from qmerge.calibration import texts
 from qmerge.calibration.forward import ForwardPass
 from qmerge.calibration.layered import LayeredModel
-from qmerge.pipeline import RunContext, unmerged_values
 from qmerge.planning.plan import Plan
+from qmerge.weights.context import RunContext
+from qmerge.weights.values import unmerged_values
 
 
 def generate_tokens(

@@ -20,10 +20,11 @@ from qmerge.calibration.forward import LayerCall
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.sums import InputSums
-from qmerge.pipeline import RunContext, unmerged_values
 from qmerge.planning.plan import Plan
 from qmerge.rounding.base import Statistics
 from qmerge.types import Step
+from qmerge.weights.context import RunContext
+from qmerge.weights.values import unmerged_values
 
 
 class CalibratedGroup(NamedTuple):
@@ -68,7 +69,7 @@ class _Calibration:
         self.stored_values = stored_values
         self.unmerged = LayeredModel(plan.config, self.steps, context.device)
         self.merged: LayeredModel | None = None
-        if plan.recipe.sequential:
+        if plan.calibration.sequential:
             self.merged = LayeredModel(plan.config, self.steps, context.device)
         self.done: set[str] = set()
 

@@ -21,7 +21,6 @@ from qmerge.calibration import texts
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.checkpoint.scan import scan
-from qmerge.pipeline import RunContext, compute_device, dense_values, unmerged_values
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
@@ -29,6 +28,8 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import FidelityRecord, read_report
 from qmerge.types import Weight
+from qmerge.weights.context import RunContext, compute_device
+from qmerge.weights.values import dense_values, unmerged_values
 
 POSITIONS = 256
 """Token positions whose probabilities over the vocabulary are worked on at once."""

@@ -24,9 +24,9 @@ import torch
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.fidelity import logits_of_folder
-from qmerge.pipeline import dense_values
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
+from qmerge.weights.values import dense_values
 
 TOKENS = 8
 """Number of token ids that a loaded model must compute logits for."""

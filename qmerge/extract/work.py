@@ -21,11 +21,11 @@ from qmerge.extract.decompose import Fit, decompose_to, entries, factors
 from qmerge.extract.pairing import Anatomy, Pair, anatomy_of, blocks, differences, pair_up, same_bytes
 from qmerge.extract.views import Extraction, Other, between, warnings
 from qmerge.formats import get_format
-from qmerge.pipeline import compute_device
 from qmerge.progress import NoProgress, Progress
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import PARTIAL, FileLayout, ShardWriter
 from qmerge.types import Rows, TensorSpec, dot
+from qmerge.weights.context import compute_device
 
 REPORT = "qmerge_extract.json"
 

@@ -1,8 +1,8 @@
 """Survival before the run: what nearest rounding will keep of each weight's delta, from a few rows of the base.
 
-The delta's size comes from its small factors, ‖B A‖² = tr(BᵀB · A Aᵀ); what a delta of that size survives comes from
-where the base's values lie on the target's grid, by a closed form (``Grid.expected_slope``). About 2**14 values of
-each weight are read.
+The size of a delta comes from its small factors, ‖B A‖² = tr(BᵀB · A Aᵀ). How much of a delta of that size survives follows
+from the distances between the base's values and the target's levels, by a closed form (``Grid.expected_slope``). About 2**14
+values of each weight are read.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ import torch
 from torch import Tensor
 
 from qmerge.formats import get_format
-from qmerge.formats.base import Format, Stored
+from qmerge.formats.base import Stored
 from qmerge.grids import UP, Grid
 from qmerge.metrics.gap_to_delta import gap_sum
 from qmerge.metrics.predicted_kept import expected_kept
-from qmerge.pipeline import RunContext, open_weight, row_groups
 from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, Update
+from qmerge.weights.context import RunContext
+from qmerge.weights.rows import sampled_rows
+from qmerge.weights.values import grid_of_rows, open_weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Survival:
-    """How one weight's delta fares on a target. ``kept`` and ``noise`` are None for a delta of zero.
+    """How much of one weight's delta survives on a target, predicted or measured.
 
-    ``relative_size``: rms(delta)/rms(base); ``gap_to_delta``: mean gap between levels / rms(delta);
-    ``delta_squared``: ‖delta‖², the weight in totals.
+    module         name of the module in reports
+    target         format
+    rounding       name of the rounding
+    rank           rank of the update
+    kept           ⟨stored − base, delta⟩ / ⟨delta, delta⟩; None for a delta of zero
+    noise          ‖stored − merged‖ / ‖delta‖; None for a delta of zero
+    relative_size  rms(delta) / rms(base)
+    gap_to_delta   mean gap between levels / rms(delta)
+    delta_squared  ‖delta‖², by which weights count in totals
     """
 
     module: str
@@ -44,101 +53,182 @@ class Survival:
 
 
 def predict(plan: Plan, context: RunContext) -> list[Survival]:
-    """One prediction per merged weight of a plan: for stochastic rounding where it is asked for, else for nearest."""
+    """The survival of every merged weight: by stochastic rounding where the plan has it, else by nearest rounding."""
     return [predict_step(step, context) for step in plan.merged]
 
 
 def predict_step(step: Step, context: RunContext) -> Survival:
+    """The survival of one merged weight, from a sample of its rows."""
     assert step.update is not None
     rounding = "stochastic" if step.rounding == "stochastic" else "nearest"
-    target = get_format(step.target)
-    kept, gaps, inside, squares, errors, entries, weight = 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0
-    source = open_weight(step.weight, step, context)
-    original = open_weight(step.original, step, context) if step.original else None
-    for rows in row_groups(step):
-        base_OI, grid = base_and_grid(step, target, source, original, rows)
+    sample = _Sample()
+    weights = _open_weights(step, context)
+    for rows in sampled_rows(step):
+        base_OI, grid = base_and_grid(step, weights, rows)
         merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
-        norms = (merged_OI - base_OI).norm(dim=1)
-        share = float(norms.double().square().sum())
-        kept, weight = kept + share * (expected_kept(base_OI, norms, grid) or 0.0), weight + share
-        errors += rounding_error(merged_OI, grid, rounding)
-        gap, number = gap_sum(grid, grid.nearest(base_OI), torch.ones_like(base_OI))
-        gaps, inside = gaps + gap, inside + number
-        squares, entries = squares + float(base_OI.double().square().sum()), entries + base_OI.numel()
-    expected = kept / weight if weight else None
-    squared = delta_squared(step.update, weight, entries / math.prod(step.shape))
-    rms_delta = math.sqrt(squared / math.prod(step.shape))
+        sample.add(base_OI, merged_OI, grid, rounding)
+    numel = math.prod(step.shape)
+    squared = delta_squared(step.update, sample.delta_squared, sample.entries / numel)
+    rms_delta = math.sqrt(squared / numel)
+    kept = sample.kept
+    if rounding == "stochastic" and kept is not None:
+        kept = 1.0  # right on average, whatever the grid
     return Survival(
-        step.label, step.target, rounding, step.update.rank,
-        # Stochastic rounding is right on average, whatever the grid.
-        kept=expected if expected is None or rounding == "nearest" else 1.0,
-        noise=math.sqrt(errors / weight) if weight else None,
-        relative_size=rms_delta / math.sqrt(squares / entries) if squares else None,
-        gap_to_delta=gaps / inside / rms_delta if rms_delta and inside else None,
+        module=step.label,
+        target=step.target,
+        rounding=rounding,
+        rank=step.update.rank,
+        kept=kept,
+        noise=sample.noise,
+        relative_size=sample.relative_size(rms_delta),
+        gap_to_delta=sample.gap_to_delta(rms_delta),
         delta_squared=squared,
-    )  # fmt: skip
+    )
 
 
-def delta_squared(update: Update, seen: float, share: float) -> float:
-    """‖delta‖², exact from the small factors; where the delta depends on the base, from the ``share`` that was ``seen``."""
+class _Sample:
+    """Sums over the sampled rows of one weight."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.delta_squared = 0.0
+        self._kept = 0.0
+        self._error_squared = 0.0
+        self._base_squared = 0.0
+        self._gaps = 0.0
+        self._gap_entries = 0.0
+
+    def add(self, base_OI: Tensor, merged_OI: Tensor, grid: Grid, rounding: str) -> None:
+        """Some rows, float32 [rows, I], and their grid."""
+        norms_O = (merged_OI - base_OI).norm(dim=1)
+        squared = float(norms_O.double().square().sum())
+        self._kept += squared * (expected_kept(base_OI, norms_O, grid) or 0.0)
+        self.delta_squared += squared
+        self._error_squared += rounding_error(merged_OI, grid, rounding)
+        gaps, gap_entries = gap_sum(grid, grid.nearest(base_OI), torch.ones_like(base_OI))
+        self._gaps += gaps
+        self._gap_entries += gap_entries
+        self._base_squared += float(base_OI.double().square().sum())
+        self.entries += base_OI.numel()
+
+    @property
+    def kept(self) -> float | None:
+        """Expected kept by nearest rounding."""
+        return self._kept / self.delta_squared if self.delta_squared else None
+
+    @property
+    def noise(self) -> float | None:
+        """Expected noise."""
+        return math.sqrt(self._error_squared / self.delta_squared) if self.delta_squared else None
+
+    def relative_size(self, rms_delta: float) -> float | None:
+        """rms(delta) / rms(base)."""
+        if not self._base_squared:
+            return None
+        return rms_delta / math.sqrt(self._base_squared / self.entries)
+
+    def gap_to_delta(self, rms_delta: float) -> float | None:
+        """Mean gap between levels / rms(delta)."""
+        if not rms_delta or not self._gap_entries:
+            return None
+        return self._gaps / self._gap_entries / rms_delta
+
+
+@dataclass(frozen=True)
+class _OpenWeights:
+    """The weights that a step reads: the one with the grid, and the original where the delta is added to it."""
+
+    weight: Stored
+    original: Stored | None
+
+
+def _open_weights(step: Step, context: RunContext) -> _OpenWeights:
+    source = step.source
+    weight = open_weight(source.weight, step, context)
+    original = None
+    if source.base_weight is not source.weight:
+        original = open_weight(source.base_weight, step, context)
+    return _OpenWeights(weight, original)
+
+
+def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor, Grid]:
+    """The float32 values of some rows that the delta is added to, and the grid for these rows alone.
+
+    (``weights.values.open_source`` settles scales for the whole weight, which would read all of it.)
+    """
+    source = step.source
+    base_OI = weights.weight.values(rows)
+    if source.training_format is not None:
+        training = get_format(source.training_format.format)
+        loaded_OI = training.as_loaded(base_OI)
+        training_grid = grid_of_rows(loaded_OI, training, source.training_format.options)
+        if source.simulates_training:
+            base_OI = training_grid.decode(training_grid.nearest(loaded_OI))
+        if source.keeps_grid:
+            return base_OI, training_grid
+    if weights.original is not None:
+        base_OI = weights.original.values(rows)
+    if source.keeps_grid:
+        return base_OI, weights.weight.grid.rows(rows)
+    return base_OI, grid_of_rows(base_OI, get_format(step.target), step.options)
+
+
+def delta_squared(update: Update, sampled: float, fraction: float) -> float:
+    """‖delta‖² of a whole weight: exact from the small factors; where the delta depends on the base, from a sample.
+
+    Args:
+        sampled: ‖delta‖² of the sampled rows.
+        fraction: fraction of all values that was sampled.
+    """
     norms_O = update.row_norms()
-    return seen / share if norms_O is None else float(norms_O.double().square().sum())
+    if norms_O is None:
+        return sampled / fraction
+    return float(norms_O.double().square().sum())
 
 
 def original_gap(plan: Plan, predicted: Iterable[Survival], context: RunContext) -> float | None:
-    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a few rows of each: what quantizing the base did to
-    it, in sizes of what the adapter did. None without an original, or for a delta of zero."""
-    if plan.inputs.original is None:
+    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a sample of their rows: the quantization error of the
+    base, in sizes of the delta. None without an original, or for a delta of zero."""
+    original = plan.inputs.original
+    if original is None:
         return None
-    squares, deltas = 0.0, sum(survival.delta_squared for survival in predicted)
+    errors = 0.0
+    deltas = sum(survival.delta_squared for survival in predicted)
     for step in plan.merged:
-        quantized = open_weight(plan.inputs.base.weights[step.name], step, context)
-        original = open_weight(plan.inputs.original.weights[step.name], step, context)
-        groups = row_groups(step)
-        seen = sum(float((original.values(r) - quantized.values(r)).double().square().sum()) for r in groups)
-        squares += seen * step.shape[0] / sum(map(len, groups))
-    return math.sqrt(squares / deltas) if deltas else None
+        quantized_weight = open_weight(plan.inputs.base.weights[step.name], step, context)
+        original_weight = open_weight(original.weights[step.name], step, context)
+        blocks = sampled_rows(step)
+        sampled = sum(_squared_distance(original_weight, quantized_weight, rows) for rows in blocks)
+        errors += sampled * step.shape[0] / sum(map(len, blocks))
+    return math.sqrt(errors / deltas) if deltas else None
+
+
+def _squared_distance(a: Stored, b: Stored, rows: Rows) -> float:
+    return float((a.values(rows) - b.values(rows)).double().square().sum())
 
 
 def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:
-    """Expected ‖stored − merged‖² of these rows: nearest as it is; stochastic rounding has variance
-    (value − below)(above − value) in every entry."""
+    """Expected ‖stored − merged‖² of some rows.
+
+    The error of nearest rounding is computed. Stochastic rounding has the variance (value − below)(above − value) in each entry.
+    """
     if rounding == "nearest":
         return float((grid.decode(grid.nearest(merged_OI)) - merged_OI).double().square().sum())
     below_OI = grid.floor(merged_OI)
-    low_OI, high_OI = grid.decode(below_OI), grid.decode(grid.step(below_OI, UP))
+    low_OI = grid.decode(below_OI)
+    high_OI = grid.decode(grid.step(below_OI, UP))
     return float(((merged_OI - low_OI) * (high_OI - merged_OI)).clamp(min=0).double().sum())
 
 
 def total_kept(survivals: Iterable[Survival]) -> float | None:
-    """kept of all weights together, each counted by its ‖delta‖²."""
+    """kept of all weights together, each counted by its ‖delta‖²; None where all deltas are zero."""
     pairs = [(s.kept, s.delta_squared) for s in survivals if s.kept is not None]
     weight = sum(squared for _, squared in pairs)
     return sum(kept * squared for kept, squared in pairs) / weight if weight else None
 
 
 def total_noise(survivals: Iterable[Survival]) -> float | None:
-    """noise of all weights together: √(Σ ‖stored − merged‖² / Σ ‖delta‖²)."""
+    """noise of all weights together, √(Σ ‖stored − merged‖² / Σ ‖delta‖²); None where all deltas are zero."""
     pairs = [(s.noise, s.delta_squared) for s in survivals if s.noise is not None]
     weight = sum(squared for _, squared in pairs)
     return math.sqrt(sum(noise**2 * squared for noise, squared in pairs) / weight) if weight else None
-
-
-def base_and_grid(
-    step: Step, target: Format, source: Stored, original: Stored | None, rows: Rows
-) -> tuple[Tensor, Grid]:
-    """The values to merge onto, and the target's grid, of some rows alone."""
-    base_OI, grid = source.values(rows), source.grid
-    if step.trained_on:
-        name, options = step.trained_on
-        form = get_format(name)
-        seen_OI = form.as_loaded(base_OI)
-        grid = form.grid(form.scales(seen_OI, options), (len(rows), step.shape[1]), options)
-        base_OI = base_OI if step.onto_original else grid.decode(grid.nearest(seen_OI))
-        if step.keeps_grid:
-            return base_OI, grid
-    if original is not None:
-        base_OI = original.values(rows)
-    if step.keeps_grid:
-        return base_OI, grid.rows(rows)
-    return base_OI, target.grid(target.scales(base_OI, step.options), (len(rows), step.shape[1]), step.options)

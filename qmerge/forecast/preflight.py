@@ -21,9 +21,9 @@ from qmerge.errors import CheckpointError
 from qmerge.forecast.predict import Survival, original_gap, predict
 from qmerge.forecast.warnings import original_warnings, survival_warnings
 from qmerge.formats import get_format
-from qmerge.pipeline import RunContext
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
+from qmerge.weights.context import RunContext
 from qmerge.wording import percent
 
 NEAREST_IS_ENOUGH, FINE_ENOUGH = 0.95, 0.015
@@ -93,10 +93,12 @@ def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
         return plan, "as asked"
     kept = {survival.module: 1.0 if survival.kept is None else survival.kept for survival in predicted}
     low = {module for module, share in kept.items() if share < NEAREST_IS_ENOUGH}
-    fresh = {step.label for step in plan.merged if not step.keeps_grid}
+    fresh = {step.label for step in plan.merged if not step.source.keeps_grid}
     errors = {s.module: (s.noise or 0.0) * (s.relative_size or 0.0) for s in predicted if s.module in fresh}
     coarse = {module for module, error in errors.items() if error > FINE_ENOUGH}
-    ordered = {step.label for step in plan.merged if getattr(step.options, "act_order", False) and not step.keeps_grid}
+    ordered = {
+        step.label for step in plan.merged if getattr(step.options, "act_order", False) and not step.source.keeps_grid
+    }
     chosen, least = low | coarse | ordered, min(kept.values(), default=1.0)
     reason = f"nearest rounding keeps {percent(least)} or more of every weight's delta (predicted)"
     if chosen:
@@ -118,7 +120,10 @@ def fresh_ones(plan: Plan) -> list[str]:
     return [
         step.name
         for step in plan.steps
-        if step.action == "convert" and step.target == target.name and target.quant_method and not step.keeps_grid
+        if step.action == "convert"
+        and step.target == target.name
+        and target.quant_method
+        and not step.source.keeps_grid
     ]
 
 
@@ -192,7 +197,7 @@ def token_batches(source: str, plan: Plan, context: RunContext, length: int, tel
 
 def input_warnings(plan: Plan) -> list[str]:
     """What is odd about the inputs, but no error."""
-    files = folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter)
+    files = folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder)
     tokens = folder.tokenizer_warning(files.get("tokenizer.json"), plan.config)
     base, odd = plan.inputs.base, declared_warnings(plan.inputs, plan.recipe)
     for name in base.formats():

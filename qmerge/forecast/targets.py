@@ -53,7 +53,7 @@ def candidate(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> Cand
         context = make_run_context(plan, reader)
         survivals = predict(plan, context)
         kept, noise = total_kept(survivals), total_noise(survivals)
-        keeps_grid = all(step.keeps_grid for step in plan.merged)
+        keeps_grid = all(step.source.keeps_grid for step in plan.merged)
         disturbance = noise
         if keeps_grid and kept is not None and kept < NEAREST_IS_ENOUGH:  # nearest is quiet because nothing moves
             at_random = dict.fromkeys((step.name for step in plan.merged), "stochastic")

@@ -1,4 +1,4 @@
-"""Where the recipe's inputs are, and what their headers say."""
+"""The models and adapters that a recipe names, resolved to folders, with the content of their headers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,23 @@ from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_into
 
+OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+"""An adapter with one of these files brings a tokenizer of its own."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Where the recipe's inputs are, and what their headers say. ``adapter``: what all ``adapters`` do together."""
+    """The models and adapters of a run.
+
+    base_source      where the base comes from
+    adapter_sources  where the adapters come from, in the order of the recipe
+    base             the base's config and headers; its layers are replicated where the adapter was trained so
+    names            names of the base's weights, on disk and in memory
+    adapters         the adapters, one by one
+    adapter          what all adapters do together
+    original_source  where the 16-bit original of the base comes from
+    original         the original's config and headers
+    """
 
     base_source: hub.Source
     adapter_sources: tuple[hub.Source, ...]
@@ -38,30 +51,65 @@ class Inputs:
 
     @property
     def adapter_source(self) -> hub.Source:
-        """The first adapter's: the one whose tokenizer and name are taken."""
+        """Source of the first adapter, whose name and tokenizer the output takes."""
         return self.adapter_sources[0]
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's, when it brings its own tokenizer, else the base's."""
-        own = any((self.beside_adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        return self.beside_adapter if own else self.base.folder
+        """Folder of the tokenizer: the adapter's where it brings one, else the base's."""
+        folder = self.adapter_files_folder
+        return folder if _has_any(folder, OWN_TOKENIZER) else self.base.folder
 
     @property
-    def beside_adapter(self) -> Path:
-        """Where the adapter's tokenizer and chat template are, if it has any: in its own folder, else where several lie."""
-        own, around = self.adapter.folder, self.adapter_source.adapters_folder
-        return own if around is None or any((own / name).is_file() for name in TOKENIZER) else around
+    def adapter_files_folder(self) -> Path:
+        """Folder of the adapter's tokenizer and chat template, if it has any: its own, or the one that holds several adapters
+        with a common tokenizer."""
+        own, parent = self.adapter.folder, self.adapter_source.adapters_folder
+        if parent is None or _has_any(own, TOKENIZER):
+            return own
+        return parent
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
+    """Resolve the models and adapters of a recipe (from the Hub if need be), and read their headers.
+
+    Raises:
+        CheckpointError, AdapterError, RecipeError: an input cannot be read, or the adapters cannot be combined.
+    """
+    base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+    adapter_sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
+    original_source = None
+    if recipe.original:
+        original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
+    ranges = layer_replication([source.folder for source in adapter_sources])
+    base = read_checkpoint(base_source.folder, reader, ranges)
+    original = read_checkpoint(original_source.folder, reader, ranges) if original_source else None
+    names = Names.of(base)
+    adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
+    return Inputs(
+        base_source=base_source,
+        adapter_sources=adapter_sources,
+        base=base,
+        names=names,
+        adapter=as_one(recipe, adapters, merged_into(base.folder)),
+        adapters=adapters,
+        original_source=original_source,
+        original=original,
+    )
 
 
 def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -> Adapter:
     """What the recipe's adapters do together.
 
     Args:
-        held: SHA-256 of the files of adapters that the base holds already.
+        held: SHA-256 of the files of adapters that are already merged into the base.
 
     Raises:
-        AdapterError, RecipeError: they cannot be combined, or one was trained on another that is not given.
+        AdapterError, RecipeError: they cannot be combined, or one was trained on another one that is not given.
     """
     check_new(adapters, held)
     if recipe.combine == CHAIN:
@@ -74,31 +122,26 @@ def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -
     return combined(adapters, weights, recipe.combine, Settings(density=recipe.density, seed=recipe.seed))
 
 
-def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
-    base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
-    sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
-    original_source = (
-        hub.resolve(recipe.original, recipe.original_revision, CheckpointError) if recipe.original else None
-    )
-    ranges = layer_replication([source.folder for source in sources])
-    base = checkpoint(base_source.folder, reader, ranges)
-    original = checkpoint(original_source.folder, reader, ranges) if original_source else None
-    names = Names.of(base)
-    adapters = tuple(read_adapter(s.folder, reader, s.adapter, names) for s in sources)
-    adapter = as_one(recipe, adapters, merged_into(base.folder))
-    return Inputs(base_source, sources, base, names, adapter, adapters, original_source, original)
+def read_checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:
+    """Config and headers of a model.
 
-
-def checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:
-    """The model on disk, with its layers replicated where the adapter was trained so."""
-    found = scan(folder, reader)
-    return replicate_layers(found, ranges) if ranges else found
+    Args:
+        ranges: ``layer_replication`` of the adapter, which repeats layers of the base; None for the layers on disk.
+    """
+    checkpoint = scan(folder, reader)
+    return replicate_layers(checkpoint, ranges) if ranges else checkpoint
 
 
 def layer_replication(folders: Sequence[Path]) -> Any:
-    """What the adapters say of it, which must be the same."""
-    said = [read_json(config_file(folder), AdapterError).get("layer_replication") or None for folder in folders]
-    if any(ranges != said[0] for ranges in said):
-        listed_ = ", ".join(f"{ranges} in {folder}" for ranges, folder in zip(said, folders, strict=True))
-        raise AdapterError(f"layer_replication is {listed_}: these adapters were trained on different models")
-    return said[0]
+    """``layer_replication`` of the adapters' configs; None where they have none.
+
+    Raises:
+        AdapterError: it differs between the adapters.
+    """
+    values = [read_json(config_file(folder), AdapterError).get("layer_replication") or None for folder in folders]
+    if any(ranges != values[0] for ranges in values):
+        by_folder = ", ".join(f"{ranges} in {folder}" for ranges, folder in zip(values, folders, strict=True))
+        raise AdapterError(
+            f"layer_replication is {by_folder}: these adapters were trained on different models; merge one of them"
+        )
+    return values[0]

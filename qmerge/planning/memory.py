@@ -1,53 +1,93 @@
-"""What there is to work with: the device, and how many values at a time, so that all stays within ``--max-memory``."""
+"""How many values of a weight are worked on at a time, so that a run stays within ``--max-memory``."""
 
 from __future__ import annotations
 
 from qmerge.errors import RoomError
 from qmerge.formats import get_format
-from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES, blocks
-from qmerge.recipe import Recipe, parse_size
+from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES
+from qmerge.recipe import parse_size
 from qmerge.types import Step
+from qmerge.weights.rows import row_blocks
+
+FLOAT32_BYTES = 4
 
 ARRAYS_PER_BLOCK = 16
 """float32 arrays of a block's size that a merge holds at its peak, temporaries of the metrics included (measured)."""
 
-MOST_ENTRIES, FEWEST_ENTRIES = AMPLE_ENTRIES, 2**16
-"""Values per row block: larger ones gain no speed on a CPU, smaller ones lose it."""
+SCALE_COPIES = 3
+"""Copies of the scales that are counted, temporaries included."""
+
+FACTOR_COPIES = 3
+"""Copies of an update's factors that are counted, temporaries of their decomposition included."""
+
+MOST_ENTRIES = AMPLE_ENTRIES
+"""Values per row block: larger blocks are not faster on a CPU."""
+
+FEWEST_ENTRIES = 2**16
+"""Values per row block: smaller blocks are slower."""
 
 
-def block_entries(recipe: Recipe, steps: tuple[Step, ...]) -> int:
-    """How many values to work on at a time, so that every step stays within ``max_memory``.
+def block_entries(steps: tuple[Step, ...], max_memory: str, workers: int) -> int:
+    """How many values to work on at a time, so that every step stays within its share of the memory.
+
+    Args:
+        max_memory: size for all workers together, such as ``2GB``.
 
     Raises:
-        RoomError: not even the smallest block of the largest weight fits.
+        RoomError: the largest weight does not fit even in the smallest row blocks.
     """
-    budget = parse_size(recipe.max_memory) // recipe.workers
+    budget = parse_size(max_memory) // workers
     entries = MOST_ENTRIES
     while entries > FEWEST_ENTRIES and any(step_memory(step, entries) > budget for step in steps):
         entries //= 2
-    worst = max(steps, key=lambda step: step_memory(step, entries))
-    needed = step_memory(worst, entries)
+    largest = max(steps, key=lambda step: step_memory(step, entries))
+    needed = step_memory(largest, entries)
     if needed > budget:
         raise RoomError(
-            f"{worst.name} needs {needed / 1e6:.1f} MB even in the smallest row blocks, but --max-memory {recipe.max_memory} "
-            f"for {recipe.workers} workers leaves {budget / 1e6:.1f} MB"
+            f"{largest.name} needs {needed / 1e6:.1f} MB even in the smallest row blocks, but --max-memory {max_memory} "
+            f"for {workers} workers leaves {budget / 1e6:.1f} MB: give more memory, or fewer --workers"
         )
     return entries
 
 
 def step_memory(step: Step, entries: int) -> int:
-    """Bytes of memory at a step's peak: the float32 arrays of one block, and the scales of the whole weight."""
+    """Bytes of memory at a step's peak, with row blocks of about ``entries`` values."""
     if step.action == "copy":
         return COPY_BYTES
-    rows = next(blocks(step, entries))
+    block = next(row_blocks(step, entries))
+    arrays = ARRAYS_PER_BLOCK * FLOAT32_BYTES * len(block) * step.shape[1]
+    return arrays + SCALE_COPIES * _scale_bytes(step) + _whole_codes_bytes(step) + _factor_bytes(step)
+
+
+def _scale_bytes(step: Step) -> int:
+    """Scales of the whole weight, in the source and in the output."""
     source, target = get_format(step.weight.format), get_format(step.target)
-    codes = step.weight.prefix + target.codes_part(step.weight.local)
-    scales = sum(spec.nbytes for name, spec in step.outputs.items() if name != codes and spec.shape != (-1,))
-    scales += sum(i.nbytes for local, i in step.weight.parts.items() if local != source.codes_part(step.weight.local))
-    # Rows that are columns on disk are read and written as a whole: once, and once again while they are put together.
-    held = source.row_axis * step.weight.nbytes + 2 * target.row_axis * (
-        step.outputs[codes].nbytes if codes in step.outputs else 0
-    )
-    decomposed = step.update is not None and len(step.weight.shape) == 2  # stacks and convolutions have no directions
-    factors = 3 * 4 * sum(step.update.shape) * step.update.rank * 2 if step.update and decomposed else 0
-    return ARRAYS_PER_BLOCK * 4 * len(rows) * step.shape[1] + 3 * scales + held + factors
+    source_codes = source.codes_part(step.weight.local)
+    target_codes = step.weight.prefix + target.codes_part(step.weight.local)
+    nbytes = 0
+    for local, info in step.weight.parts.items():
+        if local != source_codes:
+            nbytes += info.nbytes
+    for name, spec in step.outputs.items():
+        is_text = spec.shape == (-1,)
+        if name != target_codes and not is_text:
+            nbytes += spec.nbytes
+    return nbytes
+
+
+def _whole_codes_bytes(step: Step) -> int:
+    """Codes that are held for the whole weight, because its rows are columns on disk: as read; twice as written, once in
+    blocks and once put together."""
+    source, target = get_format(step.weight.format), get_format(step.target)
+    target_codes = step.weight.prefix + target.codes_part(step.weight.local)
+    nbytes = source.row_axis * step.weight.nbytes
+    if target_codes in step.outputs:
+        nbytes += 2 * target.row_axis * step.outputs[target_codes].nbytes
+    return nbytes
+
+
+def _factor_bytes(step: Step) -> int:
+    """The update's factors and their singular value decomposition, which only matrices have."""
+    if step.update is None or len(step.weight.shape) != 2:
+        return 0
+    return FACTOR_COPIES * FLOAT32_BYTES * sum(step.update.shape) * step.update.rank * 2

@@ -1,4 +1,4 @@
-"""What kind of layer a weight belongs to, as transformers and the target's loaders see it, and what of it they quantize."""
+"""What kind of layer a weight belongs to, and which layers the target's stock loaders expect quantized."""
 
 from __future__ import annotations
 
@@ -15,66 +15,129 @@ from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.base import Format, Layout
 from qmerge.planning.inputs import Inputs
-from qmerge.types import Step, Weight
+from qmerge.types import Options, Step, Update, Weight
+
+EXPERTS = re.compile(r"(.*\.experts)(?:\.|$)")
+"""The module that holds all experts of a layer, at the start of a module name."""
 
 
 @dataclass(frozen=True)
 class Modules:
-    """``simulates``: dense weights are first quantized as in training, whatever the target is."""
+    """The modules of the base, as transformers and the target's loaders see them.
+
+    simulates_training: dense weights are first quantized as in training, whatever the target is.
+    """
 
     inputs: Inputs
     target: Format
-    simulates: bool
+    simulates_training: bool
+
+    # --- Conv1D ---
 
     @cached_property
     def conv1d(self) -> frozenset[str]:
-        """Modules whose dense weight lies as [I, O]. Where transformers does not know the architecture, the adapter's
-        word counts: peft sets ``fan_in_fan_out`` for such layers."""
+        """Modules whose dense weight is stored as [I, O].
+
+        Where transformers does not know the architecture, the adapter decides: peft sets ``fan_in_fan_out`` for such layers.
+        """
         try:
             return self._module_kinds.conv1d
         except CheckpointError:
-            adapted = {name.removesuffix(".weight") for name in self.inputs.adapter.updates}
-            return frozenset(adapted if self.inputs.adapter.config.get("fan_in_fan_out") else ())
+            adapter = self.inputs.adapter
+            if not adapter.config.get("fan_in_fan_out"):
+                return frozenset()
+            return frozenset(name.removesuffix(".weight") for name in adapter.updates)
 
     def is_conv1d(self, weight: Weight) -> bool:
+        """Whether a weight belongs to a Conv1D, in whichever format it is stored."""
         return self._module(weight) in self.conv1d
 
+    def is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
+        """Whether a weight is stored as [I, O]. An ``update`` whose shape tells spares the question to transformers."""
+        if not get_format(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
+            return False
+        if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
+            return False
+        return self.is_conv1d(weight)
+
+    # --- quantizable ---
+
     def is_quantizable(self, weight: Weight) -> bool:
-        """Whether the stock loader quantizes it, or finds it quantized."""
-        if self._towers and self._module(weight) in self._towers and weight.format != self.target.name:
+        """Whether the stock loader quantizes a weight, or expects it quantized."""
+        is_in_target_format = weight.format == self.target.name
+        if self._towers and self._module(weight) in self._towers and not is_in_target_format:
             return False
         if get_format(weight.format).quant_method:
-            same = weight.format == self.target.name
-            return same or not self.target.quant_method or self.target.accepts(weight.shape)
-        matrix = weight.local == "weight" and len(weight.shape) == 2 and get_format(weight.format).dense_dtype
-        wanted = self.target.quant_method or self.simulates
-        if not (matrix and wanted):
+            return is_in_target_format or not self.target.quant_method or self.target.accepts(weight.shape)
+        if not self._is_dense_matrix(weight):
+            return False
+        if not (self.target.quant_method or self.simulates_training):
             return False
         if self.target.single_experts and self._is_single_expert(weight):
             return self.target.name not in self.inputs.base.formats()
         return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
 
+    def _is_dense_matrix(self, weight: Weight) -> bool:
+        is_matrix = weight.local == "weight" and len(weight.shape) == 2
+        return is_matrix and bool(get_format(weight.format).dense_dtype)
+
+    @cached_property
+    def _quantizes_dense(self) -> bool:
+        """Whether dense weights become quantized. A quantized base leaves weights dense on purpose, and they stay dense.
+
+        The exception is a base none of whose quantized weights the target takes (gpt-oss: only the stacked experts are
+        quantized, which are not linear layers for other formats).
+        """
+        for weight in self.inputs.base.weights.values():
+            if not get_format(weight.format).quant_method:
+                continue
+            if weight.format == self.target.name or self.target.accepts(weight.shape):
+                return False
+        return True
+
+    # --- the quantization config ---
+
     def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> Layout:
-        """Which linear layers are quantized in the output, and which are not though the loader would expect it: promoted
-        ones, and what a base of another library left dense on purpose.
+        """Which linear layers are quantized in the output, and which stay dense although the loader expects them quantized:
+        promoted ones, and those that a base of another library left dense on purpose.
 
         Raises:
-            RecipeError: what stays dense would be lost by the loader.
+            RecipeError: the loader would drop a weight that stays dense.
         """
         if not self.target.quant_method:
             return Layout()
-        module = {step.name: self._loaded_module(step.weight) for step in steps}
-        stored = [step for step in steps if step.target == self.target.name]
-        quantized = tuple(module[step.name] for step in stored)
-        usual = Counter(step.options for step in stored).most_common(1)
-        others = tuple((module[step.name], step.options) for step in stored if usual and step.options != usual[0][0])
-        dense = {module[step.name] for step in steps if step.name in promoted} | self._towers - set(quantized)
-        known, library = self._default_module_kinds, shared_quantization_config(self.inputs.base, self.target)
-        if self.inputs.base.quantization and (not library or self.target.lists_dense):
-            dense |= known.quantizable - set(quantized)
         self._check_experts(steps)
-        left = tuple(dict.fromkeys(module[step.name] for step in steps if module[step.name] in dense))
-        return Layout(quantized, left, known.skipped, dense_experts(steps, self.target), others)
+        module_of = {step.name: self._loaded_module(step.weight) for step in steps}
+        stored = [step for step in steps if step.target == self.target.name]
+        quantized = [module_of[step.name] for step in stored]
+        dense = self._dense_modules(quantized) | {module_of[step.name] for step in steps if step.name in promoted}
+        return Layout(
+            quantized=tuple(quantized),
+            dense=tuple(dict.fromkeys(module for module in module_of.values() if module in dense)),
+            skipped=self._default_module_kinds.skipped,
+            experts=dense_experts(steps, self.target),
+            others=_with_other_options(stored, quantized),
+        )
+
+    def _dense_modules(self, quantized: list[str]) -> frozenset[str]:
+        """Modules that stay dense although the loader expects them quantized."""
+        dense = self._towers
+        library = shared_quantization_config(self.inputs.base, self.target)
+        if self.inputs.base.quantization and (not library or self.target.lists_dense):
+            dense |= self._default_module_kinds.quantizable
+        return dense - set(quantized)
+
+    def _check_experts(self, steps: tuple[Step, ...]) -> None:
+        if self.target.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
+            return
+        for step in steps:
+            if step.target != self.target.name and self._is_single_expert(step.weight):
+                raise RecipeError(
+                    f"{step.name} would stay dense, and transformers 5.23 drops dense single experts of a compressed-tensors "
+                    f"model: use --target w4a16 or w8a16, which quantize them, or nf4, gptq, awq or fp8"
+                )
+
+    # --- what transformers knows ---
 
     @cached_property
     def _module_kinds(self) -> ModuleKinds:
@@ -83,7 +146,7 @@ class Modules:
 
     @cached_property
     def _default_module_kinds(self) -> ModuleKinds:
-        """What the stock loader quantizes when it is not told what to skip."""
+        """The modules that the stock loader quantizes without a list of modules to skip."""
         try:
             return module_kinds(self.inputs.base.config, None)
         except CheckpointError:
@@ -91,54 +154,59 @@ class Modules:
 
     @cached_property
     def _towers(self) -> frozenset[str]:
-        """What stays dense beside the text of a multimodal model: bitsandbytes quantizes it, the others' tools leave it, and
-        some of their loaders fail on it (Siglip and Gemma 3 in transformers 5.23)."""
-        if self.target.quant_method in (None, "bitsandbytes") or self._unconverted:
+        """Linear layers of a multimodal model outside its text model, where the target leaves them dense.
+
+        bitsandbytes quantizes them; the tools of the other formats do not, and some of their loaders fail on quantized ones
+        (Siglip and Gemma 3 in transformers 5.23).
+        """
+        if self.target.quant_method in (None, "bitsandbytes") or self._keeps_names:
             return frozenset()
         return self._default_module_kinds.towers
 
-    @cached_property
-    def _quantizes_dense(self) -> bool:
-        """A base that is quantized leaves weights dense on purpose, and so they stay; unless the target takes none of its
-        quantized ones (gpt-oss: only the fused experts are quantized, and for other formats those are no linear layers)."""
-        quantized = [w for w in self.inputs.base.weights.values() if get_format(w.format).quant_method]
-        return not any(w.format == self.target.name or self.target.accepts(w.shape) for w in quantized)
-
-    def _is_single_expert(self, weight: Weight) -> bool:
-        """Whether the matrix is a part of a stack in memory."""
-        if ".experts." not in weight.name or len(weight.shape) != 2:
-            return False
-        return self._parameter(weight).rpartition(".")[2] != weight.local
-
-    def _parameter(self, weight: Weight) -> str:
-        return self.inputs.names.parameter_of(weight.name) or weight.name
+    # --- names ---
 
     def _module(self, weight: Weight) -> str:
-        """What transformers calls its module, if it is a weight by itself in memory, too."""
+        """Name of a weight's module in memory, where the weight is a parameter of its own in memory; else its name on disk."""
         module, _, local = self._parameter(weight).rpartition(".")
         return module if local == weight.local else weight.module
 
     def _loaded_module(self, weight: Weight) -> str:
-        """The same without asking, where weights are on disk under their names."""
-        return weight.module if self._unconverted else self._module(weight)
+        """The same, without building the model where names in memory are those on disk."""
+        return weight.module if self._keeps_names else self._module(weight)
+
+    def _parameter(self, weight: Weight) -> str:
+        """Name of the parameter in memory that a weight on disk becomes, or becomes part of."""
+        return self.inputs.names.parameter_of(weight.name) or weight.name
+
+    def _is_single_expert(self, weight: Weight) -> bool:
+        """Whether a matrix on disk becomes part of a stack of experts in memory."""
+        if ".experts." not in weight.name or len(weight.shape) != 2:
+            return False
+        return self._parameter(weight).rpartition(".")[2] != weight.local
 
     @property
-    def _unconverted(self) -> bool:
+    def _keeps_names(self) -> bool:
+        """Whether transformers loads this kind of model under the names on disk."""
         return self.inputs.base.config.get("model_type") in UNCONVERTED
-
-    def _check_experts(self, steps: tuple[Step, ...]) -> None:
-        if self.target.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
-            return
-        dense = [s for s in steps if s.target != self.target.name and self._is_single_expert(s.weight)]
-        if dense:
-            raise RecipeError(
-                f"{dense[0].name} would stay dense, and transformers 5.23 drops dense single experts of a compressed-tensors "
-                f"model: use --target w4a16 or w8a16, which quantize them, or nf4, gptq, awq or fp8"
-            )
 
 
 def dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
-    """Modules ``….experts`` of which nothing is stored in the target format."""
-    found = {step.weight.name: re.match(r"(.*\.experts)(?:\.|$)", step.weight.module) for step in steps}
-    stored = {match[1] for step in steps if (match := found[step.weight.name]) and step.target == target.name}
-    return tuple(dict.fromkeys(match[1] for match in found.values() if match and match[1] not in stored))
+    """Modules ``….experts`` of which no weight is stored in the target format."""
+    all_experts: dict[str, None] = {}
+    stored_experts: set[str] = set()
+    for step in steps:
+        match = EXPERTS.match(step.weight.module)
+        if match is None:
+            continue
+        all_experts[match[1]] = None
+        if step.target == target.name:
+            stored_experts.add(match[1])
+    return tuple(module for module in all_experts if module not in stored_experts)
+
+
+def _with_other_options(stored: list[Step], modules: list[str]) -> tuple[tuple[str, Options], ...]:
+    """Module and options of the weights that are stored with other options than most."""
+    if not stored:
+        return ()
+    [(usual, _)] = Counter(step.options for step in stored).most_common(1)
+    return tuple((module, step.options) for step, module in zip(stored, modules, strict=True) if step.options != usual)

@@ -1,6 +1,6 @@
-"""Headers → steps. Everything that can be wrong with the inputs is found here, before a byte is written.
+"""Headers → steps. Every error in the inputs is found here, before a byte is written.
 
-Every adapter tensor is used exactly once, or nothing starts. Reads headers, configs, the adapter, and no weight.
+Reads headers, configs and the adapter, but no weight. Every adapter tensor is used exactly once, or the run does not start.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from qmerge.checkpoint.scan import SINGLE
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import all_formats, get_format
-from qmerge.pipeline import RunContext, compute_device
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.memory import block_entries, step_memory
 from qmerge.planning.steps import StepMaker
@@ -21,6 +20,7 @@ from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.safetensors_io import writer
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Step
+from qmerge.weights.context import RunContext, compute_device
 
 
 @dataclass(frozen=True)
@@ -32,84 +32,148 @@ class Shard:
 
     @cached_property
     def layout(self) -> writer.FileLayout:
+        """Names, dtypes and shapes of the tensors in the file, and where their bytes go."""
         return writer.FileLayout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """How a run calibrates, as the recipe asks for it.
+
+    source           a text file, a dataset on the Hub, ``random``, ``generate`` or ``none``; None for the default (random)
+    tokens           tokens to calibrate on
+    sequence_length  tokens per sequence
+    sequential       each layer is calibrated after the layers before it were rounded
+    seed             of random and of generated tokens
+    """
+
+    source: str | None
+    tokens: int
+    sequence_length: int
+    sequential: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will happen, weight by weight."""
+    """What a run does, weight by weight.
+
+    recipe         read by the report and the journal, which name every setting, and for the comparison with the settings
+                   that the adapter declares; everything else that a stage needs has a field of its own
+    inputs         the base and the adapters
+    target         name of the format to write
+    merge_onto     the values that the delta is added to: ``dequantized`` or ``original``
+    steps          one per weight, in the order of the base
+    shards         the same steps, by output file
+    config         config.json of the output
+    calibration    how ``preserve`` is calibrated
+    block_entries  float32 values of a weight to work on at a time
+    workers        steps to work on at once
+    promoted       names of weights that stay dense although the target is quantized
+    """
 
     recipe: Recipe
     inputs: Inputs
+    target: str
+    merge_onto: Literal["dequantized", "original"]
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
     config: dict[str, Any]
+    calibration: CalibrationSettings
     block_entries: int
+    workers: int
     promoted: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def merged(self) -> tuple[Step, ...]:
+        """The steps that apply an update."""
         return tuple(step for step in self.steps if step.action == "merge")
 
-    @property
+    @cached_property
     def rounded(self) -> tuple[Step, ...]:
-        """The merged weights, and the others that are rounded with calibration because they come onto a fresh grid."""
-        return tuple(
-            s for s in self.steps if s.action == "merge" or (s.action == "convert" and s.rounding == "preserve")
-        )
+        """The merged weights, and those that ``preserve`` rounds although no update changes them."""
+        return tuple(step for step in self.steps if step.action == "merge" or _is_preserved_conversion(step))
 
     @property
     def bytes_in(self) -> int:
-        return sum(step.weight.nbytes + (step.original.nbytes if step.original else 0) for step in self.steps)
+        """Bytes of all weights that are read."""
+        return sum(step.source.nbytes for step in self.steps)
 
     @property
     def bytes_out(self) -> int:
+        """Bytes of all output files with weights (at most: the length of texts is known at the end)."""
         return sum(shard.layout.most_bytes for shard in self.shards)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the weights that are stored in the target's format, scales included."""
-        stored = [step for step in self.steps if step.target == self.recipe.target]
-        nbytes = sum(max(0, spec.nbytes) for step in stored for spec in step.outputs.values())
-        return 8 * nbytes / max(1, sum(math.prod(step.shape) for step in stored))
+        """Bits per value of the weights that are stored in the target format, scales included."""
+        nbytes = 0
+        values = 0
+        for step in self.steps:
+            if step.target == self.target:
+                nbytes += output_bytes(step)
+                values += math.prod(step.shape)
+        return 8 * nbytes / max(1, values)
 
     @property
     def peak_memory(self) -> int:
-        """Bytes for the weights being worked on (the interpreter and its libraries come on top, about 0.6 GB)."""
-        return max((step_memory(step, self.block_entries) for step in self.steps), default=0) * self.recipe.workers
+        """Bytes for the weights that are worked on at once. (The interpreter and its libraries take about 0.6 GB more.)"""
+        return self.workers * max((step_memory(step, self.block_entries) for step in self.steps), default=0)
+
+
+def output_bytes(step: Step) -> int:
+    """Bytes of the tensors that a step writes, without texts whose length is known at the end."""
+    return sum(max(0, spec.nbytes) for spec in step.outputs.values())
+
+
+def _is_preserved_conversion(step: Step) -> bool:
+    return step.action == "convert" and step.rounding == "preserve"
 
 
 def make_plan(recipe: Recipe, reader: Reader) -> Plan:
     """Resolve the inputs and decide what happens to every weight.
 
     Raises:
-        RecipeError, CheckpointError, AdapterError: the inputs do not fit together; the message names the first thing.
-        RoomError: one row of the largest weight does not fit into ``max_memory``.
+        RecipeError, CheckpointError, AdapterError: the inputs do not fit together; the message names the first problem.
+        RoomError: the largest weight does not fit into ``max_memory`` even in the smallest row blocks.
     """
     return plan_from(recipe, read_inputs(recipe, reader))
 
 
 def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozenset()) -> Plan:
-    """The plan for inputs that have been read already (``measure`` makes several from the same inputs).
+    """The plan for inputs that have been read already. (``measure`` makes several plans from the same inputs.)
 
     Args:
-        promoted: weights that stay dense, in the model's own dtype, beside a quantized target.
+        promoted: names of weights that stay dense, in the model's own dtype, although the target is quantized.
+
+    Raises:
+        As ``make_plan``.
     """
     check_recipe(recipe, inputs)
     maker = StepMaker(recipe, inputs, promoted)
     changes = maker.changes()
     steps = tuple(maker.step(weight, changes.get(weight.name)) for weight in maker.weights.values())
-    applied = sum(step.update is not None or step.replacement is not None for step in steps)
-    assert applied == len(changes), "a change was matched, but no step applies it"
-    entries = block_entries(recipe, steps)
+    changed = sum(step.update is not None or step.replacement is not None for step in steps)
+    assert changed == len(changes), "a change was matched, but no step applies it"
+    entries = block_entries(steps, recipe.max_memory, recipe.workers)
     return Plan(
-        recipe,
-        inputs,
-        steps,
-        shards_of(steps, parse_size(recipe.max_shard_size)),
-        maker.config(steps),
-        entries,
-        promoted,
+        recipe=recipe,
+        inputs=inputs,
+        target=recipe.target,
+        merge_onto=recipe.merge_onto,
+        steps=steps,
+        shards=shards_of(steps, parse_size(recipe.max_shard_size)),
+        config=maker.config(steps),
+        calibration=CalibrationSettings(
+            source=recipe.calibration,
+            tokens=recipe.calibration_tokens,
+            sequence_length=recipe.sequence_length,
+            sequential=recipe.sequential,
+            seed=recipe.seed,
+        ),
+        block_entries=entries,
+        workers=recipe.workers,
+        promoted=promoted,
     )
 
 
@@ -117,49 +181,64 @@ def make_run_context(plan: Plan, reader: Reader) -> RunContext:
     """Where the steps of a plan are done.
 
     Raises:
-        RecipeError: cuda was asked for, and there is none.
+        RecipeError: the recipe asks for CUDA, and torch finds no CUDA device.
     """
-    return RunContext(reader, compute_device(plan.recipe.device), plan.recipe.seed, plan.block_entries)
+    device = compute_device(plan.recipe.device)
+    return RunContext(reader=reader, device=device, seed=plan.recipe.seed, block_entries=plan.block_entries)
 
 
 def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
-    quantized = bool(inputs.base.quantization)
-    if recipe.trained_on and quantized:
+    """Check the recipe against the inputs.
+
+    Raises:
+        RecipeError: an option does not suit the base or the target.
+        CheckpointError: the original is quantized.
+    """
+    base_is_quantized = bool(inputs.base.quantization)
+    if recipe.trained_on and base_is_quantized:
         raise RecipeError(
-            f"--trained-on {recipe.trained_on}: the base is quantized already; its own codes are what was seen"
+            f"--trained-on {recipe.trained_on} is for a dense base, but this base is quantized: leave --trained-on out; the "
+            f"adapter was trained on the base's own codes"
         )
-    if recipe.merge_onto == "original" and quantized and not recipe.original:
+    if recipe.merge_onto == "original" and base_is_quantized and not recipe.original:
         raise RecipeError(
-            "--merge-onto original: the base is quantized, so --original (its 16-bit model) is needed too"
+            "--merge-onto original: the base is quantized; give the 16-bit model that it was made from with --original"
         )
-    if recipe.original and not quantized:
-        raise RecipeError("--original is for a quantized base; this one is dense and is the original itself")
+    if recipe.original and not base_is_quantized:
+        raise RecipeError("--original is for a quantized base, but this base is dense: leave --original out")
     if inputs.original and inputs.original.quantization:
-        raise CheckpointError(f"--original {recipe.original} is quantized itself; expected a dense 16- or 32-bit model")
-    target = get_format(recipe.target)
-    for name in recipe.asked.keys() - set(target.accepted_options):
-        takers = [known for known, taker in all_formats().items() if name in taker.accepted_options]
-        raise RecipeError(f"--{name.replace('_', '-')} is for {', '.join(takers)}, but the target is {recipe.target}")
+        raise CheckpointError(
+            f"--original {recipe.original} is quantized; expected the dense 16- or 32-bit model that the base was made from"
+        )
+    accepted = get_format(recipe.target).accepted_options
+    for name in recipe.asked.keys() - set(accepted):
+        accepting = [known for known, fmt in all_formats().items() if name in fmt.accepted_options]
+        raise RecipeError(
+            f"--{name.replace('_', '-')} is for {', '.join(accepting)}, but the target is {recipe.target}: leave it out"
+        )
 
 
 def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
-    """Steps in the base's order, cut into files of at most ``limit`` bytes (a larger weight gets its own)."""
+    """Steps in the base's order, cut into files of at most ``limit`` bytes. A larger weight gets a file of its own."""
     groups: list[list[Step]] = [[]]
     size = 0
     for step in steps:
-        nbytes = sum(max(0, spec.nbytes) for spec in step.outputs.values())
+        nbytes = output_bytes(step)
         if groups[-1] and size + nbytes > limit:
             groups.append([])
             size = 0
         groups[-1].append(step)
         size += nbytes
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
+    return tuple(Shard(_shard_name(i, len(groups)), tuple(group)) for i, group in enumerate(groups, 1))
+
+
+def _shard_name(number: int, count: int) -> str:
+    """File name as transformers' save_pretrained gives it."""
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def retargeted(recipe: Recipe, target: str) -> Recipe:
-    """The same recipe for another target, without options that the other target lacks."""
-    lacking: dict[str, Any] = {name: None for name in recipe.asked if name not in get_format(target).accepted_options}
-    lacking["max_size"] = None
-    return make_recipe({**recipe.model_dump(), "target": target, **lacking})
+    """The same recipe for another target, without the options that the other target does not have."""
+    accepted = get_format(target).accepted_options
+    dropped: dict[str, Any] = {name: None for name in recipe.asked if name not in accepted}
+    return make_recipe({**recipe.model_dump(), "target": target, **dropped, "max_size": None})

@@ -17,7 +17,7 @@ from qmerge.forecast.predict import Survival, total_kept
 from qmerge.forecast.preflight import Preflight, input_warnings, rounding_name
 from qmerge.forecast.warnings import clipping_warnings, interference_warnings, original_warnings, survival_warnings
 from qmerge.metrics.base import Sums, over_weights, values_of
-from qmerge.pipeline import Outcome, RunContext
+from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan
 from qmerge.schema import (
     FileRecord,
@@ -30,7 +30,7 @@ from qmerge.schema import (
     WeightRecord,
     one_each,
 )
-from qmerge.types import Step
+from qmerge.weights.context import RunContext
 
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
 
@@ -49,7 +49,7 @@ def make_report(
         weights[step.name] = WeightRecord(
             module=step.label,
             shape=step.shape,
-            base_format=base_format(step),
+            base_format=step.source.base_format,
             target=step.target,
             rounding=step.rounding,
             rank=step.update.rank,
@@ -58,7 +58,7 @@ def make_report(
             calibration=seen_record(outcomes[step.name]),
         )
     names = [record.name for record in records if record.role == "adapter"]
-    pairs = pair_records(names, {weights[name].module: outcome.met or {} for name, outcome in outcomes.items()})
+    pairs = pair_records(names, {weights[name].module: outcome.pair_sums or {} for name, outcome in outcomes.items()})
     return ReportData(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=versions(),
@@ -83,10 +83,10 @@ def make_report(
         warnings=input_warnings(plan)
         + delta_size_warnings(plan, {s.module: s.relative_size for s in predicted})
         + clipping_warnings(
-            values_of(over_weights(measured.values()))["clipped"], any(s.keeps_grid for s in plan.merged)
+            values_of(over_weights(measured.values()))["clipped"], any(s.source.keeps_grid for s in plan.merged)
         )
         + interference_warnings(pairs, plan.recipe.combine)
-        + original_warnings(plan.recipe.merge_onto, outlook.original_gap)
+        + original_warnings(plan.merge_onto, outlook.original_gap)
         + survival_warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
     )
 
@@ -111,7 +111,7 @@ def pair_records(adapters: Sequence[str], met: Mapping[str, PairSums]) -> list[P
 
 
 def seen_record(outcome: Outcome) -> SeenRecord | None:
-    return SeenRecord.model_validate(outcome.seen) if outcome.seen else None
+    return SeenRecord.model_validate(outcome.input_stats) if outcome.input_stats else None
 
 
 def group(name: str, names: Sequence[str], measured: dict[str, Sums]) -> GroupRecord:
@@ -129,13 +129,16 @@ def survival(record: WeightRecord, measured: Sums) -> Survival:
     if record.rounding == "preserve":
         kept, noise = v["kept"] if v["output_kept"] is None else v["output_kept"], v["output_noise"]
     return Survival(
-        record.module, record.target, record.rounding, record.rank, kept, noise, v["relative_size"], v["gap_to_delta"],
-        squared,
-    )  # fmt: skip
-
-
-def base_format(step: Step) -> str:
-    return step.trained_on[0] if step.trained_on else step.weight.format
+        module=record.module,
+        target=record.target,
+        rounding=record.rounding,
+        rank=record.rank,
+        kept=kept,
+        noise=noise,
+        relative_size=v["relative_size"],
+        gap_to_delta=v["gap_to_delta"],
+        delta_squared=squared,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -122,7 +122,7 @@ def describe_plan(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
                 "to": step.target,
                 "shape": list(step.shape),
                 "rank": step.update.rank if step.update else None,
-                "keeps_grid": step.keeps_grid,
+                "keeps_grid": step.source.keeps_grid,
                 "predicted_kept": survivals[step.label].kept if step.update else None,
                 "predicted_noise": survivals[step.label].noise if step.update else None,
             }

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qmerge.checkpoint.journal import Journal
-from qmerge.pipeline import Outcome, RunContext, do, stored_values
+from qmerge.pipeline import Outcome, run_step
 from qmerge.planning.plan import Plan
 from qmerge.progress import Progress
 from qmerge.rounding.base import Statistics
@@ -16,6 +16,8 @@ from qmerge.run import residual
 from qmerge.run.workers import run_steps
 from qmerge.safetensors_io.writer import MemorySink, NullSink, ShardWriter
 from qmerge.types import Step
+from qmerge.weights.context import RunContext
+from qmerge.weights.values import stored_values
 
 
 class Writing:
@@ -54,7 +56,7 @@ class Writing:
             record = earlier
         else:
             sink = writer.step(names)
-            outcome = do(step, sink, self.context, inputs)
+            outcome = run_step(step, sink, self.context, inputs)
             record = {"sha256": sink.finish(), "texts": sink.texts, "outcome": outcome and vars(outcome)}
             self.journal.step_done(step.name, record)
         writer.add_texts(record["texts"])
@@ -93,7 +95,7 @@ class Measuring:
         sink = MemorySink() if step.name in inputs else NullSink()
         if isinstance(sink, MemorySink):
             self._sinks[step.name] = sink
-        outcome = do(step, sink, self.context, inputs.get(step.name))
+        outcome = run_step(step, sink, self.context, inputs.get(step.name))
         if outcome is not None:
             self.outcomes[step.name] = outcome
         self.progress.advance(step.weight.nbytes, step.name)

@@ -22,10 +22,9 @@ from qmerge.forecast.preflight import Preflight, for_identity, run_preflight
 from qmerge.forecast.targets import resolve_auto
 from qmerge.formats import get_format
 from qmerge.metrics.base import Sums
-from qmerge.pipeline import RunContext
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
-from qmerge.planning.steps import DENSE
+from qmerge.planning.targets import DENSE_FORMATS
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
 from qmerge.report import html
@@ -39,6 +38,7 @@ from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import RECIPE_NAME, FileRecord, InputRecord, ReportData, numbered
 from qmerge.types import Step
+from qmerge.weights.context import RunContext
 
 
 def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> ReportData:
@@ -137,7 +137,7 @@ def with_promoted(plan: Plan, context: RunContext, progress: Progress) -> Plan:
     finally:
         progress.end()
     losses = {step.name: loss(place.outcomes[step.name].sums) for step in rehearsed.merged}
-    form = DENSE[plan.inputs.base.dtype]
+    form = DENSE_FORMATS[plan.inputs.base.dtype]
     width = 4 if form == "fp32" else 2
     costs = {step.name: extra_bytes(step, width) for step in rehearsed.merged}
     budget, chosen = parse_size(plan.recipe.promote), list[str]()
@@ -173,7 +173,7 @@ def write_model(
     finally:
         place.close()
     folder.write_index(out, place.writers)
-    folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.beside_adapter))
+    folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
     outputs = [FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)]
     report = make_report(plan, context, records, outputs, outlook, place.outcomes, started)
     if place.rank and place.residuals:

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmerge.pipeline import RunContext, worked_values
 from qmerge.rounding.base import Statistics, make_metric, upper_factor
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import ResidualRecord
 from qmerge.types import Step, dot
+from qmerge.weights.context import RunContext
+from qmerge.weights.values import base_values, merged_values
 
 FOLDER = "residual"
 MORE, ROUNDS = 8, 6
@@ -41,7 +42,7 @@ class Residual:
 def fit(step: Step, stored_OI: Tensor, inputs: Statistics | None, context: RunContext, rank: int) -> Residual:
     """The residual of one merged weight that has been stored."""
     assert step.update is not None
-    merged_OI, base_OI = worked_values(step, context), worked_values(step, context, with_delta=False)
+    merged_OI, base_OI = merged_values(step, context), base_values(step, context)
     metric = make_metric(inputs, step.update.directions(), step.shape[1], context.device)
     factor_II = upper_factor(metric.K_II)
     assert factor_II is not None, "make_metric gave a metric without a factor"

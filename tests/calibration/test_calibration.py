@@ -56,9 +56,9 @@ def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str
 
 
 def settings_stored(plan: Any, context: Any) -> Any:
-    from qmerge.pipeline import worked_values
+    from qmerge.weights.values import merged_values
 
-    return lambda step: worked_values(step, context)
+    return lambda step: merged_values(step, context)
 
 
 @contextmanager
@@ -159,9 +159,9 @@ def test_later_groups_see_what_was_stored(
     current = dense_reference(base, adapter, tmp_path / "again")
 
     def halved(plan: Any, context: Any) -> Any:
-        from qmerge.pipeline import worked_values
+        from qmerge.weights.values import merged_values
 
-        return lambda step: 0.9 * worked_values(step, context)
+        return lambda step: 0.9 * merged_values(step, context)
 
     monkeypatch.setattr(f"{__name__}.settings_stored", halved)
     for names, inputs in collected(base, adapter):

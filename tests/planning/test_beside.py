@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import qmerge
 import qmerge.demo
 from qmerge.errors import RecipeError
-from qmerge.pipeline import worked_values
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.rounding.base import Statistics, make_metric
 from qmerge.run import residual
 from qmerge.safetensors_io.reader import Reader
+from qmerge.weights.values import base_values, merged_values
 
 DEMO = Path(qmerge.demo.__file__).parent
 INPUTS = {"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter"), "target": "nf4", "device": "cpu"}
@@ -45,7 +45,7 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
     with Reader() as reader:
         plan = make_plan(make_recipe({**INPUTS, "rounding": "preserve"}), reader)
         context, step = make_run_context(plan, reader), plan.merged[3]
-        stored_OI = worked_values(step, context, with_delta=False)
+        stored_OI = base_values(step, context)
         x = torch.randn(400, step.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
             0, -1, step.shape[1]
         )
@@ -53,7 +53,7 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
         found = residual.fit(step, stored_OI, inputs, context, 3)
         assert step.update is not None
         K = make_metric(inputs, step.update.directions(), step.shape[1], context.device).K_II.double().numpy()
-        E = (worked_values(step, context) - stored_OI).double().numpy()
+        E = (merged_values(step, context) - stored_OI).double().numpy()
     L = np.linalg.cholesky(K)
     left = (E - (found.B_OR @ found.A_RI).double().numpy()) @ L
     best = np.sqrt((np.linalg.svd(E @ L, compute_uv=False)[3:] ** 2).sum())

@@ -23,6 +23,7 @@ from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.recipe import make_recipe
 from qmerge.report import records
+from qmerge.run import destinations
 from qmerge.run import merge_model as run_module
 
 from ..conftest import SERVER, Cli, snapshot
@@ -260,13 +261,13 @@ def test_killed_while_inputs_are_hashed_starts_again_without_resume(job: Job, cl
 def test_done_steps_are_not_done_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     out = job.killed(job.moment("journal step", -1))
     done: list[str] = []
-    real = run_module.do
+    real = destinations.run_step
 
     def counted(step: Any, *rest: Any) -> Any:
         done.append(step.name)
         return real(step, *rest)
 
-    monkeypatch.setattr(run_module, "do", counted)
+    monkeypatch.setattr(destinations, "run_step", counted)
     run_module.merge(make_recipe({**job.settings, "out": str(out)}), resume=True)
     assert len(done) == 1
     assert contents(out) == job.whole

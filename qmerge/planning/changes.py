@@ -1,0 +1,117 @@
+"""Which weight of the base each part of the adapter changes, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate, fitted
+from qmerge.errors import AdapterError, CheckpointError
+from qmerge.planning.embeddings import Embeddings
+from qmerge.planning.inputs import Inputs
+from qmerge.planning.modules import Modules
+from qmerge.planning.targets import TargetChooser
+from qmerge.types import Replacement, Update, Weight, as_matrix
+
+Change = Update | Replacement
+"""What the adapter does to one weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeMatcher:
+    """Matches the adapter's changes with the weights of the base.
+
+    weights: by name, with an output embedding that is no longer tied.
+    """
+
+    inputs: Inputs
+    modules: Modules
+    embeddings: Embeddings
+    targets: TargetChooser
+    weights: Mapping[str, Weight]
+
+    def match(self) -> dict[str, Change]:
+        """Weight name → the adapter's change of it.
+
+        Raises:
+            AdapterError: a change has no weight in the base, or another shape than its weight.
+            CheckpointError: a changed weight has a dtype that cannot be merged into.
+        """
+        adapter = self.inputs.adapter
+        changes: dict[str, Change] = {}
+        unmatched: list[str] = []
+        wanted: dict[str, Change] = {**adapter.updates, **adapter.replaced}
+        for name, change in wanted.items():
+            weight = self.weights.get(name)
+            if weight is not None:
+                changes[name] = self._fitting(weight, change)
+            elif not self._may_be_missing(name, change):
+                unmatched += adapter.tensors[name]
+        if unmatched:
+            raise AdapterError(
+                f"{len(unmatched)} adapter tensors match no weight of the base; the first is {unmatched[0]}. "
+                f"{_similar_module(unmatched[0], self.weights)}Is this the base that the adapter was trained on?"
+            )
+        return changes
+
+    def _may_be_missing(self, name: str, change: Change) -> bool:
+        """The output embedding while it stays tied to the input embedding, and the bias of a layer that has none."""
+        tied = self.embeddings.tied
+        if tied is not None and name == tied[1] and self.embeddings.untied is None:
+            return True
+        return bool(getattr(change, "optional", False))
+
+    def _fitting(self, weight: Weight, change: Change) -> Change:
+        """The change as it is applied to the weight; new values for a quantized target become an update, which is rounded."""
+        if weight.format == "raw":
+            dtype = weight.parts[weight.local].dtype
+            raise CheckpointError(
+                f"{weight.name} is stored as {dtype}, which qmerge can copy but not merge into; expected a float or "
+                f"quantized weight"
+            )
+        if isinstance(change, Replacement):
+            return self._fitting_replacement(weight, change)
+        matrix = as_matrix(weight.shape)
+        update = fitted(change, matrix)
+        shapes = [update.shape]
+        if self.modules.is_dense_conv1d(weight, update):
+            shapes.append(update.shape[::-1])
+        if not any(_is_shape(matrix, shape) for shape in shapes):
+            raise _misfit(weight, update.shape)
+        return update
+
+    def _fitting_replacement(self, weight: Weight, change: Replacement) -> Change:
+        shape = tuple(change.values.shape)
+        if shape == weight.shape and self.targets.format_of(weight, merged=True).quant_method:
+            return OwnBaseUpdate(change.values, AddUpdate(torch.zeros_like(change.values)))
+        if shape != weight.shape and not self._is_resized_embedding(weight, shape):
+            raise _misfit(weight, shape)
+        return change
+
+    def _is_resized_embedding(self, weight: Weight, shape: tuple[int, ...]) -> bool:
+        """Whether new values differ from an embedding in the number of tokens only."""
+        return shape[1:] == weight.shape[1:] and weight.name in (self.embeddings.both or ())
+
+
+def _is_shape(matrix: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Whether an update's shape is that of the weight; -1 fits any size (token rows of an embedding)."""
+    return all(actual in (size, -1) for size, actual in zip(matrix, shape, strict=False))
+
+
+def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:
+    return AdapterError(
+        f"{weight.name} has shape {list(weight.shape)}, but the adapter's delta has shape {list(shape)}. "
+        f"Is this the base that the adapter was trained on?"
+    )
+
+
+def _similar_module(tensor: str, weights: Mapping[str, Weight]) -> str:
+    """A hint for the case that the base has the module under another prefix."""
+    module = tensor.split(".lora_")[0]
+    tail = ".".join(module.split(".")[-4:])
+    for weight in weights.values():
+        if weight.local == "weight" and weight.module.endswith(tail) and not module.startswith(weight.module):
+            return f"The base has {weight.module}, under another prefix. "
+    return ""

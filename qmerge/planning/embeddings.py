@@ -1,0 +1,104 @@
+"""The input and the output embedding: their names, and whether the adapter makes two tied ones different."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from qmerge.adapters.updates.lora import TokenRowsUpdate
+from qmerge.checkpoint.architecture import embedding_weights, tied_embedding_weights
+from qmerge.errors import AdapterError
+from qmerge.planning.inputs import Inputs
+from qmerge.types import Replacement, Update
+
+Pair = tuple[str, str]
+"""Names of the input and the output embedding, as on disk. (A tied output embedding is not on disk: its name in memory.)"""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of the base, and what the adapter does to them."""
+
+    inputs: Inputs
+
+    @cached_property
+    def both(self) -> Pair | None:
+        """Their names, tied or not; None where transformers does not know the architecture."""
+        return self._on_disk(embedding_weights(self.inputs.base.config))
+
+    @cached_property
+    def tied(self) -> Pair | None:
+        """Their names where the base ties them and the adapter changes anything outside the numbered layers.
+
+        Finding the names builds the model without weights, which takes seconds for an unknown gain in all other cases.
+        """
+        adapter = self.inputs.adapter
+        changed = (*adapter.updates, *adapter.replaced)
+        if all(re.search(r"\.\d+\.", name) for name in changed):
+            return None
+        return self._on_disk(tied_embedding_weights(self.inputs.base.config))
+
+    @cached_property
+    def untied(self) -> Pair | None:
+        """Their names where the base ties them and the adapter makes them different, so that both must be written.
+
+        Raises:
+            AdapterError: one of several adapters trained rows of both, another one changes one of them.
+        """
+        tied = self.tied
+        if tied is None or tied[0] not in self.inputs.base.weights:
+            return None
+        input_change, output_change = (self._change_of(name) for name in tied)
+        if input_change is None and output_change is None:
+            return None
+        self._check_several(tied, input_change, output_change)
+        if _are_same_values(input_change, output_change):
+            return None
+        if output_change is None and self._change_is_shared(input_change):
+            return None
+        return tied
+
+    def _on_disk(self, names: Pair | None) -> Pair | None:
+        if names is None:
+            return None
+        input_name, output_name = names
+        return self._name_on_disk(input_name), self._name_on_disk(output_name)
+
+    def _name_on_disk(self, name: str) -> str:
+        if name in self.inputs.base.weights:
+            return name
+        blocks = self.inputs.names.blocks_of(name)
+        return blocks[0].weight if blocks else name
+
+    def _change_of(self, name: str) -> Update | Replacement | None:
+        adapter = self.inputs.adapter
+        return adapter.replaced.get(name) or adapter.updates.get(name)
+
+    def _change_is_shared(self, input_change: Update | Replacement | None) -> bool:
+        """Whether a change of the input embedding counts for the output embedding too: peft puts trained tokens into both."""
+        return all(_trains_rows(input_change)) or bool(self.inputs.adapter.config.get("ensure_weight_tying"))
+
+    def _check_several(
+        self, tied: Pair, input_change: Update | Replacement | None, output_change: Update | Replacement | None
+    ) -> None:
+        trains_rows = _trains_rows(input_change)
+        if len(self.inputs.adapter_sources) < 2 or not any(trains_rows):
+            return
+        if not all(trains_rows) or output_change is not None:
+            raise AdapterError(
+                f"{tied[0]} is tied to {tied[1]}; one adapter trained rows of both, another one changes only one of them: "
+                f"merge one by one"
+            )
+
+
+def _trains_rows(change: Update | Replacement | None) -> list[bool]:
+    """For each adapter's part of a change, whether it trained single rows (``trainable_token_indices``)."""
+    parts = getattr(change, "updates", [change])
+    return [isinstance(part, TokenRowsUpdate) for part in parts]
+
+
+def _are_same_values(a: Update | Replacement | None, b: Update | Replacement | None) -> bool:
+    return isinstance(a, Replacement) and isinstance(b, Replacement) and torch.equal(a.values, b.values)

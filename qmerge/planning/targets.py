@@ -1,0 +1,123 @@
+"""How a weight is written: in which format, with which options, and whether on the grid that it has already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qmerge.formats import get_format
+from qmerge.formats.base import Format
+from qmerge.planning.inputs import Inputs
+from qmerge.planning.modules import Modules
+from qmerge.recipe import Recipe
+from qmerge.types import Options, TrainingFormat, Weight
+
+DENSE_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""Dtype of the model → the format of weights that stay dense: transformers does not cast the tensors of a quantized
+checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTarget:
+    """How one weight is written.
+
+    training_format  how training quantized the weight on the fly, where that is repeated
+    keeps_grid       the grid stays the same, with its scales
+    """
+
+    format: Format
+    options: Options
+    training_format: TrainingFormat | None
+    keeps_grid: bool
+
+
+@dataclass(frozen=True)
+class TargetChooser:
+    """Chooses a target for every weight of the base.
+
+    promoted: names of weights that stay dense although the target is quantized.
+    """
+
+    recipe: Recipe
+    inputs: Inputs
+    modules: Modules
+    promoted: frozenset[str]
+
+    @property
+    def format(self) -> Format:
+        """The format that the recipe names."""
+        return get_format(self.recipe.target)
+
+    def choose(self, weight: Weight, merged: bool) -> WeightTarget:
+        """The target of one weight.
+
+        Args:
+            merged: an update is applied to the weight.
+        """
+        fmt = self.format_of(weight, merged)
+        training = self._training_format(weight)
+        options = self._options(weight, fmt, training)
+        return WeightTarget(
+            format=fmt,
+            options=options,
+            training_format=training,
+            keeps_grid=self._keeps_grid(weight, fmt, options, training),
+        )
+
+    def format_of(self, weight: Weight, merged: bool) -> Format:
+        """The format that a weight is written in.
+
+        A quantized target takes the weights that its stock loader quantizes. A dense target takes all quantized weights and
+        all weights in the base's own dtype; a weight that the base stores wider or narrower on purpose keeps its dtype.
+        """
+        stored = get_format(weight.format)
+        if stored.name == "raw":
+            return stored
+        if weight.name in self.promoted:
+            return self._dense_format
+        if self.format.quant_method:
+            if self.modules.is_quantizable(weight):
+                return self.format
+            return self._dense_format if stored.quant_method else stored
+        if stored.quant_method or merged or stored.dense_dtype == self.inputs.base.stored_dtype:
+            return self.format
+        return stored
+
+    @property
+    def _dense_format(self) -> Format:
+        return get_format(DENSE_FORMATS[self.inputs.base.dtype])
+
+    def _training_format(self, weight: Weight) -> TrainingFormat | None:
+        if self.recipe.trained_on_format is None or not self.modules.is_quantizable(weight):
+            return None
+        name, asked = self.recipe.trained_on_format
+        if self.recipe.merge_onto == "original" and name != self.format.name:
+            return None  # neither the values nor the grid of training are used
+        return TrainingFormat(name, get_format(name).options(asked, None, self.inputs.base.dtype))
+
+    def _options(self, weight: Weight, fmt: Format, training: TrainingFormat | None) -> Options:
+        if fmt.name == weight.format and (fmt.dense_dtype or fmt.name == "raw"):
+            return weight.options
+        default = training.options if training else weight.options
+        return fmt.options(self._asked_options, default, self.inputs.base.dtype)
+
+    @cached_property
+    def _asked_options(self) -> Mapping[str, Any]:
+        """The recipe's options for the target; where the base is stored otherwise, with defaults that suit the model."""
+        if not self.format.quant_method or self.format.name in self.inputs.base.formats():
+            return self.recipe.asked
+        shapes = [
+            weight.shape[::-1] if self.modules.is_dense_conv1d(weight) else weight.shape
+            for weight in self.inputs.base.weights.values()
+            if self.modules.is_quantizable(weight)
+        ]
+        return self.format.fitted(self.recipe.asked, shapes)
+
+    def _keeps_grid(self, weight: Weight, fmt: Format, options: Options, training: TrainingFormat | None) -> bool:
+        if not fmt.quant_method or self.recipe.scales != "keep":
+            return False
+        if training is not None:
+            return training.format == fmt.name and fmt.same_grid(training.options, options)
+        return weight.format == fmt.name and fmt.same_grid(weight.options, options)

@@ -1,0 +1,56 @@
+"""Which rows of a weight are worked on at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from qmerge.formats import get_format
+from qmerge.types import Rows, Step
+
+SAMPLED_GROUPS = 4
+"""Groups of rows that are read where a sample of a weight is enough."""
+
+SAMPLED_ENTRIES = 2**12
+"""Values in each of these groups."""
+
+
+def row_blocks(step: Step, entries: int) -> Iterator[Rows]:
+    """Blocks of about ``entries`` values that cover all rows of a step's weight.
+
+    One block covers the whole weight where it is transposed (a block of rows would be a block of columns on disk), or where
+    its rows depend on one another.
+    """
+    rows, columns = step.shape
+    multiple = row_multiple(step)
+    count = max(1, entries // max(1, columns))
+    if step.source.conv1d or _rows_depend_on_each_other(step):
+        count = rows
+    count = max(multiple, count // multiple * multiple)
+    for start in range(0, rows, count):
+        yield Rows(start, min(start + count, rows))
+
+
+def sampled_rows(step: Step, entries: int = SAMPLED_ENTRIES) -> list[Rows]:
+    """A few groups of rows, spread over the weight, of about ``entries`` values each."""
+    rows, columns = step.shape
+    multiple = row_multiple(step)
+    size = max(multiple, entries // max(1, columns) // multiple * multiple)
+    if _rows_depend_on_each_other(step) or size * SAMPLED_GROUPS >= rows:
+        return [Rows(0, rows)]
+    starts = {i * (rows - size) // (SAMPLED_GROUPS - 1) // multiple * multiple for i in range(SAMPLED_GROUPS)}
+    return [Rows(start, min(start + size, rows)) for start in sorted(starts)]
+
+
+def row_multiple(step: Step) -> int:
+    """Row blocks must start at a multiple of this: the least that suits all formats of a step (NF4 blocks may span rows)."""
+    stored = get_format(step.weight.format).row_step(step.shape, step.weight.options)
+    written = get_format(step.target).row_step(step.shape, step.options)
+    training = step.source.training_format
+    if training is None:
+        return math.lcm(stored, written)
+    return math.lcm(stored, written, get_format(training.format).row_step(step.shape, training.options))
+
+
+def _rows_depend_on_each_other(step: Step) -> bool:
+    return step.update is not None and step.update.whole

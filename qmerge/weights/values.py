@@ -1,0 +1,132 @@
+"""float32 values of weights: as they are stored, with the delta, and as they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qmerge.formats import get_format
+from qmerge.formats.base import Format, OnTheFly, Stored, Transposed
+from qmerge.grids import Grid
+from qmerge.safetensors_io.reader import MemoryReader, Reader
+from qmerge.types import Options, Rows, Step, TensorInfo, Weight
+from qmerge.weights.context import RunContext
+from qmerge.weights.rows import row_blocks
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """The source of a step, open for reading.
+
+    stored  has the grid that may be kept, and the base's codes on it
+    base    has the values that the delta is added to
+    """
+
+    stored: Stored
+    base: Stored
+
+
+def open_source(step: Step, context: RunContext) -> OpenSource:
+    """Open the weights that a step reads; quantize them as in training where the step asks for it."""
+    source = step.source
+    base = open_weight(source.weight, step, context)
+    stored = base
+    training = source.training_format
+    if training is not None:
+        blocks = list(row_blocks(step, context.block_entries))
+        stored = OnTheFly(base, step.shape, get_format(training.format), training.options, blocks)
+    if source.base_weight is not source.weight:
+        base = open_weight(source.base_weight, step, context)
+    elif source.simulates_training:
+        base = stored
+    return OpenSource(stored, base)
+
+
+def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
+    """Open a weight for reading by rows, as [O, I] whatever its orientation on disk.
+
+    Args:
+        weight: a weight that ``step`` reads or has written.
+    """
+    fmt = get_format(weight.format)
+    stored = fmt.open(weight, context.reader, context.device)
+    if step.source.conv1d and fmt.dense_dtype:
+        return Transposed(stored, step.shape[1])
+    return stored
+
+
+def grid_of_rows(values_OI: Tensor, fmt: Format, options: Options) -> Grid:
+    """A fresh grid for some rows, float32 [rows, I], as if they were the whole weight."""
+    rows, columns = values_OI.shape
+    return fmt.grid(fmt.scales(values_OI, options), (rows, columns), options)
+
+
+def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: bool = False) -> Tensor:
+    """float32 values of a whole weight, in the shape of a dense checkpoint.
+
+    Args:
+        conv1d: the weight is that of a Conv1D, which a dense checkpoint stores as [I, O].
+    """
+    fmt = get_format(weight.format)
+    rows = weight.shape[0] if len(weight.shape) > 1 else 1
+    values = fmt.open(weight, reader, device).values(Rows(0, rows)).view(weight.shape)
+    if conv1d and not fmt.dense_dtype:
+        return values.T.contiguous()
+    return values
+
+
+def base_values(step: Step, context: RunContext) -> Tensor:
+    """float32 [O, I]: the whole weight that the delta is added to."""
+    return open_source(step, context).base.values(Rows(0, step.shape[0]))
+
+
+def merged_values(step: Step, context: RunContext) -> Tensor:
+    """float32 [O, I]: the whole weight with the delta, before rounding; without a delta, the base's values."""
+    base_OI = base_values(step, context)
+    if step.update is None:
+        return base_OI
+    return step.update.to(context.device).apply(base_OI, Rows(0, step.shape[0]))
+
+
+def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_delta: bool = True) -> Tensor:
+    """float32 values that the unmerged adapter model computes with, in the shape of a dense checkpoint.
+
+    Args:
+        conv1d: the weight is that of a Conv1D, which a dense checkpoint stores as [I, O].
+        with_delta: False for the values of the base alone.
+    """
+    if step.replacement is not None and with_delta:
+        return step.replacement.values.to(context.device)
+    if step.action in ("copy", "replace"):
+        return dense_values(step.weight, context.reader, context.device, conv1d)
+    values_OI = merged_values(step, context) if with_delta else base_values(step, context)
+    is_OI = step.source.conv1d or not step.source_is_dense
+    if conv1d and is_OI:
+        return values_OI.T.contiguous()
+    return values_OI.view(step.weight.shape)
+
+
+def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext) -> Tensor:
+    """float32 [O, I] that a loader reads from the output of a step that is done.
+
+    Args:
+        read: name of an output tensor → its bytes.
+    """
+    target = get_format(step.target)
+    parts: dict[str, TensorInfo] = {}
+    for name, spec in step.outputs.items():
+        shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
+        parts[name.removeprefix(step.weight.prefix)] = TensorInfo(
+            dtype=spec.dtype, shape=shape, name=name, file=Path(), offset=0
+        )
+    on_disk = step.shape
+    if step.source.conv1d and target.dense_dtype:
+        on_disk = step.shape[::-1]
+    weight = replace(step.weight, format=step.target, shape=on_disk, parts=parts, options=step.options)
+    with MemoryReader(read) as reader:
+        written = open_weight(weight, step, replace(context, reader=reader))
+        return written.values(Rows(0, step.shape[0]))
