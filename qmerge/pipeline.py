@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.adapters.combining.interference import PairSums, pair_stats
 from qmerge.errors import NumbersError
-from qmerge.formats import get_format
-from qmerge.formats.base import Format
+from qmerge.formats import get_target
+from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
 from qmerge.metrics.base import Comparison, Sums, added, plain, sums_of
 from qmerge.rounding.base import Metric, RoundingContext, Statistics, make_metric
@@ -91,7 +92,7 @@ def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
 
 def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:
     """The adapter's own float32 values, cast once."""
-    target = get_format(step.target)
+    target = get_target(step.target)
     stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
     target.check_range(stored.float(), values, step.name)
     sink.append(step.name, stored)
@@ -129,7 +130,7 @@ class Work:
     step: Step
     context: RunContext
     source: OpenSource
-    target: Format
+    target: TargetFormat[Any]
     update: Update | None
     grid: Grid
     metric: Metric | None
@@ -162,7 +163,7 @@ def open_step(step: Step, context: RunContext, inputs: Statistics | None) -> Wor
         step=step,
         context=context,
         source=source,
-        target=get_format(step.target),
+        target=get_target(step.target),
         update=update,
         grid=grid,
         metric=metric,
@@ -222,10 +223,10 @@ def choose_grid(
     """
     if step.source.keeps_grid:
         return source.stored.grid
-    target = get_format(step.target)
+    target = get_target(step.target)
     inputs_I = inputs.hessian_II.diagonal().to(context.device) if inputs else None
     scales = [torch.empty(0, device=context.device)]
-    if target.needs_scales:
+    if target.info.is_quantized:
         for rows in row_blocks(step, context.block_entries):
             merged_OI = add_delta(step, source.base.values(rows), update, rows)
             scales.append(target.scales(merged_OI, step.options, inputs_I))
@@ -330,17 +331,17 @@ class Measurement:
 class CodesSink:
     """Writes the codes of a step, row block by row block."""
 
-    def __init__(self, step: Step, target: Format, sink: TensorSink) -> None:
+    def __init__(self, step: Step, target: TargetFormat[Any], sink: TensorSink) -> None:
         self._step, self._target, self._sink = step, target, sink
         self._name = codes_name(step, target)
         self._waiting: list[Tensor] = []
 
     def append(self, codes_OI: Tensor) -> None:
         """The codes of the next rows."""
-        turned = self._step.source.conv1d and self._target.dense_dtype
+        turned = self._step.source.conv1d and self._target.info.is_dense
         codes = codes_OI.T if turned else codes_OI
         packed = self._target.pack(codes, self._step.options)
-        if self._target.row_axis == 0:
+        if self._target.info.row_axis == 0:
             self._sink.append(self._name, packed)
         else:  # rows are columns on disk: they can be written when all of them are packed
             self._waiting.append(packed)
@@ -348,7 +349,7 @@ class CodesSink:
     def finish(self) -> None:
         """No more rows follow."""
         if self._waiting:
-            self._sink.append(self._name, torch.cat(self._waiting, dim=self._target.row_axis))
+            self._sink.append(self._name, torch.cat(self._waiting, dim=self._target.info.row_axis))
 
 
 def write_scales(work: Work, sink: TensorSink) -> None:
@@ -369,6 +370,6 @@ def write_scales(work: Work, sink: TensorSink) -> None:
             sink.append(name, tensor)
 
 
-def codes_name(step: Step, target: Format) -> str:
+def codes_name(step: Step, target: TargetFormat[Any]) -> str:
     """Full name of the output tensor that holds the codes."""
     return step.weight.prefix + target.codes_part(step.weight.local)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qmerge import plugins
 from qmerge.errors import RecipeError, listed
-from qmerge.formats import get_format
+from qmerge.formats import get_target
 
 LARGEST_YAML = 2**20
 UNITS = {
@@ -153,10 +153,7 @@ class Recipe(BaseModel):
     @field_validator("target")
     @classmethod
     def _known_target(cls, name: str) -> str:
-        targets = [known for known in plugins.names("formats") if get_format(known).is_target]
-        if name not in (*targets, "auto"):
-            raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, targets)}")
-        return name
+        return name if name == "auto" else get_target(name).name
 
     @field_validator("combine")
     @classmethod
@@ -207,7 +204,7 @@ class Recipe(BaseModel):
             )
         if self.promote and self.target == "auto":
             raise RecipeError("promote adds bytes to a target: name it, instead of target auto with max_size")
-        if self.promote and get_format(self.target).dense_dtype:
+        if self.promote and get_target(self.target).info.is_dense:
             raise RecipeError(
                 f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
             )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from qmerge import errors, plugins, schema
 from qmerge.cli import app
-from qmerge.formats import get_format
+from qmerge.formats import all_targets
 from qmerge.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ def test_table_of_exit_codes_is_the_programs() -> None:
 
 
 def targets() -> set[str]:
-    return {name for name in plugins.names("formats") if get_format(name).is_target}
+    return set(all_targets())
 
 
 def test_table_of_targets_is_the_programs() -> None:
@@ -183,15 +184,23 @@ def test_paths_in_contributing_exist() -> None:
 
 
 def test_contributing_lists_what_a_format_defines() -> None:
-    from qmerge.formats.base import Format
+    from qmerge.formats.base import Format, FormatInfo, TargetFormat
 
     text = section(CONTRIBUTING, "A format: `qmerge/formats/NAME.py`")
-    must, may = text.split("| may define")
-    assert rows(must).keys() == Format.__abstractmethods__
-    named = set(re.findall(r"`(\w+)`", may.split("Parity")[0]))
-    assert named <= vars(Format).keys() | Format.__annotations__.keys()
-    public = {name for name in vars(Format) if not name.startswith("_")} - Format.__abstractmethods__
-    assert public - named <= {"dense_dtype", "needs_scales"}, "for dense formats; set by their base class"
+    must, rest = text.split("| a target must define")
+    must_of_target, rest = rest.split("| a target may define")
+    may, facts = rest.split("| fact")
+    assert rows(must).keys() == Format.__abstractmethods__ | {"info"}
+    assert rows(must_of_target).keys() == TargetFormat.__abstractmethods__ - Format.__abstractmethods__
+    public = {name for name in dir(TargetFormat) if not name.startswith("_")}
+    assert named(may) == public - TargetFormat.__abstractmethods__ - {"name", "options_of"}
+    assert named(facts.split("Parity")[0]) == {field.name for field in fields(FormatInfo)}
+
+
+def named(table: str) -> set[str]:
+    """Words in code quotes in the first column of a table."""
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    return set(re.findall(r"`(\w+)`", "".join(first)))
 
 
 # --- qmerge.json -----------------------------------------------------------------------------------------------------

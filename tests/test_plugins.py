@@ -12,8 +12,8 @@ import torch
 
 from qmerge import plugins
 from qmerge.errors import RecipeError
-from qmerge.formats import get_format
-from qmerge.formats.base import Format
+from qmerge.formats import all_targets, get_format
+from qmerge.formats.base import Format, TargetFormat
 from qmerge.grids import DOWN, UP
 from qmerge.rounding.base import RoundingContext
 from qmerge.safetensors_io.reader import Reader
@@ -24,14 +24,14 @@ from .parity import bnb as parity
 
 EVERY = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 FORMATS = plugins.names("formats")
-TARGETS = [name for name in FORMATS if parity.form(name).is_target]
+TARGETS = list(all_targets())
 SHAPES = [(1, 64), (16, 64), (24, 96), (7, 160), (64, 33), (128, 2), (32, 128), (160, 192), (256, 384)]
 
 
 def options_for(name: str, shape: tuple[int, int]) -> Options:
     """The format's defaults for a model that has this weight."""
     target = parity.form(name)
-    return target.options(target.fitted({}, [shape]), None, "BF16")
+    return target.options(target.options_for_model({}, [shape]), None, "BF16")
 
 
 def takes(name: str, shape: tuple[int, int]) -> bool:
@@ -62,8 +62,8 @@ def test_format(name: str) -> None:
     plugin = get_format(name)
     assert isinstance(plugin, Format)
     assert plugin.name == name
-    assert (plugin.quant_method is None) or (plugin.dense_dtype is None), "dense and quantized at once"
-    assert plugin.loaders or not plugin.is_target, "who reads it?"
+    assert not (plugin.info.is_quantized and plugin.info.is_dense), "dense and quantized at once"
+    assert plugin.info.loaders or not isinstance(plugin, TargetFormat), "who reads it?"
     assert plugin.find({}, Reader()) == []
 
 

@@ -84,7 +84,7 @@ def declared_warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
 
 
 def given(source: Source, base: Checkpoint, recipe: Recipe, adapters: Sequence[Source]) -> Given:
-    quantized = frozenset(name for name in base.formats() if get_format(name).quant_method)
+    quantized = frozenset(name for name in base.formats() if get_format(name).info.is_quantized)
     return Given(
         source.folder, base.config, quantized, source.id, source.commit, recipe.revision, recipe.trained_on,
         recipe.merge_onto, tuple(adapter.folder for adapter in adapters), recipe.combine == CHAIN,

@@ -24,7 +24,7 @@ from torch import Tensor
 from qmerge.adapters.lora import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
-from qmerge.formats import get_format
+from qmerge.formats import get_format, get_target
 from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, dot
 from qmerge.weights.context import RunContext
@@ -114,7 +114,7 @@ def alignment(step: Step, lora: LoraUpdate, context: RunContext) -> Alignment:
     """Exact over the rows that are looked at."""
     weight = step.source.base_weight
     source, here = open_weight(weight, step, context), lora.to(context.device)
-    dense = bool(get_format(weight.format).dense_dtype) and not step.source.simulates_training
+    dense = get_format(weight.format).info.is_dense and not step.source.simulates_training
     Q_IR, _ = torch.linalg.qr(here.A_RI.T)
     sums = torch.zeros(6, dtype=torch.float64)  # ‖D‖², ‖W‖², ‖W P‖², ⟨D, W⟩, ‖E P‖², ⟨D, E⟩
     count = 0
@@ -152,7 +152,7 @@ def cosine(product: float, one: float, other: float) -> float | None:
 
 def nf4(base_OI: Tensor, rows: Rows, context: RunContext) -> Tensor:
     """What bitsandbytes' NF4 makes of some rows: blocks of 64, which LoftQ has."""
-    form = get_format("nf4")
+    form = get_target("nf4")
     options = form.options({}, None, "F32")
     grid = form.grid(form.scales(base_OI, options), (len(rows), base_OI.shape[1]), options)
     return grid.decode(grid.nearest(base_OI))

@@ -7,22 +7,23 @@ from typing import Any
 
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import AdapterError
-from qmerge.formats.base import Format, Layout
+from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.types import Options, Step
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def output_config(
-    base: Checkpoint, target: Format, options: Options | None, layout: Layout
+    base: Checkpoint, target: TargetFormat[Any], options: Options | None, layout: ModuleLayout
 ) -> dict[str, Any]:  # fmt: skip
     """The base's config for another format; ``options`` are those of the weights that are stored as ``target``."""
     config = without_quantization(base.config)
-    if target.dense_dtype:
-        return {**with_dtype(config, NAMES[target.dense_dtype]), "dtype": NAMES[target.dense_dtype]}
+    if target.info.dense_dtype:
+        dense_dtype = NAMES[target.info.dense_dtype]
+        return {**with_dtype(config, dense_dtype), "dtype": dense_dtype}
     dtype = NAMES.get(base.dtype, "float32")
-    if target.loaded_as:
-        dtype = target.loaded_as
+    if target.info.required_dtype:
+        dtype = target.info.required_dtype
         config = {**with_dtype(config, dtype), "dtype": dtype}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
@@ -31,9 +32,9 @@ def output_config(
     return {**config, "quantization_config": quantization}
 
 
-def shared_quantization_config(base: Checkpoint, target: Format) -> dict[str, Any]:
+def shared_quantization_config(base: Checkpoint, target: TargetFormat[Any]) -> dict[str, Any]:
     """``quantization_config`` of the base, where it speaks of weights like the target's, else {}."""
-    same = target.name in base.formats() or base.quantization.get("quant_method") == target.quant_method
+    same = target.name in base.formats() or base.quantization.get("quant_method") == target.info.quant_method
     return base.quantization if same else {}
 
 

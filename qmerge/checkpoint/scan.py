@@ -9,7 +9,6 @@ from typing import Any
 
 from qmerge.errors import CheckpointError, InputError, listed
 from qmerge.formats import all_formats, get_format
-from qmerge.formats.base import Format
 from qmerge.safetensors_io.header import read_header, strict_json
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
@@ -46,7 +45,7 @@ class Checkpoint:
         """The most common float dtype of the dense weights, by bytes, whatever the config says."""
         sizes: dict[str, int] = {"F32": 0}
         for weight in self.weights.values():
-            dtype = get_format(weight.format).dense_dtype
+            dtype = get_format(weight.format).info.dense_dtype
             if dtype:
                 sizes[dtype] = sizes.get(dtype, 0) + weight.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
@@ -159,7 +158,7 @@ def find_weights(
     left = dict(tensors)
     weights: list[Weight] = []
     # raw is asked before dense formats: it knows parts that a quantized weight left behind, also those of a float dtype
-    for name in sorted(formats, key=lambda name: (formats[name].claims_last, name != "raw", name)):
+    for name in sorted(formats, key=lambda name: (not formats[name].info.is_quantized, name != "raw", name)):
         claimed = formats[name].find(left, reader, quantization)
         for weight in claimed:
             for part in weight.parts.values():
@@ -182,16 +181,16 @@ def check_quantization(checkpoint: Checkpoint) -> None:
     """What the config says about quantization must be what the tensors show."""
     method = checkpoint.quantization.get("quant_method")
     formats = all_formats()
-    known = sorted({name for format in formats.values() for name in methods_of(format)})
+    known = sorted({name for format in formats.values() for name in format.info.read_methods})
     if checkpoint.quantization and method not in known:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this version does not read. "
             f"It reads dense models and: {', '.join(known)}."
         )
-    stored = [weight for weight in checkpoint.weights.values() if formats[weight.format].quant_method]
+    stored = [weight for weight in checkpoint.weights.values() if formats[weight.format].info.is_quantized]
     if len({weight.format for weight in stored}) > 1:
         raise CheckpointError(f"the base mixes several quantized formats: {checkpoint.formats()}; expected one")
-    if stored and method not in methods_of(formats[stored[0].format]):
+    if stored and method not in formats[stored[0].format].info.read_methods:
         raise CheckpointError(
             f"{stored[0].name} is stored as {stored[0].format}, but config.json says quant_method {method!r}; "
             f"take the config.json that belongs to these files"
@@ -201,11 +200,6 @@ def check_quantization(checkpoint: Checkpoint) -> None:
             f"config.json says that the base is quantized with {method}, but no tensor is; "
             f"take the config.json that belongs to these files, or remove quantization_config from it"
         )
-
-
-def methods_of(format: Format) -> tuple[str, ...]:
-    """What ``quant_method`` may be where weights are stored this way."""
-    return format.read_methods or ((format.quant_method,) if format.quant_method else ())
 
 
 def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:

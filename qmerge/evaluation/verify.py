@@ -134,7 +134,7 @@ def check_finite(folder: Path) -> str:
         count = 0
         for weight in checkpoint.weights.values():
             weight_format = get_format(weight.format)
-            if weight_format.quant_method:
+            if weight_format.info.is_quantized:
                 weight_format.open(weight, reader, torch.device("cpu"))
                 count += 1
     return f"scales of {count} quantized weights"

@@ -183,7 +183,7 @@ def check_shapes(pair: Pair) -> None:
 
 def oriented(weight: Weight, conv1d: bool) -> tuple[int, ...]:
     """(O, I), also where a dense Conv1D lies as [I, O]."""
-    return weight.shape[::-1] if conv1d and get_format(weight.format).dense_dtype else weight.shape
+    return weight.shape[::-1] if conv1d and get_format(weight.format).info.is_dense else weight.shape
 
 
 # --- their difference ------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def differences(pair: Pair, reader: Reader, device: torch.device) -> Iterator[tu
 def opened(weight: Weight, pair: Pair, reader: Reader, device: torch.device) -> Stored:
     form = get_format(weight.format)
     stored = form.open(weight, reader, device)
-    return Transposed(stored, pair.shape[1]) if pair.conv1d and form.dense_dtype else stored
+    return Transposed(stored, pair.shape[1]) if pair.conv1d and form.info.is_dense else stored
 
 
 def blocks(pair: Pair) -> Iterator[Rows]:

@@ -105,7 +105,7 @@ def between(merged: Checkpoint, base: Checkpoint, pairs: Sequence[Pair], found: 
     """What the headers and configs tell about the two."""
     forms = {(p.merged.format, p.base.format) for p in pairs if p.linear}
     for theirs, ours in sorted(forms):
-        rounded = [name for name in (theirs, ours) if get_format(name).quant_method]
+        rounded = [name for name in (theirs, ours) if get_format(name).info.is_quantized]
         if rounded and theirs != ours and kept(found.fits) < ENOUGH:
             yield (
                 f"MERGED is stored as {theirs}, BASE as {ours}: the delta also holds the rounding error of "

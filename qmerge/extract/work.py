@@ -209,7 +209,7 @@ class Work:
         if pair.module in self.anatomy.linear:
             formats = {other.base.format for other in self.pairs if other.linear}
             return "lora_bias" if pair.local == "bias" and not formats & set(WITHOUT_LORA_BIAS) else None
-        dense = all(get_format(other.base.format).dense_dtype for other in self.members(pair.module))
+        dense = all(get_format(other.base.format).info.is_dense for other in self.members(pair.module))
         return "modules_to_save" if pair.module in self.anatomy.leaves and dense else None
 
     def saved(self, found: Found) -> dict[str, list[Pair]]:
@@ -239,7 +239,7 @@ class Work:
     def fan_in_fan_out(self, found: Found) -> bool:
         """Whether peft will meet Conv1D layers: not where they are quantized, which makes them ordinary linear layers."""
         adapted = {fit.name for fit in found.fits}
-        dense = (pair for pair in self.pairs if get_format(pair.base.format).dense_dtype)
+        dense = (pair for pair in self.pairs if get_format(pair.base.format).info.is_dense)
         return any(pair.conv1d and pair.name in adapted for pair in dense)
 
     def write(self, spool: Spool, saved: Mapping[str, Sequence[Pair]]) -> int:
@@ -270,7 +270,7 @@ class Work:
         form = get_format(pair.merged.format)
         stored = form.open(pair.merged, self.reader, self.device)
         for rows in blocks(pair):
-            yield stored.codes(rows) if form.dense_dtype else stored.values(rows)
+            yield stored.codes(rows) if form.info.is_dense else stored.values(rows)
 
 
 def lost(delta_OI: Tensor, A_RI: Tensor, B_OR: Tensor, rows: Rows) -> float:
@@ -280,4 +280,4 @@ def lost(delta_OI: Tensor, A_RI: Tensor, B_OR: Tensor, rows: Rows) -> float:
 
 
 def spec_of(pair: Pair) -> TensorSpec:
-    return TensorSpec(get_format(pair.merged.format).dense_dtype or "F32", pair.base.shape)
+    return TensorSpec(get_format(pair.merged.format).info.dense_dtype or "F32", pair.base.shape)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmerge.formats import get_format
+from qmerge.formats import get_target
 from qmerge.formats.base import Stored
 from qmerge.grids import UP, Grid
 from qmerge.metrics.gap_to_delta import gap_sum
@@ -159,7 +159,7 @@ def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor
     source = step.source
     base_OI = weights.weight.values(rows)
     if source.training_format is not None:
-        training = get_format(source.training_format.format)
+        training = get_target(source.training_format.format)
         loaded_OI = training.as_loaded(base_OI)
         training_grid = grid_of_rows(loaded_OI, training, source.training_format.options)
         if source.simulates_training:
@@ -170,7 +170,7 @@ def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor
         base_OI = weights.original.values(rows)
     if source.keeps_grid:
         return base_OI, weights.weight.grid.rows(rows)
-    return base_OI, grid_of_rows(base_OI, get_format(step.target), step.options)
+    return base_OI, grid_of_rows(base_OI, get_target(step.target), step.options)
 
 
 def delta_squared(update: Update, sampled: float, fraction: float) -> float:

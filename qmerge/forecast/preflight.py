@@ -20,7 +20,7 @@ from qmerge.checkpoint import folder
 from qmerge.errors import CheckpointError
 from qmerge.forecast.predict import Survival, original_gap, predict
 from qmerge.forecast.warnings import original_warnings, survival_warnings
-from qmerge.formats import get_format
+from qmerge.formats import get_format, get_target
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
 from qmerge.weights.context import RunContext
@@ -116,22 +116,22 @@ def settled(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
 
 def fresh_ones(plan: Plan) -> list[str]:
     """Weights without an update that come onto a fresh quantized grid."""
-    target = get_format(plan.recipe.target)
+    target = get_target(plan.recipe.target)
     return [
         step.name
         for step in plan.steps
         if step.action == "convert"
         and step.target == target.name
-        and target.quant_method
+        and target.info.is_quantized
         and not step.source.keeps_grid
     ]
 
 
 def written_as(plan: Plan) -> list[str]:
     """How the target is written, where it could be otherwise."""
-    target = get_format(plan.recipe.target)
+    target = get_target(plan.recipe.target)
     options = dict.fromkeys(step.options for step in plan.steps if step.target == target.name)
-    described = " and ".join(filter(None, map(target.described, options)))
+    described = " and ".join(filter(None, map(target.describe_options, options)))
     return [f"Target {target.name}: {described}."] if described else []
 
 
@@ -206,7 +206,7 @@ def input_warnings(plan: Plan) -> list[str]:
     written = [step for step in plan.steps if step.target == plan.recipe.target]
     for options in dict.fromkeys(step.options for step in written):
         shapes = {step.name: step.shape for step in written if step.options == options}
-        odd += get_format(plan.recipe.target).target_warnings(options, shapes)
+        odd += get_target(plan.recipe.target).target_warnings(options, shapes)
     return [*([tokens] if tokens else []), *odd]
 
 

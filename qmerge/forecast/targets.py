@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.forecast.predict import predict, total_kept, total_noise
 from qmerge.forecast.preflight import NEAREST_IS_ENOUGH, with_roundings
-from qmerge.formats import all_formats, get_format
+from qmerge.formats import all_targets, get_target
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.plan import make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe, parse_size
@@ -41,13 +41,12 @@ class Candidate:
 
 def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candidate]:
     """The smallest first; those that cannot be last."""
-    targets = [name for name, known in all_formats().items() if known.is_target]
-    found = [candidate(recipe, name, inputs, reader) for name in targets]
+    found = [candidate(recipe, name, inputs, reader) for name in all_targets()]
     return sorted(found, key=lambda c: (c.impossible is not None, c.nbytes, c.target))
 
 
 def candidate(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> Candidate:
-    loaders = get_format(name).loaders
+    loaders = get_target(name).info.loaders
     try:
         plan = plan_from(retargeted(recipe, name), inputs)
         context = make_run_context(plan, reader)
@@ -79,7 +78,9 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe
     assert recipe.max_size is not None
     found = all_candidates(recipe, inputs, reader)
     possible = [
-        c for c in found if c.impossible is None and recipe.asked.keys() <= set(get_format(c.target).accepted_options)
+        c
+        for c in found
+        if c.impossible is None and recipe.asked.keys() <= set(get_target(c.target).info.accepted_options)
     ]
     if not possible:
         plan_from(

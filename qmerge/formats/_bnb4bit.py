@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid, levels, pack_nibbles, unpack_nibbles, unpack_values
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import SAFETENSORS_DTYPES, TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -40,9 +40,9 @@ class Bnb4bitOptions:
 
 
 class Stored4bit(Stored):
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device, quant_type: str) -> None:
-        options = weight.options
-        assert isinstance(options, Bnb4bitOptions)
+    def __init__(
+        self, weight: Weight, options: Bnb4bitOptions, reader: Reader, device: torch.device, quant_type: str
+    ) -> None:
         self._info, self._reader, self._device = weight.parts[weight.local], reader, device
         self._quant_type = quant_type
         self._columns = math.prod(weight.shape[1:])
@@ -102,17 +102,18 @@ def quant_state(parts: Mapping[str, TensorInfo], local: str, reader: Reader) -> 
     return state
 
 
-class Bnb4bit(Format):
+class Bnb4bit(TargetFormat[Bnb4bitOptions]):
     """Parts: ``weight`` (bytes of codes, any storage dtype), ``weight.absmax``, ``weight.quant_map``, with double
     quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and ``weight.quant_state.bitsandbytes__…``."""
 
-    quant_method = "bitsandbytes"
-    loaders = "transformers, vLLM (CUDA)"
-    accepted_options = ("block_size", "double_quant", "quant_storage")
-    takes_conv1d = True
-
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.info = FormatInfo(
+            name=name,
+            quant_method="bitsandbytes",
+            loaders="transformers, vLLM (CUDA)",
+            accepted_options=("block_size", "double_quant", "quant_storage"),
+            takes_conv1d=True,
+        )
         self._mark = f".quant_state.bitsandbytes__{name}"
 
     def find(
@@ -188,9 +189,9 @@ class Bnb4bit(Format):
                 raise CheckpointError(f"{name}.{part} is {info.dtype} {list(info.shape)}, expected F32 [{count}]")
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return Stored4bit(weight, reader, device, self.name)
+        return Stored4bit(weight, self.options_of(weight), reader, device, self.name)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Bnb4bitOptions:
         torch_name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
         like = source if isinstance(source, Bnb4bitOptions) else Bnb4bitOptions(dtype=torch_name)
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
@@ -200,12 +201,10 @@ class Bnb4bit(Format):
             raise RecipeError(f"quant storage {options.quant_storage!r}: there are {', '.join(STORAGES)}")
         return options
 
-    def same_grid(self, one: Options, other: Options) -> bool:
-        assert isinstance(one, Bnb4bitOptions) and isinstance(other, Bnb4bitOptions)
+    def same_grid(self, one: Bnb4bitOptions, other: Bnb4bitOptions) -> bool:
         return (one.block_size, one.double_quant) == (other.block_size, other.double_quant)
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert isinstance(options, Bnb4bitOptions)
+    def outputs(self, local: str, shape: tuple[int, ...], options: Bnb4bitOptions) -> dict[str, TensorSpec]:
         numel = math.prod(shape)
         storage = getattr(torch, options.quant_storage)
         blocks, count = -(-numel // options.block_size), (numel + 1) // 2
@@ -224,12 +223,10 @@ class Bnb4bit(Format):
         specs[local + self._mark] = TensorSpec("U8", (-1,))
         return specs
 
-    def row_step(self, shape: tuple[int, int], options: Options) -> int:
-        assert isinstance(options, Bnb4bitOptions)
+    def row_step(self, shape: tuple[int, int], options: Bnb4bitOptions) -> int:
         return options.block_size // math.gcd(options.block_size, shape[1])
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
-        assert isinstance(options, Bnb4bitOptions)
+    def scales(self, values_OI: Tensor, options: Bnb4bitOptions, inputs_I: Tensor | None = None) -> Tensor:
         flat, size = values_OI.flatten(), options.block_size
         whole = flat.numel() // size * size
         absmax_B = flat[:whole].view(-1, size).abs().amax(dim=1)
@@ -238,9 +235,8 @@ class Bnb4bit(Format):
         return absmax_B
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: Bnb4bitOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        assert isinstance(options, Bnb4bitOptions)
         if not options.double_quant:
             parts = {"absmax": scales.cpu()}
             return Bnb4bitGrid(self.name, options.block_size, shape[1], scales, scales, parts)
@@ -254,14 +250,14 @@ class Bnb4bit(Format):
             self.name, options.block_size, shape[1], stored_B.to(scales.device), scales, parts, float(offset)
         )
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: Bnb4bitOptions) -> Tensor:
         _, midpoints, disk_L = levels(self.name, codes_OI.device)
         disk_OI = codes_OI if self.name == "nf4" else disk_L[codes_OI.long()]
         zero = int(disk_L[torch.bucketize(torch.zeros(1, device=midpoints.device), midpoints)])
         return pack_nibbles(disk_OI, padding=zero)  # bitsandbytes pads an odd count with the value 0
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
-        assert isinstance(grid, Bnb4bitGrid) and isinstance(options, Bnb4bitOptions)
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Bnb4bitOptions) -> Parts:
+        assert isinstance(grid, Bnb4bitGrid)
         state: dict[str, Any] = {
             "quant_type": self.name,
             "blocksize": options.block_size,
@@ -277,9 +273,8 @@ class Bnb4bit(Format):
         return {**scales, f"{local}.quant_map": quant_map, local + self._mark: text}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: Bnb4bitOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
-        assert isinstance(options, Bnb4bitOptions)
         return bitsandbytes_config(
             base,
             load_in_4bit=True,
@@ -291,7 +286,7 @@ class Bnb4bit(Format):
         )
 
 
-def bitsandbytes_config(base: Mapping[str, Any], layout: Layout, **settings: Any) -> dict[str, Any]:
+def bitsandbytes_config(base: Mapping[str, Any], layout: ModuleLayout, **settings: Any) -> dict[str, Any]:
     """``quantization_config`` as transformers writes it; ``base`` keeps its skip list and thresholds. Where there is no
     list, the loader has its own; one that is written replaces it."""
     from transformers import BitsAndBytesConfig

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import all_formats
 from qmerge.formats._affine import dividing
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout
+from qmerge.formats.base import NOT_QUANTIZED, ModuleLayout, TargetFormat
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, TensorInfo, Weight
 
@@ -66,15 +66,13 @@ class Scheme:
         return f"{layout!r} with {bits} bits ({kind})"
 
 
-class Compressed(Format):
+class Compressed(TargetFormat[CompressedOptions]):
     """A layout of compressed-tensors.
 
     kinds    (layout, type, bits) of the schemes that are stored this way
     codes    local name of the part that holds the codes
     """
 
-    quant_method = QUANT_METHOD
-    loaders = "vLLM, SGLang, transformers"
     kinds: ClassVar[tuple[tuple[str, str, int], ...]]
     codes: ClassVar[str] = "weight_packed"
 
@@ -87,7 +85,7 @@ class Compressed(Format):
                 f"{packed} is {QUANT_METHOD}', but config.json has no quantization_config, so it is not known how many bits "
                 f"it has. {TAKE_CONFIG}"
             )
-        if quantization.get("quant_method") != self.quant_method:
+        if quantization.get("quant_method") != self.info.quant_method:
             return []
         check_config(quantization)
         found = []
@@ -134,8 +132,7 @@ class Compressed(Format):
             return source
         return CompressedOptions(self.name, scale_dtype=dtype if dtype in SCALE_DTYPES else "BF16")
 
-    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
-        assert isinstance(options, CompressedOptions)
+    def check(self, name: str, shape: tuple[int, int], options: CompressedOptions) -> None:
         if options.static_inputs:
             raise RecipeError(
                 f"{name} has scales for its inputs, which were measured on data: with fresh weight scales they would be "
@@ -153,10 +150,9 @@ class Compressed(Format):
         return self.codes
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: CompressedOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
         """The base's own where it says the same of the weights (it may also say how activations are quantized)."""
-        assert isinstance(options, CompressedOptions)
         weights, ignore = self.weights_args(options), ignored(base, layout)
         schemes = schemes_of(base).values()
         if schemes and all(same_args(scheme, weights) and scheme.kind in self.kinds for scheme in schemes):
@@ -249,7 +245,7 @@ def matches(target: str, module: str) -> bool:
         raise CheckpointError(f"quantization_config: {target!r} is no regular expression ({cause})") from cause
 
 
-def ignored(base: Mapping[str, Any], layout: Layout) -> list[str]:
+def ignored(base: Mapping[str, Any], layout: ModuleLayout) -> list[str]:
     """Names and patterns of what is dense, though its class is a target: the base's, and what they leave out."""
     ignore = [str(target) for target in base.get("ignore") or layout.skipped]
     dense = [module for module in layout.dense if not any(matches(target, module) for target in ignore)]

@@ -38,15 +38,15 @@ from qmerge.types import TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorS
 class StoredInt(Stored):
     """Codes on disk are words of a bit stream in every row, or int8; on the grid they are unsigned."""
 
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device, bits: int) -> None:
-        options = weight.options
-        assert isinstance(options, CompressedOptions)
+    def __init__(
+        self, weight: Weight, options: CompressedOptions, reader: Reader, device: torch.device, bits: int
+    ) -> None:
         self._weight, self._reader, self._device, self._bits = weight, reader, device, bits
         rows, columns = weight.shape
         scale_OG = reader.tensor(weight.parts["weight_scale"]).float().reshape(rows, -1)
         if not bool(scale_OG.isfinite().all()):
             raise CheckpointError(f"{weight.module}.weight_scale holds NaN or infinity")
-        zero_OG = read_zeros(weight, scale_OG, reader, bits)
+        zero_OG = read_zeros(weight, options, scale_OG, reader, bits)
         group_I = sequential_groups(columns, options.group_size)
         if options.act_order:
             group_I = reader.tensor(weight.parts["weight_g_idx"]).long()
@@ -66,7 +66,7 @@ class StoredInt(Stored):
         return self.grid.rows(rows).decode(self.codes(rows))
 
 
-def read_zeros(weight: Weight, scale_OG: Tensor, reader: Reader, bits: int) -> Tensor:
+def read_zeros(weight: Weight, options: CompressedOptions, scale_OG: Tensor, reader: Reader, bits: int) -> Tensor:
     """float32 [O, G], unsigned as the codes. Packed like the codes, but down the rows; as int8 in older files."""
     middle = 1 << (bits - 1)
     if "weight_zero_point" not in weight.parts:
@@ -77,8 +77,6 @@ def read_zeros(weight: Weight, scale_OG: Tensor, reader: Reader, bits: int) -> T
         zero_OG: Tensor = zero_GO.T.contiguous().float()
     else:
         zero_OG = stored.float().reshape(scale_OG.shape).add_(middle)
-    options = weight.options
-    assert isinstance(options, CompressedOptions)
     if options.sym and bool((zero_OG != middle).any()):
         raise CheckpointError(
             f"{weight.module}: config.json says symmetric, but weight_zero_point is not 0. {TAKE_CONFIG}"
@@ -91,7 +89,6 @@ class CompressedInt(Compressed):
     ``weight_shape`` int64 [2], and where asymmetric ``weight_zero_point`` int32 [O·bits/32, G]."""
 
     bits: ClassVar[int]
-    accepted_options: ClassVar[tuple[str, ...]] = ("group_size", "sym")
 
     def needed(self, scheme: Scheme) -> tuple[str, ...]:
         zeros = () if scheme.weights.get("symmetric", True) else ("weight_zero_point",)
@@ -172,11 +169,11 @@ class CompressedInt(Compressed):
         return True
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredInt(weight, reader, device, self.bits)
+        return StoredInt(weight, self.options_of(weight), reader, device, self.bits)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> CompressedOptions:
         like = self.like(source, dtype)
-        if like is not source and "group_size" in self.accepted_options:
+        if like is not source and "group_size" in self.info.accepted_options:
             like = replace(like, group_size=128)
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if "group_size" in asked and options.group_size not in GROUP_SIZES:
@@ -185,28 +182,25 @@ class CompressedInt(Compressed):
             )
         return options
 
-    def fitted(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
+    def options_for_model(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
         """Groups of 128, or of the most that divides the inputs of every weight: the library takes no short last group."""
-        if "group_size" in asked or "group_size" not in self.accepted_options:
+        if "group_size" in asked or "group_size" not in self.info.accepted_options:
             return asked
         return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
-    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
+    def check(self, name: str, shape: tuple[int, int], options: CompressedOptions) -> None:
         super().check(name, shape, options)
-        assert isinstance(options, CompressedOptions)
         if ".experts." in name and not options.sym:
             raise RecipeError(
                 f"{name}: transformers 5.23 reads experts without zero points: use --sym, symmetric codes"
             )
 
-    def described(self, options: Options) -> str:
-        assert isinstance(options, CompressedOptions)
+    def describe_options(self, options: CompressedOptions) -> str:
         groups = "a scale per row" if options.group_size == -1 else f"groups of {options.group_size}"
         order = ", act-order" if options.act_order else ""
         return f"{self.bits} bits, {groups}, {'symmetric' if options.sym else 'asymmetric'}{order}"
 
-    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-        assert isinstance(options, CompressedOptions)
+    def target_warnings(self, options: CompressedOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         if options.act_order:
             return ["weight_g_idx: vLLM reads it; compressed-tensors 0.20, and with it transformers, no longer does"]
         if options.sym:
@@ -217,8 +211,7 @@ class CompressedInt(Compressed):
         )
         return [line]
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert isinstance(options, CompressedOptions)
+    def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = 1 if options.group_size == -1 else columns // options.group_size
         specs = {
@@ -232,25 +225,23 @@ class CompressedInt(Compressed):
             specs["weight_g_idx"] = TensorSpec("I32", (columns,))
         return specs
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: CompressedOptions, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [rows, G, 2]: scale and zero."""
-        assert isinstance(options, CompressedOptions)
         group_I = sequential_groups(values_OI.shape[1], options.group_size, values_OI.device)
         dtype = TORCH_DTYPES[options.scale_dtype]
         return torch.stack(fit_scales(values_OI, group_I, self.bits, options.sym, dtype, inputs_I), dim=2)
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: CompressedOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        assert isinstance(options, CompressedOptions)
         group_I = sequential_groups(shape[1], options.group_size, scales.device)
         return AffineGrid(scales[..., 0].contiguous(), scales[..., 1].contiguous(), group_I, 2**self.bits)
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
         return pack_padded(codes_OI, self.bits)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
-        assert isinstance(grid, AffineGrid) and isinstance(options, CompressedOptions)
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
+        assert isinstance(grid, AffineGrid)
         parts = {
             "weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu(),
             "weight_shape": torch.tensor(shape),

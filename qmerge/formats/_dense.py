@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import NumbersError
-from qmerge.formats.base import NOT_QUANTIZED, Format, NoOptions, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
@@ -65,22 +65,28 @@ class StoredDense(Stored):
         return self.codes(rows).float()
 
 
-class Dense(Format):
+class StoredValues(Stored):
+    """A weight of a format that is only read. Nothing is rounded to its grid, so its values are their own codes."""
+
+    grid = FloatGrid(torch.float32)
+
+    def codes(self, rows: Rows) -> Tensor:
+        return self.values(rows)
+
+
+class Dense(TargetFormat[NoOptions]):
     """Numbers in one float dtype, any shape."""
 
-    loaders = "everything"
-    claims_last = True
-    needs_scales = False
-
     def __init__(self, name: str, dtype: str) -> None:
-        self.name, self.dense_dtype = name, dtype
+        self.info = FormatInfo(name=name, dense_dtype=dtype, loaders="everything")
+        self._dtype = dtype
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
         found = []
         for name, info in tensors.items():
-            if info.dtype == self.dense_dtype:
+            if info.dtype == self._dtype:
                 module, _, local = name.rpartition(".")
                 found.append(Weight(module, local, self.name, info.shape, {local: info}, NoOptions()))
         return found
@@ -88,20 +94,18 @@ class Dense(Format):
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredDense(weight, reader, device)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> NoOptions:
         return NoOptions()
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert self.dense_dtype is not None
-        return {local: TensorSpec(self.dense_dtype, shape)}
+    def outputs(self, local: str, shape: tuple[int, ...], options: NoOptions) -> dict[str, TensorSpec]:
+        return {local: TensorSpec(self._dtype, shape)}
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: NoOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        assert self.dense_dtype is not None
-        return FloatGrid(TORCH_DTYPES[self.dense_dtype])
+        return FloatGrid(TORCH_DTYPES[self._dtype])
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: NoOptions) -> Tensor:
         return codes_OI
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
@@ -111,7 +115,7 @@ class Dense(Format):
         if not bool(stored_OI.isinf().any()):
             return
         largest = float(merged_OI.abs().max())
-        limit = torch.finfo(TORCH_DTYPES[self.dense_dtype or "F32"]).max
+        limit = torch.finfo(TORCH_DTYPES[self._dtype]).max
         raise NumbersError(
             f"{name} reaches {largest:.6g}, but {self.name} ends at {limit:.6g}. Use --target bf16 or fp32."
         )

@@ -19,7 +19,7 @@ from qmerge.formats._affine import (
     sequential_groups,
     unpack_bits,
 )
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -40,9 +40,7 @@ class AwqOptions:
 class StoredAwq(Stored):
     """Rows of the weight are columns on disk, so the packed codes are held whole."""
 
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        options = weight.options
-        assert isinstance(options, AwqOptions)
+    def __init__(self, weight: Weight, options: AwqOptions, reader: Reader, device: torch.device) -> None:
         self._weight, self._reader, self._device = weight, reader, device
         self._packed: Tensor | None = None
         scale_GO = reader.tensor(weight.parts["scales"]).float()
@@ -75,47 +73,47 @@ def pack_rows(codes_XO: Tensor) -> Tensor:
     return pack_bits(codes_XO.reshape(len(codes_XO), -1, PER_WORD)[..., ROW].flatten(1), BITS)
 
 
-class Awq(Format):
+class Awq(TargetFormat[AwqOptions]):
     """Parts: ``qweight`` int32 [I, O/8], ``qzeros`` int32 [G, O/8] (zeros as they are), ``scales`` float16 [G, O]."""
 
-    name = "awq"
-    quant_method = "awq"
-    loaders = "vLLM, SGLang, transformers, gptqmodel"
-    accepted_options = ("group_size",)
-    row_axis = 1
+    info = FormatInfo(
+        name="awq",
+        quant_method="awq",
+        loaders="vLLM, SGLang, transformers, gptqmodel",
+        accepted_options=("group_size",),
+        row_axis=1,
+    )
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
         """GPTQ's parts have the same names: only the config tells."""
-        if quantization.get("quant_method") != self.quant_method:
+        if quantization.get("quant_method") != self.info.quant_method:
             return []
         _check_version(quantization)
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
         return [_weight(module, tensors, quantization) for module in modules]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredAwq(weight, reader, device)
+        return StoredAwq(weight, self.options_of(weight), reader, device)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> AwqOptions:
         like = source if isinstance(source, AwqOptions) else AwqOptions()
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if "group_size" in asked and options.group_size not in GROUP_SIZES:
             raise RecipeError(f"group_size {options.group_size}: AWQ has {', '.join(map(str, GROUP_SIZES))}")
         return options
 
-    def fitted(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
+    def options_for_model(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
         """Groups of 128, or of the most that divides the inputs of every weight."""
         if "group_size" in asked:
             return asked
         return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
-    def described(self, options: Options) -> str:
-        assert isinstance(options, AwqOptions)
+    def describe_options(self, options: AwqOptions) -> str:
         return "4 bits, " + ("one group" if options.group_size == -1 else f"groups of {options.group_size}")
 
-    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
-        assert isinstance(options, AwqOptions)
+    def check(self, name: str, shape: tuple[int, int], options: AwqOptions) -> None:
         rows, columns = shape
         if options.group_size != -1 and columns % options.group_size:
             raise RecipeError(
@@ -128,11 +126,10 @@ class Awq(Format):
                 f"{PER_WORD}; use --target w4a16 or nf4"
             )
 
-    def row_step(self, shape: tuple[int, int], options: Options) -> int:
+    def row_step(self, shape: tuple[int, int], options: AwqOptions) -> int:
         return PER_WORD
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert isinstance(options, AwqOptions)
+    def outputs(self, local: str, shape: tuple[int, ...], options: AwqOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = 1 if options.group_size == -1 else columns // options.group_size
         return {
@@ -144,23 +141,21 @@ class Awq(Format):
     def codes_part(self, local: str) -> str:
         return "qweight"
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: AwqOptions, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [rows, G, 2]: scale and zero."""
-        assert isinstance(options, AwqOptions)
         group_I = sequential_groups(values_OI.shape[1], options.group_size, values_OI.device)
         return torch.stack(fit_scales(values_OI, group_I, BITS, False, torch.float16, inputs_I), dim=2)
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: AwqOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        assert isinstance(options, AwqOptions)
         group_I = sequential_groups(shape[1], options.group_size, scales.device)
         return AffineGrid(scales[..., 0].contiguous(), scales[..., 1].contiguous(), group_I, 2**BITS)
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: AwqOptions) -> Tensor:
         return pack_rows(codes_OI.T)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: AwqOptions) -> Parts:
         assert isinstance(grid, AffineGrid)
         return {
             "qzeros": pack_rows(grid.zero_OG.T.to(torch.uint8)).cpu(),
@@ -168,16 +163,15 @@ class Awq(Format):
         }
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: AwqOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
         """As AutoAWQ writes it. Loaders skip lm_head by themselves."""
-        assert isinstance(options, AwqOptions)
         kept = [*(base.get("modules_to_not_convert") or ()), *layout.dense, *layout.experts]
         return {
             "bits": BITS,
             "group_size": options.group_size,
             "modules_to_not_convert": list(dict.fromkeys(kept)) or None,
-            "quant_method": self.quant_method,
+            "quant_method": self.info.quant_method,
             "version": "gemm",
             "zero_point": True,
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._scaled_float import FLOAT8, LARGEST, ScaledFloatGrid
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -42,9 +42,7 @@ class Fp8Options:
 
 
 class StoredFp8(Stored):
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        options = weight.options
-        assert isinstance(options, Fp8Options)
+    def __init__(self, weight: Weight, options: Fp8Options, reader: Reader, device: torch.device) -> None:
         self._info, self._reader, self._device = weight.parts["weight"], reader, device
         shape = (weight.shape[0], weight.shape[1])
         scale_RC = read_scales(weight.parts[options.scale], reader).view(blocks_of(shape, options.block))
@@ -63,19 +61,21 @@ class StoredFp8(Stored):
         return self.grid.rows(rows).decode(self.codes(rows))
 
 
-class Fp8(Format):
+class Fp8(TargetFormat[Fp8Options]):
     """Parts: ``weight`` float8 [O, I], ``weight_scale_inv`` float32 [⌈O/128⌉, ⌈I/128⌉]; in bases also ``weight_scale`` or
     other blocks, and scales of the inputs beside them. value = code · scale."""
 
-    name = "fp8"
-    quant_method = "fp8"
-    read_methods = ("fp8", "fbgemm_fp8", "compressed-tensors")
-    loaders = "vLLM, SGLang, transformers (without a GPU it dequantizes)"
+    info = FormatInfo(
+        name="fp8",
+        quant_method="fp8",
+        other_read_methods=("fbgemm_fp8", "compressed-tensors"),
+        loaders="vLLM, SGLang, transformers (without a GPU it dequantizes)",
+    )
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if quantization.get("quant_method", self.quant_method) not in self.read_methods:
+        if quantization.get("quant_method", self.info.quant_method) not in self.info.read_methods:
             return []
         found = []
         for name, info in tensors.items():
@@ -86,24 +86,22 @@ class Fp8(Format):
         return found
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredFp8(weight, reader, device)
+        return StoredFp8(weight, self.options_of(weight), reader, device)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Fp8Options:
         return source if isinstance(source, Fp8Options) else Fp8Options()
 
-    def described(self, options: Options) -> str:
-        assert isinstance(options, Fp8Options)
+    def describe_options(self, options: Fp8Options) -> str:
         return f"a scale for every {_words(options.block)}"
 
-    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
+    def check(self, name: str, shape: tuple[int, int], options: Fp8Options) -> None:
         if options != Fp8Options():
             raise RecipeError(
                 f"{name}: fresh FP8 scales are float32, for blocks of 128 x 128, without scales of the inputs; this base has "
                 f"others, which can be kept: use --scales keep"
             )
 
-    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-        assert isinstance(options, Fp8Options)
+    def target_warnings(self, options: Fp8Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         odd = [name for name, shape in shapes.items() if any(size % 128 for size in shape)]
         if options.block != SQUARE or options.scale != "weight_scale_inv" or not odd:
             return []
@@ -114,17 +112,16 @@ class Fp8(Format):
         )
         return [line]
 
-    def row_step(self, shape: tuple[int, int], options: Options) -> int:
-        assert isinstance(options, Fp8Options)
+    def row_step(self, shape: tuple[int, int], options: Fp8Options) -> int:
         return options.block[0] or 1
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+    def outputs(self, local: str, shape: tuple[int, ...], options: Fp8Options) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec("F8_E4M3", shape),
             "weight_scale_inv": TensorSpec("F32", blocks_of((shape[0], shape[1]), SQUARE)),
         }
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: Fp8Options, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [R, C]: what values are multiplied with; its reciprocal is stored.
 
         Both as transformers computes them, so that nearest rounding gives its bytes. A search over other scales gains 1 %
@@ -137,19 +134,19 @@ class Fp8(Format):
         return torch.where(inverse_RC.isfinite(), inverse_RC, 1.0)  # a block of zeros
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: Fp8Options, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
         return ScaledFloatGrid(1.0 / scales, shape, SQUARE, scales)
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: Fp8Options) -> Tensor:
         return codes_OI.view(FLOAT8)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Fp8Options) -> Parts:
         assert isinstance(grid, ScaledFloatGrid)
         return {"weight_scale_inv": grid.scale_RC.cpu()}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: Fp8Options, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
         """A base's own config, where its weights keep their scales: the layout is the base's, whichever it is."""
         fresh: dict[str, Any] = {

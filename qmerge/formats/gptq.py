@@ -23,7 +23,7 @@ from qmerge.formats._affine import (
     sequential_groups,
     unpack_bits,
 )
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -50,16 +50,14 @@ class GptqOptions:
 class StoredGptq(Stored):
     """Rows of the weight are columns on disk, so the packed codes are held whole."""
 
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        options = weight.options
-        assert isinstance(options, GptqOptions)
+    def __init__(self, weight: Weight, options: GptqOptions, reader: Reader, device: torch.device) -> None:
         self._weight, self._reader, self._device, self._bits = weight, reader, device, options.bits
         self._packed: Tensor | None = None
         scale_GO = reader.tensor(weight.parts["scales"]).float()
         if not bool(scale_GO.isfinite().all()):
             raise CheckpointError(f"{weight.module}.scales holds NaN or infinity")
         zero_GO = read_zeros(reader.tensor(weight.parts["qzeros"]), options)[:, : scale_GO.shape[1]]
-        group_I = read_groups(weight, reader)
+        group_I = read_groups(weight, options, reader)
         self.grid: AffineGrid = AffineGrid(
             scale_GO.T.contiguous().to(device), zero_GO.T.contiguous().to(device), group_I.to(device), 2**options.bits
         )
@@ -84,39 +82,39 @@ def read_zeros(words_GW: Tensor, options: GptqOptions) -> Tensor:
     return unpack_bits(words_GW + torch.tensor(ONES[options.bits], dtype=torch.int32), options.bits).float()
 
 
-def read_groups(weight: Weight, reader: Reader) -> Tensor:
+def read_groups(weight: Weight, options: GptqOptions, reader: Reader) -> Tensor:
     """int64 [I]: the group of every column."""
     if "g_idx" in weight.parts:
         return reader.tensor(weight.parts["g_idx"]).long()
-    options = weight.options
-    assert isinstance(options, GptqOptions)
     return sequential_groups(weight.shape[1], options.group_size)
 
 
-class Gptq(Format):
+class Gptq(TargetFormat[GptqOptions]):
     """Parts: ``qweight`` int32 [I·bits/32, O], ``qzeros`` int32 [G, O·bits/32], ``scales`` float16 [G, O], ``g_idx`` int32 [I]."""
 
-    name = "gptq"
-    quant_method = "gptq"
-    loaders = "vLLM, SGLang, transformers, gptqmodel"
-    accepted_options = ("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format")
-    row_axis = 1
-    takes_conv1d = True
-    lists_dense = True
-    always_written = ("g_idx",)
+    info = FormatInfo(
+        name="gptq",
+        quant_method="gptq",
+        loaders="vLLM, SGLang, transformers, gptqmodel",
+        accepted_options=("bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format"),
+        row_axis=1,
+        always_written=("g_idx",),
+        takes_conv1d=True,
+        lists_dense=True,
+    )
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if quantization.get("quant_method", self.quant_method) != self.quant_method:
+        if quantization.get("quant_method", self.info.quant_method) != self.info.quant_method:
             return []
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
         return [_weight(module, tensors, reader, quantization) for module in modules]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredGptq(weight, reader, device)
+        return StoredGptq(weight, self.options_of(weight), reader, device)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> GptqOptions:
         like = source if isinstance(source, GptqOptions) else GptqOptions()
         options = replace(like, **{name: value for name, value in asked.items() if value is not None})
         if "checkpoint_format" not in asked and not isinstance(source, GptqOptions) and not options.sym:
@@ -129,24 +127,21 @@ class Gptq(Format):
             raise RecipeError("static_groups is for act_order: without it, groups are static anyway")
         return options
 
-    def fitted(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
+    def options_for_model(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
         """Groups of 128, or of the most that divides the inputs of every weight: few loaders read a short last group."""
         if "group_size" in asked:
             return asked
         return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
 
-    def described(self, options: Options) -> str:
-        assert isinstance(options, GptqOptions)
+    def describe_options(self, options: GptqOptions) -> str:
         groups = "one group" if options.group_size == -1 else f"groups of {options.group_size}"
         order = ", act-order" if options.act_order else ""
         return f"{options.bits} bits, {groups}, {'symmetric' if options.sym else 'asymmetric'}{order}"
 
-    def same_grid(self, one: Options, other: Options) -> bool:
-        assert isinstance(one, GptqOptions) and isinstance(other, GptqOptions)
+    def same_grid(self, one: GptqOptions, other: GptqOptions) -> bool:
         return replace(one, static_groups=False) == replace(other, static_groups=False)
 
-    def check(self, name: str, shape: tuple[int, int], options: Options) -> None:
-        assert isinstance(options, GptqOptions)
+    def check(self, name: str, shape: tuple[int, int], options: GptqOptions) -> None:
         rows, columns = shape
         if options.group_size != -1 and columns % options.group_size:
             raise RecipeError(
@@ -158,8 +153,7 @@ class Gptq(Format):
                 f"{name} is {rows} x {columns}: GPTQ's loaders need multiples of {WORD} both ways; use --target nf4 or int8"
             )
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert isinstance(options, GptqOptions)
+    def outputs(self, local: str, shape: tuple[int, ...], options: GptqOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = 1 if options.group_size == -1 else -(-columns // options.group_size)
         return {
@@ -172,27 +166,24 @@ class Gptq(Format):
     def codes_part(self, local: str) -> str:
         return "qweight"
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: GptqOptions, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [rows, G, 2]: scale and zero."""
-        assert isinstance(options, GptqOptions)
         group_I = fresh_groups(values_OI.shape[1], options, inputs_I).to(values_OI.device)
         found = fit_scales(values_OI, group_I, options.bits, options.sym, torch.float16, inputs_I, least_zero=1)
         return torch.stack(found, dim=2)
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: GptqOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        assert isinstance(options, GptqOptions)
         group_I = fresh_groups(shape[1], options, inputs_I).to(scales.device)
         return AffineGrid(scales[..., 0].contiguous(), scales[..., 1].contiguous(), group_I, 2**options.bits)
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
-        assert isinstance(options, GptqOptions)
+    def pack(self, codes_OI: Tensor, options: GptqOptions) -> Tensor:
         return pack_bits(codes_OI, options.bits).T
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: GptqOptions) -> Parts:
         """Zeros are 1 or more, so that nothing borrows: readers of v1 by words and by fields agree."""
-        assert isinstance(grid, AffineGrid) and isinstance(options, GptqOptions)
+        assert isinstance(grid, AffineGrid)
         less = 1 if options.checkpoint_format == "gptq" else 0
         stored_GO = grid.zero_OG.T.to(torch.uint8) - less
         return {
@@ -202,9 +193,8 @@ class Gptq(Format):
         }
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: GptqOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
-        assert isinstance(options, GptqOptions)
         return {
             "bits": options.bits,
             "group_size": options.group_size,
@@ -223,8 +213,7 @@ class Gptq(Format):
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
         return {"quantize_config.json": dict(quantization)}
 
-    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-        assert isinstance(options, GptqOptions)
+    def target_warnings(self, options: GptqOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         if options.sym and options.bits in (4, 8):
             return []
         kind = f"{options.bits} bits{'' if options.sym else ', asymmetric'}"
@@ -257,7 +246,7 @@ def fresh_groups(columns: int, options: GptqOptions, inputs_I: Tensor | None) ->
     return torch.empty_like(group_I).index_copy_(0, order, group_I)
 
 
-def exceptions(layout: Layout) -> dict[str, Any]:
+def exceptions(layout: ModuleLayout) -> dict[str, Any]:
     """How a config says that some layers are dense, or stored otherwise: ``modules_in_block_to_quantize`` for optimum (it
     compares the ends of names, and knows one kind of layer), ``dynamic`` for gptqmodel, vLLM and SGLang (regular
     expressions; ``-:`` leaves out, ``+:`` changes)."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats._dense import FloatGrid
-from qmerge.formats.base import NOT_QUANTIZED, ReadOnly, Stored
+from qmerge.formats._dense import StoredValues
+from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, Stored
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Rows, TensorInfo, Weight
 
@@ -41,24 +41,17 @@ class HqqOptions:
     axis: int
 
 
-class StoredHqq(Stored):
+class StoredHqq(StoredValues):
     """The flattened weight is seen as a matrix [K, C] of groups; word p of a column holds the codes of rows p, p + P,
     p + 2P … of it, the first in its highest bits. So the packed codes are held whole.
-
-    Nothing is written on this grid, so the values themselves serve as codes.
     """
 
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        assert isinstance(weight.options, HqqOptions)
+    def __init__(self, weight: Weight, options: HqqOptions, reader: Reader, device: torch.device) -> None:
         self._weight, self._reader, self._device = weight, reader, device
-        self._bits, self._per_word, self._dtype = PACKINGS[weight.options.packing]
-        self._along_rows = weight.options.axis == 1
-        self.grid: FloatGrid = FloatGrid(torch.float32)
+        self._bits, self._per_word, self._dtype = PACKINGS[options.packing]
+        self._along_rows = options.axis == 1
         self._scale, self._zero = (self._small(local) for local in ("scale", "zero"))
         self._words_PC: Tensor | None = None
-
-    def codes(self, rows: Rows) -> Tensor:
-        return self.values(rows)
 
     def values(self, rows: Rows) -> Tensor:
         """(code − zero) · scale, in float32."""
@@ -82,23 +75,22 @@ class StoredHqq(Stored):
         return found.to(self._device)
 
 
-class Hqq(ReadOnly):
+class Hqq(Format[HqqOptions]):
     """Parts: ``W_q`` uint8 or int32 [⌈K/codes per word⌉, C], ``scale`` and ``zero`` for every group, and the settings of the
     layer, each a tensor of its own."""
 
-    name = "hqq"
-    quant_method = "hqq"
+    info = FormatInfo(name="hqq", quant_method="hqq")
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if quantization.get("quant_method", self.quant_method) != self.quant_method:
+        if quantization.get("quant_method", self.info.quant_method) != self.info.quant_method:
             return []
         modules = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
         return [_weight(module, tensors, reader) for module in modules]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredHqq(weight, reader, device)
+        return StoredHqq(weight, self.options_of(weight), reader, device)
 
 
 FORMAT = Hqq()

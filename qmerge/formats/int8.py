@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats._bnb4bit import bitsandbytes_config
-from qmerge.formats.base import NOT_QUANTIZED, Format, Layout, NoOptions, Stored
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -68,13 +68,10 @@ class StoredInt8(Stored):
         return self.grid.rows(rows).decode(self.codes(rows))
 
 
-class Int8(Format):
+class Int8(TargetFormat[NoOptions]):
     """Parts: ``weight`` int8 [O, I], ``SCB`` float32 [O], ``weight_format`` uint8 (0: row-major)."""
 
-    name = "int8"
-    quant_method = "bitsandbytes"
-    loaders = "transformers, vLLM (CUDA)"
-    takes_conv1d = True
+    info = FormatInfo(name="int8", quant_method="bitsandbytes", loaders="transformers, vLLM (CUDA)", takes_conv1d=True)
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -84,21 +81,21 @@ class Int8(Format):
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredInt8(weight, reader, device)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> NoOptions:
         return NoOptions()
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+    def outputs(self, local: str, shape: tuple[int, ...], options: NoOptions) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec("I8", shape),
             "SCB": TensorSpec("F32", (shape[0],)),
             "weight_format": TensorSpec("U8", ()),
         }
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: NoOptions, inputs_I: Tensor | None = None) -> Tensor:
         return values_OI.abs().amax(dim=1)
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: NoOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
         return Int8Grid(scales)
 
@@ -106,15 +103,15 @@ class Int8(Format):
         # Int8Params casts to float16 before it quantizes (bitsandbytes/nn/modules.py, Int8Params._quantize).
         return values_OI.half().float()
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: NoOptions) -> Tensor:
         return codes_OI
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: NoOptions) -> Parts:
         assert isinstance(grid, Int8Grid)
         return {"SCB": grid.scb_O.cpu(), "weight_format": torch.zeros((), dtype=torch.uint8)}
 
     def quantization_config(
-        self, options: Options, base: Mapping[str, Any], compute_dtype: str, layout: Layout
+        self, options: NoOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
         return bitsandbytes_config(base, layout, load_in_8bit=True)
 

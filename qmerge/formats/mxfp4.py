@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats._dense import FloatGrid
+from qmerge.formats._dense import StoredValues
 from qmerge.formats._levels import FP4
-from qmerge.formats.base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, NoOptions, Stored
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows, TensorInfo, Weight
 
@@ -21,20 +21,13 @@ BYTES, BIAS = 16, 127
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
-class StoredMxfp4(Stored):
-    """Rows are experts: one expert's values lie transposed in a dense checkpoint, so it is read whole.
-
-    Nothing is written on this grid, so the values themselves serve as codes.
-    """
+class StoredMxfp4(StoredValues):
+    """Rows are experts: one expert's values lie transposed in a dense checkpoint, so it is read whole."""
 
     def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
         self._blocks, self._scales = weight.parts[weight.local + BLOCKS], weight.parts[weight.local + SCALES]
         self._reader, self._device = reader, device
-        self.grid: FloatGrid = FloatGrid(torch.float32)
         self._table = torch.tensor(FP4, device=device)
-
-    def codes(self, rows: Rows) -> Tensor:
-        return self.values(rows)
 
     def values(self, rows: Rows) -> Tensor:
         """ldexp(code, scale − 127), as transformers has it (integrations/mxfp4.py): no scale is NaN, not even 255."""
@@ -50,20 +43,19 @@ class StoredMxfp4(Stored):
         return flat.view(len(rows), *info.shape[1:]).to(self._device)
 
 
-class Mxfp4(ReadOnly):
+class Mxfp4(Format[NoOptions]):
     """Parts of all experts at once: ``gate_up_proj_blocks`` uint8 [E, O, I/32, 16], ``gate_up_proj_scales`` uint8 [E, O, I/32].
 
     The weight is ``gate_up_proj`` [E, I, O], as a dense checkpoint has it. It is no target: adapters leave experts alone,
     so a merged model either keeps these bytes or has dense experts.
     """
 
-    name = "mxfp4"
-    quant_method = "mxfp4"
+    info = FormatInfo(name="mxfp4", quant_method="mxfp4")
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if quantization.get("quant_method", self.quant_method) != self.quant_method:
+        if quantization.get("quant_method", self.info.quant_method) != self.info.quant_method:
             return []
         names = [name.removesuffix(BLOCKS) for name, info in tensors.items() if _is_packed(name, info)]
         return [_weight(name, tensors) for name in names]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats._compressed import Scheme
+from qmerge.formats._compressed import QUANT_METHOD, CompressedOptions, Scheme
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
-from qmerge.formats.base import Stored
+from qmerge.formats.base import FormatInfo, Stored
 from qmerge.formats.nvfp4 import Nvfp4, StoredFp4
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Options, Parts, TensorSpec, Weight
+from qmerge.types import Parts, TensorSpec, Weight
 
 BIAS = 127
 
@@ -20,8 +20,12 @@ BIAS = 127
 class Mxfp4a16(Nvfp4):
     """Parts: ``weight_packed`` uint8 [O, I/2], ``weight_scale`` uint8 [O, I/32], exponents of two plus 127."""
 
-    name = "mxfp4a16"
-    loaders = "vLLM, transformers (dequantizes)"
+    info = FormatInfo(
+        name="mxfp4a16",
+        quant_method=QUANT_METHOD,
+        loaders="vLLM, transformers (dequantizes)",
+        required_dtype="bfloat16",
+    )
     kinds = (("mxfp4-pack-quantized", "float", 4),)
     group_size = 32
     strategy = "group"
@@ -36,7 +40,7 @@ class Mxfp4a16(Nvfp4):
             raise CheckpointError(f"{weight.module}.weight_scale holds 255, which is NaN")
         return StoredFp4(weight, reader, device, powers_of_two(exponents_OG.int()), self.group_size)
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+    def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         specs = super().outputs(local, shape, options)
         return {name: spec for name, spec in specs.items() if name != "weight_global_scale"}
 
@@ -46,11 +50,11 @@ class Mxfp4a16(Nvfp4):
         return [powers_of_two((exponent_OG + step).clamp(1, 254)) for step in (0, 1, -1)]
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: CompressedOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
         return LevelsGrid(FP4_LEVELS, scales, self.group_size)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, LevelsGrid)
         return {"weight_scale": (torch.frexp(grid.scale_OG).exponent - 1 + BIAS).to(torch.uint8).cpu()}
 

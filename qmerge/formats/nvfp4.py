@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import by_groups, sequential_groups
-from qmerge.formats._compressed import TAKE_CONFIG, Compressed, CompressedOptions, Scheme, group_size_of
+from qmerge.formats._compressed import QUANT_METHOD, TAKE_CONFIG, Compressed, CompressedOptions, Scheme, group_size_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
-from qmerge.formats.base import Stored
+from qmerge.formats.base import FormatInfo, Stored
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -68,9 +68,12 @@ class Nvfp4(Compressed):
     """Parts: ``weight_packed`` uint8 [O, I/2], ``weight_scale`` FP8 [O, I/16], ``weight_global_scale`` float32 [1], which
     the former are divided by."""
 
-    name = "nvfp4"
-    loaders = "vLLM, SGLang, transformers (dequantizes)"
-    loaded_as = "bfloat16"  # compressed-tensors 0.20 decompresses FP4 to nothing else
+    info = FormatInfo(
+        name="nvfp4",
+        quant_method=QUANT_METHOD,
+        loaders="vLLM, SGLang, transformers (dequantizes)",
+        required_dtype="bfloat16",  # compressed-tensors 0.20 decompresses FP4 to nothing else
+    )
     kinds = (("nvfp4-pack-quantized", "float", 4),)
     group_size: ClassVar[int] = 16
     strategy: ClassVar[str] = "tensor_group"
@@ -102,18 +105,18 @@ class Nvfp4(Compressed):
         scale_OG = reader.tensor(weight.parts["weight_scale"]).float() / whole
         return StoredFp4(weight, reader, device, scale_OG, self.group_size)
 
-    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Options:
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> CompressedOptions:
         if isinstance(source, CompressedOptions) and source.form == self.name:
             return source
         return CompressedOptions(self.name, self.group_size, True, self.scale_dtype)
 
-    def described(self, options: Options) -> str:
+    def describe_options(self, options: CompressedOptions) -> str:
         return f"groups of {self.group_size}"
 
     def way_out(self, columns: int) -> str:
         return "use --target w4a16 or nf4"
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
+    def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
         return {
             "weight_packed": TensorSpec("U8", (rows, columns // 2)),
@@ -121,7 +124,7 @@ class Nvfp4(Compressed):
             "weight_global_scale": TensorSpec("F32", (1,)),
         }
 
-    def scales(self, values_OI: Tensor, options: Options, inputs_I: Tensor | None = None) -> Tensor:
+    def scales(self, values_OI: Tensor, options: CompressedOptions, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [rows, G]: of the scales that can be stored, those with the least squared error."""
         group_I = sequential_groups(values_OI.shape[1], self.group_size, values_OI.device)
         values_OGN, weights_GN = by_groups(values_OI, group_I, inputs_I)
@@ -140,7 +143,7 @@ class Nvfp4(Compressed):
         return [four_bits(largest_OG * (share / 6)) for share in SHARES]
 
     def grid(
-        self, scales: Tensor, shape: tuple[int, int], options: Options, inputs_I: Tensor | None = None
+        self, scales: Tensor, shape: tuple[int, int], options: CompressedOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
         whole = global_scale(float(scales.max()))
         stored_OG = (scales * whole).clamp_(SMALLEST, LARGEST).to(torch.float8_e4m3fn)
@@ -148,10 +151,10 @@ class Nvfp4(Compressed):
         grid.global_scale = whole
         return grid
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
         return pack_fp4(codes_OI)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, Nvfp4Grid)
         return {
             "weight_scale": (grid.scale_OG * grid.global_scale).to(torch.float8_e4m3fn).cpu(),

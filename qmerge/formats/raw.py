@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import CheckpointError
-from qmerge.formats.base import NOT_QUANTIZED, NoOptions, ReadOnly, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, NoOptions, Stored
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
@@ -34,12 +34,10 @@ ORPHANS = (
 )
 
 
-class Raw(ReadOnly):
+class Raw(Format[NoOptions]):
     """Bytes that are passed on."""
 
-    name = "raw"
-    claims_last = True
-    needs_scales = False
+    info = FormatInfo(name="raw")
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED

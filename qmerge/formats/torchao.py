@@ -15,7 +15,7 @@ from torch import Tensor
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import AffineGrid, sequential_groups
 from qmerge.formats._scaled_float import ScaledFloatGrid
-from qmerge.formats.base import NOT_QUANTIZED, ReadOnly, Stored
+from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, Stored
 from qmerge.grids import Grid
 from qmerge.safetensors_io.header import read_header, strict_json
 from qmerge.safetensors_io.reader import Reader
@@ -38,17 +38,16 @@ class TorchaoOptions:
 
 
 class StoredTorchao(Stored):
-    def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        assert isinstance(weight.options, TorchaoOptions)
+    def __init__(self, weight: Weight, options: TorchaoOptions, reader: Reader, device: torch.device) -> None:
         self._info, self._reader, self._device = weight.parts[CODES], reader, device
         scale_OG = reader.tensor(weight.parts[SCALE]).float()
         if not bool(scale_OG.isfinite().all()):
             raise CheckpointError(f"{weight.module}.{SCALE} holds NaN or infinity; it is damaged, download it again")
-        shape, (height, width) = (weight.shape[0], weight.shape[1]), weight.options.block
+        shape, (height, width) = (weight.shape[0], weight.shape[1]), options.block
         counts = (shape[0] // height, shape[1] // width)
         self.grid: Grid
-        if weight.options.kind == "Float8Tensor":
-            self.grid = ScaledFloatGrid(scale_OG.view(counts).to(device), shape, weight.options.block)
+        if options.kind == "Float8Tensor":
+            self.grid = ScaledFloatGrid(scale_OG.view(counts).to(device), shape, options.block)
             return
         zero_OG = reader.tensor(weight.parts[ZERO]).float() if ZERO in weight.parts else torch.zeros_like(scale_OG)
         scale_OG, zero_OG = (
@@ -66,17 +65,16 @@ class StoredTorchao(Stored):
         return self.grid.rows(rows).decode(self.codes(rows))
 
 
-class Torchao(ReadOnly):
+class Torchao(Format[TorchaoOptions]):
     """Parts: ``_weight_qdata`` int8 or float8 [O, I], ``_weight_scale`` [O, G], ``_weight_zero_point`` int8 [O, G]. Which class
     they belong to stands in the metadata of the file."""
 
-    name = "torchao"
-    quant_method = "torchao"
+    info = FormatInfo(name="torchao", quant_method="torchao")
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if quantization.get("quant_method", self.quant_method) != self.quant_method:
+        if quantization.get("quant_method", self.info.quant_method) != self.info.quant_method:
             return []
 
         @cache
@@ -87,7 +85,7 @@ class Torchao(ReadOnly):
         return [_weight(module, tensors, metadata(tensors[f"{module}.{CODES}"].file)) for module in modules]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredTorchao(weight, reader, device)
+        return StoredTorchao(weight, self.options_of(weight), reader, device)
 
 
 FORMAT = Torchao()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from qmerge.formats._compressed import QUANT_METHOD
 from qmerge.formats._compressed_int import CompressedInt
+from qmerge.formats.base import FormatInfo
 
 
 class W4a16(CompressedInt):
-    name = "w4a16"
+    info = FormatInfo(
+        name="w4a16",
+        quant_method=QUANT_METHOD,
+        loaders="vLLM, SGLang, transformers",
+        accepted_options=("group_size", "sym"),
+        takes_single_experts=True,
+    )
     kinds = (("pack-quantized", "int", 4),)
     bits = 4
-    single_experts = True
 
 
 FORMAT = W4a16()

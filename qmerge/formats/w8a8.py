@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from qmerge.formats._affine import AffineGrid
-from qmerge.formats._compressed import CompressedOptions
+from qmerge.formats._compressed import QUANT_METHOD, CompressedOptions
 from qmerge.formats._compressed_int import CompressedInt
+from qmerge.formats.base import FormatInfo
 from qmerge.grids import Grid
-from qmerge.types import TORCH_DTYPES, Options, Parts, TensorSpec
+from qmerge.types import TORCH_DTYPES, Parts, TensorSpec
 
 
 class W8a8(CompressedInt):
     """Parts: ``weight`` int8 [O, I], ``weight_scale`` [O, 1], and where asymmetric ``weight_zero_point`` int8 [O, 1]."""
 
-    name = "w8a8"
+    info = FormatInfo(name="w8a8", quant_method=QUANT_METHOD, loaders="vLLM, SGLang, transformers")
     kinds = (("int-quantized", "int", 8), ("naive-quantized", "int", 8))
     bits = 8
     codes = "weight"
-    accepted_options = ()
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: Options) -> dict[str, TensorSpec]:
-        assert isinstance(options, CompressedOptions)
+    def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = 1 if options.group_size == -1 else columns // options.group_size
         specs = {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec(options.scale_dtype, (rows, groups))}
@@ -33,15 +32,15 @@ class W8a8(CompressedInt):
             specs["weight_zero_point"] = TensorSpec("I8", (rows, groups))
         return specs
 
-    def pack(self, codes_OI: Tensor, options: Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
         return (codes_OI.short() - 128).to(torch.int8)
 
-    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Options) -> Parts:
-        assert isinstance(grid, AffineGrid) and isinstance(options, CompressedOptions)
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
+        assert isinstance(grid, AffineGrid)
         scale = {"weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu()}
         return scale if options.sym else {**scale, "weight_zero_point": (grid.zero_OG - 128).to(torch.int8).cpu()}
 
-    def target_warnings(self, options: Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def target_warnings(self, options: CompressedOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
 
     def inputs_args(self) -> dict[str, Any] | None:

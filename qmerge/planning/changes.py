@@ -84,7 +84,7 @@ class ChangeMatcher:
 
     def _fitting_replacement(self, weight: Weight, change: Replacement) -> Change:
         shape = tuple(change.values.shape)
-        if shape == weight.shape and self.targets.format_of(weight, merged=True).quant_method:
+        if shape == weight.shape and self.targets.format_of(weight, merged=True).info.is_quantized:
             return OwnBaseUpdate(change.values, AddUpdate(torch.zeros_like(change.values)))
         if shape != weight.shape and not self._is_resized_embedding(weight, shape):
             raise _misfit(weight, shape)

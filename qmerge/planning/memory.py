@@ -80,9 +80,9 @@ def _whole_codes_bytes(step: Step) -> int:
     blocks and once put together."""
     source, target = get_format(step.weight.format), get_format(step.target)
     target_codes = step.weight.prefix + target.codes_part(step.weight.local)
-    nbytes = source.row_axis * step.weight.nbytes
+    nbytes = source.info.row_axis * step.weight.nbytes
     if target_codes in step.outputs:
-        nbytes += 2 * target.row_axis * step.outputs[target_codes].nbytes
+        nbytes += 2 * target.info.row_axis * step.outputs[target_codes].nbytes
     return nbytes
 
 

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from qmerge.checkpoint.architecture import ModuleKinds, module_kinds
 from qmerge.checkpoint.config import shared_quantization_config
 from qmerge.checkpoint.names import UNCONVERTED
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format
-from qmerge.formats.base import Format, Layout
+from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.planning.inputs import Inputs
 from qmerge.types import Options, Step, Update, Weight
 
@@ -29,7 +30,7 @@ class Modules:
     """
 
     inputs: Inputs
-    target: Format
+    target: TargetFormat[Any]
     simulates_training: bool
 
     # --- Conv1D ---
@@ -54,7 +55,7 @@ class Modules:
 
     def is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
         """Whether a weight is stored as [I, O]. An ``update`` whose shape tells spares the question to transformers."""
-        if not get_format(weight.format).dense_dtype or len(weight.shape) != 2 or weight.local != "weight":
+        if not get_format(weight.format).info.is_dense or len(weight.shape) != 2 or weight.local != "weight":
             return False
         if update is not None and update.shape == weight.shape and update.shape[0] != update.shape[1]:
             return False
@@ -67,19 +68,19 @@ class Modules:
         is_in_target_format = weight.format == self.target.name
         if self._towers and self._module(weight) in self._towers and not is_in_target_format:
             return False
-        if get_format(weight.format).quant_method:
-            return is_in_target_format or not self.target.quant_method or self.target.accepts(weight.shape)
+        if get_format(weight.format).info.is_quantized:
+            return is_in_target_format or not self.target.info.is_quantized or self.target.accepts(weight.shape)
         if not self._is_dense_matrix(weight):
             return False
-        if not (self.target.quant_method or self.simulates_training):
+        if not (self.target.info.is_quantized or self.simulates_training):
             return False
-        if self.target.single_experts and self._is_single_expert(weight):
+        if self.target.info.takes_single_experts and self._is_single_expert(weight):
             return self.target.name not in self.inputs.base.formats()
         return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
 
     def _is_dense_matrix(self, weight: Weight) -> bool:
         is_matrix = weight.local == "weight" and len(weight.shape) == 2
-        return is_matrix and bool(get_format(weight.format).dense_dtype)
+        return is_matrix and get_format(weight.format).info.is_dense
 
     @cached_property
     def _quantizes_dense(self) -> bool:
@@ -89,7 +90,7 @@ class Modules:
         quantized, which are not linear layers for other formats).
         """
         for weight in self.inputs.base.weights.values():
-            if not get_format(weight.format).quant_method:
+            if not get_format(weight.format).info.is_quantized:
                 continue
             if weight.format == self.target.name or self.target.accepts(weight.shape):
                 return False
@@ -97,21 +98,21 @@ class Modules:
 
     # --- the quantization config ---
 
-    def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> Layout:
+    def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> ModuleLayout:
         """Which linear layers are quantized in the output, and which stay dense although the loader expects them quantized:
         promoted ones, and those that a base of another library left dense on purpose.
 
         Raises:
             RecipeError: the loader would drop a weight that stays dense.
         """
-        if not self.target.quant_method:
-            return Layout()
+        if not self.target.info.is_quantized:
+            return ModuleLayout()
         self._check_experts(steps)
         module_of = {step.name: self._loaded_module(step.weight) for step in steps}
         stored = [step for step in steps if step.target == self.target.name]
         quantized = [module_of[step.name] for step in stored]
         dense = self._dense_modules(quantized) | {module_of[step.name] for step in steps if step.name in promoted}
-        return Layout(
+        return ModuleLayout(
             quantized=tuple(quantized),
             dense=tuple(dict.fromkeys(module for module in module_of.values() if module in dense)),
             skipped=self._default_module_kinds.skipped,
@@ -123,12 +124,12 @@ class Modules:
         """Modules that stay dense although the loader expects them quantized."""
         dense = self._towers
         library = shared_quantization_config(self.inputs.base, self.target)
-        if self.inputs.base.quantization and (not library or self.target.lists_dense):
+        if self.inputs.base.quantization and (not library or self.target.info.lists_dense):
             dense |= self._default_module_kinds.quantizable
         return dense - set(quantized)
 
     def _check_experts(self, steps: tuple[Step, ...]) -> None:
-        if self.target.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
+        if self.target.info.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         for step in steps:
             if step.target != self.target.name and self._is_single_expert(step.weight):
@@ -159,7 +160,7 @@ class Modules:
         bitsandbytes quantizes them; the tools of the other formats do not, and some of their loaders fail on quantized ones
         (Siglip and Gemma 3 in transformers 5.23).
         """
-        if self.target.quant_method in (None, "bitsandbytes") or self._keeps_names:
+        if self.target.info.quant_method in (None, "bitsandbytes") or self._keeps_names:
             return frozenset()
         return self._default_module_kinds.towers
 
@@ -190,7 +191,7 @@ class Modules:
         return self.inputs.base.config.get("model_type") in UNCONVERTED
 
 
-def dense_experts(steps: tuple[Step, ...], target: Format) -> tuple[str, ...]:
+def dense_experts(steps: tuple[Step, ...], target: TargetFormat[Any]) -> tuple[str, ...]:
     """Modules ``….experts`` of which no weight is stored in the target format."""
     all_experts: dict[str, None] = {}
     stored_experts: set[str] = set()

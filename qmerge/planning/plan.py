@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qmerge.checkpoint.scan import SINGLE
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import all_formats, get_format
+from qmerge.formats import all_targets, get_target
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.memory import block_entries, step_memory
 from qmerge.planning.steps import StepMaker
@@ -210,9 +210,9 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         raise CheckpointError(
             f"--original {recipe.original} is quantized; expected the dense 16- or 32-bit model that the base was made from"
         )
-    accepted = get_format(recipe.target).accepted_options
+    accepted = get_target(recipe.target).info.accepted_options
     for name in recipe.asked.keys() - set(accepted):
-        accepting = [known for known, fmt in all_formats().items() if name in fmt.accepted_options]
+        accepting = [known for known, fmt in all_targets().items() if name in fmt.info.accepted_options]
         raise RecipeError(
             f"--{name.replace('_', '-')} is for {', '.join(accepting)}, but the target is {recipe.target}: leave it out"
         )
@@ -239,6 +239,6 @@ def _shard_name(number: int, count: int) -> str:
 
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without the options that the other target does not have."""
-    accepted = get_format(target).accepted_options
+    accepted = get_target(target).info.accepted_options
     dropped: dict[str, Any] = {name: None for name in recipe.asked if name not in accepted}
     return make_recipe({**recipe.model_dump(), "target": target, **dropped, "max_size": None})

@@ -11,7 +11,7 @@ from typing import Any
 from qmerge.adapters.updates.lora import refuse_quantized
 from qmerge.checkpoint.config import output_config, with_setting, with_vocab_size
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import get_format
+from qmerge.formats import get_format, get_target
 from qmerge.formats.base import NoOptions
 from qmerge.planning.changes import Change, ChangeMatcher
 from qmerge.planning.embeddings import Embeddings
@@ -19,7 +19,7 @@ from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.planning.targets import TargetChooser, WeightTarget
 from qmerge.recipe import Recipe
-from qmerge.types import Replacement, Step, StepSource, TensorSpec, Update, Weight
+from qmerge.types import Options, Replacement, Step, StepSource, TensorSpec, Update, Weight
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepMaker:
     @cached_property
     def modules(self) -> Modules:
         """What kind of layer each weight belongs to."""
-        target = get_format(self.recipe.target)
+        target = get_target(self.recipe.target)
         return Modules(self.inputs, target, simulates_training=bool(self.recipe.trained_on))
 
     @cached_property
@@ -87,13 +87,15 @@ class StepMaker:
         """
         if isinstance(change, Replacement):
             return self._replacement_step(weight, change)
+        if weight.format == "raw":
+            return _copy_step(StepSource(weight=weight), weight.format, weight.options)
         update = change
         target = self.targets.choose(weight, merged=update is not None)
         source = self._choose_source(weight, update, target)
         if update is not None and not self._base_is_dense(source):
             refuse_quantized(weight.name, update)
         if update is None and self._can_be_copied(weight, source, target):
-            return _copy_step(source, target)
+            return _copy_step(source, target.format.name, target.options)
         step = Step(
             source=source,
             action="merge" if update else "convert",
@@ -109,7 +111,7 @@ class StepMaker:
     def _replacement_step(self, weight: Weight, change: Replacement) -> Step:
         """The adapter's own values, in the dtype of the base's (in a dense target's dtype)."""
         target = self.targets.format_of(weight, merged=True)
-        spec = TensorSpec(str(target.dense_dtype), tuple(change.values.shape))
+        spec = TensorSpec(str(target.info.dense_dtype), tuple(change.values.shape))
         return Step(
             source=StepSource(weight=weight),
             action="replace",
@@ -129,7 +131,7 @@ class StepMaker:
         original = None
         if merges_onto_original and self.inputs.original is not None:
             is_rounded = update is not None or not target.keeps_grid
-            if is_rounded and get_format(weight.format).quant_method:
+            if is_rounded and get_format(weight.format).info.is_quantized:
                 original = self._original_of(weight)
                 if not target.keeps_grid:  # the quantized weight is not needed at all
                     read_weight, original = original, None
@@ -151,7 +153,7 @@ class StepMaker:
         shapes = [weight.shape]
         if self.modules.is_conv1d(weight):
             shapes.append(weight.shape[::-1])
-        if original is not None and original.shape in shapes and get_format(original.format).dense_dtype:
+        if original is not None and original.shape in shapes and get_format(original.format).info.is_dense:
             return original
         found = f"{original.format} {list(original.shape)}" if original else "no such weight"
         raise CheckpointError(
@@ -163,22 +165,22 @@ class StepMaker:
         """Whether the dense form of the weight is that of a Conv1D, [I, O], and has to be transposed for the work."""
         if weight.local != "weight" or len(weight.shape) != 2:
             return False
-        if not get_format(weight.format).dense_dtype:
-            return bool(self.targets.format.dense_dtype) and self.modules.is_conv1d(weight)
-        is_quantized = self.targets.format.quant_method is not None or target.training_format is not None
+        if not get_format(weight.format).info.is_dense:
+            return self.targets.format.info.is_dense and self.modules.is_conv1d(weight)
+        is_quantized = self.targets.format.info.is_quantized or target.training_format is not None
         if update is None and not is_quantized:
             return False
         return self.modules.is_dense_conv1d(weight, update)
 
     def _base_is_dense(self, source: StepSource) -> bool:
         """Whether the delta is added to values that were never quantized."""
-        return not source.simulates_training and not get_format(source.base_weight.format).quant_method
+        return not source.simulates_training and not get_format(source.base_weight.format).info.is_quantized
 
     # --- action, outputs, rounding ---
 
     def _can_be_copied(self, weight: Weight, source: StepSource, target: WeightTarget) -> bool:
         """Whether the bytes on disk are already what the target stores."""
-        if source.training_format is not None and target.format.dense_dtype:
+        if source.training_format is not None and target.format.info.is_dense:
             return False  # the values change: they are quantized as in training
         is_stored_so = source.weight.format == target.format.name and source.weight.options == target.options
         return is_stored_so and weight.has_own_parts
@@ -192,17 +194,17 @@ class StepMaker:
         """
         if len(weight.shape) > 2:
             return "nearest"
-        is_requantized = bool(target.format.quant_method) and not target.keeps_grid
+        is_requantized = target.format.info.is_quantized and not target.keeps_grid
         if update is not None or (is_requantized and self.recipe.rounding == "preserve"):
             return self.recipe.rounding
         return "nearest"
 
     def _check_storable(self, step: Step) -> None:
         """Raise RecipeError where the target cannot store the weight on a fresh grid."""
-        target = get_format(step.target)
-        if not target.quant_method or step.source.keeps_grid:
+        target = get_target(step.target)
+        if not target.info.is_quantized or step.source.keeps_grid:
             return
-        if not target.takes_conv1d and self.modules.is_conv1d(step.weight):
+        if not target.info.takes_conv1d and self.modules.is_conv1d(step.weight):
             raise RecipeError(
                 f"{step.name} is a Conv1D, which no loader of {target.name} replaces: use --target nf4, int8 or bf16"
             )
@@ -219,7 +221,7 @@ class StepMaker:
         """
         target = self.targets.format
         options_used = Counter(step.options for step in steps if step.target == target.name)
-        if not options_used and target.quant_method:
+        if not options_used and target.info.is_quantized:
             raise CheckpointError(
                 f"no module of the base can be stored as {target.name}: expected linear layers; choose a dense target (bf16)"
             )
@@ -232,12 +234,12 @@ class StepMaker:
         return config
 
 
-def _copy_step(source: StepSource, target: WeightTarget) -> Step:
+def _copy_step(source: StepSource, target: str, options: Options) -> Step:
     return Step(
         source=replace(source, keeps_grid=False),
         action="copy",
-        target=target.format.name,
-        options=target.options,
+        target=target,
+        options=options,
         outputs=_specs_on_disk(source.weight),
     )
 
@@ -246,14 +248,14 @@ def _outputs(source: StepSource, target: WeightTarget) -> dict[str, TensorSpec]:
     """Full name → dtype and shape of every tensor that a conversion or a merge writes."""
     weight, fmt = source.weight, target.format
     shape = weight.shape
-    if source.conv1d and bool(fmt.dense_dtype) != bool(get_format(weight.format).dense_dtype):
+    if source.conv1d and fmt.info.is_dense != get_format(weight.format).info.is_dense:
         shape = shape[::-1]  # [I, O] on one side, [O, I] on the other
     outputs = {weight.prefix + local: spec for local, spec in fmt.outputs(weight.local, shape, target.options).items()}
     if not source.keeps_grid or source.training_format is not None:
         return outputs
     # The base's scales are copied, whichever optional parts they have; the codes and the parts that it lacks are new.
     kept = _specs_on_disk(weight)
-    new = {weight.prefix + local for local in fmt.always_written} - kept.keys()
+    new = {weight.prefix + local for local in fmt.info.always_written} - kept.keys()
     new.add(weight.prefix + fmt.codes_part(weight.local))
     return kept | {name: spec for name, spec in outputs.items() if name in new}
 

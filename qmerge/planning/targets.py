@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qmerge.formats import get_format
-from qmerge.formats.base import Format
+from qmerge.formats import get_format, get_target
+from qmerge.formats.base import TargetFormat
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.recipe import Recipe
@@ -27,7 +27,7 @@ class WeightTarget:
     keeps_grid       the grid stays the same, with its scales
     """
 
-    format: Format
+    format: TargetFormat[Any]
     options: Options
     training_format: TrainingFormat | None
     keeps_grid: bool
@@ -46,9 +46,9 @@ class TargetChooser:
     promoted: frozenset[str]
 
     @property
-    def format(self) -> Format:
+    def format(self) -> TargetFormat[Any]:
         """The format that the recipe names."""
-        return get_format(self.recipe.target)
+        return get_target(self.recipe.target)
 
     def choose(self, weight: Weight, merged: bool) -> WeightTarget:
         """The target of one weight.
@@ -66,28 +66,29 @@ class TargetChooser:
             keeps_grid=self._keeps_grid(weight, fmt, options, training),
         )
 
-    def format_of(self, weight: Weight, merged: bool) -> Format:
+    def format_of(self, weight: Weight, merged: bool) -> TargetFormat[Any]:
         """The format that a weight is written in.
 
         A quantized target takes the weights that its stock loader quantizes. A dense target takes all quantized weights and
         all weights in the base's own dtype; a weight that the base stores wider or narrower on purpose keeps its dtype.
+
+        Raises:
+            RecipeError: the weight has a dtype that is only copied.
         """
-        stored = get_format(weight.format)
-        if stored.name == "raw":
-            return stored
+        stored = get_format(weight.format).info
         if weight.name in self.promoted:
             return self._dense_format
-        if self.format.quant_method:
+        if self.format.info.is_quantized:
             if self.modules.is_quantizable(weight):
                 return self.format
-            return self._dense_format if stored.quant_method else stored
-        if stored.quant_method or merged or stored.dense_dtype == self.inputs.base.stored_dtype:
+            return self._dense_format if stored.is_quantized else get_target(weight.format)
+        if stored.is_quantized or merged or stored.dense_dtype == self.inputs.base.stored_dtype:
             return self.format
-        return stored
+        return get_target(weight.format)
 
     @property
-    def _dense_format(self) -> Format:
-        return get_format(DENSE_FORMATS[self.inputs.base.dtype])
+    def _dense_format(self) -> TargetFormat[Any]:
+        return get_target(DENSE_FORMATS[self.inputs.base.dtype])
 
     def _training_format(self, weight: Weight) -> TrainingFormat | None:
         if self.recipe.trained_on_format is None or not self.modules.is_quantizable(weight):
@@ -95,28 +96,31 @@ class TargetChooser:
         name, asked = self.recipe.trained_on_format
         if self.recipe.merge_onto == "original" and name != self.format.name:
             return None  # neither the values nor the grid of training are used
-        return TrainingFormat(name, get_format(name).options(asked, None, self.inputs.base.dtype))
+        return TrainingFormat(name, get_target(name).options(asked, None, self.inputs.base.dtype))
 
-    def _options(self, weight: Weight, fmt: Format, training: TrainingFormat | None) -> Options:
-        if fmt.name == weight.format and (fmt.dense_dtype or fmt.name == "raw"):
+    def _options(self, weight: Weight, fmt: TargetFormat[Any], training: TrainingFormat | None) -> Options:
+        if fmt.name == weight.format and fmt.info.is_dense:
             return weight.options
         default = training.options if training else weight.options
-        return fmt.options(self._asked_options, default, self.inputs.base.dtype)
+        options: Options = fmt.options(self._asked_options, default, self.inputs.base.dtype)
+        return options
 
     @cached_property
     def _asked_options(self) -> Mapping[str, Any]:
         """The recipe's options for the target; where the base is stored otherwise, with defaults that suit the model."""
-        if not self.format.quant_method or self.format.name in self.inputs.base.formats():
+        if not self.format.info.is_quantized or self.format.name in self.inputs.base.formats():
             return self.recipe.asked
         shapes = [
             weight.shape[::-1] if self.modules.is_dense_conv1d(weight) else weight.shape
             for weight in self.inputs.base.weights.values()
             if self.modules.is_quantizable(weight)
         ]
-        return self.format.fitted(self.recipe.asked, shapes)
+        return self.format.options_for_model(self.recipe.asked, shapes)
 
-    def _keeps_grid(self, weight: Weight, fmt: Format, options: Options, training: TrainingFormat | None) -> bool:
-        if not fmt.quant_method or self.recipe.scales != "keep":
+    def _keeps_grid(
+        self, weight: Weight, fmt: TargetFormat[Any], options: Options, training: TrainingFormat | None
+    ) -> bool:
+        if not fmt.info.is_quantized or self.recipe.scales != "keep":
             return False
         if training is not None:
             return training.format == fmt.name and fmt.same_grid(training.options, options)

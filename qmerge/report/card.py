@@ -35,7 +35,7 @@ def model_card(report: ReportData, plan: Plan) -> str:
     base, adapter = report.inputs[0], report.inputs[1]
     names = base_models(base, adapter, plan.inputs.adapter.config)
     licence = licence_of(plan.inputs.base.folder)
-    quantized = get_format(plan.target).quant_method
+    quantized = get_format(plan.target).info.quant_method
     tags = ["qmerge", "qlora", plan.target, *([quantized] if quantized else [])]
     origin: dict[str, Any] = {"base_model": names, "base_model_relation": "finetune"} if names else {}
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence, **origin)

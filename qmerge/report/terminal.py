@@ -160,7 +160,7 @@ def readers(targets: Sequence[str]) -> str:
     """Who reads which of these targets, one line for each set of loaders."""
     by_loaders: dict[str, list[str]] = {}
     for target in targets:
-        by_loaders.setdefault(get_format(target).loaders, []).append(target)
+        by_loaders.setdefault(get_format(target).info.loaders, []).append(target)
     return "\n".join(f"{', '.join(names)}: read by {loaders}" for loaders, names in by_loaders.items())
 
 

@@ -20,7 +20,7 @@ from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.evaluation.fidelity import fidelity
 from qmerge.forecast.preflight import Preflight, for_identity, run_preflight
 from qmerge.forecast.targets import resolve_auto
-from qmerge.formats import get_format
+from qmerge.formats import get_target
 from qmerge.metrics.base import Sums
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
@@ -114,7 +114,7 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
 def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
     """An option that none of the targets takes is an error; one that some take is for those."""
     for name in recipe.asked:
-        if not any(name in get_format(target).accepted_options for target in targets):
+        if not any(name in get_target(target).info.accepted_options for target in targets):
             raise RecipeError(f"--{name.replace('_', '-')}: none of {', '.join(targets)} takes it")
 
 
@@ -180,7 +180,7 @@ def write_model(
         report.residual = residual.write(out, place.residuals, place.rank)
     write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
     write_faces(report, plan, out)
-    target = get_format(plan.recipe.target)
+    target = get_target(plan.recipe.target)
     for name, content in target.side_files(plan.config.get("quantization_config") or {}).items():
         folder.write_json(out / name, content)
     folder.write_json(out / "config.json", plan.config, sort_keys=True)

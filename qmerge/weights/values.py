@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.formats import get_format
-from qmerge.formats.base import Format, OnTheFly, Stored, Transposed
+from qmerge.formats import get_format, get_target
+from qmerge.formats.base import OnTheFly, Stored, TargetFormat, Transposed
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import MemoryReader, Reader
 from qmerge.types import Options, Rows, Step, TensorInfo, Weight
@@ -38,7 +39,7 @@ def open_source(step: Step, context: RunContext) -> OpenSource:
     training = source.training_format
     if training is not None:
         blocks = list(row_blocks(step, context.block_entries))
-        stored = OnTheFly(base, step.shape, get_format(training.format), training.options, blocks)
+        stored = OnTheFly(base, step.shape, get_target(training.format), training.options, blocks)
     if source.base_weight is not source.weight:
         base = open_weight(source.base_weight, step, context)
     elif source.simulates_training:
@@ -54,12 +55,12 @@ def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
     """
     fmt = get_format(weight.format)
     stored = fmt.open(weight, context.reader, context.device)
-    if step.source.conv1d and fmt.dense_dtype:
+    if step.source.conv1d and fmt.info.is_dense:
         return Transposed(stored, step.shape[1])
     return stored
 
 
-def grid_of_rows(values_OI: Tensor, fmt: Format, options: Options) -> Grid:
+def grid_of_rows(values_OI: Tensor, fmt: TargetFormat[Any], options: Options) -> Grid:
     """A fresh grid for some rows, float32 [rows, I], as if they were the whole weight."""
     rows, columns = values_OI.shape
     return fmt.grid(fmt.scales(values_OI, options), (rows, columns), options)
@@ -74,7 +75,7 @@ def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: b
     fmt = get_format(weight.format)
     rows = weight.shape[0] if len(weight.shape) > 1 else 1
     values = fmt.open(weight, reader, device).values(Rows(0, rows)).view(weight.shape)
-    if conv1d and not fmt.dense_dtype:
+    if conv1d and not fmt.info.is_dense:
         return values.T.contiguous()
     return values
 
@@ -124,7 +125,7 @@ def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext)
             dtype=spec.dtype, shape=shape, name=name, file=Path(), offset=0
         )
     on_disk = step.shape
-    if step.source.conv1d and target.dense_dtype:
+    if step.source.conv1d and target.info.is_dense:
         on_disk = step.shape[::-1]
     weight = replace(step.weight, format=step.target, shape=on_disk, parts=parts, options=step.options)
     with MemoryReader(read) as reader:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmerge.formats import get_format
+from qmerge.formats import get_target
 from qmerge.formats._dense import FloatGrid
-from qmerge.formats.base import Format
 from qmerge.grids import DOWN, UP, Grid
 from qmerge.types import Rows
 
@@ -22,9 +21,9 @@ SHAPE = (16, 64)
 
 def grid_for(name: str, values_OI: Tensor) -> Grid:
     """A fresh grid with the format's defaults."""
-    target: Format = get_format(name)
+    target = get_target(name)
     shape = (values_OI.shape[0], values_OI.shape[1])
-    options = target.options(target.fitted({}, [shape]), None, "BF16")
+    options = target.options(target.options_for_model({}, [shape]), None, "BF16")
     return target.grid(target.scales(values_OI, options), shape, options)
 
 

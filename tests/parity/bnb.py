@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats import get_format
+from qmerge.formats import get_target
 from qmerge.formats._bnb4bit import Bnb4bitOptions
-from qmerge.formats.base import Format, Layout, Stored
+from qmerge.formats.base import ModuleLayout, Stored, TargetFormat
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Rows, Weight
@@ -26,9 +26,8 @@ STORAGES = {
 }  # fmt: skip
 
 
-def form(name: str) -> Format:
-    found: Format = get_format(name)
-    return found
+def form(name: str) -> TargetFormat[Any]:
+    return get_target(name)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -79,7 +78,7 @@ def saved(tensors: Mapping[str, Tensor], folder: Path) -> Path:
 def opened(path: Path, name: str, reader: Reader, options: Options | None = None) -> tuple[Weight, Stored]:
     """The one weight in a file; the config says what it would for ``options``."""
     infos, _ = read_header(path, CheckpointError)
-    config = form(name).quantization_config(options, {}, "bfloat16", Layout()) if options is not None else None
+    config = form(name).quantization_config(options, {}, "bfloat16", ModuleLayout()) if options is not None else None
     (weight,) = form(name).find(infos, reader, config or {})
     return weight, form(name).open(weight, reader, torch.device("cpu"))
 
@@ -100,6 +99,6 @@ def fresh(values_OI: Tensor, name: str, options: Options) -> dict[str, Tensor]:
     written = dict(target.scale_tensors(grid, "weight", shape, options))
     name = target.codes_part("weight")
     spec = target.outputs("weight", shape, options)[name]
-    joined = torch.cat(packed, dim=1) if target.row_axis else torch.cat([part.flatten() for part in packed])
+    joined = torch.cat(packed, dim=1) if target.info.row_axis else torch.cat([part.flatten() for part in packed])
     data = torch.frombuffer(bytearray(raw(joined)), dtype=torch.uint8)
     return {name: data.view(TORCH_DTYPES[spec.dtype]).view(spec.shape), **written}

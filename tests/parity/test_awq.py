@@ -16,7 +16,7 @@ from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import awq
 from qmerge.formats._affine import pack_bits
 from qmerge.formats.awq import FORMAT, AwqOptions
-from qmerge.formats.base import Layout
+from qmerge.formats.base import ModuleLayout
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
@@ -144,7 +144,7 @@ def test_scales_heed_the_inputs() -> None:
 
 def test_config_is_as_autoawq_writes_it(folders: dict[str, Path]) -> None:
     assert bases.quantization_config(folders["written"]) == bases.quantization_config(folders["awq"])
-    config = FORMAT.quantization_config(AwqOptions(), {}, "float16", Layout(("a",), ("b.c",)))
+    config = FORMAT.quantization_config(AwqOptions(), {}, "float16", ModuleLayout(("a",), ("b.c",)))
     assert config is not None and config["modules_to_not_convert"] == ["b.c"]
 
 
@@ -259,8 +259,8 @@ def test_shapes_that_do_not_fit() -> None:
         FORMAT.check("x.weight", (64, 96), AwqOptions(64))
     with pytest.raises(RecipeError, match=r"x.weight has 63 outputs.*multiple of 8; use --target w4a16 or nf4"):
         FORMAT.check("x.weight", (63, 64), AwqOptions(64))
-    assert FORMAT.fitted({}, [(64, 96), (64, 128)]) == {"group_size": 32}
-    assert FORMAT.fitted({}, [(64, 100)]) == {"group_size": -1}
+    assert FORMAT.options_for_model({}, [(64, 96), (64, 128)]) == {"group_size": 32}
+    assert FORMAT.options_for_model({}, [(64, 100)]) == {"group_size": -1}
 
 
 def test_gptq_folders_are_not_awqs() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import _compressed_int, get_format, nvfp4
+from qmerge.formats import _compressed_int, get_target, nvfp4
 from qmerge.formats._compressed import CompressedOptions, scheme_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
-from qmerge.formats.base import Format, Layout
+from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.formats.mxfp4a16 import powers_of_two
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.reader import Reader
@@ -49,9 +49,8 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 """Kind of base → target and options that write the like of it."""
 
 
-def form(name: str) -> Format:
-    found: Format = get_format(name)
-    return found
+def form(name: str) -> TargetFormat[Any]:
+    return get_target(name)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def values_of(path: Path, step: int | None = None) -> dict[str, Tensor]:
     found = {}
     with Reader() as reader:
         for name, weight in scan(path, reader).weights.items():
-            if form(weight.format).quant_method:
+            if form(weight.format).info.is_quantized:
                 stored, rows = form(weight.format).open(weight, reader, CPU), weight.shape[0]
                 starts = range(0, rows, step or rows)
                 found[name] = torch.cat([stored.values(Rows(at, min(at + (step or rows), rows))) for at in starts])
@@ -254,7 +253,7 @@ def test_scales_are_no_worse_than_the_librarys(kind: str, folder: Callable[[str]
     for name in list(oracle)[:7]:
         weight_OI = dense[name].float()
         shape = (weight_OI.shape[0], weight_OI.shape[1])
-        options = form(target).options(form(target).fitted(asked, [shape]), None, "BF16")
+        options = form(target).options(form(target).options_for_model(asked, [shape]), None, "BF16")
         grid = form(target).grid(form(target).scales(weight_OI, options), shape, options)
         theirs += float((oracle[name] - weight_OI).square().sum())
         ours += float((grid.decode(grid.nearest(weight_OI)) - weight_OI).square().sum())
@@ -321,7 +320,7 @@ def test_words_that_are_not_full(name: str, sym: bool, tmp_path: Path) -> None:
     """33 columns, 7 rows: codes and zero points end in the middle of a word."""
     options = CompressedOptions(name, -1, sym)
     parts = fresh(gaussian(1, (7, 33)), name, options)
-    config = form(name).quantization_config(options, {}, "bfloat16", Layout())
+    config = form(name).quantization_config(options, {}, "bfloat16", ModuleLayout())
     assert config is not None
     with Reader() as reader:
         weight, stored = opened(saved(parts, tmp_path), name, reader, options)
@@ -385,7 +384,7 @@ def test_columns_one_by_one_are_rounded_alike() -> None:
     values_OI, columns = gaussian(), torch.randperm(64, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([3, 0, 11])
     for target in ("w4a16", "nvfp4", "mxfp4a16"):
-        options = form(target).options(form(target).fitted({}, [(16, 64)]), None, "BF16")
+        options = form(target).options(form(target).options_for_model({}, [(16, 64)]), None, "BF16")
         grid = form(target).grid(form(target).scales(values_OI, options), (16, 64), options)
         nearest, whole = grid.column_rounder(columns, rows), grid.decode(grid.nearest(values_OI))
         for i, column in enumerate(columns.tolist()):
@@ -530,12 +529,12 @@ def test_shapes_that_do_not_fit() -> None:
         form("w4a16").check("x.weight", (64, 96), CompressedOptions("w4a16", 64))
     with pytest.raises(RecipeError, match=r"x.weight has 24 inputs, no multiple of .* 16: use --target w4a16 or nf4"):
         form("nvfp4").check("x.weight", (64, 24), CompressedOptions("nvfp4", 16))
-    assert form("w4a16").fitted({}, [(64, 96), (64, 128)]) == {"group_size": 32}
-    assert form("w8a8").fitted({}, [(64, 96)]) == {}
+    assert form("w4a16").options_for_model({}, [(64, 96), (64, 128)]) == {"group_size": 32}
+    assert form("w8a8").options_for_model({}, [(64, 96)]) == {}
 
 
 def test_dense_modules_are_ignored_once() -> None:
-    layout = Layout(("a.q",), ("a.k", "a.v"), ("lm_head",), ("a.experts",))
+    layout = ModuleLayout(("a.q",), ("a.k", "a.v"), ("lm_head",), ("a.experts",))
     options = CompressedOptions("w4a16", 128)
     fresh = form("w4a16").quantization_config(options, {}, "bfloat16", layout)
     assert fresh is not None and fresh["ignore"] == ["lm_head", "a.k", "a.v", r"re:a\.experts"]

@@ -19,7 +19,7 @@ from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError
 from qmerge.formats import get_format
 from qmerge.formats._scaled_float import ScaledFloatGrid
-from qmerge.formats.base import Format, Layout
+from qmerge.formats.base import ModuleLayout
 from qmerge.formats.fp8 import FORMAT, ROW, Fp8Options, read_scales
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.header import read_header
@@ -94,8 +94,8 @@ def read(folder: Path, block: int = 0, decoded: bool = False) -> dict[str, Tenso
     found = {}
     with Reader() as reader:
         for name, weight in scan(folder, reader).weights.items():
-            form: Format = get_format(weight.format)
-            if form.quant_method:
+            form = get_format(weight.format)
+            if form.info.is_quantized:
                 stored = form.open(weight, reader, torch.device("cpu"))
                 size = block or weight.shape[0]
                 places = [Rows(at, min(at + size, weight.shape[0])) for at in range(0, weight.shape[0], size)]
@@ -340,14 +340,14 @@ def test_odd_blocks_come_with_a_caution(dense: Made, adapter: Made, tmp_path: Pa
 
 
 def test_what_stays_dense_is_named() -> None:
-    left = Layout(dense=("model.layers.0.self_attn.q_proj",), experts=("model.layers.1.mlp.experts",))
+    left = ModuleLayout(dense=("model.layers.0.self_attn.q_proj",), experts=("model.layers.1.mlp.experts",))
     config = FORMAT.quantization_config(Fp8Options(), {}, "bfloat16", left) or {}
     assert config["modules_to_not_convert"] == ["lm_head", *left.dense, *left.experts]
     like = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "config_groups": {}}
     config = FORMAT.quantization_config(Fp8Options(), like, "bfloat16", left) or {}
     assert config == {**like, "ignore": ["lm_head", *left.dense, *left.experts]}
     for base in ({"quant_method": "fp8", "modules_to_not_convert": None}, {"quant_method": "fbgemm_fp8"}, like):
-        assert FORMAT.quantization_config(Fp8Options(), base, "bfloat16", Layout()) == base
+        assert FORMAT.quantization_config(Fp8Options(), base, "bfloat16", ModuleLayout()) == base
 
 
 def test_dense_experts_stay_dense_in_transformers(tmp_path: Path) -> None:

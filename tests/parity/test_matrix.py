@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.formats import all_formats, get_format
+from qmerge.formats import all_formats, all_targets, get_target
 
 from .. import models
 from . import bases, stock
@@ -43,7 +43,7 @@ Made = Callable[[str], Path]
 
 def test_every_format_is_there() -> None:
     formats = all_formats()
-    assert set(ERRORS) == {name for name, form in formats.items() if form.is_target}
+    assert set(ERRORS) == set(all_targets())
     assert set(BASES) == set(formats) - {"raw", "fp16", "fp32"}, "fp16 and fp32 are read as bf16 is"
 
 
@@ -107,8 +107,8 @@ def test_other_architectures(tmp_path: Path, name: str, target: str) -> None:
     model = other(name)
     base = models.save(model, tmp_path / "base")
     lora = models.adapter(model, tmp_path / "lora", target_modules=OTHERS[name], fan_in_fan_out=name == "gpt2")
-    form = get_format(target)
-    if name == "gpt2" and form.quant_method and not form.takes_conv1d:
+    target_info = get_target(target).info
+    if name == "gpt2" and target_info.is_quantized and not target_info.takes_conv1d:
         with pytest.raises(RecipeError, match="is a Conv1D, which no loader of"):
             stock.merged(tmp_path / "out", base, lora, target)
         assert not (tmp_path / "out").exists()

@@ -1,0 +1,20 @@
+"""What a format must define to be read (``Format``) and, where qmerge writes it too, to be a target (``TargetFormat``)."""
+
+from qmerge.formats.base.format import NOT_QUANTIZED, Format, NoOptions, OptionsT
+from qmerge.formats.base.info import FormatInfo
+from qmerge.formats.base.on_the_fly import OnTheFly
+from qmerge.formats.base.stored import Stored, Transposed
+from qmerge.formats.base.target import ModuleLayout, TargetFormat
+
+__all__ = [
+    "NOT_QUANTIZED",
+    "Format",
+    "FormatInfo",
+    "ModuleLayout",
+    "NoOptions",
+    "OnTheFly",
+    "OptionsT",
+    "Stored",
+    "TargetFormat",
+    "Transposed",
+]
