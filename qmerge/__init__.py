@@ -66,6 +66,6 @@ def plan(**settings: Any) -> dict[str, Any]:
     Settings as for ``merge``; ``target`` and ``out`` may be left out.
     """
     from qmerge.recipe import make_recipe
-    from qmerge.report import plan as face
+    from qmerge.report.describe.plan import describe_plan
 
-    return face.describe(make_recipe({"target": "nf4", **settings}), target_given="target" in settings)
+    return describe_plan(make_recipe({"target": "nf4", **settings}), target_given="target" in settings)

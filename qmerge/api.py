@@ -10,13 +10,15 @@ from qmerge import run
 from qmerge.evaluation.fidelity import fidelity_of_folder
 from qmerge.patch import direct
 from qmerge.recipe import JUDGED_TOKENS, make_recipe
-from qmerge.report.terminal import TerminalProgress, out, survival_table
-from qmerge.schema import FidelityRecord, ReportData, survived
+from qmerge.report.terminal.console import stdout
+from qmerge.report.terminal.progress import TerminalProgress
+from qmerge.report.terminal.tables import survival_table
+from qmerge.schema import FidelityRecord, ReportData, overall_kept
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. ``data`` is the content of qmerge.json (``qmerge.report.json.ReportData``)."""
+    """What a run did. ``data`` is the content of qmerge.json (``qmerge.schema.ReportData``)."""
 
     data: ReportData
 
@@ -24,7 +26,7 @@ class Report:
     def kept(self) -> float | None:
         """Share of the delta that survived: in the layers' output where calibration saw their inputs, else in the weights,
         each counted by its ‖delta‖². None when the delta is zero."""
-        return survived(self.data.total.values)
+        return overall_kept(self.data.total.values)
 
     @property
     def noise(self) -> float | None:
@@ -41,7 +43,7 @@ class Report:
         return summary(self.data)
 
     def __str__(self) -> str:
-        console = out()
+        console = stdout()
         with console.capture() as capture:
             console.print(survival_table(self.data))
         return capture.get()

@@ -1,6 +1,7 @@
-"""qmerge.json: what was asked, what was done, what survived. These models are its schema (version 1).
+"""The schema of qmerge.json (version 1): what was asked, what was done, what survived.
 
-Other faces (terminal, card, HTML) show this data and compute nothing. Shares are fractions of 1, sizes are bytes.
+The terminal, the model card and the HTML page show this data and compute nothing. Shares are fractions of 1, sizes are
+bytes. Every field is described in docs/qmerge-json.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qmerge.errors import CheckpointError
 
+# The fields of these models are the keys of a published file: a new name is a new schema version.
 SCHEMA_VERSION: Literal[1] = 1
 NAME = "qmerge.json"
 RECIPE_NAME = "qmerge_recipe.yaml"
@@ -29,7 +31,7 @@ class FileRecord(BaseModel):
 
 
 class FingerprintRecord(BaseModel):
-    """Which model it is, whatever files it comes in (``checkpoint/fingerprint.py``)."""
+    """Identifies a model by its content, however that is split into files (``checkpoint/fingerprint.py``)."""
 
     model_config = ConfigDict(extra="forbid")
     id: str
@@ -51,18 +53,22 @@ class InputRecord(BaseModel):
 
 
 def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
-    """``base``, ``adapter``, ``adapter 2``: every input by a name of its own."""
-    seen: Counter[str] = Counter()
-    found = []
+    """Every input with a role of its own: ``base``, ``adapter``, ``adapter 2``."""
+    count_of_role: Counter[str] = Counter()
+    numbered_records = []
     for record in records:
-        seen[record.role] += 1
-        number = f" {seen[record.role]}" if seen[record.role] > 1 else ""
-        found.append((record.role + number, record))
-    return found
+        count_of_role[record.role] += 1
+        count = count_of_role[record.role]
+        role = f"{record.role} {count}" if count > 1 else record.role
+        numbered_records.append((role, record))
+    return numbered_records
 
 
 class CalibrationRecord(BaseModel):
-    """The text that ``preserve`` rounding was calibrated on. ``sha256``: of the token ids."""
+    """The text that ``preserve`` rounding was calibrated on.
+
+    ``source`` is ``random``, ``generate``, ``none``, or the name of a file or data set; ``sha256`` is that of the token ids.
+    """
 
     model_config = ConfigDict(extra="forbid")
     source: str
@@ -71,10 +77,22 @@ class CalibrationRecord(BaseModel):
     sequential: bool = False
     sha256: str | None = None
 
+    @property
+    def text(self) -> str:
+        """What the layers' outputs were measured on, in words."""
+        if self.source == "random":
+            return "random tokens"
+        if self.source == "generate":
+            return "text that the model wrote"
+        return "the calibration text"
+
 
 class SeenRecord(BaseModel):
-    """What calibration saw of one weight's inputs. ``borrowed``: share of the Hessian that other experts lent;
-    ``damping``: what the metric needed to be factored, a share of its mean diagonal."""
+    """What calibration saw of one weight's inputs.
+
+    ``borrowed``: share of the Hessian that comes from other experts of the layer, because this one saw too few tokens;
+    ``damping``: what had to be added to the Hessian's diagonal before it could be factored, a share of its mean.
+    """
 
     model_config = ConfigDict(extra="forbid")
     tokens: int
@@ -82,22 +100,29 @@ class SeenRecord(BaseModel):
     damping: float
 
 
-def adapters_named(inputs: list[InputRecord]) -> str:
-    """``math + chat``: all adapters that went into a model."""
+def adapter_names(inputs: Sequence[InputRecord]) -> str:
+    """All adapters that went into a model: ``math + chat``."""
     return " + ".join(record.name for record in inputs if record.role == "adapter")
 
 
-def one_each(names: Sequence[str]) -> list[str]:
+def distinct_names(names: Sequence[str]) -> list[str]:
     """Names that tell adapters apart: ``lora``, ``lora (2)``."""
-    return [
-        f"{name} ({names[: place + 1].count(name)})" if names[:place].count(name) else name
-        for place, name in enumerate(names)
-    ]
+    count_of_name: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        count_of_name[name] += 1
+        count = count_of_name[name]
+        distinct.append(f"{name} ({count})" if count > 1 else name)
+    return distinct
 
 
-def survived(values: Mapping[str, float | None]) -> float | None:
-    """The one number: kept in the layers' output where their inputs were seen, else in the weights."""
-    return values["kept"] if values.get("output_kept") is None else values["output_kept"]
+def overall_kept(values: Mapping[str, float | None]) -> float | None:
+    """The share kept, as one number: in the layers' outputs where calibration saw their inputs, else in the weights.
+
+    ``preserve`` puts its rounding errors where no input points, so its share in the weights alone says too little.
+    """
+    output_kept = values.get("output_kept")
+    return values["kept"] if output_kept is None else output_kept
 
 
 class WeightRecord(BaseModel):
@@ -116,7 +141,7 @@ class WeightRecord(BaseModel):
 
 
 class GroupRecord(BaseModel):
-    """All merged weights together, or those whose module ends alike; each weight counts by its ‖delta‖²."""
+    """All merged weights together, or those of one kind (``q_proj``); each weight counts by its ‖delta‖²."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -125,7 +150,10 @@ class GroupRecord(BaseModel):
 
 
 class ModulePairRecord(BaseModel):
-    """How two adapters meet in one weight. ``sign_conflict`` is None where it was not measured."""
+    """Two adapters in one weight: the cosine of their deltas, and the share of their common change that has opposite signs.
+
+    ``sign_conflict`` is None where it was not measured.
+    """
 
     model_config = ConfigDict(extra="forbid")
     module: str
@@ -134,7 +162,7 @@ class ModulePairRecord(BaseModel):
 
 
 class PairRecord(BaseModel):
-    """Two adapters that were combined: in all the weights that both change together (each by its size), and in each."""
+    """Two adapters that were combined: over all weights that both change, each counted by its size, and in each weight."""
 
     model_config = ConfigDict(extra="forbid")
     one: str
@@ -145,12 +173,13 @@ class PairRecord(BaseModel):
 
     @property
     def worst(self) -> ModulePairRecord | None:
-        """Where the deltas are most opposed."""
-        return min((m for m in self.modules if m.cosine is not None), key=lambda m: m.cosine or 0.0, default=None)
+        """The weight in which the deltas are most opposed; None where no cosine exists."""
+        known = [module for module in self.modules if module.cosine is not None]
+        return min(known, key=lambda module: module.cosine or 0.0, default=None)
 
 
 class ResidualRecord(BaseModel):
-    """The small adapter beside the merged model. ``noise``: as ``output_noise`` over all merged weights."""
+    """The LoRA that compensates for the rounding error. ``noise_…``: ``output_noise`` over all merged weights."""
 
     model_config = ConfigDict(extra="forbid")
     rank: int
@@ -160,7 +189,11 @@ class ResidualRecord(BaseModel):
 
 
 class FidelityRecord(BaseModel):
-    """A whole merged model, judged on text that it was not calibrated on. Losses and divergences in nats per token."""
+    """A whole merged model on held-out text, compared with its base and with the unmerged adapter model.
+
+    Losses and divergences are in nats per token. ``gain_kept``: (loss_base − loss_merged) / (loss_base − loss_unmerged);
+    ``kl_ratio``: KL(unmerged ‖ merged) / KL(unmerged ‖ base). Both are None where the denominator is not positive.
+    """
 
     model_config = ConfigDict(extra="forbid")
     text: str
@@ -178,7 +211,7 @@ class FidelityRecord(BaseModel):
 
 
 class ReportData(BaseModel):
-    """Everything in qmerge.json."""
+    """The whole content of qmerge.json."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -208,12 +241,22 @@ class ReportData(BaseModel):
     residual: ResidualRecord | None = None
     fidelity: FidelityRecord | None = None
 
+    @property
+    def outputs_measured(self) -> bool:
+        """Whether calibration saw the layers' inputs, so that the layers' outputs could be measured, too."""
+        return self.total.values.get("output_kept") is not None
+
+    @property
+    def calibration_text(self) -> str:
+        """What the layers' outputs were measured on, in words."""
+        return self.calibration.text if self.calibration else "the calibration text"
+
 
 def read_report(folder: Path) -> ReportData:
     """The report of an output folder.
 
     Raises:
-        CheckpointError: there is none, or it has another schema.
+        CheckpointError: the folder has no qmerge.json, or one of another schema version.
     """
     path = folder / NAME
     if not path.is_file():
@@ -222,18 +265,22 @@ def read_report(folder: Path) -> ReportData:
         return ReportData.model_validate_json(path.read_bytes())
     except ValidationError as cause:
         first = cause.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        key = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{path.name}: {where}: {first['msg']} (this version reads schema {SCHEMA_VERSION})"
+            f"{path.name}: {key}: {first['msg']} (this version of qmerge reads schema version {SCHEMA_VERSION})"
         ) from cause
 
 
 def merged_into(folder: Path) -> set[str]:
-    """SHA-256 of the files of the adapters that a model already holds, where qmerge made it."""
+    """SHA-256 of the files of all adapters that were merged into a model; empty where qmerge did not make the model."""
     if not (folder / NAME).is_file():
         return set()
     try:
         inputs = read_report(folder).inputs
-    except CheckpointError:  # of another version: a report is no part of a base
+    except CheckpointError:  # written by another version: a base can be used without its report
         return set()
-    return {file.sha256 for record in inputs if record.role == "adapter" for file in record.files}
+    hashes: set[str] = set()
+    for record in inputs:
+        if record.role == "adapter":
+            hashes.update(file.sha256 for file in record.files)
+    return hashes

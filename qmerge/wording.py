@@ -1,45 +1,89 @@
-"""Numbers in words: fractions, factors and ranges as tables and messages show them."""
+"""Numbers and names in words: percentages, factors, ranges and sizes, as tables and messages show them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+DASH = "–"
+"""A table shows this where a value does not exist."""
+
 
 def percent(share: float) -> str:
-    """0.0123 → ``1.2 %``: two digits below 10 %, whole numbers above."""
+    """A fraction of 1 as a percentage. ``0.0123`` → ``1.2 %``: two digits below 10 %, whole numbers above."""
     value = 100 * share
     if 0 < abs(value) < 0.01:
         return "< 0.01 %" if value > 0 else "-0.0 %"
-    if value == 0 or abs(value) >= 9.95:
+    if value == 0 or abs(value) >= 9.95:  # 9.95 would be shown as 10.0, three digits
         return f"{value:.0f} %"
-    return f"{value:.1f} %" if abs(value) >= 0.95 else f"{value:.2f} %"
+    if abs(value) >= 0.95:
+        return f"{value:.1f} %"
+    return f"{value:.2f} %"
 
 
 def times(ratio: float) -> str:
-    if not ratio < 1e6:
+    """A factor. ``18.3`` → ``18x``, ``1.44`` → ``1.4x``."""
+    if not ratio < 1e6:  # NaN and infinity, too
         return "over a million times"
-    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
+    if ratio >= 9.95:
+        return f"{ratio:.0f}x"
+    return f"{ratio:.1f}x"
+
+
+def decimal(value: float) -> str:
+    """A ratio with two decimals; small ones that are not zero are ``< 0.01``."""
+    if value >= 0.01 or value == 0:
+        return f"{value:.2f}"
+    return "< 0.01"
+
+
+def percent_or_dash(share: float | None) -> str:
+    """As ``percent``; a dash for None."""
+    return DASH if share is None else percent(share)
+
+
+def decimal_or_dash(value: float | None) -> str:
+    """As ``decimal``; a dash for None."""
+    return DASH if value is None else decimal(value)
+
+
+def fixed_or_dash(value: float | None, decimals: int) -> str:
+    """So many decimals; a dash for None."""
+    return DASH if value is None else f"{value:.{decimals}f}"
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in decimal units. ``2087432`` → ``2.09 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 warning``, ``2 warnings``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def module_names(modules: Sequence[str]) -> str:
-    """``q_proj, v_proj of 24 layers``; the whole name where there is one."""
+    """Many modules, shortened to their kinds: ``q_proj, v_proj of 24 layers``. A single one keeps its whole name."""
     if len(modules) == 1:
         return modules[0]
-    kinds = Counter(module.rpartition(".")[2] for module in modules)
-    by_count: dict[int, list[str]] = defaultdict(list)
-    for kind, count in kinds.items():
-        by_count[count].append(kind)
-    return "; ".join(f"{', '.join(names)} of {n} layer{'s' * (n > 1)}" for n, names in by_count.items())
+    layers_of_kind = Counter(module.rpartition(".")[2] for module in modules)
+    kinds_by_layers: dict[int, list[str]] = defaultdict(list)
+    for kind, layers in layers_of_kind.items():
+        kinds_by_layers[layers].append(kind)
+    return "; ".join(f"{', '.join(kinds)} of {counted(layers, 'layer')}" for layers, kinds in kinds_by_layers.items())
 
 
-def span(face: Callable[[float], str], values: Iterable[float | None]) -> str:
-    """Smallest to largest, once if they read the same."""
+def span(formatter: Callable[[float], str], values: Iterable[float | None]) -> str:
+    """The smallest and the largest value, ``1.0 % to 3.4 %``; only one where both read the same. Without values, zero."""
     known = [value for value in values if value is not None] or [0.0]
-    low, high = face(min(known)), face(max(known))
+    low = formatter(min(known))
+    high = formatter(max(known))
     return low if low == high else f"{low} to {high}"
 
 
 def article(target: str) -> str:
-    """``n`` where the name of a target takes "an"."""
-    return "n" if target[0] in "aeiou" or target.startswith(("nf", "fp")) else ""
+    """What follows "a" before the name of a target: ``n`` for "an NF4 step", nothing for "a GPTQ step"."""
+    return "n" if target.startswith(("nf", "nv", "fp", "mx", "a", "e", "i", "o", "u")) else ""

@@ -156,13 +156,14 @@ def plan_command(
     **settings: Any,
 ) -> None:
     """Headers only: every weight and its action, bytes, memory, disk, and predicted survival for every target."""
-    from qmerge.report import plan as face
+    from qmerge.report.describe.plan import describe_plan
+    from qmerge.report.terminal.plan import show_plan
 
-    described = face.describe(checked({"target": "nf4", **settings}), target_given="target" in settings)
+    described = describe_plan(checked({"target": "nf4", **settings}), target_given="target" in settings)
     if json:
         typer.echo(jsonlib.dumps(described, indent=1))
     else:
-        face.show(described, all_weights)
+        show_plan(described, all_weights)
 
 
 @app.command("measure")
@@ -183,7 +184,9 @@ def measure_command(
     With --verify FILE, whole models are judged: each is written to a temporary folder, and thrown away.
     """
     from qmerge import run
-    from qmerge.report import terminal
+    from qmerge.report.terminal import tables
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.progress import TerminalProgress
 
     targets = target or ["nf4"]
     if "auto" in targets:
@@ -191,16 +194,16 @@ def measure_command(
             "measure takes formats by name; qmerge plan shows all of them, and --target auto is for a merge"
         )
     recipe = checked({**settings, "target": targets[0]})
-    reports = run.measure(recipe, targets, terminal.TerminalProgress(quiet))
+    reports = run.measure(recipe, targets, TerminalProgress(quiet))
     if json:
         typer.echo(jsonlib.dumps([report.model_dump() for report in reports], indent=1))
     else:
-        table = terminal.survival_table(reports[0]) if len(reports) == 1 else terminal.measured_table(reports)
-        terminal.out().print(table)
-        for line in terminal.extras(reports[0]):  # adapters meet alike on the way to every target
+        table = tables.survival_table(reports[0]) if len(reports) == 1 else tables.measured_table(reports)
+        stdout().print(table)
+        for line in tables.extra_lines(reports[0]):  # adapters meet alike on the way to every target
             typer.echo(line)
         if len(reports) == 1 and reports[0].fidelity:
-            terminal.out().print(terminal.fidelity_table(reports[0].fidelity))
+            stdout().print(tables.fidelity_table(reports[0].fidelity))
         for report in reports:
             show_warnings(report.warnings, f"{report.recipe['target']}: " if len(reports) > 1 else "")
     raise typer.Exit(exit_code(reports, recipe.min_kept))
@@ -221,26 +224,17 @@ def inspect_command(
 
     Of a model: how it is stored, its fingerprint, and what qmerge made it of.
     """
-    from qmerge import hub
-    from qmerge.adapters.reading.named import choose, split
-    from qmerge.errors import AdapterError
-    from qmerge.report import adapter as adapter_face
-    from qmerge.report import model as model_face
+    from qmerge.report.describe.inspect import inspect as describe
+    from qmerge.report.terminal.adapter import show_adapter
+    from qmerge.report.terminal.model import show_model
 
-    if base_revision and not base:
-        raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
-    place, name = split(adapter)
-    source = hub.resolve(place, revision, AdapterError)
-    if model_face.is_model(source.folder):
-        if base:
-            raise RecipeError(f"--base is for an adapter, to compare it with its base; {adapter} is a model")
-        described, show = model_face.describe(source), model_face.show
-    else:
-        described, show = adapter_face.describe(choose(source, place, name), base, base_revision), adapter_face.show
+    described = describe(adapter, revision, base, base_revision)
     if json:
         typer.echo(jsonlib.dumps(described, indent=1))
+    elif "architectures" in described:
+        show_model(described)
     else:
-        show(described)
+        show_adapter(described)
     raise typer.Exit(3 if described.get("problem") else OK)
 
 
@@ -270,7 +264,9 @@ def verify_command(
     from qmerge.calibration import texts
     from qmerge.evaluation.fidelity import fidelity_of_folder
     from qmerge.evaluation.verify import verify
-    from qmerge.report import terminal
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.progress import TerminalProgress
+    from qmerge.report.terminal.tables import check_line, fidelity_table
 
     if against and text is None:
         raise RecipeError("--against needs --text FILE: the held-out text to judge on")
@@ -286,16 +282,16 @@ def verify_command(
             tokens=tokens,
             length=sequence_length,
             device=device,
-            progress=terminal.TerminalProgress(quiet),
+            progress=TerminalProgress(quiet),
         )
     if json:
         judged = {"fidelity": record.model_dump()} if record else {}
         typer.echo(jsonlib.dumps({"checks": [vars(check) for check in checks], **judged}, indent=1))
     else:
         for check in checks:
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.found}")
+            typer.echo(check_line(check.name, check.ok, check.found))
         if record:
-            terminal.out().print(terminal.fidelity_table(record))
+            stdout().print(fidelity_table(record))
     raise typer.Exit(OK if sound else 3)
 
 
@@ -353,19 +349,21 @@ def checked(settings: dict[str, Any]) -> Recipe:
 
 def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -> None:
     from qmerge.patch import direct
-    from qmerge.report import terminal
+    from qmerge.report.terminal import tables
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.progress import TerminalProgress
 
     recipe = checked(settings)
     with nothing_left() if recipe.patch else nullcontext():
-        report, patch = direct.merge(recipe, resume, terminal.TerminalProgress(quiet))
+        report, patch = direct.merge(recipe, resume, TerminalProgress(quiet))
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:
-        terminal.out().print(terminal.survival_table(report))
-        for line in terminal.extras(report):
+        stdout().print(tables.survival_table(report))
+        for line in tables.extra_lines(report):
             typer.echo(line)
         if report.fidelity:
-            terminal.out().print(terminal.fidelity_table(report.fidelity))
+            stdout().print(tables.fidelity_table(report.fidelity))
         show_warnings(report.warnings)
         if patch:
             revision = f" --revision {recipe.revision}" if recipe.revision else ""
@@ -377,9 +375,9 @@ def run_merge(settings: dict[str, Any], resume: bool, json: bool, quiet: bool) -
 
 
 def exit_code(reports: list[Any], min_kept: float | None) -> int:
-    from qmerge.schema import survived
+    from qmerge.schema import overall_kept
 
-    kept = [survived(report.total.values) for report in reports]
+    kept = [overall_kept(report.total.values) for report in reports]
     worst = min((value for value in kept if value is not None), default=None)
     if min_kept is None or worst is None or worst >= min_kept:
         return OK

@@ -53,7 +53,7 @@ def patch_command(
     """What a merged folder has that its base has not, as one small file; apply and unmerge take it."""
     from qmerge import hub, patch
     from qmerge.errors import CheckpointError
-    from qmerge.report.terminal import TerminalProgress
+    from qmerge.report.terminal.progress import TerminalProgress
 
     source = hub.resolve(base, revision, CheckpointError)
     with nothing_left():
@@ -73,7 +73,7 @@ def apply_command(
 ) -> None:
     """Base and patch → the merged folder, byte for byte."""
     from qmerge.patch import apply_patch
-    from qmerge.report.terminal import TerminalProgress
+    from qmerge.report.terminal.progress import TerminalProgress
 
     with nothing_left():
         restored = apply_patch(base, patch, out, revision=revision, progress=TerminalProgress(quiet))
@@ -90,7 +90,7 @@ def unmerge_command(
 ) -> None:
     """Merged folder and patch → the base's files, byte for byte."""
     from qmerge.patch import unmerge
-    from qmerge.report.terminal import TerminalProgress
+    from qmerge.report.terminal.progress import TerminalProgress
 
     with nothing_left():
         restored = unmerge(merged, patch, out, revision=revision, progress=TerminalProgress(quiet))
@@ -139,11 +139,11 @@ def extract_command(
 ) -> None:
     """A LoRA back from a full checkpoint: MERGED − BASE, decomposed; and what that loses."""
     from qmerge import extract
-    from qmerge.report import terminal
+    from qmerge.report.terminal.progress import TerminalProgress
 
     request = (merged, base, out, rank, energy, save_modules, device, revision, merged_revision)
     with nothing_left():
-        found = extract.extract(*request, terminal.TerminalProgress(quiet))
+        found = extract.extract(*request, TerminalProgress(quiet))
     if json:
         typer.echo(jsonlib.dumps(found.described(), indent=1))
     else:
@@ -152,7 +152,7 @@ def extract_command(
 
 
 def show_warnings(lines: list[str], prefix: str = "") -> None:
-    from qmerge.report.terminal import TerminalProgress
+    from qmerge.report.terminal.progress import TerminalProgress
 
     for line in lines:
         TerminalProgress().warn(prefix + line)

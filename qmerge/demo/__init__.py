@@ -9,69 +9,99 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.table import Table
 
 from qmerge import run
+from qmerge.evaluation.fidelity import fidelity_of_folder
+from qmerge.evaluation.verify import verify
 from qmerge.recipe import make_recipe
-from qmerge.report.terminal import TerminalProgress, measured_table, out, share, survival_table
-from qmerge.schema import FidelityRecord
+from qmerge.report.terminal.console import NotedTable, make_table, stdout, with_notes
+from qmerge.report.terminal.progress import TerminalProgress
+from qmerge.report.terminal.tables import check_line, measured_table, survival_table
+from qmerge.schema import FidelityRecord, ReportData
+from qmerge.wording import fixed_or_dash, percent_or_dash
 
 TARGETS = ("nf4", "int8", "bf16")
 ROUNDINGS = ("nearest", "stochastic", "preserve")
-CALIBRATION = {"calibration_tokens": 8192, "sequence_length": 128}
+TOKENS = 8192
+SEQUENCE_LENGTH = 128
 
 
 def run_demo(keep: Path | None) -> None:
-    """Measure three targets, merge into NF4 with every rounding, judge the models on held-out text, verify what was
-    written."""
-    from qmerge.evaluation.fidelity import fidelity_of_folder
-    from qmerge.evaluation.verify import verify
+    """Measure three targets, merge into NF4 with every rounding, compare the models on held-out text, verify the last one.
 
-    with as_file(files("qmerge.demo")) as here, _folder(keep) as folder:
-        inputs = {"base": str(here / "base-nf4"), "adapter": str(here / "adapter")}
-        typer.echo("A small Llama in NF4 and a QLoRA adapter trained on it. What survives a plain merge:\n")
-        plain = make_recipe({**inputs, "target": "nf4", "rounding": "nearest"})
-        out().print(measured_table(run.measure(plain, TARGETS, TerminalProgress(quiet=True))))
-        judged = {}
+    Args:
+        keep: folder for the merged models; None for a temporary one.
+    """
+    with as_file(files("qmerge.demo")) as demo, _output_folder(keep) as folder:
+        inputs = {"base": str(demo / "base-nf4"), "adapter": str(demo / "adapter"), "target": "nf4"}
+        typer.echo(
+            "A small Llama in NF4, and a QLoRA adapter trained on it. What a merge with nearest rounding keeps:\n"
+        )
+        nearest = make_recipe({**inputs, "rounding": "nearest"})
+        stdout().print(measured_table(run.measure(nearest, TARGETS, TerminalProgress(quiet=True))))
+        fidelity_of_rounding = {}
         for rounding in ROUNDINGS:
             merged = Path(folder) / f"nf4-{rounding}"
-            settings: dict[str, Any] = {**inputs, "target": "nf4", "rounding": rounding, "out": str(merged)}
-            if rounding == "preserve":
-                settings |= {**CALIBRATION, "calibration": str(here / "calibration.txt")}
-            typer.echo(
-                f"\nqmerge --base base-nf4 --adapter adapter --target nf4 --rounding {rounding} --out {merged.name}"
-            )
-            report = run.merge(make_recipe(settings), progress=TerminalProgress(quiet=rounding != "preserve"))
-            text, tokens = here / "heldout.txt", CALIBRATION["calibration_tokens"]
-            judged[rounding] = fidelity_of_folder(
-                merged,
-                text,
-                against=None,
-                tokens=tokens,
-                length=128,
-                device="auto",
-                progress=TerminalProgress(quiet=True),
-            )
-        out().print(survival_table(report))
+            report = _merge(demo, inputs, rounding, merged)
+            fidelity_of_rounding[rounding] = _fidelity(merged, demo / "heldout.txt")
+        stdout().print(survival_table(report))
         typer.echo("")
-        out().print(side_by_side(judged))
+        stdout().print(_fidelity_table(fidelity_of_rounding))
         for check in verify(merged):
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.found}")
-        typer.echo(f"\nKept in {folder}." if keep else "\nGive --out DIR to keep the merged models.")
+            typer.echo(check_line(check.name, check.ok, check.found))
+        typer.echo(
+            f"\nThe merged models are in {folder}." if keep else "\nTo keep the merged models: qmerge demo --out DIR"
+        )
 
 
-def side_by_side(judged: dict[str, FidelityRecord]) -> Table:
-    """The merged models against the unmerged one, on text that nobody saw."""
-    table = Table(title="What the models do on held-out text", title_justify="left", title_style="bold")
-    for name in ("rounding into nf4", "gain kept", "KL ratio", "same top token"):
-        table.add_column(name, justify="left" if name.startswith("rounding") else "right")
-    for rounding, record in judged.items():
-        ratio = "–" if record.kl_ratio is None else f"{record.kl_ratio:.3f}"
-        table.add_row(rounding, share(record.gain_kept), ratio, share(record.top1_agreement))
-    table.caption = "gain kept: 100 % is the adapter model, 0 % the base; KL ratio: 0 and 1"
-    table.caption_justify = "left"
-    return table
+def _merge(demo: Path, inputs: dict[str, str], rounding: str, out: Path) -> ReportData:
+    """One merge, with the command line that does the same."""
+    settings: dict[str, Any] = {**inputs, "rounding": rounding, "out": str(out)}
+    calibration = ""
+    if rounding == "preserve":
+        settings |= {
+            "calibration": str(demo / "calibration.txt"),
+            "calibration_tokens": TOKENS,
+            "sequence_length": SEQUENCE_LENGTH,
+        }
+        calibration = (
+            f" --calibration calibration.txt --calibration-tokens {TOKENS} --sequence-length {SEQUENCE_LENGTH}"
+        )
+    typer.echo(
+        f"\nqmerge --base base-nf4 --adapter adapter --target nf4 --rounding {rounding}{calibration} --out {out.name}"
+    )
+    # preserve is the only one that takes more than a moment.
+    return run.merge(make_recipe(settings), progress=TerminalProgress(quiet=rounding != "preserve"))
 
 
-def _folder(keep: Path | None) -> tempfile.TemporaryDirectory[str] | nullcontext[Path]:
-    return nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="qmerge-demo-")
+def _fidelity(merged: Path, text: Path) -> FidelityRecord:
+    return fidelity_of_folder(
+        merged,
+        text,
+        against=None,
+        tokens=TOKENS,
+        length=SEQUENCE_LENGTH,
+        device="auto",
+        progress=TerminalProgress(quiet=True),
+    )
+
+
+def _fidelity_table(fidelity_of_rounding: dict[str, FidelityRecord]) -> NotedTable:
+    """The merged models compared with the unmerged one, on text that was used for neither training nor calibration."""
+    title = "The whole models, on held-out text"
+    table = make_table(title, ("rounding into nf4", "gain kept", "KL ratio", "same top token"))
+    for rounding, record in fidelity_of_rounding.items():
+        gain = percent_or_dash(record.gain_kept)
+        table.add_row(rounding, gain, fixed_or_dash(record.kl_ratio, 3), percent_or_dash(record.top1_agreement))
+    notes = [
+        ("gain kept", "share of what the adapter improves the loss by"),
+        ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base"),
+        ("same top token", "as the unmerged adapter model, share of all positions"),
+    ]
+    return with_notes(table, notes)
+
+
+def _output_folder(keep: Path | None) -> tempfile.TemporaryDirectory[str] | nullcontext[Path]:
+    if keep:
+        return nullcontext(keep)
+    return tempfile.TemporaryDirectory(prefix="qmerge-demo-")

@@ -17,9 +17,8 @@ from qmerge.errors import listed
 from qmerge.extract.decompose import ENOUGH, Fit, entries, kept, numbers, ratio
 from qmerge.extract.pairing import Pair
 from qmerge.formats import get_format
-from qmerge.report.terminal import out as stdout
-from qmerge.report.terminal import printable, share, size_text
-from qmerge.wording import percent
+from qmerge.report.terminal.console import printable, stdout
+from qmerge.wording import percent, percent_or_dash, size_text
 
 ALIKE = 0.5
 """Fine-tuning changes weights by a few percent, two unrelated models differ by about 140 %."""
@@ -192,8 +191,8 @@ def cells(values: Mapping[str, Any]) -> list[str]:
     return [
         str(values["n"]),
         rank,
-        share(values["relative_size"]),
-        share(values["kept"]),
+        percent_or_dash(values["relative_size"]),
+        percent_or_dash(values["kept"]),
         f"{values['error']:.2g}",
         needed,
     ]

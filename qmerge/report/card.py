@@ -1,4 +1,4 @@
-"""The model card: README.md with the metadata that the Hub reads, and what survived, as a table."""
+"""The model card: README.md with the metadata that the Hub reads, and a page about what survived."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from qmerge import hub, plugins
 from qmerge.formats import get_format
 from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
+from qmerge.report.headline import card_sentence
 from qmerge.schema import (
     FidelityRecord,
     GroupRecord,
     InputRecord,
     PairRecord,
     ReportData,
-    adapters_named,
-    survived,
+    adapter_names,
+    overall_kept,
 )
+from qmerge.wording import DASH, percent_or_dash
 
 COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
@@ -29,118 +31,42 @@ COLUMNS = (
 
 
 def model_card(report: ReportData, plan: Plan) -> str:
-    """YAML metadata (base_model, licence of the base, tags) and a page for people."""
-    from huggingface_hub import ModelCardData
-
-    base, adapter = report.inputs[0], report.inputs[1]
-    names = base_models(base, adapter, plan.inputs.adapter.config)
-    licence = licence_of(plan.inputs.base.folder)
-    quantized = get_format(plan.target).info.quant_method
-    tags = ["qmerge", "qlora", plan.target, *([quantized] if quantized else [])]
-    origin: dict[str, Any] = {"base_model": names, "base_model_relation": "finetune"} if names else {}
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence, **origin)
-    lines = ["---", data.to_yaml().strip(), "---", "", *_page(report, base, adapter)]
+    """YAML metadata (``base_model``, the base's licence, tags) and a page for people, as Markdown."""
+    lines = ["---", _metadata(report, plan).strip(), "---", "", *_page(report)]
     return "\n".join(lines) + "\n"
 
 
-def _together(report: ReportData) -> str:
-    """How several adapters became one."""
-    if sum(record.role == "adapter" for record in report.inputs) < 2:
-        return ""
-    combine = report.recipe.get("combine", "linear")
-    return ", one adapter after the other," if combine == CHAIN else f", adapters combined by {combine},"
+# --- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def _page(report: ReportData, base: InputRecord, adapter: InputRecord) -> list[str]:
-    recipe, kept = report.recipe, _number(survived(report.total.values))
-    version = report.versions["qmerge"]
-    made = f"{report.rounding} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base"
-    sources = ", ".join(f"{r.role} {text(r.name)}{f' at {r.commit}' if r.commit else ''}" for r in report.inputs)
-    warnings = ["", "## Warnings", "", *(f"- {text(line)}" for line in report.warnings)] if report.warnings else []
-    return [
-        f"# {text(adapters_named(report.inputs))} merged into {text(base.name)}",
-        "",
-        f"Merged in float32{_together(report)} and stored as **{recipe['target']}** by qmerge {version} ({made}).",
-        f"**{kept}** of the fine-tuning was kept (1 is all of it, 0 is the base; each weight counted by its delta's size).",
-        "",
-        "## What survived",
-        "",
-        f"| modules | weights | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |",
-        f"|---|---|{'---|' * len(COLUMNS)}",
-        *(_row(group) for group in [*report.groups, report.total]),
-        "",
-        *(f"- {text(plugins.help_line('metrics', name))}" for name in COLUMNS),
-        *_pairs(report.interference),
-        *_judged(report.fidelity),
-        *warnings,
-        "",
-        "## How it was made",
-        "",
-        f"From {sources}. The recipe is in `qmerge_recipe.yaml`; hashes of inputs and outputs, versions and all",
-        "measurements are in `qmerge.json`, and to look at in `qmerge.html`.",
-    ]
+def _metadata(report: ReportData, plan: Plan) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["qmerge", "qlora", plan.target]
+    quant_method = get_format(plan.target).info.quant_method
+    if quant_method:
+        tags.append(quant_method)
+    fields = _licence_fields(plan.inputs.base.folder)
+    origins = _origin_ids(report.inputs[0], report.inputs[1], plan.inputs.adapter.config)
+    if origins:
+        fields |= {"base_model": origins, "base_model_relation": "finetune"}
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **fields)
+    return str(data.to_yaml())
 
 
-def _pairs(pairs: list[PairRecord]) -> list[str]:
-    if not pairs:
-        return []
-    rows = [
-        f"| {text(pair.one)}, {text(pair.other)} | {len(pair.modules)} | {_number(pair.cosine)} | "
-        f"{_number(pair.sign_conflict)} | {f'{text(worst.module)} ({_number(worst.cosine)})' if worst else '–'} |"
-        for pair in pairs
-        for worst in [pair.worst]
-    ]
-    return [
-        "",
-        "## Between the adapters",
-        "",
-        "Cosine of their deltas, and the share of what both change that has opposite signs (unrelated adapters: 0 and 0.5).",
-        "",
-        "| adapters | weights of both | cosine | sign conflict | lowest cosine |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]
+def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
+    """Hub ids for ``base_model``: those of base and adapter. A local base counts as what the adapter says it was trained on."""
+    base_id = base.id
+    if base_id is None:
+        declared = str(adapter_config.get("base_model_name_or_path") or "")
+        # A local path must not be published, and may look like an id (``models/llama``).
+        if hub.HUB_ID.fullmatch(declared) and not Path(declared).exists():
+            base_id = declared
+    return [hub_id for hub_id in (base_id, adapter.id) if hub_id]
 
 
-def _judged(fidelity: FidelityRecord | None) -> list[str]:
-    if fidelity is None:
-        return []
-    f = fidelity
-    row = (
-        f"| {f.loss_base:.4f} | {f.loss_unmerged:.4f} | {f.loss_merged:.4f} | {_number(f.gain_kept)} | {_number(f.kl_ratio)} "
-        f"| {f.top1_agreement:.3g} | {f.kl_p99:.3g} |"
-    )
-    return [
-        "",
-        "## The whole model, on held-out text",
-        "",
-        f"{f.tokens} tokens of {text(f.text)}; the unmerged adapter model is the reference.",
-        "",
-        "| loss of base | unmerged | merged | gain kept | KL ratio | same top token | KL, 99th percentile |",
-        "|---|---|---|---|---|---|---|",
-        row,
-    ]
-
-
-def _row(group: GroupRecord) -> str:
-    name = "**all**" if group.name == "all" else text(group.name)
-    return f"| {name} | {group.weights} | {' | '.join(_number(group.values[column]) for column in COLUMNS)} |"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-def base_models(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
-    """Hub ids for ``base_model``: where the base came from, else what the adapter says it was trained on."""
-    declared = str(adapter_config.get("base_model_name_or_path") or "")
-    trained_on = declared if hub.HUB_ID.fullmatch(declared) and not Path(declared).exists() else None
-    names = [base.id or trained_on, adapter.id]
-    return [name for name in names if name]
-
-
-def licence_of(base: Path) -> dict[str, Any]:
-    """The licence fields of the base's own card, carried over; nothing when it has none."""
+def _licence_fields(base: Path) -> dict[str, Any]:
+    """The licence fields of the base's own card; empty where it has none."""
     from huggingface_hub import ModelCard
 
     path = base / "README.md"
@@ -148,12 +74,138 @@ def licence_of(base: Path) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
-    except (ValueError, OSError, AttributeError, yaml.YAMLError):
+    except (ValueError, OSError, AttributeError, yaml.YAMLError):  # whatever the card of a stranger's model holds
         return {}
     return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
 
 
-def text(value: str) -> str:
-    """A name from outside as Markdown text: no control characters, no markup."""
-    clean = "".join(c for c in value if c.isprintable())
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def _page(report: ReportData) -> list[str]:
+    return [
+        f"# {escape_markdown(adapter_names(report.inputs))} merged into {escape_markdown(report.inputs[0].name)}",
+        "",
+        _how_stored(report),
+        card_sentence(report, percent_or_dash(overall_kept(report.total.values))),
+        "",
+        "## What survived",
+        "",
+        *_survival_table(report),
+        "",
+        *(f"- {escape_markdown(plugins.help_line('metrics', name))}" for name in COLUMNS),
+        *_pairs_section(report.interference),
+        *_fidelity_section(report.fidelity),
+        *_warnings_section(report.warnings),
+        "",
+        "## How it was made",
+        "",
+        f"From {_sources(report.inputs)}. The recipe is in `qmerge_recipe.yaml`. Hashes of inputs and outputs, versions and all",
+        "measurements are in `qmerge.json`; `qmerge.html` shows them.",
+    ]
+
+
+def _how_stored(report: ReportData) -> str:
+    recipe = report.recipe
+    return (
+        f"Merged in float32{_how_combined(report)} and stored as **{recipe['target']}** by qmerge {report.versions['qmerge']} "
+        f"({report.rounding} rounding, onto the {recipe.get('merge_onto', 'dequantized')} base)."
+    )
+
+
+def _how_combined(report: ReportData) -> str:
+    """How several adapters became one; empty for a single adapter."""
+    adapters = [record for record in report.inputs if record.role == "adapter"]
+    if len(adapters) < 2:
+        return ""
+    combine = report.recipe.get("combine", "linear")
+    if combine == CHAIN:
+        return ", one adapter after the other,"
+    return f", adapters combined by {combine},"
+
+
+def _survival_table(report: ReportData) -> list[str]:
+    names = [name.replace("_", " ") for name in COLUMNS]
+    return [
+        f"| modules | weights | {' | '.join(names)} |",
+        f"|---|---|{'---|' * len(COLUMNS)}",
+        *(_survival_row(group) for group in [*report.groups, report.total]),
+    ]
+
+
+def _survival_row(group: GroupRecord) -> str:
+    name = "**all**" if group.name == "all" else escape_markdown(group.name)
+    values = [_number(group.values[column]) for column in COLUMNS]
+    return f"| {name} | {group.weights} | {' | '.join(values)} |"
+
+
+def _pairs_section(pairs: list[PairRecord]) -> list[str]:
+    if not pairs:
+        return []
+    return [
+        "",
+        "## How alike the adapters are",
+        "",
+        "Cosine of their deltas, and the share of what both change that has opposite signs (unrelated adapters: 0 and 0.5).",
+        "",
+        "| adapters | weights of both | cosine | sign conflict | lowest cosine |",
+        "|---|---|---|---|---|",
+        *(_pair_row(pair) for pair in pairs),
+    ]
+
+
+def _pair_row(pair: PairRecord) -> str:
+    lowest = DASH
+    if pair.worst:
+        lowest = f"{escape_markdown(pair.worst.module)} ({_number(pair.worst.cosine)})"
+    return (
+        f"| {escape_markdown(pair.one)}, {escape_markdown(pair.other)} | {len(pair.modules)} | {_number(pair.cosine)} | "
+        f"{_number(pair.sign_conflict)} | {lowest} |"
+    )
+
+
+def _fidelity_section(fidelity: FidelityRecord | None) -> list[str]:
+    if fidelity is None:
+        return []
+    cells = [
+        *(f"{loss:.4f}" for loss in (fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged)),
+        _number(fidelity.gain_kept),
+        _number(fidelity.kl_ratio),
+        f"{fidelity.top1_agreement:.3g}",
+        f"{fidelity.kl_p99:.3g}",
+    ]
+    return [
+        "",
+        "## The whole model, on held-out text",
+        "",
+        f"{fidelity.tokens} tokens of {escape_markdown(fidelity.text)}, compared with the unmerged adapter model.",
+        "",
+        "| loss of base | unmerged | merged | gain kept | KL ratio | same top token | KL, 99th percentile |",
+        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(cells)} |",
+    ]
+
+
+def _warnings_section(warnings: list[str]) -> list[str]:
+    if not warnings:
+        return []
+    return ["", "## Warnings", "", *(f"- {escape_markdown(line)}" for line in warnings)]
+
+
+def _sources(inputs: list[InputRecord]) -> str:
+    """``base owner/name at 0123…, adapter lora``."""
+    sources = []
+    for record in inputs:
+        commit = f" at {record.commit}" if record.commit else ""
+        sources.append(f"{record.role} {escape_markdown(record.name)}{commit}")
+    return ", ".join(sources)
+
+
+def _number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3g}"
+
+
+def escape_markdown(value: str) -> str:
+    """A name from a file as Markdown text: no control characters, no markup."""
+    clean = "".join(character for character in value if character.isprintable())
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", clean)

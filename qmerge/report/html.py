@@ -1,9 +1,10 @@
-"""The HTML report: one self-contained file, no script, nothing fetched. Names from files are escaped by jinja2."""
+"""The HTML report: one self-contained file, without scripts and without requests. jinja2 escapes the names from files."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -11,130 +12,153 @@ from typing import Any
 import jinja2
 
 from qmerge import plugins
-from qmerge.report.terminal import decimal, printable, share
-from qmerge.schema import ModulePairRecord, ReportData, WeightRecord, adapters_named, survived
-from qmerge.wording import percent
+from qmerge.report.headline import kept_of_what
+from qmerge.report.terminal.console import printable
+from qmerge.schema import ModulePairRecord, ReportData, WeightRecord, adapter_names, overall_kept
+from qmerge.wording import decimal_or_dash, fixed_or_dash, percent, percent_or_dash
 
 NAME = "qmerge.html"
 COLUMNS = (
-    "kept",
-    "output_kept",
-    "output_noise",
-    "predicted_kept",
-    "noise",
-    "cosine",
-    "rank_kept_min",
-    "rank_kept_median",
-    "codes_changed",
-    "relative_size",
-)
-SHARES = {
-    "kept",
-    "output_kept",
-    "predicted_kept",
-    "rank_kept_min",
-    "rank_kept_median",
-    "codes_changed",
-    "relative_size",
+    "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "rank_kept_min", "rank_kept_median",
+    "codes_changed", "relative_size",
+)  # fmt: skip
+SUMMARY_COLUMNS = COLUMNS[:6]
+PERCENTAGES = {
+    "kept", "output_kept", "predicted_kept", "rank_kept_min", "rank_kept_median", "codes_changed", "relative_size",
     "under_half_gap",
-}
-NUMBER = re.compile(r"\.(\d+)\.")
-PLOT_WIDTH, PLOT_HEIGHT = 560, 240
+}  # fmt: skip
+"""Metrics that are shown as percentages; all others are ratios."""
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+PLOT_WIDTH = 560
+PLOT_HEIGHT = 240
+PLOT_TOP = 1.3
+"""The share kept at the upper edge of the plot: preserve and fresh scales may keep somewhat more than 1."""
+
+PLOT_BOTTOM = -0.1
 
 
 def html_report(report: ReportData) -> str:
     """The whole page."""
-    return template("report.html").render(
-        report=report, survived=survived, adapters=adapters_named(report.inputs), heat=heat_map(report), plot=scatter(report),
-        columns=COLUMNS, metrics=metric_help(), weights=sorted(report.weights, key=worst_first),
-        opposed=most_opposed,
-    )  # fmt: skip
-
-
-def worst_first(weight: WeightRecord) -> float:
-    kept = survived(weight.values)
-    return math.inf if kept is None else kept
-
-
-def most_opposed(modules: list[ModulePairRecord]) -> list[ModulePairRecord]:
-    """Lowest cosine first."""
-    return sorted(modules, key=lambda met: math.inf if met.cosine is None else met.cosine)
+    return _template("report.html").render(
+        report=report,
+        overall_kept=overall_kept,
+        kept_of_what=kept_of_what(report),
+        adapters=adapter_names(report.inputs),
+        heat=heat_map(report.weights),
+        plot=scatter_plot(report.weights),
+        columns=COLUMNS,
+        metrics={name: plugins.help_line("metrics", name) for name in COLUMNS},
+        weights=sorted(report.weights, key=_kept_or_last),
+        most_opposed_first=_most_opposed_first,
+    )
 
 
 def summary(report: ReportData) -> str:
     """A table for a notebook cell."""
-    return template("summary.html").render(report=report, columns=COLUMNS[:6], survived=survived)
+    return _template("summary.html").render(
+        report=report, columns=SUMMARY_COLUMNS, overall_kept=overall_kept, kept_of_what=kept_of_what(report)
+    )
 
 
-def heat_map(report: ReportData) -> dict[str, Any]:
-    """Rows: layers (the first number in a module's name). Columns: kinds of module. Cells: what was kept."""
-    kinds = list(dict.fromkeys(kind_of(w) for w in report.weights))
+def _kept_or_last(weight: WeightRecord) -> float:
+    """Sorts the weights that kept least first, and those without a delta last."""
+    kept = overall_kept(weight.values)
+    return math.inf if kept is None else kept
+
+
+def _most_opposed_first(modules: Sequence[ModulePairRecord]) -> list[ModulePairRecord]:
+    """Sorted by cosine; weights without one are last."""
+    return sorted(modules, key=lambda module: math.inf if module.cosine is None else module.cosine)
+
+
+# --- the drawings ------------------------------------------------------------------------------------------------------
+
+
+def heat_map(weights: Sequence[WeightRecord]) -> dict[str, Any]:
+    """One row per layer, one column per kind of module; a cell is the weight that is in both, or None."""
     cells: dict[tuple[int, str], WeightRecord] = {}
-    for weight in report.weights:
-        cells.setdefault((layer_of(weight), kind_of(weight)), weight)
-    layers = sorted({layer for layer, _ in cells})
-    return {
-        "kinds": kinds,
-        "rows": [
-            {"layer": layer if layer >= 0 else "–", "cells": [cells.get((layer, kind)) for kind in kinds]}
-            for layer in layers
-        ],
-    }
+    for weight in weights:
+        # Experts of a layer share a cell: the first one stands for them; the table below lists all.
+        cells.setdefault((_layer_of(weight), _kind_of(weight)), weight)
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    rows = []
+    for layer in sorted({layer for layer, _ in cells}):
+        label = layer if layer >= 0 else "–"
+        rows.append({"layer": label, "cells": [cells.get((layer, kind)) for kind in kinds]})
+    return {"kinds": kinds, "rows": rows}
 
 
-def scatter(report: ReportData) -> dict[str, Any]:
-    """Kept against the delta's relative size (logarithmic): large deltas that were lost are what hurts."""
-    points = [
-        (math.log10(size), kept, w)
-        for w in report.weights
-        if (kept := survived(w.values)) is not None and (size := w.values["relative_size"])
-    ]
-    if not points:
-        return {"points": [], "ticks": []}
-    low, high = math.floor(min(x for x, _, _ in points)), math.ceil(max(x for x, _, _ in points) + 1e-9)
-
-    def place(x: float) -> float:
-        return (x - low) / max(1, high - low) * PLOT_WIDTH
-
-    dots = [(place(x), PLOT_HEIGHT * (1 - min(max(kept, -0.1), 1.3) / 1.3), w) for x, kept, w in points]
-    ticks = [(place(x), percent(10.0**x)) for x in range(low, high + 1)]
-    lines = [(PLOT_HEIGHT * (1 - level / 1.3), percent(level)) for level in (0.0, 0.5, 1.0)]
-    return {"points": dots, "ticks": ticks, "lines": lines, "width": PLOT_WIDTH, "height": PLOT_HEIGHT}
-
-
-def layer_of(weight: WeightRecord) -> int:
-    match = NUMBER.search(f"{weight.module}.")
+def _layer_of(weight: WeightRecord) -> int:
+    """The first number in the module's name; -1 where it has none (embeddings, lm_head)."""
+    match = LAYER_NUMBER.search(f"{weight.module}.")
     return int(match[1]) if match else -1
 
 
-def kind_of(weight: WeightRecord) -> str:
+def _kind_of(weight: WeightRecord) -> str:
     return weight.module.rpartition(".")[2]
 
 
-def colour(kept: float | None) -> str:
-    """Red where nothing survived, over yellow, to green where all did (also readable in grey: dark to light)."""
+def scatter_plot(weights: Sequence[WeightRecord]) -> dict[str, Any]:
+    """Share kept over the delta's relative size (logarithmic): what hurts is a large delta that was lost."""
+    points = []
+    for weight in weights:
+        kept = overall_kept(weight.values)
+        relative_size = weight.values["relative_size"]
+        if kept is not None and relative_size:
+            points.append((math.log10(relative_size), kept, weight))
+    if not points:
+        return {"points": [], "ticks": []}
+    low = math.floor(min(exponent for exponent, _, _ in points))
+    high = math.ceil(max(exponent for exponent, _, _ in points) + 1e-9)  # at least one decade, also for a single point
+
+    def x_of(exponent: float) -> float:
+        return (exponent - low) / max(1, high - low) * PLOT_WIDTH
+
+    def y_of(kept: float) -> float:
+        return PLOT_HEIGHT * (1 - kept / PLOT_TOP)
+
+    return {
+        "points": [
+            (x_of(exponent), y_of(min(max(kept, PLOT_BOTTOM), PLOT_TOP)), weight) for exponent, kept, weight in points
+        ],
+        "ticks": [(x_of(exponent), percent(10.0**exponent)) for exponent in range(low, high + 1)],
+        "lines": [(y_of(level), percent(level)) for level in (0.0, 0.5, 1.0)],
+        "width": PLOT_WIDTH,
+        "height": PLOT_HEIGHT,
+    }
+
+
+# --- filters of the templates ------------------------------------------------------------------------------------------
+
+
+def _colour(kept: float | None) -> str:
+    """From red (nothing kept) over yellow to green (all kept). The lightness rises, too, for those who see no colours."""
     if kept is None:
         return "#eeeeee"
     level = min(max(kept, 0.0), 1.0)
     return f"hsl({level * 120:.0f} 65% {45 + 25 * level:.0f}%)"
 
 
-def number(value: float | None, name: str) -> str:
-    return share(value) if name in SHARES else decimal(value)
+def _metric_value(value: float | None, metric: str) -> str:
+    return percent_or_dash(value) if metric in PERCENTAGES else decimal_or_dash(value)
 
 
-def signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def metric_help() -> dict[str, str]:
-    return {name: plugins.help_line("metrics", name) for name in COLUMNS}
+def _signed(value: float | None) -> str:
+    return fixed_or_dash(value, 2)
 
 
 @cache
-def template(name: str) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "colour": colour, "clean": printable, "percent": share, "signed": signed}
+    environment.filters |= {
+        "metric": _metric_value,
+        "colour": _colour,
+        "printable": printable,
+        "percent": percent_or_dash,
+        "decimal": decimal_or_dash,
+        "signed": _signed,
+    }
     return environment.from_string((files("qmerge.report") / "templates" / name).read_text(encoding="utf-8"))

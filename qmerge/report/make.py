@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
@@ -28,41 +28,38 @@ from qmerge.schema import (
     ReportData,
     SeenRecord,
     WeightRecord,
-    one_each,
+    distinct_names,
+    overall_kept,
 )
+from qmerge.types import Step
 from qmerge.weights.context import RunContext
 
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
+"""Libraries whose version can change a number."""
 
 
 def make_report(
     plan: Plan, context: RunContext, records: list[InputRecord], outputs: list[FileRecord], outlook: Preflight,
     outcomes: Mapping[str, Outcome], started: float,
 ) -> ReportData:  # fmt: skip
-    """Sums → values, per weight, per kind of module and in total; and the warnings about them."""
-    measured = {name: outcome.sums for name, outcome in outcomes.items()}
-    predicted, weights, kinds = outlook.predicted, dict[str, WeightRecord](), defaultdict(list)
-    for step in plan.merged:
-        values = values_of(measured[step.name])
-        assert step.update is not None
-        kinds[step.label.rpartition(".")[2]].append(step.name)
-        weights[step.name] = WeightRecord(
-            module=step.label,
-            shape=step.shape,
-            base_format=step.source.base_format,
-            target=step.target,
-            rounding=step.rounding,
-            rank=step.update.rank,
-            scale=step.update.scale,
-            values=values,
-            calibration=seen_record(outcomes[step.name]),
-        )
-    names = [record.name for record in records if record.role == "adapter"]
-    pairs = pair_records(names, {weights[name].module: outcome.pair_sums or {} for name, outcome in outcomes.items()})
+    """The report of a run.
+
+    Args:
+        plan: what was to be done.
+        context: where it was computed.
+        records: what was read.
+        outputs: the weight files that were written; empty where nothing was.
+        outlook: what was predicted, and what was settled before the run.
+        outcomes: name of a merged weight → its sums.
+        started: ``time.monotonic()`` at the start of the run.
+    """
+    sums_of_weight = {name: outcome.sums for name, outcome in outcomes.items()}
+    weights = {step.name: _weight_record(step, outcomes[step.name]) for step in plan.merged}
+    pairs = _pair_records_of(records, weights, outcomes)
     return ReportData(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
-        versions=versions(),
-        device=device_name(context.device),
+        versions=_versions(),
+        device=_device_name(context.device),
         rounding=rounding_name(plan),
         rounding_reason=outlook.reason,
         calibration=outlook.calibration,
@@ -71,63 +68,138 @@ def make_report(
         inputs=records,
         outputs=outputs,
         actions=dict(Counter(step.action for step in plan.steps)),
-        predicted={"total": total_kept(predicted), **{s.module: s.kept for s in predicted}},
-        total=group("all", [step.name for step in plan.merged], measured),
-        groups=[group(kind, names, measured) for kind, names in kinds.items()],
+        predicted=_predicted_kept(outlook.predicted),
+        total=_group_record("all", weights, sums_of_weight),
+        groups=_group_records(plan.merged, sums_of_weight),
         weights=list(weights.values()),
         original_gap=outlook.original_gap,
         bytes_out=plan.bytes_out,
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         interference=pairs,
-        warnings=input_warnings(plan)
-        + delta_size_warnings(plan, {s.module: s.relative_size for s in predicted})
-        + clipping_warnings(
-            values_of(over_weights(measured.values()))["clipped"], any(s.source.keeps_grid for s in plan.merged)
-        )
-        + interference_warnings(pairs, plan.recipe.combine)
-        + original_warnings(plan.merge_onto, outlook.original_gap)
-        + survival_warnings([survival(record, measured[name]) for name, record in weights.items()], predicted=False),
+        warnings=_warnings(plan, outlook, weights, sums_of_weight, pairs),
     )
 
 
-def pair_records(adapters: Sequence[str], met: Mapping[str, PairSums]) -> list[PairRecord]:
-    """By pair of adapters, in the order of the recipe; ``met``: module → the sums of the pairs that meet there."""
-    pairs: dict[str, dict[str, dict[str, float]]] = {}
-    for module in sorted(met):
-        for pair, sums in met[module].items():
-            pairs.setdefault(pair, {})[module] = sums
-    records, names = [], one_each(adapters)
-    for pair, modules in sorted(pairs.items(), key=lambda item: [int(place) for place in item[0].split()]):
-        one, other = (names[int(place)] for place in pair.split())
-        total = over_modules(modules)
-        each = [
-            ModulePairRecord(module=m, cosine=cosine(s), sign_conflict=sign_conflict(s)) for m, s in modules.items()
-        ]
-        records.append(
-            PairRecord(one=one, other=other, cosine=cosine(total), sign_conflict=sign_conflict(total), modules=each)
-        )
-    return records
+def _weight_record(step: Step, outcome: Outcome) -> WeightRecord:
+    assert step.update is not None, "only merged weights are recorded"
+    return WeightRecord(
+        module=step.label,
+        shape=step.shape,
+        base_format=step.source.base_format,
+        target=step.target,
+        rounding=step.rounding,
+        rank=step.update.rank,
+        scale=step.update.scale,
+        values=values_of(outcome.sums),
+        calibration=SeenRecord.model_validate(outcome.input_stats) if outcome.input_stats else None,
+    )
 
 
-def seen_record(outcome: Outcome) -> SeenRecord | None:
-    return SeenRecord.model_validate(outcome.input_stats) if outcome.input_stats else None
+def _predicted_kept(predicted: Sequence[Survival]) -> dict[str, float | None]:
+    """Share kept as predicted: ``total``, then module by module."""
+    kept: dict[str, float | None] = {"total": total_kept(predicted)}
+    for survival in predicted:
+        kept[survival.module] = survival.kept
+    return kept
 
 
-def group(name: str, names: Sequence[str], measured: dict[str, Sums]) -> GroupRecord:
-    return GroupRecord(name=name, weights=len(names), values=values_of(over_weights(measured[n] for n in names)))
+def _group_records(merged: Iterable[Step], sums_of_weight: Mapping[str, Sums]) -> list[GroupRecord]:
+    """One record for each kind of module, in the order of the checkpoint."""
+    names_of_kind: dict[str, list[str]] = defaultdict(list)
+    for step in merged:
+        names_of_kind[step.label.rpartition(".")[2]].append(step.name)
+    return [_group_record(kind, names, sums_of_weight) for kind, names in names_of_kind.items()]
 
 
-def survival(record: WeightRecord, measured: Sums) -> Survival:
-    """A measured weight, as the warnings want it: by the layer's output where its inputs were seen.
+def _group_record(name: str, weight_names: Iterable[str], sums_of_weight: Mapping[str, Sums]) -> GroupRecord:
+    sums = [sums_of_weight[weight_name] for weight_name in weight_names]
+    return GroupRecord(name=name, weights=len(sums), values=values_of(over_weights(sums)))
 
-    ``preserve`` puts its errors where no input points and the adapter does not read: in weight space they are large.
+
+# --- several adapters --------------------------------------------------------------------------------------------------
+
+
+def pair_records(adapters: Sequence[str], pairs_of_module: Mapping[str, PairSums]) -> list[PairRecord]:
+    """One record for each pair of adapters, in the order of the recipe.
+
+    Args:
+        adapters: their names.
+        pairs_of_module: module → sums of every pair of adapters that both change it.
     """
-    v = record.values
-    squared = measured["kept"]["delta_delta"]
-    kept, noise = v["kept"], v["noise"]
+    names = distinct_names(adapters)
+    modules_of_pair: dict[str, dict[str, dict[str, float]]] = {}
+    for module in sorted(pairs_of_module):
+        for pair, sums in pairs_of_module[module].items():
+            modules_of_pair.setdefault(pair, {})[module] = sums
+    in_order = sorted(modules_of_pair, key=_positions)
+    return [_pair_record(names, pair, modules_of_pair[pair]) for pair in in_order]
+
+
+def _positions(pair: str) -> tuple[int, int]:
+    """``"0 2"`` → (0, 2): positions of the two adapters in the recipe."""
+    first, second = pair.split()
+    return int(first), int(second)
+
+
+def _pair_record(names: Sequence[str], pair: str, sums_of_module: Mapping[str, Mapping[str, float]]) -> PairRecord:
+    first, second = _positions(pair)
+    total = over_modules(sums_of_module)
+    modules = []
+    for module, sums in sums_of_module.items():
+        modules.append(ModulePairRecord(module=module, cosine=cosine(sums), sign_conflict=sign_conflict(sums)))
+    return PairRecord(
+        one=names[first],
+        other=names[second],
+        cosine=cosine(total),
+        sign_conflict=sign_conflict(total),
+        modules=modules,
+    )
+
+
+def _pair_records_of(
+    records: Sequence[InputRecord], weights: Mapping[str, WeightRecord], outcomes: Mapping[str, Outcome]
+) -> list[PairRecord]:
+    adapters = [record.name for record in records if record.role == "adapter"]
+    return pair_records(adapters, {weights[name].module: outcome.pair_sums or {} for name, outcome in outcomes.items()})
+
+
+# --- warnings ----------------------------------------------------------------------------------------------------------
+
+
+def _warnings(
+    plan: Plan,
+    outlook: Preflight,
+    weights: Mapping[str, WeightRecord],
+    sums_of_weight: Mapping[str, Sums],
+    pairs: Sequence[PairRecord],
+) -> list[str]:
+    """About the inputs first, about what was measured last."""
+    relative_sizes = {survival.module: survival.relative_size for survival in outlook.predicted}
+    clipped = values_of(over_weights(sums_of_weight.values()))["clipped"]
+    survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
+    return [
+        *input_warnings(plan),
+        *delta_size_warnings(plan, relative_sizes),
+        *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
+        *interference_warnings(pairs, plan.recipe.combine),
+        *original_warnings(plan.merge_onto, outlook.original_gap),
+        *survival_warnings(survivals, predicted=False),
+    ]
+
+
+def _survival(record: WeightRecord, sums: Sums) -> Survival:
+    """A measured weight as the warnings want it.
+
+    ``preserve`` is judged by the layer's output where calibration saw its inputs: it puts its errors where no input points
+    and the adapter does not read, so that they are large in the weights.
+    """
+    values = record.values
+    kept = values["kept"]
+    noise = values["noise"]
     if record.rounding == "preserve":
-        kept, noise = v["kept"] if v["output_kept"] is None else v["output_kept"], v["output_noise"]
+        kept = overall_kept(values)
+        noise = values["output_noise"]
     return Survival(
         module=record.module,
         target=record.target,
@@ -135,21 +207,27 @@ def survival(record: WeightRecord, measured: Sums) -> Survival:
         rank=record.rank,
         kept=kept,
         noise=noise,
-        relative_size=v["relative_size"],
-        gap_to_delta=v["gap_to_delta"],
-        delta_squared=squared,
+        relative_size=values["relative_size"],
+        gap_to_delta=values["gap_to_delta"],
+        delta_squared=sums["kept"]["delta_delta"],
     )
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+# --- where it ran ------------------------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu"
+def _device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() or "cpu"

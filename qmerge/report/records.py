@@ -1,7 +1,8 @@
-"""What was read, for qmerge.json: SHA-256 of every file that the result depends on, and which model the base is."""
+"""What was read, for qmerge.json: the SHA-256 of every file that the result depends on, and the models' fingerprints."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from qmerge import hub
@@ -15,29 +16,50 @@ from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import FileRecord, FingerprintRecord, InputRecord
 
 
+@dataclass(frozen=True)
+class _InputFiles:
+    """One input and the files of it that a result depends on."""
+
+    role: str
+    source: hub.Source
+    files: list[Path]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+
 def input_records(inputs: Inputs, progress: Progress) -> list[InputRecord]:
-    """Base, adapters and original, in this order."""
+    """Base, adapters and original, in this order, with the hashes of their files."""
+    all_files = _files_of(inputs)
+    progress.stage("hashing inputs", sum(files.nbytes for files in all_files))
+    return [_input_record(files, progress) for files in all_files]
+
+
+def _files_of(inputs: Inputs) -> list[_InputFiles]:
     base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
-    roles: list[tuple[str, hub.Source, bool, list[Path]]] = [("base", inputs.base_source, True, base_files)]
+    all_files = [_InputFiles("base", inputs.base_source, base_files)]
     for source in inputs.adapter_sources:
-        roles.append(("adapter", source, False, [source.folder / TENSORS, source.folder / CONFIG]))
+        all_files.append(_InputFiles("adapter", source, [source.folder / TENSORS, source.folder / CONFIG]))
     if inputs.original and inputs.original_source:
-        roles.append(("original", inputs.original_source, True, list(inputs.original.files)))
-    progress.stage("hashing inputs", sum(path.stat().st_size for *_, files in roles for path in files))
-    return [
-        InputRecord(
-            role=role,
-            name=source.name,
-            id=source.id,
-            commit=source.commit,
-            files=[file_record(path, progress) for path in files],
-            fingerprint=fingerprint_record(source.folder) if is_model else None,
-        )
-        for role, source, is_model, files in roles
-    ]
+        all_files.append(_InputFiles("original", inputs.original_source, list(inputs.original.files)))
+    return all_files
 
 
-def file_record(path: Path, progress: Progress) -> FileRecord:
+def _input_record(files: _InputFiles, progress: Progress) -> InputRecord:
+    source = files.source
+    return InputRecord(
+        role=files.role,
+        name=source.name,
+        id=source.id,
+        commit=source.commit,
+        files=[_file_record(path, progress) for path in files.files],
+        # An adapter's files are few: their hashes say enough.
+        fingerprint=None if files.role == "adapter" else fingerprint_record(source.folder),
+    )
+
+
+def _file_record(path: Path, progress: Progress) -> FileRecord:
     size = path.stat().st_size
     record = FileRecord(file=path.name, bytes=size, sha256=hash_file(path))
     progress.advance(size, path.name)
@@ -45,7 +67,7 @@ def file_record(path: Path, progress: Progress) -> FileRecord:
 
 
 def fingerprint_record(folder: Path) -> FingerprintRecord:
-    """Of what lies there, whatever a run makes of it (replicated layers)."""
+    """The fingerprint of a model folder as it is on disk, whatever a run makes of it (replicated layers)."""
     with Reader() as reader:
         found = fingerprint(scan(folder, reader), reader)
     return FingerprintRecord(id=found.id, tensors=found.tensors, values=found.values, config=found.config)

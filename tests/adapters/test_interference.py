@@ -17,7 +17,7 @@ from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate
 from qmerge.checkpoint import folder
 from qmerge.combine.base import Settings
 from qmerge.forecast.warnings import interference_warnings
-from qmerge.schema import ModulePairRecord, PairRecord, one_each
+from qmerge.schema import ModulePairRecord, PairRecord, distinct_names
 from qmerge.types import Rows, Update
 
 from .. import models
@@ -111,7 +111,7 @@ def test_one_adapter_meets_nobody() -> None:
 
 
 def test_names_of_two_adapters_in_folders_of_one_name() -> None:
-    assert one_each(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+    assert distinct_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def peft_deltas(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def test_the_report_of_a_merge(two: Path, tmp_path: Path, cli: Cli) -> None:
-    """Every face has the numbers of peft's deltas by numpy; ties and more workers change none of them."""
+    """Every report has the numbers of peft's deltas by numpy; ties and more workers change none of them."""
     arguments = ("--base", two / "base", "--adapter", f"{two / 'a'}=0.7", "--adapter", f"{two / 'b'}=0.3")
     ran = cli(*arguments, "--target", "nf4", "--rounding", "nearest", "--device", "cpu", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
@@ -169,8 +169,8 @@ def test_the_report_of_a_merge(two: Path, tmp_path: Path, cli: Cli) -> None:
     assert (found["cosine"], found["sign_conflict"]) == pytest.approx(by_numpy(*whole), abs=1e-5)
     assert f"a and b: cosine {found['cosine']:.2f}, opposite signs in" in ran.out
     assert "adapters combined by linear," in (tmp_path / "out/README.md").read_text()
-    for face in ("qmerge.html", "README.md"):
-        assert "Between the adapters" in (tmp_path / "out" / face).read_text(), face
+    for page in ("qmerge.html", "README.md"):
+        assert "How alike the adapters are" in (tmp_path / "out" / page).read_text(), page
     again = cli(*arguments, "--target", "nf4", "--combine", "ties", "--rounding", "nearest", "--device", "cpu",
                 "--workers", 2, "--max-memory", "30MB", "--out", tmp_path / "ties", "--json")  # fmt: skip
     assert json.loads(again.out)["interference"] == report["interference"], again.err

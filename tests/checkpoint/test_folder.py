@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from qmerge.checkpoint.folder import side_files
 from qmerge.recipe import make_recipe
-from qmerge.report.card import text
+from qmerge.report.card import escape_markdown
 from qmerge.run import merge
+from qmerge.wording import percent
 
 from ..models import edit_json
 
@@ -195,7 +196,7 @@ def test_a_local_path_is_no_base_model(place: Place) -> None:
 def test_card_tells_what_survived(place: Place) -> None:
     card = place.card()
     kept = json.loads((place.out / "qmerge.json").read_text())["total"]["values"]["kept"]
-    assert f"**{kept:.3g}**" in card.text
+    assert f"**{percent(kept)}** of the adapter's change is in the stored weights" in card.text
     rows = [line.split("|") for line in card.text.splitlines() if line.startswith("| ")]
     assert {"q\\_proj", "**all**"} <= {row[1].strip() for row in rows}
     assert len({len(row) for row in rows}) == 1
@@ -227,10 +228,10 @@ EVIL = "evil\x1b[2J\n# Big\n<script>alert(1)</script>|a|b|[link](javascript:x)`c
 
 
 def test_names_are_escaped() -> None:
-    escaped = text(EVIL)
+    escaped = escape_markdown(EVIL)
     assert escaped.isprintable() and "\n" not in escaped
     assert "\\<script\\>" in escaped and "\\|a\\|" in escaped and "\\[link\\]" in escaped
-    assert text("Llama-3.1-8B_nf4") == "Llama-3.1-8B\\_nf4"
+    assert escape_markdown("Llama-3.1-8B_nf4") == "Llama-3.1-8B\\_nf4"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_folder_names_cannot_mark_up_the_card(place: Place, tmp_path: Path, name
     place.base = place.base.rename(tmp_path / name)
     content = place.merged().joinpath("README.md").read_text()
     assert all(c.isprintable() or c == "\n" for c in content)
-    assert text(name) in content
+    assert escape_markdown(name) in content
     body = content.split("---\n", 2)[2]
     for mark in ("<", "|", "*", "[", "`"):
         if mark in name:

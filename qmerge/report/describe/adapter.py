@@ -1,0 +1,213 @@
+"""What an adapter is: its config, its deltas, and what looks wrong. With a base: whether it was trained on that one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from qmerge import hub
+from qmerge.adapters.lora import is_embedding
+from qmerge.adapters.reading.folder import TENSORS, Adapter, config_file, of_one, read_adapter, tensor_infos
+from qmerge.adapters.updates.experts import StackUpdate
+from qmerge.adapters.updates.initializations import ChangedBaseUpdate
+from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters.updates.variants import ByWidth
+from qmerge.base_check import declared, deltas
+from qmerge.checkpoint.scan import read_json, scan
+from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
+from qmerge.planning.inputs import read_inputs
+from qmerge.planning.plan import make_run_context, plan_from
+from qmerge.recipe import Recipe, make_recipe
+from qmerge.report.describe.model import describe_storage
+from qmerge.report.records import fingerprint_record
+from qmerge.safetensors_io.reader import Reader
+from qmerge.types import Update
+
+CONFIG_KEYS = (
+    "peft_type", "peft_version", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
+    "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "unsloth_training_method",
+)  # fmt: skip
+"""Keys of adapter_config.json that are always shown, where they are set."""
+
+KINDS_OF_CHANGE: tuple[tuple[type, str], ...] = (
+    (DoraUpdate, "DoRA"),
+    (TokenRowsUpdate, "token rows"),
+    (AddUpdate, "biases, added to"),
+    (StackUpdate, "LoRA of experts"),
+    (ChangedBaseUpdate, "LoRA on a base that its start changed"),
+)
+
+ZERO_RMS = 1e-8
+"""A delta whose entries are smaller than this is reported as zero."""
+
+USUAL_SCALE = 8
+"""alpha / r above this is reported: usual are 0.5 to 4."""
+
+
+def describe_adapter(source: hub.Source, base: str | None = None, base_revision: str | None = None) -> dict[str, Any]:
+    """The JSON of ``qmerge inspect ADAPTER``, also for an adapter that cannot be merged (``problem`` then says why).
+
+    Args:
+        source: the adapter's folder.
+        base: a model to compare the adapter with: folder or Hub id.
+        base_revision: revision of that model on the Hub.
+
+    Raises:
+        AdapterError, CheckpointError: the folder holds no adapter, or ``base`` is no model.
+    """
+    config = read_json(config_file(source.folder), AdapterError)
+    described = _describe_files(source, config)
+    if base is not None:
+        return described | _compare_with_base(_recipe_for(source, base, base_revision), source, config)
+    try:
+        with Reader() as reader:
+            return described | _describe_changes(read_adapter(source.folder, reader, source.adapter), config)
+    except NeedsBaseError as error:
+        return {**described, "suspicious": [f"{error}: give --base"]}
+    except AdapterError as error:
+        return {**described, "problem": str(error)}
+
+
+def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any]:
+    """What config and headers say, before any value is read."""
+    infos = of_one(tensor_infos(source.folder), source.adapter)
+    return {
+        "name": source.name,
+        "commit": source.commit,
+        "config": {name: config[name] for name in CONFIG_KEYS if config.get(name) not in (None, {}, [])},
+        "other_options": {
+            name: value for name, value in declared.other_options(config).items() if name not in CONFIG_KEYS
+        },
+        "file": TENSORS,
+        "tensors": len(infos),
+        "bytes": sum(info.nbytes for info in infos.values()),
+        "dtypes": sorted({info.dtype for info in infos.values()}),
+        "problem": None,
+        "modules": [],
+        "suspicious": [],
+    }
+
+
+def _describe_changes(adapter: Adapter, config: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter does to the base, module by module."""
+    modules = [_describe_module(name.removesuffix(".weight"), update) for name, update in adapter.updates.items()]
+    return {
+        "kind": adapter.kind,
+        "changes": _count_changes(adapter),
+        "modules": modules,
+        "replaced": list(adapter.replaced),
+        "suspicious": _suspicious(modules, config),
+    }
+
+
+def _describe_module(name: str, update: Update) -> dict[str, Any]:
+    """``rms``: of the delta's entries; ``effective_rank``: exp of the entropy of its squared singular values."""
+    rms = None
+    row_norms_O = update.row_norms()
+    if row_norms_O is not None:
+        rms = float(row_norms_O.square().sum()) ** 0.5 / math.sqrt(math.prod(update.shape))
+    effective_rank = largest_singular = None
+    directions = update.directions()
+    if directions is not None:
+        singular_R = directions[1]
+        effective_rank = _effective_rank(singular_R)
+        largest_singular = float(singular_R.max()) if len(singular_R) else None
+    return {
+        "module": name,
+        "shape": list(update.shape),
+        "rank": update.rank,
+        "scale": update.scale,
+        "rms": rms,
+        "effective_rank": effective_rank,
+        "largest_singular": largest_singular,
+    }
+
+
+def _effective_rank(singular_R: Tensor) -> float:
+    """1 when one direction carries everything, R when all carry the same (Roy and Vetterli, 2007); 0 for a delta of zero."""
+    squares_R = singular_R.double().square()
+    if not float(squares_R.sum()):
+        return 0.0
+    shares_R = squares_R / squares_R.sum()
+    entropy = -(shares_R * shares_R.clamp(min=1e-300).log()).sum()  # the clamp makes 0 · log 0 a zero
+    return math.exp(float(entropy))
+
+
+def _count_changes(adapter: Adapter) -> dict[str, int]:
+    """Kind of change → how many tensors of the base it is made to."""
+    kinds = Counter(_kind_of_change(name, update) for name, update in adapter.updates.items())
+    for name in adapter.replaced:
+        kinds["biases, trained" if name.endswith(".bias") else "trained whole"] += 1
+    return dict(kinds)
+
+
+def _kind_of_change(name: str, update: Update) -> str:
+    if isinstance(update, OwnBaseUpdate):
+        return _kind_of_change(name, update.update)
+    if isinstance(update, LoraUpdate | ByWidth):
+        return "LoRA of embeddings" if is_embedding(name) else "LoRA"
+    for update_type, kind in KINDS_OF_CHANGE:
+        if isinstance(update, update_type):
+            return kind
+    return "other updates"
+
+
+def _suspicious(modules: list[dict[str, Any]], config: dict[str, Any]) -> list[str]:
+    """What a user should look at before merging."""
+    lines = []
+    untrained = [m["module"] for m in modules if m["rms"] is not None and m["rms"] < ZERO_RMS]
+    if untrained:
+        lines.append(
+            f"{len(untrained)} of {len(modules)} modules have a delta of zero (the first is {untrained[0]}): they were "
+            f"probably never trained. Check that this is the final adapter"
+        )
+    for module in modules:
+        if module["scale"] > USUAL_SCALE:
+            lines.append(
+                f"{module['module']} has scale {module['scale']:.3g} (alpha / r); usual are 0.5 to 4. Check lora_alpha and r "
+                f"in adapter_config.json"
+            )
+            break  # one is enough: all modules of an adapter usually have the same scale
+    if not config.get("base_model_name_or_path"):
+        lines.append(
+            "adapter_config.json does not name the base (base_model_name_or_path is missing): qmerge cannot check it"
+        )
+    return lines
+
+
+# --- compared with a base ----------------------------------------------------------------------------------------------
+
+
+def _recipe_for(source: hub.Source, base: str, base_revision: str | None) -> Recipe:
+    """A merge of the adapter into the base, as far as it must be planned to compare them."""
+    # An adapter in a folder of its own is found by that folder; one of several in a file needs its name.
+    name = f"#{source.adapter}" if source.adapter and source.adapters_folder is None else ""
+    return make_recipe({"base": base, "revision": base_revision, "adapter": f"{source.folder}{name}", "target": "fp32"})
+
+
+def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, Any]) -> dict[str, Any]:
+    """What adapter and base declare, and how the largest deltas relate to the base's weights."""
+    with Reader() as reader:
+        source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+        base = scan(source.folder, reader)
+        remarks = declared.compare(config, declared.given(source, base, recipe, [adapter]))
+        fingerprint = fingerprint_record(base.folder).model_dump()
+        described: dict[str, Any] = {
+            "base": {**describe_storage(source, base), "fingerprint": fingerprint},
+            "comparison": [asdict(remark) for remark in remarks],
+            "alignments": [],
+        }
+        try:
+            inputs = read_inputs(recipe, reader)
+            described |= _describe_changes(inputs.adapter, config)
+            plan = plan_from(recipe, inputs)
+            (alignments,) = deltas.look(plan, make_run_context(plan, reader))
+            described["alignments"] = [asdict(alignment) for alignment in alignments]
+            described["problem"] = deltas.verdict(alignments, recipe.merge_onto)
+        except QmergeError as error:  # the adapter does not fit this base: what both declare still helps
+            described["problem"] = str(error)
+        return described

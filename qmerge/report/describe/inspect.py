@@ -1,0 +1,37 @@
+"""`qmerge inspect`: an adapter or a model, whichever the folder or Hub repository holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qmerge import hub
+from qmerge.adapters.reading.named import choose, split
+from qmerge.errors import AdapterError, RecipeError
+from qmerge.report.describe.adapter import describe_adapter
+from qmerge.report.describe.model import describe_model, is_model
+
+
+def inspect(
+    reference: str, revision: str | None = None, base: str | None = None, base_revision: str | None = None
+) -> dict[str, Any]:
+    """The JSON of ``qmerge inspect``.
+
+    Args:
+        reference: folder or Hub id; ``ID#NAME`` where it holds several adapters.
+        revision: its revision on the Hub.
+        base: a model to compare an adapter with: folder or Hub id.
+        base_revision: revision of that model on the Hub.
+
+    Raises:
+        RecipeError: ``base`` does not go with a model, or ``base_revision`` was given without ``base``.
+        AdapterError, CheckpointError: the folder holds neither an adapter nor a model.
+    """
+    if base_revision and not base:
+        raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
+    location, name = split(reference)
+    source = hub.resolve(location, revision, AdapterError)
+    if not is_model(source.folder):
+        return describe_adapter(choose(source, location, name), base, base_revision)
+    if base:
+        raise RecipeError(f"--base compares an adapter with its base, but {reference} is a model: leave --base out")
+    return describe_model(source)

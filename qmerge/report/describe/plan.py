@@ -1,0 +1,137 @@
+"""What a merge would do: every weight and its action, bytes, memory, disk, and predicted survival for every target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qmerge.adapters.combining.combined import CombinedUpdate
+from qmerge.adapters.combining.interference import PairSums, from_factors
+from qmerge.base_check.declared import declared_warnings
+from qmerge.base_check.deltas import check_deltas, delta_size_warnings
+from qmerge.checkpoint import folder
+from qmerge.forecast.predict import Survival, predict
+from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
+from qmerge.forecast.warnings import interference_warnings, survival_warnings
+from qmerge.planning.inputs import Inputs, read_inputs
+from qmerge.planning.plan import Plan, make_run_context, plan_from
+from qmerge.recipe import Recipe
+from qmerge.report.describe.model import describe_storage
+from qmerge.report.make import pair_records
+from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import PairRecord
+from qmerge.types import Step
+
+
+def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
+    """The JSON of ``qmerge plan``. Reads headers, the adapter, and a few rows of each adapted weight.
+
+    Args:
+        recipe: the merge.
+        target_given: False where ``recipe.target`` is only a default: then the targets are compared, and no weights listed.
+
+    Raises:
+        RecipeError, InputError: the merge is not possible.
+    """
+    with Reader() as reader:
+        inputs = read_inputs(recipe, reader)
+        candidates = all_candidates(recipe, inputs, reader)
+        why = None
+        if recipe.target == "auto":
+            recipe, why = resolve_auto(recipe, inputs, reader)
+        plan = plan_from(recipe, inputs)
+        pairs = _adapter_pairs(plan)
+        context = make_run_context(plan, reader)
+        check_deltas(plan, context)
+        described: dict[str, Any] = {
+            "base": describe_storage(inputs.base_source, inputs.base),
+            "adapter": _describe_adapters(inputs),
+            "interference": [pair.model_dump() for pair in pairs],
+            "targets": [_describe_candidate(candidate) for candidate in candidates],
+            "target": recipe.target if target_given else None,
+            "why": why,
+            "warnings": declared_warnings(inputs, recipe) + interference_warnings(pairs, recipe.combine),
+        }
+        if target_given:
+            predicted = predict(plan, context)
+            described |= _describe_work(plan, predicted)
+            relative_sizes = {survival.module: survival.relative_size for survival in predicted}
+            described["warnings"] += delta_size_warnings(plan, relative_sizes)
+            described["warnings"] += survival_warnings(predicted, predicted=True)
+        return described
+
+
+def _describe_candidate(candidate: Candidate) -> dict[str, Any]:
+    """Size and predicted survival of one target; the reason for a target that is not possible."""
+    if candidate.impossible is not None:
+        return {"target": candidate.target, "impossible": candidate.impossible, "loaders": candidate.loaders}
+    return {
+        "target": candidate.target,
+        "bytes_out": candidate.nbytes,
+        "bits_per_weight": candidate.bits,
+        "predicted_kept": candidate.kept,
+        "predicted_noise": candidate.noise,
+        "gap_to_delta": candidate.gap_to_delta,
+        "keeps_grid": candidate.keeps_grid,
+        "loaders": candidate.loaders,
+    }
+
+
+def _describe_adapters(inputs: Inputs) -> dict[str, Any]:
+    updates = inputs.adapter.updates.values()
+    return {
+        "name": " + ".join(source.name for source in inputs.adapter_sources),
+        "commit": inputs.adapter_source.commit,
+        "kind": inputs.adapter.kind,
+        "modules": len(updates),
+        "ranks": sorted({update.rank for update in updates}),
+    }
+
+
+def _adapter_pairs(plan: Plan) -> list[PairRecord]:
+    """How alike several adapters are, where their small factors tell (LoRA): the base is not read for it."""
+    pairs_of_module: dict[str, PairSums] = {}
+    for step in plan.merged:
+        if isinstance(step.update, CombinedUpdate):
+            pairs_of_module[step.label] = from_factors(step.update)
+    return pair_records([source.name for source in plan.inputs.adapter_sources], pairs_of_module)
+
+
+def _describe_work(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
+    """What the run reads, writes and needs, and every weight."""
+    destination = Path(plan.recipe.out or plan.recipe.patch or ".").expanduser()
+    free = folder.free_bytes(destination)
+    needed = plan.bytes_out + folder.SLACK
+    survivals = {survival.module: survival for survival in predicted}
+    return {
+        "actions": dict(Counter(step.action for step in plan.steps)),
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "shards": [shard.file for shard in plan.shards],
+        "peak_memory": plan.peak_memory,
+        "disk_free": free,
+        "disk_needed": needed,
+        "enough_disk": free >= needed,
+        "weights": [_describe_step(step, survivals.get(step.label)) for step in plan.steps],
+    }
+
+
+def _describe_step(step: Step, survival: Survival | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": step.name,
+        "action": step.action,
+        "from": step.weight.format,
+        "to": step.target,
+        "shape": list(step.shape),
+        "rank": None,
+        "keeps_grid": step.source.keeps_grid,
+        "predicted_kept": None,
+        "predicted_noise": None,
+    }
+    if step.update:
+        assert survival is not None, "every merged weight has a prediction"
+        described["rank"] = step.update.rank
+        described["predicted_kept"] = survival.kept
+        described["predicted_noise"] = survival.noise
+    return described

@@ -1,0 +1,91 @@
+"""`qmerge plan`, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stdout, with_notes
+from qmerge.report.terminal.model import formats_text, name_with_commit
+from qmerge.report.terminal.tables import loader_lines, pair_line
+from qmerge.schema import PairRecord
+from qmerge.wording import DASH, counted, fixed_or_dash, percent_or_dash, size_text, times
+
+
+def show_plan(described: dict[str, Any], all_weights: bool) -> None:
+    """What ``describe_plan`` found: results on stdout, warnings on stderr. ``all_weights`` lists every weight."""
+    console = stdout()
+    for line in _head_lines(described):
+        console.print(safe(line))
+    if described["target"]:
+        for line in _work_lines(described):
+            console.print(safe(line))
+        if all_weights:
+            for weight in described["weights"]:
+                console.print(safe(_weight_line(weight)))
+    console.print(targets_table(described["targets"]))
+    for target in described["targets"]:
+        if "impossible" in target:
+            console.print(safe(f"{target['target']}: not possible: {target['impossible']}"))
+    for line in described["warnings"]:
+        print_warning(line)
+
+
+def _head_lines(described: dict[str, Any]) -> list[str]:
+    """Base and adapters, how alike several adapters are, and why ``--target auto`` chose this target."""
+    base = described["base"]
+    adapter = described["adapter"]
+    ranks = ", ".join(str(rank) for rank in adapter["ranks"])
+    lines = [
+        f"base     {name_with_commit(base)}: {size_text(base['bytes'])}; weights: {formats_text(base)}",
+        f"adapter  {name_with_commit(adapter)}: {adapter['kind']}, {counted(adapter['modules'], 'module')}, rank {ranks}",
+    ]
+    lines += [pair_line(PairRecord(**pair)) for pair in described["interference"]]
+    if described["why"]:
+        lines.append(described["why"])
+    return lines
+
+
+def _work_lines(described: dict[str, Any]) -> list[str]:
+    """What is done to the weights, and what the run needs."""
+    actions = ", ".join(f"{count} {action}" for action, count in described["actions"].items())
+    written = f"writes {size_text(described['bytes_out'])} in {counted(len(described['shards']), 'file')}"
+    enough = "enough" if described["enough_disk"] else "NOT ENOUGH"
+    return [
+        f"target   {described['target']}; weights: {actions}",
+        f"disk     reads {size_text(described['bytes_in'])}, {written}; {size_text(described['disk_free'])} free: {enough}",
+        f"memory   {size_text(described['peak_memory'])} for the weights being worked on, about 0.6 GB for the libraries",
+    ]
+
+
+def _weight_line(weight: dict[str, Any]) -> str:
+    shape = "x".join(str(length) for length in weight["shape"])
+    kept = percent_or_dash(weight["predicted_kept"]) if weight["rank"] else ""
+    return f"  {weight['action']:<8}{weight['from']:>5} → {weight['to']:<5}{shape:>12}{kept:>9}  {weight['name']}"
+
+
+def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
+    """Targets side by side, as predicted for nearest rounding."""
+    title = "What nearest rounding would keep of the delta (predicted)"
+    table = make_table(title, ("target", "bits", "size", "kept", "noise", "step/delta"))
+    for target in targets:
+        table.add_row(target["target"], *_target_cells(target))
+    notes = [
+        ("bits", "per weight, scales included"),
+        ("kept", "share of the delta (over 100 %: the change comes out too large)"),
+        ("noise", "rounding error; 1 is as large as the delta"),
+        ("step/delta", "distance between neighbouring levels, relative to the delta"),
+    ]
+    return with_notes(table, notes, loader_lines([target["target"] for target in targets]))
+
+
+def _target_cells(target: dict[str, Any]) -> list[str]:
+    if "impossible" in target:
+        return [DASH] * 5
+    gap = target["gap_to_delta"]
+    return [
+        f"{target['bits_per_weight']:.3g}",
+        size_text(target["bytes_out"]),
+        percent_or_dash(target["predicted_kept"]),
+        fixed_or_dash(target["predicted_noise"], 2),
+        DASH if gap is None else times(gap),
+    ]
