@@ -1,4 +1,4 @@
-"""Ids and revisions → local folders. A revision is resolved to a commit once, and every file comes from that commit."""
+"""Folders and Hub ids → local folders. A revision is resolved to a commit once, and every file comes from that commit."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from pathlib import Path
 from qmerge.errors import InputError
 
 MODEL_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-]
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
+]  # fmt: skip
+"""Patterns of the files that are downloaded."""
+
 UNUSED_FILES = ["original/*", "consolidated*", "*.gguf", "onnx/*", "openvino/*"]
+"""Patterns of files that are left on the Hub: the same weights in other formats."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""``owner/name``."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,22 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The Hub id, or the last part of a local folder; which of several adapters stands behind it."""
-        place = self.id or self.folder.name
-        return f"{place}#{self.adapter}" if self.adapter and place != self.adapter else place
+        """The Hub id, or the last part of a local folder, with ``#ADAPTER`` where it holds several adapters."""
+        model_name = self.id or self.folder.name
+        if self.adapter and model_name != self.adapter:
+            return f"{model_name}#{self.adapter}"
+        return model_name
 
 
 def resolve(reference: str, revision: str | None, error: type[InputError]) -> Source:
-    """A folder, or a Hub id (downloaded, or taken from the cache; offline mode works) → a local folder.
+    """The local folder of a model or an adapter.
+
+    Args:
+        reference: a folder, or a Hub id, which is downloaded or taken from the cache; offline mode works.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
-        error: neither a folder nor an id that can be had.
+        error: there is no such folder, and no such id on the Hub or in its cache.
     """
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
@@ -77,20 +79,23 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
     try:
         commit = _commit(hub_id, revision)
         folder = huggingface_hub.snapshot_download(
-            hub_id, revision=commit or revision, allow_patterns=MODEL_FILES, ignore_patterns=UNUSED_FILES,
+            hub_id,
+            revision=commit or revision,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=UNUSED_FILES,
             local_files_only=commit is None,
-        )  # fmt: skip
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
-        where = f" at revision {revision}" if revision else ""
+        at_revision = f" at revision {revision}" if revision else ""
         reason = str(cause).strip().splitlines()[0]
         raise error(
-            f"{hub_id}{where}: no such folder, and the Hub (or its cache, offline) does not give it: {reason}"
+            f"{hub_id}{at_revision}: no such folder, and it cannot be loaded from the Hub (or from its cache, offline): {reason}"
         ) from cause
-    return Source(Path(folder), hub_id, commit or Path(folder).name)
+    return Source(Path(folder), hub_id, commit or Path(folder).name)  # in the cache, a folder is named after its commit
 
 
 def _commit(hub_id: str, revision: str | None) -> str | None:
-    """The commit that a revision stands for now; None offline, where the cache decides."""
+    """The commit that a revision means now. None offline: then the cache knows it."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -98,11 +103,12 @@ def _commit(hub_id: str, revision: str | None) -> str | None:
         return huggingface_hub.HfApi().repo_info(hub_id, revision=revision).sha
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # offline, or no connection: which class says so depends on the Hub library's HTTP library
+    except Exception:  # offline, or no connection: the class depends on the HTTP library that the Hub library uses
         return None
 
 
 def cache_folder() -> Path:
+    """The cache of huggingface_hub on this machine."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser().resolve()

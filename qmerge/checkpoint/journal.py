@@ -1,7 +1,10 @@
-"""The journal of a run, in the output folder: what makes ``--resume`` safe.
+"""The journal of a run, in the output folder, from which ``--resume`` continues.
 
-First line: what this run is (version, recipe, SHA-256 of every input). Then one line per finished step, with the hash
-of what it wrote and its measurements, and one per finished file. A resumed run trusts no line: it hashes the bytes.
+    first line           identity of the run: version, recipe, SHA-256 of every input
+    a line per step      when it is done: SHA-256 of the tensors that it wrote, and its measurements
+    a line per file      when it is whole: size and SHA-256
+
+A resumed run does not trust the lines: it hashes the bytes that are on the disk.
 """
 
 from __future__ import annotations
@@ -17,9 +20,23 @@ from qmerge.safetensors_io.writer import no_room_is_an_error
 
 NAME = ".qmerge-journal.jsonl"
 
+STEP_FIELDS = frozenset({"step", "sha256", "texts", "outcome"})
+
 
 class Journal:
-    """Append-only lines of JSON. ``steps``: what an earlier run says it did. ``files``: what this run finished."""
+    """Lines of JSON that are only appended. Threads may share one.
+
+    Args:
+        identity: what must be equal for a run to be resumed.
+        resume: continue the journal of an earlier run, if there is one.
+
+    Attributes:
+        steps: name of a step → its record, of the earlier run.
+        files: name of a file → its record, of this run.
+
+    Raises:
+        RecipeError: the earlier run has another identity.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
         self.path = folder / NAME
@@ -33,13 +50,16 @@ class Journal:
             self._append({"run": identity})
 
     def step_done(self, name: str, record: dict[str, Any]) -> None:
+        """Record a finished step: ``sha256`` of its tensors, their ``texts``, its ``outcome``."""
         self._append({"step": name, **record})
 
     def file_done(self, name: str, record: dict[str, Any]) -> None:
+        """Record a finished file, and sync: it gets its final name after this."""
         self.files[name] = record
         self._append({"file": name, **record}, sync=True)
 
     def remove(self) -> None:
+        """Delete the journal: the output folder is finished."""
         self.path.unlink()
 
     def _append(self, line: dict[str, Any], sync: bool = False) -> None:
@@ -51,18 +71,26 @@ class Journal:
                 os.fsync(file.fileno())
 
     def _load(self, identity: dict[str, Any]) -> None:
-        """Take what is whole: a kill or a power cut may have spoiled any line, which then costs work, but no bytes."""
-        records = [record for line in self.path.read_bytes().split(b"\n") if (record := _record(line))]
+        """Take over the lines that are whole.
+
+        A kill or a power cut may have damaged any line. Its step is then done again, which costs time, but no bytes.
+        """
+        records: list[dict[str, Any]] = []
+        for line in self.path.read_bytes().split(b"\n"):
+            record = _parse_line(line)
+            if record:
+                records.append(record)
         if not records or "run" not in records[0]:
             records = [{"run": identity}]
-        _check_same(records[0]["run"], json.loads(json.dumps(identity)))
+        _check_same_run(records[0]["run"], json.loads(json.dumps(identity)))  # both as JSON has them: lists, no tuples
         for record in records[1:]:
-            if {"step", "sha256", "texts", "outcome"} <= record.keys():
+            if record.keys() >= STEP_FIELDS:
                 self.steps[record["step"]] = record
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """None for a damaged line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -70,17 +98,24 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _check_same(earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {path: leaf for name, inner in value.items() for path, leaf in flat(inner, f"{prefix} {name}").items()}
+def _check_same_run(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    earlier_settings = _flattened(earlier)
+    current_settings = _flattened(now)
+    for name in earlier_settings | current_settings:
+        before = earlier_settings.get(name)
+        after = current_settings.get(name)
+        if before != after:
+            raise RecipeError(
+                f"--resume: {name} was {before!r} and is {after!r} now; resume with the same inputs, recipe and version, or "
+                f"start again in an empty folder"
+            )
 
-    before, after = flat(earlier), flat(now)
-    changed = [name.strip() for name in before | after if before.get(name) != after.get(name)]
-    if changed:
-        first = f" {changed[0]}"
-        raise RecipeError(
-            f"--resume: {changed[0]} was {before.get(first)!r} and is {after.get(first)!r} now; "
-            f"resume with the same inputs, recipe and version, or start again in an empty folder"
-        )
+
+def _flattened(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their names, joined with spaces: ``{"recipe": {"seed": 3}}`` → ``{"recipe seed": 3}``."""
+    if not isinstance(value, dict):
+        return {name: value}
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        result |= _flattened(inner, f"{name} {key}".strip())
+    return result

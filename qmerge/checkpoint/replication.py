@@ -14,88 +14,102 @@ from qmerge.types import Weight
 LAYER = re.compile(r"(?P<before>(?:[a-z_]+\.)?(?:layers|h|encoder\.layer)\.)(?P<number>\d+)(?P<after>\..+)")
 """peft replicates the stack of layers at ``model.layers``, ``bert.encoder.layer`` or ``transformer.h`` (replicate_layers)."""
 
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer")
+
 
 def replicate_layers(base: Checkpoint, ranges: Any) -> Checkpoint:
-    """The base with the layers that the ranges name, in their order, under new numbers; their bytes lie where they lay.
+    """The base with its layers repeated: weights get the new layers' numbers, their bytes stay where they are.
 
     Args:
-        ranges: ``[[0, 4], [2, 5]]`` gives layers 0, 1, 2, 3, 2, 3, 4, as peft counts.
+        ranges: ``[[0, 4], [2, 5]]`` gives layers 0, 1, 2, 3, 2, 3, 4, as in peft.
 
     Raises:
-        AdapterError: these are no ranges of the base's layers.
-        CheckpointError: the config says things of single layers that cannot be moved with them.
+        AdapterError: the ranges are not valid, or not ranges of the base's layers.
+        CheckpointError: the config has settings of single layers that cannot be moved with them.
     """
-    found = {name: match for name in base.weights if (match := LAYER.fullmatch(name))}
-    count = 1 + max((int(match["number"]) for match in found.values()), default=-1)
-    order = _order(ranges, count)
-    config = _config(base.config, order, count)
-    of_layer: dict[int, list[tuple[Weight, re.Match[str]]]] = {}
-    for name, match in found.items():
-        of_layer.setdefault(int(match["number"]), []).append((base.weights[name], match))
-    weights = {name: weight for name, weight in base.weights.items() if name not in found}
-    for number, old in enumerate(order):
-        for weight, match in of_layer[old]:
-            moved = _moved(weight, match["before"], number)
-            weights[moved.name] = moved
+    matches = {name: match for name in base.weights if (match := LAYER.fullmatch(name))}
+    layer_count = 1 + max((int(match["number"]) for match in matches.values()), default=-1)
+    order = _layer_order(ranges, layer_count)
+    config = _replicated_config(base.config, order, layer_count)
+    names_in_layer: dict[int, list[str]] = {}
+    for name, match in matches.items():
+        names_in_layer.setdefault(int(match["number"]), []).append(name)
+    weights = {name: weight for name, weight in base.weights.items() if name not in matches}
+    for new_number, old_number in enumerate(order):
+        for name in names_in_layer[old_number]:
+            weight = _renumbered(base.weights[name], matches[name]["before"], new_number)
+            weights[weight.name] = weight
     return replace(base, config=config, weights=weights)
 
 
-def _order(ranges: Any, count: int) -> list[int]:
+def _layer_order(ranges: Any, layer_count: int) -> list[int]:
+    """Number of the base's layer for every layer of the replicated model."""
     try:
         order = [layer for start, stop in ranges for layer in range(start, stop)]
     except (TypeError, ValueError) as cause:
         raise AdapterError(
             f"adapter_config.json has layer_replication={ranges!r}; expected pairs like [[0, 4], [2, 5]]"
         ) from cause
-    if not order or not 0 <= min(order) <= max(order) < count:
-        raise AdapterError(f"adapter_config.json has layer_replication={ranges!r}, but the base has {count} layers")
+    if not order or min(order) < 0 or max(order) >= layer_count:
+        raise AdapterError(
+            f"adapter_config.json has layer_replication={ranges!r}, but the base has {layer_count} layers. "
+            f"Is this the base that the adapter was trained on?"
+        )
     return order
 
 
-def _moved(weight: Weight, before: str, number: int) -> Weight:
-    def renamed(name: str) -> str:
+def _renumbered(weight: Weight, before: str, number: int) -> Weight:
+    """The weight under another layer number; ``before``: its name up to the number."""
+
+    def rename(name: str) -> str:
         return before + re.sub(r"^\d+", str(number), name.removeprefix(before))
 
-    parts = {local: replace(info, name=renamed(info.name)) for local, info in weight.parts.items()}
-    return replace(weight, module=renamed(weight.module), parts=parts)
+    parts = {local: replace(info, name=rename(info.name)) for local, info in weight.parts.items()}
+    return replace(weight, module=rename(weight.module), parts=parts)
 
 
-def _config(config: Mapping[str, Any], order: Sequence[int], count: int) -> dict[str, Any]:
-    """The config for as many layers; kinds of layers (``layer_types``) move with them."""
-    numbered = [
-        name for name in _names_of_modules(config.get("quantization_config")) if re.search(r"\.\d+(\.|$)", name)
-    ]
-    if numbered:
+def _replicated_config(config: Mapping[str, Any], order: Sequence[int], layer_count: int) -> dict[str, Any]:
+    """The config with the new number of layers; lists with an entry per layer (``layer_types``) are repeated alike."""
+    for name in _texts_inside(config.get("quantization_config")):
+        if re.search(r"\.\d+(\.|$)", name):
+            raise CheckpointError(
+                f"the adapter replicates layers, but config.json's quantization_config names single ones ({name}): "
+                f"use the 16-bit model as base"
+            )
+    count_key = next((key for key in LAYER_COUNT_KEYS if config.get(key) == layer_count), None)
+    if count_key is None:
         raise CheckpointError(
-            f"the adapter replicates layers, but config.json's quantization_config names single ones ({numbered[0]}): "
-            f"use the 16-bit model as base"
+            f"the adapter replicates layers, but config.json does not say that the base has {layer_count}"
         )
-    counted = next((name for name in ("num_hidden_layers", "n_layer") if config.get(name) == count), None)
-    if counted is None:
-        raise CheckpointError(f"the adapter replicates layers, but config.json does not say that the base has {count}")
-    per_layer = {
-        name: [values[old] for old in order]
-        for name, values in {**config, **_layer_types(config)}.items()
-        if isinstance(values, list) and "layer" in name and len(values) == count
-    }
-    return {**config, **per_layer, counted: len(order)}
+    result = dict(config)
+    for key, value in {**config, **_default_layer_types(config)}.items():
+        if isinstance(value, list) and "layer" in key and len(value) == layer_count:
+            result[key] = [value[old_number] for old_number in order]
+    result[count_key] = len(order)
+    return result
 
 
-def _layer_types(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the architecture's config class makes of a config that leaves them out: it counts them off."""
+def _default_layer_types(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``layer_types`` of the architecture's config class, which derives them where config.json leaves them out."""
     from transformers import AutoConfig
 
     try:
         plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
-        kinds = getattr(AutoConfig.for_model(**plain), "layer_types", None)
-    except Exception:  # an architecture of its own
+        layer_types = getattr(AutoConfig.for_model(**plain), "layer_types", None)
+    except Exception:  # transformers does not know the architecture
         return {}
-    return {"layer_types": list(kinds)} if kinds else {}
+    return {"layer_types": list(layer_types)} if layer_types else {}
 
 
-def _names_of_modules(quantization: Any) -> list[str]:
-    if isinstance(quantization, dict):
-        return [name for key, value in quantization.items() for name in [str(key), *_names_of_modules(value)]]
-    if isinstance(quantization, list | tuple):
-        return [name for value in quantization for name in _names_of_modules(value)]
-    return [quantization] if isinstance(quantization, str) else []
+def _texts_inside(value: Any) -> list[str]:
+    """All keys and texts of nested dicts and lists: names and patterns of modules are among them."""
+    if isinstance(value, str):
+        return [value]
+    texts: list[str] = []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            texts += [str(key), *_texts_inside(inner)]
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            texts += _texts_inside(inner)
+    return texts

@@ -1,1 +1,1 @@
-"""safetensors files: headers, reading parts of them, and streaming them out."""
+"""safetensors files: ``header`` (strict), ``reader`` (parts of tensors), ``writer`` (a stream, safe against crashes)."""

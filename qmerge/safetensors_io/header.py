@@ -1,7 +1,11 @@
-"""The header of a safetensors file, read strictly: what the specification forbids is an error here.
+"""The header of a safetensors file, read strictly: anything that the specification forbids is an error.
 
-The safetensors library accepts a duplicate key when the last one covers the buffer, and a leading space; both are
-refused here, before any tensor is read. Specification: https://github.com/huggingface/safetensors#format
+The safetensors library accepts a duplicate key when the last one covers the buffer, and a leading space; both are errors
+here, before any tensor is read. Specification: https://github.com/huggingface/safetensors#format
+
+    8 bytes         length of the header, little endian
+    header          JSON: tensor name → dtype, shape, data_offsets (from the end of the header); __metadata__
+    data            the tensors, without gaps
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qmerge.errors import InputError
 from qmerge.types import BITS, TensorInfo, TensorSpec
+
+LENGTH_BYTES = 8
+"""Bytes before the header, which hold its length."""
 
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
@@ -24,117 +32,140 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_header(path: Path, error: type[InputError]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors (by name) and metadata of one file; nothing but the header is read.
+    """Tensors (by name) and metadata of one file; only the header is read.
 
     Raises:
-        error: the file is missing, truncated, no safetensors file, or its header breaks the specification.
+        error: the file is missing, truncated, or not a safetensors file, or its header breaks the specification.
     """
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            if start == LFS_POINTER[:8]:
-                raise error(
-                    f"{path.name}: this is a git-lfs pointer, not the file. Run `git lfs pull` or `hf download`."
-                )
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise error(
-                    f"{path.name}: not a whole safetensors file: {size} bytes, and its first 8 bytes announce a header of "
-                    f"{length}. Download it again."
-                )
+            start = file.read(LENGTH_BYTES)
+            length = _header_length(path, start, file_size, error)
             text = file.read(length)
     except OSError as cause:
         raise error(f"{path.name}: cannot be read: {cause.strerror} ({path})") from cause
-    return _parse(path, text, size - 8 - length, 8 + length, error)
+    return _HeaderParser(path, error, LENGTH_BYTES + length, file_size).parse(text)
 
 
-def _parse(
-    path: Path, text: bytes, data_bytes: int, data_start: int, error: type[InputError]
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    if not text.startswith(b"{"):
-        raise error(f"{path.name}: the safetensors header must begin with '{{', found {text[:8]!r}")
-    entries = strict_json(text, f"{path.name}: header", error)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise error(f"{path.name}: __metadata__ must map names to texts")
-    odd = next((name for name in entries if not _is_text(name)), None)
-    if odd is not None:
-        raise error(f"{path.name}: the tensor name {odd!a} is no Unicode text")
-    tensors = {name: _tensor(path, name, entry, data_start, error) for name, entry in entries.items()}
-    _check_covers(path, tensors, data_start, data_bytes, error)
-    return tensors, metadata
-
-
-def _is_text(name: str) -> bool:
-    """Lone surrogates are valid JSON, but no text: they could not be written again."""
-    return not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def _tensor(path: Path, name: str, entry: Any, data_start: int, error: type[InputError]) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise error(f"{path.name}: tensor {name!r} needs dtype, shape and data_offsets, found {str(entry)[:80]}")
-    if dtype not in BITS:
-        raise error(f"{path.name}: tensor {name!r} has the unknown dtype {dtype!r}")
-    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+def _header_length(path: Path, start: bytes, file_size: int, error: type[InputError]) -> int:
+    """Length of the header in bytes, from the first bytes of the file."""
+    if start == LFS_POINTER[:LENGTH_BYTES]:
+        raise error(f"{path.name}: this is a git-lfs pointer, not the file. Run `git lfs pull` or `hf download`.")
+    length = -1
+    if len(start) == LENGTH_BYTES:
+        (length,) = struct.unpack("<Q", start)
+    if not 2 <= length <= min(LARGEST_HEADER, file_size - LENGTH_BYTES):  # the shortest header is {}
         raise error(
-            f"{path.name}: tensor {name!r} of shape {list(shape)} and dtype {dtype} takes "
-            f"{TensorSpec(dtype, shape).nbytes} bytes, but its data_offsets span {end - begin}"
+            f"{path.name}: not a whole safetensors file: {file_size} bytes, and its first 8 bytes announce a header of "
+            f"{length}. Download it again."
         )
-    return TensorInfo(dtype, shape, name, path, data_start + begin)
+    return length
 
 
-def _check_covers(
-    path: Path, tensors: Mapping[str, TensorInfo], data_start: int, data_bytes: int, error: type[InputError]
-) -> None:
-    position = data_start
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if tensor.offset != position:
-            raise error(
-                f"{path.name}: tensor {tensor.name!r} starts at byte {tensor.offset}, expected {position}: "
-                f"tensors overlap or leave a hole"
+@dataclass(frozen=True)
+class _HeaderParser:
+    """Checks the header of one file. ``data_start``: position of the first tensor's bytes in the file."""
+
+    path: Path
+    error: type[InputError]
+    data_start: int
+    file_size: int
+
+    def parse(self, text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        if not text.startswith(b"{"):
+            raise self._invalid(f"the safetensors header must begin with '{{', found {text[:8]!r}")
+        entries = strict_json(text, f"{self.path.name}: header", self.error)
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._invalid("__metadata__ must map names to texts")
+        for name in entries:
+            if not _is_unicode_text(name):
+                raise self._invalid(f"the tensor name {name!a} is not Unicode text")
+        tensors = {name: self._tensor(name, entry) for name, entry in entries.items()}
+        self._check_data_is_covered(tensors)
+        return tensors, metadata
+
+    def _tensor(self, name: str, entry: Any) -> TensorInfo:
+        try:
+            dtype = entry["dtype"]
+            shape = tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            is_valid = all(_is_size(value) for value in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise self._invalid(f"tensor {name!r} needs dtype, shape and data_offsets, found {str(entry)[:80]}")
+        if dtype not in BITS:
+            raise self._invalid(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+            raise self._invalid(
+                f"tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {TensorSpec(dtype, shape).nbytes} bytes, "
+                f"but its data_offsets span {end - begin}"
             )
-        position += tensor.nbytes
-    if position != data_start + data_bytes:
-        raise error(
-            f"{path.name}: the tensors end at byte {position}, the file at {data_start + data_bytes}: "
-            f"truncated or padded. Download it again."
-        )
+        return TensorInfo(dtype, shape, name, self.path, self.data_start + begin)
+
+    def _check_data_is_covered(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """The tensors must follow one another without gaps, up to the end of the file."""
+        position = self.data_start
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset != position:
+                raise self._invalid(
+                    f"tensor {tensor.name!r} starts at byte {tensor.offset}, expected {position}: tensors overlap or leave a "
+                    f"hole. Download it again."
+                )
+            position += tensor.nbytes
+        if position != self.file_size:
+            raise self._invalid(
+                f"the tensors end at byte {position}, the file at {self.file_size}: truncated or padded. Download it again."
+            )
+
+    def _invalid(self, problem: str) -> InputError:
+        return self.error(f"{self.path.name}: {problem}")
 
 
-def strict_json(text: bytes, what: str, error: type[InputError]) -> dict[str, Any]:
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_unicode_text(name: str) -> bool:
+    """Lone surrogates are valid JSON, but they cannot be encoded: such a name could not be written again."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def strict_json(text: bytes, name: str, error: type[InputError]) -> dict[str, Any]:
     """A JSON object without duplicate keys.
 
+    Args:
+        name: of the file or part, for messages.
+
     Raises:
-        error: not JSON, not an object, or a key that stands twice.
+        error: it is not JSON, not an object, or has a duplicate key.
     """
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise error(f"{what}: {twice!r} stands there twice")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise error(f"{name}: duplicate key {key!r}; expected every key once")
+            result[key] = value
         return result
 
     try:
         value = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as cause:
-        raise error(f"{what}: not valid JSON: {cause}") from cause
+        raise error(f"{name}: not valid JSON: {cause}") from cause
     if not isinstance(value, dict):
-        raise error(f"{what}: expected a JSON object, found {type(value).__name__}")
+        raise error(f"{name}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def build_header(layout: Mapping[str, tuple[TensorSpec, int]], length: int | None = None) -> bytes:
-    """The 8 length bytes and the header for tensors at given offsets (counted from the end of the header).
+    """The length bytes and the header of a file.
 
-    With ``length``, the header text is padded with spaces to that many bytes, as the specification allows.
+    Args:
+        layout: name → dtype and shape, and the offset from the end of the header.
+        length: pad the header with spaces to this many bytes, as the specification allows; None: to a multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, (spec, offset) in sorted(layout.items(), key=lambda item: item[1][1]):
@@ -144,14 +175,15 @@ def build_header(layout: Mapping[str, tuple[TensorSpec, int]], length: int | Non
             "data_offsets": [offset, offset + spec.nbytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = length if length is not None else -(-len(text) // 8) * 8
-    if len(text) > padded:
-        raise AssertionError(f"header of {len(text)} bytes in room for {padded}")
-    return struct.pack("<Q", padded) + text.ljust(padded)
+    if length is None:
+        length = math.ceil(len(text) / 8) * 8  # the data begin at a multiple of 8, as the library aligns them
+    if len(text) > length:
+        raise AssertionError(f"the header has {len(text)} bytes, but {length} were reserved for it")
+    return struct.pack("<Q", length) + text.ljust(length)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut (POSIX wants the folder itself synced)."""
+    """Make renames in a folder survive a power cut: POSIX requires that the folder itself is synced."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""Tensors from safetensors files by plain reads: whole, or some rows, so that memory holds only what is worked on.
+"""Tensors from safetensors files by plain reads: a whole tensor, or some rows, so that memory holds only these.
 
-No mmap: mapped pages count as resident memory, and a file truncated under a map kills the process.
+Files are not mapped into memory: mapped pages count as resident memory, and a file that is truncated while it is mapped
+kills the process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qmerge.types import TORCH_DTYPES, TensorInfo
 
 
 class Reader:
-    """Opens each file once and reads ranges of it; safe to share between threads."""
+    """Opens each file once and reads ranges of it. Threads may share one. As a context manager, it closes its files."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -37,14 +38,17 @@ class Reader:
         """Bytes ``start`` … ``stop`` of a tensor.
 
         Raises:
-            CheckpointError: the file ends before them (it changed since its header was read).
+            CheckpointError: the file ends before them: it has changed since its header was read.
         """
         buffer = bytearray(stop - start)
-        view, done = memoryview(buffer), 0
-        while done < len(buffer):
+        view = memoryview(buffer)
+        done = 0
+        while done < len(buffer):  # a read may return less than was asked for
             count = os.preadv(self._descriptor(info.file), [view[done:]], info.offset + start + done)
             if count == 0:
-                raise CheckpointError(f"{info.file.name}: ends inside {info.name!r}: it was changed while being read")
+                raise CheckpointError(
+                    f"{info.file.name}: ends inside tensor {info.name!r}: the file was changed while it was read"
+                )
             done += count
         return buffer
 
@@ -55,7 +59,7 @@ class Reader:
     def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Elements ``start`` … ``stop`` of the flattened tensor, 1-D, in its own dtype."""
         dtype = TORCH_DTYPES[info.dtype]
-        if start == stop:
+        if start == stop:  # torch.frombuffer refuses an empty buffer
             return torch.empty(0, dtype=dtype)
         raw = self.bytes(info, start * dtype.itemsize, stop * dtype.itemsize)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype)
@@ -68,7 +72,11 @@ class Reader:
 
 
 class MemoryReader(Reader):
-    """The same for tensors that ``read`` gives the bytes of, by name."""
+    """A reader of tensors that are in no file.
+
+    Args:
+        read: tensor name → its bytes.
+    """
 
     def __init__(self, read: Callable[[str], bytes]) -> None:
         super().__init__()

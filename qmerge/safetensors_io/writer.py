@@ -1,7 +1,7 @@
-"""Streams a safetensors file out: room for the header is reserved, tensors go to planned places in any order, the
-header is filled last, and the file gets its name only when it is whole.
+"""Write a safetensors file as a stream: its size is planned, tensors are written in any order, the header comes last.
 
-The safetensors library needs all tensors of a file in memory, writes mode 0600, and does not sync (0.8).
+The file has a temporary name until it is whole. The safetensors library cannot be used: it needs all tensors of a file in
+memory, creates files with mode 0600, and does not sync them (0.8).
 """
 
 from __future__ import annotations
@@ -12,179 +12,230 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from qmerge.errors import RoomError
-from qmerge.safetensors_io.header import build_header, fsync_folder
+from qmerge.safetensors_io.header import LENGTH_BYTES, build_header, fsync_folder
 from qmerge.types import BITS, TensorSpec
 
 LONGEST_TEXT = 512
-"""Bytes kept free for a tensor whose length is known only at the end (bitsandbytes' quant state, about 170)."""
+"""Bytes reserved for a tensor whose length is known only at the end (bitsandbytes' quant state, about 170)."""
 
 PARTIAL = ".partial"
+"""Added to the name of a file that is not whole."""
+
+HASH_CHUNK = 2**22
+"""Bytes that are read at once to be hashed."""
+
+
+class PlacedTensor(NamedTuple):
+    """dtype and shape of a tensor, and the offset of its bytes from the end of the header."""
+
+    spec: TensorSpec
+    offset: int
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where each tensor of a file will lie: offsets from the end of the header; ``texts`` follow, in order.
+    """Where each tensor of a file will be.
 
-    Sorted as the safetensors library sorts (widest dtype first, then by name), so that every tensor is aligned.
+    tensors        tensors of known size, in the order of their offsets
+    texts          names of tensors that follow them, whose size is known only at the end; see ``LONGEST_TEXT``
+    header_length  bytes reserved for the header, without its length bytes
+    fixed_bytes    size of all ``tensors``
     """
 
-    tensors: Mapping[str, tuple[TensorSpec, int]]
+    tensors: Mapping[str, PlacedTensor]
     texts: tuple[str, ...]
     header_length: int
     fixed_bytes: int
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec]) -> FileLayout:
-        fixed = sorted(
-            (name for name, spec in specs.items() if spec.shape != (-1,)), key=lambda n: (-BITS[specs[n].dtype], n)
-        )
-        texts = tuple(sorted(name for name, spec in specs.items() if spec.shape == (-1,)))
-        tensors, position = {}, 0
-        for name in fixed:
-            tensors[name] = (specs[name], position)
+        """The layout of a file with these tensors; a shape of (-1,) is a text.
+
+        Tensors are sorted as the safetensors library sorts them, widest dtype first, then by name: so all are aligned.
+        """
+        texts = {name for name, spec in specs.items() if spec.shape == (-1,)}
+        tensors: dict[str, PlacedTensor] = {}
+        position = 0
+        for name in sorted(specs.keys() - texts, key=lambda name: (-BITS[specs[name].dtype], name)):
+            tensors[name] = PlacedTensor(specs[name], position)
             position += specs[name].nbytes
-        longest = {
-            name: (TensorSpec("U8", (LONGEST_TEXT,)), position + LONGEST_TEXT * i) for i, name in enumerate(texts)
-        }
-        length = len(build_header({**tensors, **longest})) - 8
-        return cls(tensors, texts, length, position)
+        # The longest header that may become necessary: with every text as long as it may get.
+        longest = dict(tensors)
+        for number, name in enumerate(sorted(texts)):
+            longest[name] = PlacedTensor(TensorSpec("U8", (LONGEST_TEXT,)), position + LONGEST_TEXT * number)
+        header_length = len(build_header(longest)) - LENGTH_BYTES
+        return cls(tensors, tuple(sorted(texts)), header_length, fixed_bytes=position)
+
+    @property
+    def data_start(self) -> int:
+        """Position of the first tensor in the file."""
+        return LENGTH_BYTES + self.header_length
 
     @property
     def most_bytes(self) -> int:
-        return 8 + self.header_length + self.fixed_bytes + LONGEST_TEXT * len(self.texts)
+        """The largest size that the file may get."""
+        return self.data_start + self.fixed_bytes + LONGEST_TEXT * len(self.texts)
 
 
 class TensorSink(Protocol):
-    """What a step writes to."""
+    """What a step writes its tensors to."""
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """The next values of a tensor, in order."""
+        """Append values to a tensor, in order."""
 
     def append_bytes(self, name: str, data: bytearray) -> None:
-        """The next bytes of a tensor, in order."""
+        """Append bytes to a tensor, in order."""
 
 
-@dataclass
 class StepSink:
-    """The tensors of one step: each appended to in order, hashed on the way, complete at the end."""
+    """The tensors of one step, which go to a shard. Each is written in order, and hashed while it is written.
 
-    shard: ShardWriter
-    names: tuple[str, ...]
-    texts: dict[str, str] = field(default_factory=dict)
+    Args:
+        names: all tensors of the step.
 
-    def __post_init__(self) -> None:
-        self._done = dict.fromkeys(self.names, 0)
-        self._hashes = {name: hashlib.sha256() for name in self.names}
+    Attributes:
+        texts: name → content of those tensors whose size was not known before.
+    """
+
+    def __init__(self, shard: ShardWriter, names: tuple[str, ...]) -> None:
+        self.texts: dict[str, str] = {}
+        self._shard = shard
+        self._fixed_names = [name for name in names if name not in shard.layout.texts]
+        self._written = dict.fromkeys(self._fixed_names, 0)
+        self._hashes = {name: hashlib.sha256() for name in self._fixed_names}
 
     def append(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.numel():
+        if flat.numel():  # an empty tensor cannot be viewed as bytes
             self.append_bytes(name, flat.view(torch.uint8).numpy().data)
 
     def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
-        if name in self.shard.layout.texts:
+        if name in self._shard.layout.texts:
             self.texts[name] = bytes(data).decode()
             return
-        self.shard.write(name, self._done[name], data)
+        self._shard.write(name, self._written[name], data)
         self._hashes[name].update(data)
-        self._done[name] += len(data)
+        self._written[name] += len(data)
 
     def finish(self) -> dict[str, str]:
-        """SHA-256 of every tensor; AssertionError when one is not complete (a bug)."""
-        for name in self.names:
-            if name not in self.shard.layout.texts:
-                spec, _ = self.shard.layout.tensors[name]
-                assert self._done[name] == spec.nbytes, f"{name}: {self._done[name]} of {spec.nbytes} bytes written"
-        return {name: self._hashes[name].hexdigest() for name in self.names if name not in self.shard.layout.texts}
+        """SHA-256, hexadecimal, of every tensor of known size.
+
+        Raises:
+            AssertionError: one of them is not complete, which is a bug.
+        """
+        for name in self._fixed_names:
+            expected = self._shard.layout.tensors[name].spec.nbytes
+            assert self._written[name] == expected, f"{name}: {self._written[name]} of {expected} bytes written"
+        return {name: self._hashes[name].hexdigest() for name in self._fixed_names}
 
 
 class ShardWriter:
-    """One file being written, under ``NAME.partial`` until ``finish``. Steps may write from several threads."""
+    """One safetensors file that is being written; its name ends in ``.partial`` until ``publish``.
+
+    Steps may write from several threads.
+
+    Args:
+        resume: continue the file that an earlier run left, if there is one.
+    """
 
     def __init__(self, path: Path, layout: FileLayout, resume: bool = False) -> None:
-        self.path, self.layout, self.texts = path, layout, dict[str, str]()
+        self.path = path
+        self.layout = layout
+        self.texts: dict[str, str] = {}
         self._partial = path.with_name(path.name + PARTIAL)
         if resume and self.path.exists():  # a finished file is checked (and, if need be, written) like any other
             self.path.replace(self._partial)
-        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if resume and self._partial.exists() else os.O_CREAT | os.O_EXCL)
+        flags = os.O_RDWR | os.O_NOFOLLOW
+        if not (resume and self._partial.exists()):
+            flags |= os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(self._partial, flags, 0o666)
         self._lock = threading.Lock()
         with no_room_is_an_error(path.parent):
             reserve(self._descriptor, layout.most_bytes)
 
     def step(self, names: tuple[str, ...]) -> StepSink:
+        """Where one step writes its tensors."""
         return StepSink(self, names)
 
     def write(self, name: str, start: int, data: memoryview | bytearray) -> None:
-        _, offset = self.layout.tensors[name]
-        position, view = 8 + self.layout.header_length + offset + start, memoryview(data)
+        """Write some bytes of a tensor, from its byte ``start`` on."""
+        position = self._position(name) + start
+        view = memoryview(data)
         with no_room_is_an_error(self.path.parent):
-            while len(view):
+            while len(view):  # a write may take less than it was given
                 count = os.pwrite(self._descriptor, view, position)
-                position, view = position + count, view[count:]
+                position += count
+                view = view[count:]
 
     def read(self, name: str) -> bytes:
-        """What has been written of a tensor."""
+        """The bytes of a tensor that has been written."""
         if name in self.layout.texts:
             return self.texts[name].encode()
-        spec, offset = self.layout.tensors[name]
-        return read_range(self._descriptor, 8 + self.layout.header_length + offset, spec.nbytes)
+        return read_range(self._descriptor, self._position(name), self.layout.tensors[name].spec.nbytes)
 
     def add_texts(self, texts: Mapping[str, str]) -> None:
+        """Keep texts until ``finish`` writes them."""
         with self._lock:
             self.texts.update(texts)
 
     def fixed(self, names: tuple[str, ...]) -> set[str]:
-        """Those of these tensors that have a planned place (texts have none)."""
+        """Those of these tensors whose size was known before."""
         return {name for name in names if name in self.layout.tensors}
 
     def matches(self, hashes: Mapping[str, str]) -> bool:
-        """Whether the bytes of these tensors, as they lie on the disk now, have these hashes."""
+        """Whether the bytes of these tensors, as they are on the disk now, have these hashes."""
         for name, expected in hashes.items():
-            spec, offset = self.layout.tensors[name]
-            if hash_range(self._descriptor, 8 + self.layout.header_length + offset, spec.nbytes) != expected:
+            nbytes = self.layout.tensors[name].spec.nbytes
+            if hash_range(self._descriptor, self._position(name), nbytes) != expected:
                 return False
         return True
 
     def finish(self) -> dict[str, int | str]:
-        """Write texts and header, sync; returns size and SHA-256, computed from what was read back.
+        """Write texts and header, and sync. The file keeps its temporary name: ``publish`` renames it.
 
-        The file keeps its temporary name: ``publish`` renames it.
+        Returns:
+            ``bytes``, the size, and ``sha256``, computed from the bytes that were read back.
         """
-        tensors, position = dict(self.layout.tensors), self.layout.fixed_bytes
-        start = 8 + self.layout.header_length
+        tensors = dict(self.layout.tensors)
+        offset = self.layout.fixed_bytes
         with no_room_is_an_error(self.path.parent):
             for name in self.layout.texts:
                 data = self.texts[name].encode()
-                os.pwrite(self._descriptor, data, start + position)
-                tensors[name] = (TensorSpec("U8", (len(data),)), position)
-                position += len(data)
+                os.pwrite(self._descriptor, data, self.layout.data_start + offset)
+                tensors[name] = PlacedTensor(TensorSpec("U8", (len(data),)), offset)
+                offset += len(data)
+            size = self.layout.data_start + offset
             os.pwrite(self._descriptor, build_header(tensors, self.layout.header_length), 0)
-            os.ftruncate(self._descriptor, start + position)
+            os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)
-        return {"bytes": start + position, "sha256": hash_range(self._descriptor, 0, start + position)}
+        return {"bytes": size, "sha256": hash_range(self._descriptor, 0, size)}
 
     def publish(self) -> None:
-        """Give the whole file its name. It stays open to be read from."""
+        """Give the whole file its name. It stays open, so that ``read`` still works."""
         self._partial.replace(self.path)
         fsync_folder(self.path.parent)
 
     def close(self) -> None:
+        """Close the file; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _position(self, name: str) -> int:
+        """Position in the file of a tensor's first byte."""
+        return self.layout.data_start + self.layout.tensors[name].offset
+
 
 class NullSink:
-    """Throws everything away: what ``qmerge measure`` writes to."""
+    """Discards everything: ``qmerge measure`` writes to it."""
 
     def append(self, name: str, tensor: Tensor) -> None:
         pass
@@ -194,7 +245,7 @@ class NullSink:
 
 
 class MemorySink:
-    """Holds what a step writes, to be read back."""
+    """Keeps in memory what a step writes, so that it can be read back."""
 
     def __init__(self) -> None:
         self._data: dict[str, bytearray] = {}
@@ -206,23 +257,26 @@ class MemorySink:
         self._data.setdefault(name, bytearray()).extend(data)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a tensor that has been written."""
         return bytes(self._data[name])
 
 
 @contextmanager
 def no_room_is_an_error(folder: Path) -> Iterator[None]:
+    """Inside, a full disk, an exceeded quota and the file system's size limit raise RoomError."""
     try:
         yield
     except OSError as cause:
         if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RoomError(
-                f"no room left in {folder}: {cause.strerror}. What is done stays; make room, then run again with --resume"
+                f"no room left in {folder}: {cause.strerror}. Finished work is kept: free some space, then run again with "
+                f"--resume"
             ) from cause
         raise
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Take the space now, so that a full disk is found before the work; where the file system cannot, just set the size."""
+    """Reserve space on the disk now, so that a full disk is noticed before the work; some file systems only set the size."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as cause:
@@ -231,26 +285,30 @@ def reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
 
 
-def hash_range(descriptor: int, start: int, length: int, piece: int = 2**22) -> str:
-    """SHA-256 of ``length`` bytes from ``start`` on (of fewer, when the file ends before)."""
-    digest, position, stop = hashlib.sha256(), start, start + length
+def hash_range(descriptor: int, start: int, length: int) -> str:
+    """SHA-256, hexadecimal, of ``length`` bytes from ``start`` on (of fewer, where the file ends before)."""
+    sha256 = hashlib.sha256()
+    position = start
+    stop = start + length
     while position < stop:
-        data = os.pread(descriptor, min(piece, stop - position), position)
+        data = os.pread(descriptor, min(HASH_CHUNK, stop - position), position)
         if not data:
             break
-        digest.update(data)
+        sha256.update(data)
         position += len(data)
-    return digest.hexdigest()
+    return sha256.hexdigest()
 
 
 def read_range(descriptor: int, start: int, length: int) -> bytes:
+    """``length`` bytes of a file from ``start`` on."""
     data = b""
-    while len(data) < length:
+    while len(data) < length:  # a read may return less than was asked for
         data += os.pread(descriptor, length - len(data), start + len(data))
     return data
 
 
 def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return hash_range(descriptor, 0, os.fstat(descriptor).st_size)
@@ -259,7 +317,7 @@ def hash_file(path: Path) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all: temporary name, sync, rename."""
+    """Write a small file whole or not at all: temporary name, sync, rename."""
     partial = path.with_name(path.name + PARTIAL)
     with no_room_is_an_error(path.parent), partial.open("wb") as file:
         file.write(data)

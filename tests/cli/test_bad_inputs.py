@@ -252,8 +252,8 @@ HEADERS = [
         CheckpointError,
         (MODEL, "not valid JSON"),
     ),
-    Case("twice_accepted", twice_and_accepted, CheckpointError, (MODEL, f"{Q}.weight", "twice")),
-    Case("twice_refused", twice_and_refused, CheckpointError, (MODEL, f"{Q}.weight", "twice")),
+    Case("twice_accepted", twice_and_accepted, CheckpointError, (MODEL, f"{Q}.weight", "duplicate key")),
+    Case("twice_refused", twice_and_refused, CheckpointError, (MODEL, f"{Q}.weight", "duplicate key")),
     Case("overlap", edit_header(overlap), CheckpointError, (MODEL, "overlap")),
     Case("hole", hole, CheckpointError, (MODEL, "hole")),
     Case("unknown_dtype", edit_header(set_entry(dtype="F12")), CheckpointError, (f"{Q}.weight", "F12")),
@@ -273,9 +273,18 @@ FOLDERS = [
     Case("config_is_a_list", file_as("config.json", b"[]"), CheckpointError, ("config.json", "object", "list")),
     Case("config_cut", file_as("config.json", lambda raw: raw[:40]), CheckpointError, ("config.json", "JSON")),
     Case(
-        "config_twice", double_key("config.json", "model_type"), CheckpointError, ("config.json", "model_type", "twice")
+        "config_twice",
+        double_key("config.json", "model_type"),
+        CheckpointError,
+        ("config.json", "model_type", "duplicate key"),
     ),
-    Case("index_twice", double_key(INDEX, "weight_map"), CheckpointError, (INDEX, "weight_map", "twice"), "sharded"),
+    Case(
+        "index_twice",
+        double_key(INDEX, "weight_map"),
+        CheckpointError,
+        (INDEX, "weight_map", "duplicate key"),
+        "sharded",
+    ),
     Case(
         "missing_shard",
         lambda p: shards(p)[1].unlink(),
@@ -356,7 +365,9 @@ FOLDERS = [
     Case("pickled_adapter", pickled("adapter", "adapter_model.bin"), AdapterError, ("adapter_model.bin", "pickle")),
     Case("no_adapter_config", lambda p: (p.adapter / ADAPTER_CONFIG).unlink(), AdapterError, (ADAPTER_CONFIG, "PEFT")),
     Case("no_adapter_tensors", lambda p: (p.adapter / ADAPTER).unlink(), AdapterError, (ADAPTER, "PEFT")),
-    Case("adapter_config_twice", double_key(ADAPTER_CONFIG, "r"), AdapterError, (ADAPTER_CONFIG, "'r'", "twice")),
+    Case(
+        "adapter_config_twice", double_key(ADAPTER_CONFIG, "r"), AdapterError, (ADAPTER_CONFIG, "'r'", "duplicate key")
+    ),
     Case("adapter_config_cut", file_as(ADAPTER_CONFIG, lambda raw: raw[:50]), AdapterError, (ADAPTER_CONFIG, "JSON")),
 ]
 

@@ -520,7 +520,7 @@ def test_out_must_be_new_or_empty(float32: Path, tuned: Path, tmp_path: Path) ->
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(RecipeError, match="is not empty"):
         extract(str(tuned), str(float32), tmp_path / "out", rank=4)
-    with pytest.raises(RecipeError, match="lies inside MERGED"):
+    with pytest.raises(RecipeError, match="is inside MERGED"):
         extract(str(tuned), str(float32), tuned / "out", rank=4)
     (tmp_path / "empty").mkdir()
     extract(str(tuned), str(float32), tmp_path / "empty", rank=4)

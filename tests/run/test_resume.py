@@ -503,7 +503,7 @@ def test_a_second_run_in_the_same_folder_is_refused(job: Job, cli: Cli) -> None:
     assert finished(first) == 0
     assert after == before
     for ran in refused:
-        assert ran.code == 2 and "another qmerge is writing there" in ran.err, ran.err
+        assert ran.code == 2 and "another qmerge is writing to it" in ran.err, ran.err
     assert contents(out) == job.whole
 
 
