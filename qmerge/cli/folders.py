@@ -145,7 +145,7 @@ def extract_command(
     with nothing_left():
         found = extract.extract(*request, TerminalProgress(quiet))
     if json:
-        typer.echo(jsonlib.dumps(found.described(), indent=1))
+        typer.echo(jsonlib.dumps(found.to_json(), indent=1))
     else:
         extract.show(found)
         show_warnings(list(found.warnings))

@@ -1,16 +1,17 @@
-"""MERGED − BASE → a stock PEFT LoRA: the best fit of a given rank to every linear layer, and what it loses.
+"""Two checkpoints → the LoRA between them, in peft's format, and how much of the difference it keeps.
 
     delta = merged − base = U S Vᵀ        A = √S Vᵀ, B = U √S of the largest singular values
 
-By Eckart and Young no other B A of that rank is closer to the delta. Both checkpoints may be stored in any format that is
-read here; one weight is in memory at a time, in float32.
+No other product B A of this rank is closer to the delta (Eckart and Young, 1936). One weight at a time is in memory, in
+float32.
 
-``anatomy.py`` pairs the weights of the two and subtracts them, ``decompose.py`` makes factors of a delta and counts what they
-keep, ``adapter.py`` holds the factors until they are all known, and makes the config; ``work.py`` walks over the weights and writes
-the folder; ``face.py`` is what a user is told.
+Read ``work.py`` first. ``modules.py`` knows which modules a model has, ``pairing.py`` pairs the weights of both checkpoints,
+``difference.py`` subtracts a pair, ``decompose.py`` makes factors, ``adapter.py`` writes peft's files; ``result.py`` has the
+numbers, ``views.py`` shows them.
 """
 
-from qmerge.extract.views import Extraction, show
+from qmerge.extract.result import Extraction
+from qmerge.extract.views import show
 from qmerge.extract.work import extract
 
 __all__ = ["Extraction", "extract", "show"]

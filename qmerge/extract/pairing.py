@@ -1,232 +1,184 @@
-"""Which weight is which: what is a linear layer, how both checkpoints correspond, and their difference, block by block."""
+"""Pair the weights of two checkpoints of one model, by their names in the loaded model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from qmerge.checkpoint.architecture import meta_model, ties_embeddings
+from qmerge.checkpoint.architecture import ties_embeddings
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.errors import CheckpointError, NumbersError, listed
+from qmerge.errors import CheckpointError, listed
+from qmerge.extract.modules import ModelModules, modules_of
 from qmerge.formats import get_format
-from qmerge.formats.base import Stored, Transposed
-from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Rows, Weight
+from qmerge.types import Weight, as_matrix
 
-BLOCK_ENTRIES, PIECE = 2**22, 2**22
-"""Values that are subtracted at once, bytes that are compared at once."""
+RAW = "raw"
+"""The format of tensors that are not numbers to compute with."""
 
-INPUT_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
-EMBEDDINGS = (*INPUT_EMBEDDINGS, "wpe", "lm_head", "embed_out", "output", "score")
-"""2-D weights that are no linear layers to adapt, by name: only where transformers does not know the architecture."""
+TWO_CHECKPOINTS = "expected two checkpoints of one model"
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """What transformers says about the modules of a model; names are those in the loaded model, which peft uses.
+@dataclass(frozen=True, kw_only=True)
+class WeightPair:
+    """One weight in both checkpoints.
 
-    linear      layers that get a LoRA (the output layer, which peft leaves out too, is not among them)
-    conv1d      those whose dense weight lies as [I, O]
-    leaves      modules without modules in them
-    parameters  every parameter; None where transformers does not know the architecture
-    embedding   the input embedding
-    tied        the output layer's weight where it is the input embedding
+    ``name``       in the loaded model
+    ``is_linear``  the weight of a linear layer: it can get a LoRA
+    ``is_conv1d``  its dense form is stored as [I, O]
     """
-
-    modules: frozenset[str]
-    linear: frozenset[str]
-    conv1d: frozenset[str]
-    leaves: frozenset[str]
-    parameters: frozenset[str] | None
-    embedding: str | None
-    tied: str | None
-
-
-def anatomy_of(base: Checkpoint) -> Anatomy:
-    """Asked of transformers, on a model without weights; else told from names and shapes."""
-    try:
-        model: Any = meta_model(base.config)
-    except CheckpointError:
-        return guessed_anatomy(base)
-    from transformers.pytorch_utils import Conv1D
-
-    modules = dict(model.named_modules())
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linear = {
-        name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
-    }
-    tied = next((f"{name}.weight" for name, module in modules.items() if module is head), None)
-    return Anatomy(
-        modules=frozenset(modules),
-        linear=frozenset(linear),
-        conv1d=frozenset(name for name in linear if isinstance(modules[name], Conv1D)),
-        leaves=frozenset(name for name, module in modules.items() if name and not list(module.children())),
-        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
-        embedding=next((name for name, module in modules.items() if module is embedding), None),
-        tied=tied if ties_embeddings(base.config) else None,
-    )
-
-
-def guessed_anatomy(base: Checkpoint) -> Anatomy:
-    modules = {weight.module for weight in base.weights.values() if weight.module}
-    linear = {
-        weight.module for weight in base.weights.values()
-        if weight.local == "weight" and len(weight.shape) == 2 and weight.module.rpartition(".")[2] not in EMBEDDINGS
-    }  # fmt: skip
-    parents = {name.rpartition(".")[0] for name in modules}
-    tied = "lm_head.weight" if ties_embeddings(base.config) else None
-    everything = (frozenset(modules), frozenset(linear), frozenset[str](), frozenset(modules - parents))
-    embedding = next((name for name in modules if name.rpartition(".")[2] in INPUT_EMBEDDINGS), None)
-    return Anatomy(*everything, parameters=None, embedding=embedding, tied=tied)
-
-
-# --- both checkpoints ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One weight in both checkpoints. ``shape``: (O, I) of a matrix, (1, n) of a vector, else (first, rest)."""
 
     name: str
     module: str
     merged: Weight
     base: Weight
-    linear: bool
-    conv1d: bool
+    is_linear: bool
+    is_conv1d: bool
 
     @property
     def local(self) -> str:
+        """Name inside the module: ``weight``, ``bias``."""
         return self.base.local
 
     @property
-    def raw(self) -> bool:
-        """Whether one of them holds no numbers to subtract."""
-        return "raw" in (self.merged.format, self.base.format)
+    def is_raw(self) -> bool:
+        """Whether one of the two cannot be subtracted."""
+        return RAW in (self.merged.format, self.base.format)
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape = oriented(self.base, self.conv1d)
-        return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        """(O, I) of a matrix, (1, n) of a vector, (first, product of the others) of a stack."""
+        return as_matrix(shape_OI(self.base, self.is_conv1d))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both on disk."""
+        return self.merged.nbytes + self.base.nbytes
 
 
-def pair_up(merged: Checkpoint, base: Checkpoint, anatomy: Anatomy) -> list[Pair]:
-    """Every weight of one model in both of its checkpoints.
+@dataclass(frozen=True)
+class CheckpointPair:
+    """Two checkpoints of one model. ``modules`` are those of the base; ``weights``: every weight that both have, in the order
+    of the base."""
+
+    merged: Checkpoint
+    base: Checkpoint
+    modules: ModelModules
+    weights: list[WeightPair]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights of both."""
+        return sum(pair.nbytes for pair in self.weights)
+
+    def weights_of(self, module: str) -> list[WeightPair]:
+        """All weights of a module."""
+        return [pair for pair in self.weights if pair.module == module]
+
+
+def pair_checkpoints(merged: Checkpoint, base: Checkpoint) -> CheckpointPair:
+    """Pair the weights of two checkpoints.
 
     Raises:
-        CheckpointError: another architecture, a weight that only one of them has, shapes that disagree.
+        CheckpointError: another architecture, a parameter that only one of them has, or shapes that differ.
     """
-    kinds = [str(checkpoint.config.get("model_type")) for checkpoint in (merged, base)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"MERGED is a {kinds[0]!r} model, BASE a {kinds[1]!r}: expected two checkpoints of one model"
-        )
-    theirs, ours = by_name(merged, anatomy), by_name(base, anatomy)
-    check_same_names(theirs, ours, anatomy.parameters, "MERGED has no", "which BASE has")
-    if theirs.keys() - ours.keys():
-        check_same_names(ours, theirs, anatomy_of(merged).parameters, "BASE has no", "which MERGED has")
-    ties = [ties_embeddings(checkpoint.config) for checkpoint in (merged, base)]
-    if ties[0] != ties[1]:
-        which = ("MERGED", "BASE") if ties[0] else ("BASE", "MERGED")
-        raise CheckpointError(
-            f"{which[0]} ties its output layer to the input embedding, {which[1]} does not: expected two checkpoints of one model"
-        )
-    pairs = [make_pair(name, theirs[name], ours[name], anatomy) for name in ours if name in theirs]
-    for pair in pairs:
-        check_shapes(pair)
-    return pairs
+    check_model_types(merged, base)
+    modules = modules_of(base)
+    merged_weights = weights_by_name(merged, modules)
+    base_weights = weights_by_name(base, modules)
+    check_missing(merged_weights, base_weights, modules, ("MERGED", "BASE"))
+    # Only where MERGED has more names: its parameters take another model to build.
+    if merged_weights.keys() - base_weights.keys():
+        check_missing(base_weights, merged_weights, modules_of(merged), ("BASE", "MERGED"))
+    check_ties(merged, base)
+    pairs = []
+    for name, base_weight in base_weights.items():
+        if name in merged_weights:
+            pair = make_pair(name, merged_weights[name], base_weight, modules)
+            check_shapes(pair)
+            pairs.append(pair)
+    return CheckpointPair(merged, base, modules, pairs)
 
 
-def by_name(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Weight]:
-    """Weights by their names in the loaded model; without the copy of a tied embedding, which loaders ignore."""
+def weights_by_name(checkpoint: Checkpoint, modules: ModelModules) -> dict[str, Weight]:
+    """The weights by their names in the loaded model; without a copy of a tied embedding, which loaders ignore."""
     names = Names.of(checkpoint)
-    found = {loaded_name(weight, names): weight for weight in checkpoint.weights.values()}
-    if anatomy.tied:
-        found.pop(anatomy.tied, None)
-    return found
+    weights = {loaded_name(weight, names): weight for weight in checkpoint.weights.values()}
+    # Some files have the output layer once more, which could differ without any effect.
+    if modules.tied_weight:
+        weights.pop(modules.tied_weight, None)
+    return weights
 
 
 def loaded_name(weight: Weight, names: Names) -> str:
-    """What is only a part of a parameter in memory keeps its name (single experts)."""
-    name = names.parameter_of(weight.name) or weight.name
-    return name if name.rpartition(".")[2] == weight.local else weight.name
+    """The name of a weight in the loaded model. A part of a parameter (a single expert of a stack) keeps its own."""
+    parameter = names.parameter_of(weight.name) or weight.name
+    is_whole = parameter.rpartition(".")[2] == weight.local
+    return parameter if is_whole else weight.name
 
 
-def check_same_names(
-    lacks: Mapping[str, Weight], has: Mapping[str, Weight], parameters: frozenset[str] | None, who: str, other: str
-) -> None:  # fmt: skip
-    """Masks and frequencies that old versions saved are no parameters, and may be missing."""
-    missing = [name for name in has if name not in lacks and (parameters is None or name in parameters)]
-    if missing:
-        raise CheckpointError(f"{who} {listed(missing)}, {other}: expected two checkpoints of one model")
-
-
-def make_pair(name: str, merged: Weight, base: Weight, anatomy: Anatomy) -> Pair:
+def make_pair(name: str, merged: Weight, base: Weight, modules: ModelModules) -> WeightPair:
+    """Two weights of the same name as a pair."""
     module = name.rpartition(".")[0]
-    linear = module in anatomy.linear and base.local == "weight" and len(base.shape) == 2
-    return Pair(name, module, merged, base, linear, linear and module in anatomy.conv1d)
+    # Two dimensions: peft's LoRA for linear layers does not fit a stack of experts.
+    is_linear = module in modules.linear and base.local == "weight" and len(base.shape) == 2
+    is_conv1d = is_linear and module in modules.conv1d
+    return WeightPair(name=name, module=module, merged=merged, base=base, is_linear=is_linear, is_conv1d=is_conv1d)
 
 
-def check_shapes(pair: Pair) -> None:
-    shapes = [oriented(weight, pair.conv1d) for weight in (pair.merged, pair.base)]
-    if shapes[0] != shapes[1]:
-        hint = "expected two checkpoints of one model"
-        if len(shapes[0]) == 2 and not pair.linear and shapes[0][1:] == shapes[1][1:]:
-            hint = "were tokens added? Give BASE the same rows (resize_token_embeddings), or MERGED without them"
-        raise CheckpointError(f"{pair.name} is {list(shapes[0])} in MERGED and {list(shapes[1])} in BASE: {hint}")
+def shape_OI(weight: Weight, is_conv1d: bool) -> tuple[int, ...]:
+    """The shape of a weight; (O, I) also for a dense Conv1D, which is stored as [I, O]."""
+    is_transposed = is_conv1d and get_format(weight.format).info.is_dense
+    return weight.shape[::-1] if is_transposed else weight.shape
 
 
-def oriented(weight: Weight, conv1d: bool) -> tuple[int, ...]:
-    """(O, I), also where a dense Conv1D lies as [I, O]."""
-    return weight.shape[::-1] if conv1d and get_format(weight.format).info.is_dense else weight.shape
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
-# --- their difference ------------------------------------------------------------------------------------------------
+def check_model_types(merged: Checkpoint, base: Checkpoint) -> None:
+    """Raise CheckpointError where config.json names two architectures."""
+    merged_type = str(merged.config.get("model_type"))
+    base_type = str(base.config.get("model_type"))
+    if merged_type != base_type:
+        raise CheckpointError(f"MERGED is a {merged_type!r} model, BASE is a {base_type!r} model: {TWO_CHECKPOINTS}")
 
 
-def differences(pair: Pair, reader: Reader, device: torch.device) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-    """(rows, base_OI, delta_OI), both float32 [rows, I], block by block.
+def check_missing(
+    weights: Mapping[str, Weight], others: Mapping[str, Weight], modules: ModelModules, roles: tuple[str, str]
+) -> None:
+    """Raise CheckpointError where ``weights`` lack a parameter that ``others`` have; ``roles`` are their names in messages.
 
-    Raises:
-        NumbersError: NaN or infinity in one of them.
+    Buffers that old versions of transformers saved (masks, rotary frequencies) are not parameters and may be missing.
     """
-    merged, base = (opened(weight, pair, reader, device) for weight in (pair.merged, pair.base))
-    for rows in blocks(pair):
-        base_OI = base.values(rows)
-        delta_OI = merged.values(rows) - base_OI
-        if not bool(delta_OI.isfinite().all()):
-            raise NumbersError(f"{pair.name}: MERGED or BASE holds NaN or infinity; it is damaged, download it again")
-        yield rows, base_OI, delta_OI
+    missing = []
+    for name in others:
+        is_parameter = modules.parameters is None or name in modules.parameters
+        if name not in weights and is_parameter:
+            missing.append(name)
+    if missing:
+        raise CheckpointError(f"{roles[0]} has no {listed(missing)}, which {roles[1]} has: {TWO_CHECKPOINTS}")
 
 
-def opened(weight: Weight, pair: Pair, reader: Reader, device: torch.device) -> Stored:
-    form = get_format(weight.format)
-    stored = form.open(weight, reader, device)
-    return Transposed(stored, pair.shape[1]) if pair.conv1d and form.info.is_dense else stored
+def check_ties(merged: Checkpoint, base: Checkpoint) -> None:
+    """Raise CheckpointError where only one of them uses the input embedding as its output layer."""
+    merged_is_tied = ties_embeddings(merged.config)
+    if merged_is_tied != ties_embeddings(base.config):
+        tied, untied = ("MERGED", "BASE") if merged_is_tied else ("BASE", "MERGED")
+        raise CheckpointError(
+            f"{tied} ties its output layer to the input embedding, {untied} does not: {TWO_CHECKPOINTS}"
+        )
 
 
-def blocks(pair: Pair) -> Iterator[Rows]:
-    """Row blocks of about ``BLOCK_ENTRIES`` values; what is transposed on the way goes in one."""
-    rows, columns = pair.shape
-    sides = (pair.merged, pair.base)
-    unit = math.lcm(*(get_format(weight.format).row_step(pair.shape, weight.options) for weight in sides))
-    count = rows if pair.conv1d else max(unit, BLOCK_ENTRIES // max(1, columns) // unit * unit)
-    for start in range(0, rows, max(1, count)):
-        yield Rows(start, min(start + count, rows))
-
-
-def same_bytes(one: Weight, other: Weight, reader: Reader) -> bool:
-    """For what holds no numbers to subtract (``raw``)."""
-    pairs = list(zip(one.parts.values(), other.parts.values(), strict=False))
-    if one.format != other.format or any(a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
-        return False
-    return all(
-        reader.bytes(a, start, min(start + PIECE, a.nbytes)) == reader.bytes(b, start, min(start + PIECE, b.nbytes))
-        for a, b in pairs
-        for start in range(0, a.nbytes, PIECE)
+def check_shapes(pair: WeightPair) -> None:
+    """Raise CheckpointError where both weights have different shapes."""
+    merged_shape = shape_OI(pair.merged, pair.is_conv1d)
+    base_shape = shape_OI(pair.base, pair.is_conv1d)
+    if merged_shape == base_shape:
+        return
+    hint = TWO_CHECKPOINTS
+    # Another number of rows of an embedding: the usual trace of added tokens.
+    if len(merged_shape) == 2 and not pair.is_linear and merged_shape[1:] == base_shape[1:]:
+        hint = "were tokens added? Give BASE the same rows (resize_token_embeddings), or use a MERGED without them"
+    raise CheckpointError(
+        f"{pair.name} has shape {list(merged_shape)} in MERGED and {list(base_shape)} in BASE: {hint}"
     )

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from qmerge.checkpoint import folder as folders
 from qmerge.errors import CheckpointError, NumbersError, QmergeError, RecipeError, RoomError
-from qmerge.extract import Extraction, decompose, extract
-from qmerge.extract import pairing as anatomy
-from qmerge.extract.adapter import Spool
-from qmerge.extract.decompose import factors, kept, rank_for
+from qmerge.extract import Extraction, decompose, difference, extract
+from qmerge.extract.adapter import LoraSpool
+from qmerge.extract.decompose import lora_factors
+from qmerge.extract.result import kept_share, rank_for_all
 from qmerge.extract.work import REPORT
 from qmerge.safetensors_io import writer
 from qmerge.safetensors_io.reader import Reader
@@ -182,13 +182,13 @@ def test_quantized_on_both_sides(nf4: Path, tmp_path: Path) -> None:
     found = extract(str(merged), str(nf4), tmp_path / "out", rank=4)
     theirs, ours = stock.values(merged), stock.values(nf4)
     for fit in found.fits:
-        assert fit.delta == pytest.approx(float((theirs[fit.name] - ours[fit.name]).square().sum()), rel=1e-5)
-    assert any("higher rank than 4" in line for line in found.warnings)
+        assert fit.delta_square == pytest.approx(float((theirs[fit.name] - ours[fit.name]).square().sum()), rel=1e-5)
+    assert any("rank 4 keeps only" in line for line in found.warnings)
 
 
 def test_another_format_is_said(dense: Path, nf4: Path, tmp_path: Path) -> None:
     found = extract(str(nf4), str(dense), tmp_path / "out", rank=4)
-    assert any("the delta also holds the rounding error of nf4" in line for line in found.warnings)
+    assert any("the difference also contains the rounding error of nf4" in line for line in found.warnings)
 
 
 @pytest.mark.parametrize("kind", ["gptq-act-order", "awq", "fp8", "ct-int4-asym", "hqq"])
@@ -222,11 +222,11 @@ def test_a_lower_rank_keeps_what_the_singular_values_say(float32: Path, lora: Pa
     made = products(tmp_path / "out")
     for fit in found.fits:
         share = float(squares[fit.name][:2].sum() / squares[fit.name].sum())
-        assert kept([fit]) == pytest.approx(share, abs=1e-5)
+        assert kept_share([fit]) == pytest.approx(share, abs=1e-5)
         delta_OI = stock.values(merged)[fit.name] - stock.values(float32)[fit.name]
-        assert math.sqrt(fit.left) == pytest.approx(float((delta_OI - made[fit.name]).norm()), rel=1e-4)
+        assert math.sqrt(fit.error_square) == pytest.approx(float((delta_OI - made[fit.name]).norm()), rel=1e-4)
     total = sum(s[:2].sum() for s in squares.values()) / sum(s.sum() for s in squares.values())
-    assert found.described()["total"]["kept"] == pytest.approx(float(total), abs=1e-5)
+    assert found.to_json()["total"]["kept"] == pytest.approx(float(total), abs=1e-5)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.95, 1.0])
@@ -249,12 +249,12 @@ def test_rank_for_90_percent_is_that_of_all_weights_together(float32: Path, tune
     total = sum(float(s.sum()) for s in squares.values())
     shares = [sum(float(s[:rank].sum()) for s in squares.values()) / total for rank in range(1, 65)]
     smallest = next(rank for rank, share in enumerate(shares, 1) if share >= 0.9)
-    assert rank_for(found.fits, 0.9) == (smallest, True)
-    line = next(line for line in found.warnings if "higher rank" in line)
-    assert f"keeps {100 * shares[3]:.0f} % of it" in line and f"--rank {smallest} for 90 %" in line
+    assert rank_for_all(found.fits, 0.9) == (smallest, True)
+    line = next(line for line in found.warnings if "keeps only" in line)
+    assert f"keeps only {100 * shares[3]:.0f} % of the difference" in line and f"--rank {smallest} to keep 90 %" in line
     assert "keep MERGED" in line, "white noise is not of low rank"
     again = extract(str(tuned), str(float32), tmp_path / "again", rank=smallest)
-    assert 0.9 <= kept(again.fits) < 0.9 + 0.05 and not any("higher rank" in line for line in again.warnings)
+    assert 0.9 <= kept_share(again.fits) < 0.9 + 0.05 and not any("keeps only" in line for line in again.warnings)
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +270,9 @@ def test_exact_is_exact(shape: tuple[int, int]) -> None:
     u_OK, v_IK = (torch.linalg.qr(torch.randn(n, 60, generator=generator, dtype=torch.float64)).Q for n in shape)
     delta_OI = (u_OK * torch.logspace(0, -6, 60, dtype=torch.float64) @ v_IK.T).float()
     found, s_K = decompose.decompose(delta_OI, 4), torch.linalg.svdvals(delta_OI.double())
-    assert found.whole and float((found.s_K - s_K[: len(found.s_K)]).abs().max()) < 2.0**-24
+    assert found.complete and float((found.s_K - s_K[: len(found.s_K)]).abs().max()) < 2.0**-24
     for rank in (1, 20, 60):
-        A_RI, B_OR = factors(found, rank)
+        A_RI, B_OR = lora_factors(found, rank)
         best = float(s_K[rank:].square().sum().sqrt())
         assert float((delta_OI - B_OR @ A_RI).norm()) <= best + 1e-6
 
@@ -280,18 +280,18 @@ def test_exact_is_exact(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("rank", [4, 64, 140])
 def test_randomised_is_as_good_as_exact(rank: int, noise_OI: Tensor) -> None:
     """The error is at most 0.1 % larger than that of the best fit (Eckart and Young, LAPACK in float64)."""
-    assert min(noise_OI.shape) > decompose.EXACT
+    assert min(noise_OI.shape) > decompose.EXACT_SIDE
     found = decompose.decompose(noise_OI, rank)
-    assert not found.whole
-    A_RI, B_OR = factors(found, rank)
+    assert not found.complete
+    A_RI, B_OR = lora_factors(found, rank)
     best = float(torch.linalg.svdvals(noise_OI.double())[rank:].square().sum().sqrt())
     left = float((noise_OI - B_OR @ A_RI).double().norm())
     assert best * (1 - 1e-6) <= left <= best * 1.001
 
 
 def test_control_without_power_iterations_it_is_not(noise_OI: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decompose, "ROUNDS", 0)
-    A_RI, B_OR = factors(decompose.decompose(noise_OI, 64), 64)
+    monkeypatch.setattr(decompose, "POWER_ITERATIONS", 0)
+    A_RI, B_OR = lora_factors(decompose.decompose(noise_OI, 64), 64)
     best = float(torch.linalg.svdvals(noise_OI.double())[64:].square().sum().sqrt())
     assert float((noise_OI - B_OR @ A_RI).double().norm()) > best * 1.01
 
@@ -299,7 +299,7 @@ def test_control_without_power_iterations_it_is_not(noise_OI: Tensor, monkeypatc
 def test_randomised_finds_a_low_rank_to_float32_precision() -> None:
     update = models.lora_update((1400, 1200), rank=8)
     delta_OI = update.apply(torch.zeros(update.shape), Rows(0, 1400))
-    A_RI, B_OR = factors(found := decompose.decompose(delta_OI, 64), 8)
+    A_RI, B_OR = lora_factors(found := decompose.decompose(delta_OI, 64), 8)
     assert stock.distance(B_OR @ A_RI, delta_OI) < 1e-6
     assert found.numerical_rank == 8
     assert torch.allclose(A_RI.square().sum(1), B_OR.square().sum(0), rtol=1e-4), "balanced"
@@ -308,17 +308,17 @@ def test_randomised_finds_a_low_rank_to_float32_precision() -> None:
 def test_large_matrices_end_to_end(float32: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same result where the randomised method does it, and a lower bound where the spectrum is not known."""
     squares = exact(tuned, float32)
-    monkeypatch.setattr(decompose, "EXACT", 8)
+    monkeypatch.setattr(decompose, "EXACT_SIDE", 8)
     monkeypatch.setattr(decompose, "OVERSAMPLING", 8)
     found = extract(str(tuned), str(float32), tmp_path / "out", rank=4)
-    assert any(not fit.whole for fit in found.fits)
+    assert any(not fit.complete for fit in found.fits)
     total = sum(s[:4].sum() for s in squares.values()) / sum(s.sum() for s in squares.values())
-    assert kept(found.fits) == pytest.approx(float(total), rel=0.02)
-    rank, known = rank_for(found.fits, 0.9)
-    assert not known and any(f"would take --rank {rank} or more" in line for line in found.warnings)
+    assert kept_share(found.fits) == pytest.approx(float(total), rel=0.02)
+    rank, known = rank_for_all(found.fits, 0.9)
+    assert not known and any(f"90 % needs --rank {rank} or more" in line for line in found.warnings)
     every = sum(float(s.sum()) for s in squares.values())
     assert sum(float(s[: rank - 1].sum()) for s in squares.values()) < 0.9 * every, "a bound, not a guess"
-    monkeypatch.setattr(decompose, "FIRST_GUESS", 1)
+    monkeypatch.setattr(decompose, "FIRST_RANK", 1)
     found = extract(str(tuned), str(float32), tmp_path / "more", energy=0.5)
     for fit in found.fits:
         assert squares[fit.name][: fit.rank].sum() >= 0.5 * squares[fit.name].sum() * (1 - 1e-5)
@@ -334,7 +334,7 @@ def test_what_is_no_linear_layer_is_said_and_left_out(float32: Path, tuned: Path
         *(f"model.layers.{i}.{name}_layernorm.weight" for i in (0, 1) for name in ("input", "post_attention")),
     }  # fmt: skip
     line = found.warnings[-1]
-    assert "7 weights that are no linear layers differ" in line and "--save-modules" in line and "embed_tokens" in line
+    assert "7 weights outside linear layers differ" in line and "--save-modules" in line and "embed_tokens" in line
     assert config(tmp_path / "out")["modules_to_save"] is None
     assert all("lora_" in name for name in load_file(tmp_path / "out" / ADAPTER))
 
@@ -462,14 +462,18 @@ def spoiled(kind: str, float32: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("shape", CheckpointError, "q_proj.weight is [32, 64] in MERGED and [64, 64] in BASE"),
-        ("rows", CheckpointError, "embed_tokens.weight is [97, 64] in MERGED and [96, 64] in BASE: were tokens added?"),
+        ("shape", CheckpointError, "q_proj.weight has shape [32, 64] in MERGED and [64, 64] in BASE"),
+        (
+            "rows",
+            CheckpointError,
+            "embed_tokens.weight has shape [97, 64] in MERGED and [96, 64] in BASE: were tokens added?",
+        ),
         ("missing", CheckpointError, "MERGED has no model.layers.0.self_attn.q_proj.weight, which BASE has"),
-        ("type", CheckpointError, "MERGED is a 'mistral' model, BASE a 'llama'"),
+        ("type", CheckpointError, "MERGED is a 'mistral' model, BASE is a 'llama'"),
         ("tied", CheckpointError, "MERGED ties its output layer to the input embedding, BASE does not"),
-        ("nan", NumbersError, "q_proj.weight: MERGED or BASE holds NaN or infinity"),
-        ("same", CheckpointError, "in no linear layer (every weight is the same)"),
-        ("norm", CheckpointError, "in no linear layer (only model.norm.weight)"),
+        ("nan", NumbersError, "q_proj.weight: MERGED or BASE contains NaN or infinity"),
+        ("same", CheckpointError, "do not differ in a linear layer (every weight is the same)"),
+        ("norm", CheckpointError, "do not differ in a linear layer (only model.norm.weight)"),
     ],
 )
 def test_refused(kind: str, error: type[QmergeError], words: str, float32: Path, tmp_path: Path) -> None:
@@ -495,7 +499,7 @@ def test_another_base_is_said(float32: Path, tmp_path: Path) -> None:
     """The control: two models of one architecture that have nothing to do with each other."""
     other = models.save(models.llama(torch.float32, seed=9), tmp_path / "other")
     found = extract(str(other), str(float32), tmp_path / "out", rank=4)
-    assert found.described()["total"]["relative_size"] == pytest.approx(math.sqrt(2), rel=0.05)
+    assert found.to_json()["total"]["relative_size"] == pytest.approx(math.sqrt(2), rel=0.05)
     assert "Is BASE the model that MERGED was made from?" in found.warnings[0]
     assert any("keep MERGED" in line for line in found.warnings)
 
@@ -541,7 +545,7 @@ def test_nothing_half_written_stays(
 
     real = folders.write_json
     if when == "factors":
-        monkeypatch.setattr(Spool, "add", lambda self, *_: within_room(self.path.parent, fail))
+        monkeypatch.setattr(LoraSpool, "add", lambda self, *_: within_room(self.path.parent, fail))
     elif when == "adapter":
         monkeypatch.setattr(writer.os, "pwrite", fail)
     else:
@@ -570,14 +574,14 @@ def test_one_weight_at_a_time(float32: Path, tuned: Path, tmp_path: Path, monkey
         largest = max(largest, stop - start)
         return real(self, info, start, stop)
 
-    monkeypatch.setattr(anatomy, "BLOCK_ENTRIES", 640)
+    monkeypatch.setattr(difference, "BLOCK_ENTRIES", 640)
     monkeypatch.setattr(Reader, "elements", watched)
     small = extract(str(tuned), str(float32), tmp_path / "small", rank=4, save_modules=True)
     assert 0 < largest <= 640
     monkeypatch.undo()
     whole = extract(str(tuned), str(float32), tmp_path / "whole", rank=4, save_modules=True)
     assert snapshot(tmp_path / "small")[ADAPTER] == snapshot(tmp_path / "whole")[ADAPTER]
-    assert kept(small.fits) == pytest.approx(kept(whole.fits))
+    assert kept_share(small.fits) == pytest.approx(kept_share(whole.fits))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -585,7 +589,7 @@ def test_one_weight_at_a_time(float32: Path, tuned: Path, tmp_path: Path, monkey
 
 def test_command(cli: Cli, float32: Path, tuned: Path, tmp_path: Path) -> None:
     ran = cli("extract", tuned, float32, "--rank", 4, "--out", tmp_path / "out")
-    assert ran.code == 0 and "What the adapter holds" in ran.out and "7 weights that are no linear layers" in ran.err
+    assert ran.code == 0 and "Contents of the adapter" in ran.out and "7 weights outside linear layers" in ran.err
     table = ran.out.split("Written to")[0]
     assert max(map(len, table.splitlines())) <= 80 and all(name in table for name in (*models.LINEAR, "all"))
     ran = cli("extract", tuned, float32, "--energy", 0.9, "--out", tmp_path / "json", "--json", "--save-modules")
@@ -632,4 +636,4 @@ def test_what_is_stored_beside_the_loras_can_be_merged_again(kind: str, tmp_path
 
 def test_described_is_plain(float32: Path, tuned: Path, tmp_path: Path) -> None:
     found: Extraction = extract(str(tuned), str(float32), tmp_path / "out", rank=4)
-    assert json.loads(json.dumps(found.described())) == found.described()
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
