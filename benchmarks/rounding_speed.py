@@ -3,7 +3,7 @@
     python benchmarks/rounding_speed.py [--size 4096] [--runs 3]
 
 Counts the multiplications of feedback, objectives and sweeps (as many as were really done), measures the machine's rate
-on a plain product of the same size right before, and prints the ratio. Factoring the metric is timed apart: it depends on
+on a plain product of the same size right before, and prints the ratio. Factoring the objective is timed apart: it depends on
 the number of inputs alone.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 from qmerge.rounding import preserve
-from qmerge.rounding.base import RoundingContext, Statistics, make_metric
+from qmerge.rounding.base import InputStatistics, RoundingContext, make_objective
 from qmerge.types import Rows
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     size = given.size
     torch.manual_seed(0)
     x = torch.randn(2 * size, size) * torch.logspace(0, -1.5, size)
-    statistics = Statistics(x.T @ x / len(x), None, len(x))
+    statistics = InputStatistics(x.T @ x / len(x), None, len(x))
     values_OI = torch.randn(size, size)
     absmax_B = values_OI.view(-1, 64).abs().amax(dim=1)
     grid = Bnb4bitGrid("nf4", 64, size, absmax_B, absmax_B)
@@ -69,17 +69,19 @@ def main() -> None:
     u, v = torch.linalg.qr(torch.randn(size, 16))[0], torch.linalg.qr(torch.randn(size, 16))[0]
     s = 0.01 * size / 4 * torch.linspace(1, 0.3, 16)
     delta_OI = (u * s) @ v.T
-    print("| run | GFLOP/s | metric, s | rounding, s | its products, GFLOP | ratio |\n|---|---|---|---|---|---|")
+    print("| run | GFLOP/s | objective, s | rounding, s | its products, GFLOP | ratio |\n|---|---|---|---|---|---|")
     for run in range(given.runs):
         rate = gflops(size)
         started = time.perf_counter()
-        metric = make_metric(statistics, (u, s, v), size, torch.device("cpu"))
+        objective = make_objective(statistics, (u, s, v), size, torch.device("cpu"))
         made = time.perf_counter() - started
-        context = RoundingContext("w", Rows(0, size), near_OI=near_OI, metric=metric, delta_OI=delta_OI)
+        context = RoundingContext(
+            name="w", rows=Rows(0, size), base_codes_OI=near_OI, objective=objective, delta_OI=delta_OI
+        )
         with Counting() as count:
-            seconds = timed(lambda: preserve.choose(grid.decode(near_OI) + delta_OI, grid, context))  # noqa: B023
-        # Per order: feedback and three objectives, half a product each (triangular), and a third of one to factor K;
-        # a product for every sweep over all rows; straightening: one product, two objectives.
+            seconds = timed(lambda: preserve.ROUNDING.choose(grid.decode(near_OI) + delta_OI, grid, context))  # noqa: B023
+        # Per order: feedback and three squared errors, half a product each (triangular), and a third of one to factor K;
+        # a product for every sweep over all rows; compensation for the loss along the delta: one product, two errors.
         products = preserve.ORDERS * (0.5 * 4 + 1 / 6) + count.rows / size + 1 + 2 * 0.5
         work = 2 * size**3 * products / 1e9
         print(

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import plugins
 from qmerge.adapters.combining.interference import PairSums, pair_stats
 from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
-from qmerge.metrics.base import Comparison, Sums, added, plain, sums_of
-from qmerge.rounding.base import Metric, RoundingContext, Statistics, make_metric
+from qmerge.metrics.base import MergedRows, Sums, added, plain, sums_of
+from qmerge.rounding import get_rounding
+from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update
@@ -61,7 +61,9 @@ class Outcome:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def run_step(step: Step, sink: TensorSink, context: RunContext, inputs: Statistics | None = None) -> Outcome | None:
+def run_step(
+    step: Step, sink: TensorSink, context: RunContext, inputs: InputStatistics | None = None
+) -> Outcome | None:
     """One step, start to end: every tensor in ``step.outputs`` goes into ``sink``.
 
     Args:
@@ -98,7 +100,9 @@ def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:
     sink.append(step.name, stored)
 
 
-def convert_or_merge(step: Step, sink: TensorSink, context: RunContext, inputs: Statistics | None) -> Outcome | None:
+def convert_or_merge(
+    step: Step, sink: TensorSink, context: RunContext, inputs: InputStatistics | None
+) -> Outcome | None:
     """base → + delta → the target's grid → codes → bytes, some rows at a time. A conversion has no delta to measure."""
     work = open_step(step, context, inputs)
     codes_sink = CodesSink(step, work.target, sink)
@@ -122,9 +126,9 @@ def convert_or_merge(step: Step, sink: TensorSink, context: RunContext, inputs: 
 class Work:
     """A step that is being done: everything that its row blocks share.
 
-    grid      grid of the whole weight that codes are chosen on
-    metric    which rounding errors matter, for ``preserve``
-    rounding  name of the rounding that is used
+    grid       grid of the whole weight that codes are chosen on
+    objective  which rounding errors matter, for ``preserve``
+    rounding   name of the rounding that is used
     """
 
     step: Step
@@ -133,7 +137,7 @@ class Work:
     target: TargetFormat[Any]
     update: Update | None
     grid: Grid
-    metric: Metric | None
+    objective: Objective | None
     rounding: str
 
 
@@ -151,14 +155,14 @@ class Block:
     kept_codes_OI: Tensor | None
 
 
-def open_step(step: Step, context: RunContext, inputs: Statistics | None) -> Work:
-    """Open the source, and settle the grid and the metric for the whole weight."""
+def open_step(step: Step, context: RunContext, inputs: InputStatistics | None) -> Work:
+    """Open the source, and settle the grid and the objective for the whole weight."""
     source = open_source(step, context)
     update = step.update.to(context.device) if step.update else None
     grid = choose_grid(step, source, update, context=context, inputs=inputs)
-    metric = metric_for(step, update, inputs, context)
+    objective = objective_for(step, update, inputs, context)
     # preserve needs to know which errors matter; where nothing tells, nearest makes the smallest ones.
-    rounding = "nearest" if update is None and metric is None else step.rounding
+    rounding = "nearest" if update is None and objective is None else step.rounding
     return Work(
         step=step,
         context=context,
@@ -166,7 +170,7 @@ def open_step(step: Step, context: RunContext, inputs: Statistics | None) -> Wor
         target=get_target(step.target),
         update=update,
         grid=grid,
-        metric=metric,
+        objective=objective,
         rounding=rounding,
     )
 
@@ -203,7 +207,7 @@ def add_delta(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) ->
 
 
 def entries_per_block(step: Step, context: RunContext) -> int:
-    """Values per row block. ``preserve`` factors its metric once per block: it gets fewer and larger ones, unless memory is
+    """Values per row block. ``preserve`` factors its objective once per block: it gets fewer and larger ones, unless memory is
     short."""
     if step.rounding == "preserve" and context.block_entries >= AMPLE_ENTRIES:
         return 4 * context.block_entries
@@ -214,7 +218,7 @@ def entries_per_block(step: Step, context: RunContext) -> int:
 
 
 def choose_grid(
-    step: Step, source: OpenSource, update: Update | None, *, context: RunContext, inputs: Statistics | None
+    step: Step, source: OpenSource, update: Update | None, *, context: RunContext, inputs: InputStatistics | None
 ) -> Grid:
     """The grid of the whole weight: the base's where it is kept, else a fresh one.
 
@@ -233,8 +237,10 @@ def choose_grid(
     return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
 
 
-def metric_for(step: Step, update: Update | None, inputs: Statistics | None, context: RunContext) -> Metric | None:
-    """The metric that ``preserve`` rounds in; None for other roundings, and where neither an adapter nor calibration tells
+def objective_for(
+    step: Step, update: Update | None, inputs: InputStatistics | None, context: RunContext
+) -> Objective | None:
+    """The objective that ``preserve`` minimizes; None for other roundings, and where neither an adapter nor calibration tells
     which errors matter."""
     if step.rounding != "preserve":
         return None
@@ -245,7 +251,7 @@ def metric_for(step: Step, update: Update | None, inputs: Statistics | None, con
     # extra weight: the KL is an eighth lower without (benchmarks/gptq_vs_gptqmodel.py).
     if update is not None and (step.source.keeps_grid or inputs is None):
         directions = update.directions()
-    return make_metric(inputs, directions, step.shape[1], context.device)
+    return make_objective(inputs, directions, step.shape[1], context.device)
 
 
 def choose_codes(work: Work, block: Block) -> Tensor:
@@ -257,13 +263,12 @@ def choose_codes(work: Work, block: Block) -> Tensor:
         name=work.step.name,
         rows=block.rows,
         seed=work.context.seed,
-        near_OI=block.kept_codes_OI,
-        metric=work.metric,
+        base_codes_OI=block.kept_codes_OI,
+        objective=work.objective,
         delta_OI=delta_OI,
         original_OI=original_with_delta(work, block.rows),
     )
-    codes_OI: Tensor = plugins.load("rounding", work.rounding).choose(block.merged_OI, block.grid, context)
-    return codes_OI
+    return get_rounding(work.rounding).choose(block.merged_OI, block.grid, context)
 
 
 def original_with_delta(work: Work, rows: Rows) -> Tensor | None:
@@ -288,38 +293,39 @@ class Measurement:
 
     def add(self, block: Block, codes_OI: Tensor, stored_OI: Tensor) -> None:
         """Compare base, merged and stored values of some rows."""
-        update, metric = self._work.update, self._work.metric
+        update = self._work.update
+        objective = self._work.objective
         if update is None:
             return
         base_codes_OI = block.kept_codes_OI
         if base_codes_OI is None:
             base_codes_OI = block.grid.nearest(block.base_OI)
-        comparison = Comparison(
+        merged_rows = MergedRows(
             base_OI=block.base_OI,
             merged_OI=block.merged_OI,
             stored_OI=stored_OI,
             base_codes_OI=base_codes_OI,
             codes_OI=codes_OI,
             grid=block.grid,
-            rows=block.rows,
+            position=block.rows,
             update=update,
-            hessian_II=metric.hessian_II if metric else None,
+            hessian_II=objective.hessian_II if objective else None,
         )
-        self._sums = added(self._sums, sums_of(comparison))
+        self._sums = added(self._sums, sums_of(merged_rows))
         if self._pairs:
             self._pairs.see(block.base_OI, block.rows)
 
-    def outcome(self, inputs: Statistics | None) -> Outcome | None:
+    def outcome(self, inputs: InputStatistics | None) -> Outcome | None:
         """The sums over all rows; None without an update."""
         if self._sums is None:
             return None
         pair_sums = self._pairs.sums() if self._pairs else None
         return Outcome(plain(self._sums), self._input_stats(inputs), pair_sums)
 
-    def _input_stats(self, inputs: Statistics | None) -> dict[str, float] | None:
-        if self._work.metric is None:
+    def _input_stats(self, inputs: InputStatistics | None) -> dict[str, float] | None:
+        if self._work.objective is None:
             return None
-        damping = self._work.metric.damping
+        damping = self._work.objective.damping
         if inputs is None:
             return {"tokens": 0, "borrowed": 0.0, "damping": damping}
         return {"tokens": inputs.tokens, "borrowed": inputs.borrowed, "damping": damping}

@@ -7,10 +7,11 @@ Names carry shapes as suffixes: O out features, I in features, R rank, B blocks 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -134,41 +135,82 @@ class Rows:
         return self.stop - self.start
 
 
-class Update(Protocol):
-    """What an adapter does to one weight. One per adapted weight; knows nothing of files."""
+class Update(ABC):
+    """What one adapter, or several together, do to one weight. Pure arithmetic in float32: knows no files and no names.
+
+    A subclass defines ``rank``, ``shape``, ``apply`` and ``to``; it overrides the rest where the default is wrong for it.
+    """
 
     @property
-    def whole(self) -> bool:
-        """Whether a row of the result depends on other rows of the base, so that it cannot be made in row blocks."""
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of the delta, for reports; 1 where it has none."""
 
     @property
-    def rank(self) -> int: ...
-
-    @property
-    def scale(self) -> float: ...
-
-    @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(O, I) of the weight it belongs to."""
+        """(O, I) of the weight that it belongs to; −1 where any number will do."""
 
+    @abstractmethod
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         """float32 [rows, I] of the base → float32 [rows, I] merged; the input is not changed."""
 
+    @abstractmethod
     def to(self, device: torch.device) -> Update:
-        """The same on another device."""
+        """The same update on another device."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the delta (alpha / r for LoRA), for reports; 1 where it has none."""
+        return 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether ``apply`` needs all rows of the weight at once, because a row of the result depends on other rows."""
+        return False
+
+    @property
+    def optional(self) -> bool:
+        """Whether the base may lack the weight: the update is then left out, and nothing is lost."""
+        return False
+
+    @property
+    def needs_dense(self) -> str:
+        """Why it can be merged onto 16- or 32-bit values only; empty where it can be merged onto any."""
+        return ""
+
+    @property
+    def depends_on_base(self) -> bool:
+        """Whether the delta may depend on the base's values. False: ``apply`` adds the same delta to any base."""
+        return True
+
+    @property
+    def members(self) -> tuple[Update, ...]:
+        """The updates of single adapters that this one is made of: itself, unless several adapters change the weight."""
+        return (self,)
+
+    def fitted(self, shape: tuple[int, int]) -> Update:
+        """The update for a weight of this shape, where the adapter's tensors alone leave open what they are."""
+        return self
 
     def row_norms(self) -> Tensor | None:
-        """float32 [O]: ‖delta‖ of every row, from the small factors; None where the delta depends on the base."""
+        """float32 [O]: ‖delta‖ of every row; None where the delta is not known without the base."""
+        return None
 
     def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """float32 u [O, R], s [R], v [I, R] of the delta's singular value decomposition; None when it has none."""
+        """float32 u [O, R], s [R], v [I, R] of the delta's singular value decomposition; None where no small factors give it."""
+        return None
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """float32 values that were trained whole (``modules_to_save``, biases): they take the place of the base's."""
+    """Values that the adapter trained as a whole (``modules_to_save``, biases), float32: they replace the base's."""
 
     values: Tensor
+
+
+Change: TypeAlias = Update | Replacement
+"""What an adapter does to one weight."""
 
 
 Action = Literal["copy", "convert", "merge", "replace"]

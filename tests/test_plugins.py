@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from qmerge import plugins
+from qmerge.adapters import all_kinds, get_kind
+from qmerge.adapters.base import AdapterKind
+from qmerge.combine import get_method
+from qmerge.combine.base import CombineMethod
 from qmerge.errors import RecipeError
 from qmerge.formats import all_targets, get_format
 from qmerge.formats.base import Format, TargetFormat
 from qmerge.grids import DOWN, UP
-from qmerge.rounding.base import RoundingContext
+from qmerge.metrics import get_metric
+from qmerge.metrics.base import Metric
+from qmerge.rounding import get_rounding
+from qmerge.rounding.base import Rounding, RoundingContext
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Rows
 
@@ -45,10 +49,6 @@ def takes(name: str, shape: tuple[int, int]) -> bool:
 WRITTEN = [(name, shape) for name in TARGETS for shape in SHAPES if takes(name, shape)]
 
 
-def arguments(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_help_line(kind: str, name: str) -> None:
     """The first line of its docstring: one sentence that fits on a line."""
@@ -69,39 +69,38 @@ def test_format(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("adapters"))
 def test_adapter(name: str) -> None:
-    plugin = plugins.load("adapters", name)
-    assert plugin.PEFT_TYPES and all(kind == kind.upper() for kind in plugin.PEFT_TYPES)
-    assert arguments(plugin.updates)[:2] == ["config", "tensors"] and len(arguments(plugin.updates)) == 3
+    kind = get_kind(name)
+    assert isinstance(kind, AdapterKind)
+    assert kind.peft_types and all(peft_type == peft_type.upper() for peft_type in (*kind.peft_types, *kind.refused))
 
 
 def test_no_two_adapter_kinds_take_the_same_peft_type() -> None:
-    taken = [kind for plugin in plugins.every("adapters").values() for kind in plugin.PEFT_TYPES]
+    taken = [peft_type for kind in all_kinds().values() for peft_type in (*kind.peft_types, *kind.refused)]
     assert len(taken) == len(set(taken))
 
 
 @pytest.mark.parametrize("name", plugins.names("rounding"))
 def test_rounding(name: str) -> None:
-    choose = plugins.load("rounding", name).choose
-    assert arguments(choose) == ["values_OI", "grid", "context"]
+    rounding = get_rounding(name)
+    assert isinstance(rounding, Rounding)
     values_OI = gaussian()
     before_OI = values_OI.clone()
     for target in TARGETS:
         grid = grid_for(target, values_OI)
-        codes_OI = choose(values_OI, grid, RoundingContext("layer.weight", Rows(0, len(values_OI))))
+        codes_OI = rounding.choose(values_OI, grid, RoundingContext(name="layer.weight", rows=Rows(0, len(values_OI))))
         assert codes_OI.dtype == grid.nearest(values_OI).dtype and codes_OI.shape == values_OI.shape
     assert torch.equal(values_OI, before_OI), "the values were changed in place"
 
 
 @pytest.mark.parametrize("name", plugins.names("combine"))
 def test_combine(name: str) -> None:
-    plugin = plugins.load("combine", name)
-    assert arguments(plugin.combine) == ["deltas", "weights", "settings"] and isinstance(plugin.ROWWISE, bool)
+    method = get_method(name)
+    assert isinstance(method, CombineMethod) and isinstance(method.rowwise, bool)
 
 
 @pytest.mark.parametrize("name", plugins.names("metrics"))
 def test_metric(name: str) -> None:
-    plugin = plugins.load("metrics", name)
-    assert len(arguments(plugin.sums)) == 1 and len(arguments(plugin.value)) == 1
+    assert isinstance(get_metric(name), Metric)
     assert plugins.help_line("metrics", name).startswith(name), "the help line begins with the metric's name"
 
 

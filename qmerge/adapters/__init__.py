@@ -1,5 +1,28 @@
-"""Kinds of adapters, one file each. Tensors and config in, one ``Update`` per adapted module out.
+"""Adapters: kinds of them (one file each), how they are read, what they do to a weight, and how several become one.
 
-A plug-in defines ``PEFT_TYPES`` (values of ``peft_type`` it takes) and
-``updates(config, tensors) -> {module: (Update, [tensor names])}``. ``_folder.py`` reads the folder for all of them.
+A plug-in defines ``KIND``, an ``AdapterKind`` (see ``base.py``), and its docstring's first line is its help text.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmerge import plugins
+
+if TYPE_CHECKING:  # this package itself: its import would bring torch before an adapter is read
+    from qmerge.adapters.base import AdapterKind
+
+
+def get_kind(name: str) -> AdapterKind:
+    """The adapter kind of that name.
+
+    Raises:
+        RecipeError: there is none; the message lists those that exist.
+    """
+    kind: AdapterKind = plugins.load("adapters", name).KIND
+    return kind
+
+
+def all_kinds() -> dict[str, AdapterKind]:
+    """Every adapter kind, by name."""
+    return {name: get_kind(name) for name in plugins.names("adapters")}

@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.adapters.reading.placement import Found
-from qmerge.adapters.updates import initializations as _inits
-from qmerge.adapters.updates import variants as _variants
+from qmerge.adapters.base import AdapterKind, Changes
+from qmerge.adapters.updates import initializations, variants
 from qmerge.adapters.updates.experts import Parameter, check_complete, stacked, targeted
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update
-
-PEFT_TYPES = ("LORA",)
 
 KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag)"
@@ -33,32 +30,37 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 LARGEST_ALPHA = 1e6
 
-# Options that change what a correct merge is, with the values that leave it plain; more in _variants.py and _inits.py.
+# Options that change what a correct merge is, with the values that leave it plain; more in variants.py and initializations.py.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "nvfp4_merge_aware": (None, False),  # axolotl: trained through NVFP4's own rounding
 }
 
 
-def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise AdapterError where a folder's name contradicts what its config says."""
-    _inits.check_folder(folder, config)
+class LoraKind(AdapterKind):
+    """``peft_type`` LORA, read without peft."""
+
+    peft_types = ("LORA",)
+
+    def check_folder(self, folder: Path, config: Mapping[str, Any]) -> None:
+        initializations.check_folder(folder, config)
+
+    def updates(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
+        return updates(config, tensors, names)
 
 
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None = None) -> Found:
-    """What is done to each weight, and the tensors it is made of.
+KIND = LoraKind()
 
-    Args:
-        config: adapter_config.json.
-        tensors: float32, by name without ``base_model.model.``.
-        names: of the base, which ``target_parameters`` need.
+
+def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
+    """``AdapterKind.updates`` for LoRA. ``names`` are needed for ``target_parameters`` only.
 
     Raises:
         AdapterError: an option or tensor that is not handled; half a pair; a rank that is not the config's.
     """
     refuse_options(config)
-    _variants.refuse(config, list(tensors))
+    variants.refuse(config, list(tensors))
     parts, unused, others = sorted_out(config, tensors)
-    found: Found = {}
+    found: Changes = {}
     targets = {module: parameter for module in parts if (parameter := targeted(module, config, names))}
     if config.get("target_parameters") and not targets:
         raise AdapterError(
@@ -85,7 +87,7 @@ def sorted_out(
     unused: dict[str, list[str]] = {}
     others: list[str] = []
     for name in sorted(tensors):
-        match, module = KEY.fullmatch(name), _variants.training_only(name, config)
+        match, module = KEY.fullmatch(name), variants.training_only(name, config)
         if match:
             add_part(parts.setdefault(match["module"], {}), match, name)
         elif module:
@@ -125,7 +127,7 @@ def add_part(names: dict[str, str], match: re.Match[str], name: str) -> None:
     names[part] = name
 
 
-def place(found: Found, weight: str, change: Update | Replacement, names: list[str]) -> None:
+def place(found: Changes, weight: str, change: Update | Replacement, names: list[str]) -> None:
     if weight in found:
         raise AdapterError(f"{listed(names)}: {weight} is changed by {listed(found[weight][1])} already")
     found[weight] = (change, names)
@@ -133,7 +135,7 @@ def place(found: Found, weight: str, change: Update | Replacement, names: list[s
 
 def of_module(
     module: str, names: Mapping[str, str], unused: list[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Found:
+) -> Changes:
     """The LoRA of one module, and of its bias. ``unused``: tensors of it that only training needs."""
     embedding = any(part.startswith("lora_embedding") for part in names)
     halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -145,7 +147,7 @@ def of_module(
     rank, scale = rank_and_scale(module, config)
     update = of_layer(module, A, B, rank, scale, names, config, tensors)
     used = sorted([*(name for part, name in names.items() if part != "lora_B.bias"), *unused])
-    found: Found = {f"{module}.weight": (update, used)}
+    found: Changes = {f"{module}.weight": (update, used)}
     if "lora_B.bias" in names:
         bias_O = tensors[names["lora_B.bias"]]
         found[f"{module}.bias"] = (AddUpdate(bias_O.flatten()[None] * scale, scale), [names["lora_B.bias"]])
@@ -159,7 +161,9 @@ def of_layer(
     """What the LoRA of one module does to its weight."""
     embedding = "lora_embedding_A" in names
     lora = _lora(module, A, B, rank, scale, config, embedding)
-    start = None if embedding else _inits.start_of(config)  # peft starts embeddings as usual, whatever the config says
+    start = (
+        None if embedding else initializations.start_of(config)
+    )  # peft starts embeddings as usual, whatever the config says
     if "lora_diag" in names:
         lora, start = _kasa(module, lora, tensors[names["lora_diag"]], config), "kasa"
     if start and (embedding or A.ndim > 2):
@@ -177,7 +181,7 @@ def of_layer(
         raise AdapterError(
             f"{module}: peft has no layer that combines {start} with the other variant in adapter_config.json"
         )
-    return _inits.ChangedBaseUpdate(start, update)
+    return initializations.ChangedBaseUpdate(start, update)
 
 
 def of_parameter(
@@ -186,7 +190,7 @@ def of_parameter(
     """The LoRA of a parameter that peft wraps by itself: plain, of one matrix or of a stack (peft/tuners/lora/layer.py,
     ParamWrapper). Patterns are matched on the parameter's name."""
     used = sorted(parts.values())
-    if parts.keys() != {"lora_A", "lora_B"} or _inits.start_of(config):
+    if parts.keys() != {"lora_A", "lora_B"} or initializations.start_of(config):
         raise AdapterError(
             f"{parameter.name} is one of target_parameters, where peft has plain LoRA only: found {listed(used)} with "
             f"init_lora_weights={config.get('init_lora_weights', True)!r}"
@@ -197,7 +201,7 @@ def of_parameter(
 
 
 def of_other(
-    name: str, spellings: list[str], found: Found, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    name: str, spellings: list[str], found: Changes, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[str, Update | Replacement, list[str]]:
     """What a tensor does that belongs to no LoRA: trained rows, biases, whole modules."""
     values = tensors[spellings[0]]
@@ -238,7 +242,7 @@ def is_embedding(name: str) -> bool:
     )
 
 
-def check_saved_modules(found: Found, config: Mapping[str, Any]) -> None:
+def check_saved_modules(found: Changes, config: Mapping[str, Any]) -> None:
     """Everything that the config says was trained beside LoRA is there."""
     for option, kind in (("lora_bias", AddUpdate), ("trainable_token_indices", TokenRowsUpdate)):
         if config.get(option) and not any(isinstance(change, kind) for change, _ in found.values()):
@@ -276,17 +280,17 @@ def refuse_options(config: Mapping[str, Any]) -> None:
         if config.get(name) not in known:
             expected = "true or false" if name == "use_rslora" else "none, all or lora_only"
             raise AdapterError(f"adapter_config.json has {name}={config[name]!r}; expected {expected}")
-    _inits.start_of(config)
+    initializations.start_of(config)
 
 
 def _lora(
     module: str, A: Tensor, B: Tensor, rank: int, scale: float, config: Mapping[str, Any], embedding: bool
-) -> LoraUpdate | _variants.ByWidth:  # fmt: skip
+) -> LoraUpdate | variants.ByWidth:  # fmt: skip
     if min(A.ndim, B.ndim) < 2:
         raise AdapterError(f"{module}: lora_A has shape {list(A.shape)} and lora_B {list(B.shape)}: expected matrices")
     plain = embedding or A.ndim > 2
-    A_RI, B_OR = _variants.convolution(module, A, B, rank) if max(A.ndim, B.ndim) > 2 else (A, B)
-    update = LoraUpdate(A_RI, B_OR, scale) if plain else _variants.linear(module, A_RI, B_OR, scale, config)
+    A_RI, B_OR = variants.convolution(module, A, B, rank) if max(A.ndim, B.ndim) > 2 else (A, B)
+    update = LoraUpdate(A_RI, B_OR, scale) if plain else variants.linear(module, A_RI, B_OR, scale, config)
     lora = update if isinstance(update, LoraUpdate) else update.update
     if not lora.A_RI.shape[0] == lora.B_OR.shape[1] == rank:
         raise AdapterError(
@@ -299,7 +303,7 @@ def _lora(
 
 
 def _dora(
-    module: str, lora: LoraUpdate | _variants.ByWidth, magnitude: Tensor, config: Mapping[str, Any], embedding: bool
+    module: str, lora: LoraUpdate | variants.ByWidth, magnitude: Tensor, config: Mapping[str, Any], embedding: bool
 ) -> DoraUpdate:  # fmt: skip
     """peft's DoRA takes no other variant beside it: where one is asked for too, the layer was one that ignores it."""
     if not config.get("use_dora"):
@@ -314,11 +318,11 @@ def _dora(
 
 
 def _kasa(
-    module: str, lora: LoraUpdate | _variants.ByWidth, diagonal_R: Tensor, config: Mapping[str, Any]
+    module: str, lora: LoraUpdate | variants.ByWidth, diagonal_R: Tensor, config: Mapping[str, Any]
 ) -> LoraUpdate:  # fmt: skip
     """B · diag · A."""
-    _variants.check_said(f"{module}.lora_diag", "lora_diag", config)
-    if not isinstance(lora, LoraUpdate) or _inits.start_of(config):
+    variants.check_said(f"{module}.lora_diag", "lora_diag", config)
+    if not isinstance(lora, LoraUpdate) or initializations.start_of(config):
         raise AdapterError(f"{module} has a lora_diag: peft's KaSA takes no other variant or initialisation beside it")
     if diagonal_R.shape != (lora.rank,):
         raise AdapterError(f"{module}.lora_diag has shape {list(diagonal_R.shape)}, expected [{lora.rank}]")

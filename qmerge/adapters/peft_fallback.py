@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge.adapters.base import AdapterKind, Changes
 from qmerge.adapters.lora import check_saved_modules, is_embedding, of_other, place, spelled
-from qmerge.adapters.reading.placement import Found
 from qmerge.adapters.updates.lora import AddUpdate, TokenRowsUpdate
-from qmerge.adapters.updates.peft_layer import SkeletonUpdate
+from qmerge.adapters.updates.peft_layer import PeftLayerUpdate
 from qmerge.adapters.updates.shapes import (
     UNKNOWN,
     Parts,
@@ -121,18 +121,38 @@ REFUSED: dict[str, str] = {
 }
 """peft_type → why it is not merged, and the way out."""
 
-PEFT_TYPES = tuple(TUNERS)
 CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
-INDICES = ("shira_indices", "supertuning_indices", "_topk_indices", "unilora_indices", "frod_s_indices", "frod_s_size")
+INDEX_PARTS = (
+    "shira_indices",
+    "supertuning_indices",
+    "_topk_indices",
+    "unilora_indices",
+    "frod_s_indices",
+    "frod_s_size",
+)
 """What is in the name of a tensor that may hold integers."""
 
 
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], _: Names | None = None) -> Found:
+class PeftFallback(AdapterKind):
+    """All types of ``TUNERS``, merged by peft's own code."""
+
+    peft_types = tuple(TUNERS)
+    refused = REFUSED
+    index_parts = INDEX_PARTS
+
+    def updates(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
+        return updates(config, tensors)
+
+
+KIND = PeftFallback()
+
+
+def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
     """What is done to each weight, and the tensors it is made of.
 
     Args:
         config: adapter_config.json.
-        tensors: float32 (integers where INDICES says so), by name without ``base_model.model.``; those above all modules
+        tensors: float32 (integers where INDEX_PARTS allows them), by name without ``base_model.model.``; those above all modules
             without ``base_model.``.
 
     Raises:
@@ -143,7 +163,7 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], _: Names |
     modules, shared, others = sorted_out(tensors, TUNERS[kind].prefix)
     adapter = Tuned(kind, config, shared, modules)
     adapter.check_shared()
-    found: Found = {}
+    found: Changes = {}
     for module in modules:
         for name, (change, names) in adapter.of_module(module).items():
             place(found, name, change, names)
@@ -222,11 +242,11 @@ class Tuned:
         there = {name.split(".")[0] for name in self.shared}
         return [name for name in tuner.shared if name not in there], tuner.unless
 
-    def of_module(self, module: str) -> Found:
+    def of_module(self, module: str) -> Changes:
         """All that the adapter changes in one module: its weight, its bias."""
         parts = self.modules[module]
         if self.kind == "LN_TUNING":
-            found: Found = {}
+            found: Changes = {}
             for part, values in parts.items():
                 found[f"{module}.{part.rpartition('.')[2]}"] = (Replacement(values), [f"{module}.{part}"])
             return found
@@ -236,12 +256,12 @@ class Tuned:
         if self.kind == "BEFT":
             return {f"{module}.bias": (AddUpdate(self._part(module, "beft_bias").reshape(1, -1)), names)}
         weight = self._weight(module)
-        changes: Found = {f"{module}.weight": (weight, names)}
+        changes: Changes = {f"{module}.weight": (weight, names)}
         if TUNERS[self.kind].bias(parts):
             changes[f"{module}.bias"] = (bias_update(weight), names)
         return changes
 
-    def _weight(self, module: str) -> SkeletonUpdate:
+    def _weight(self, module: str) -> PeftLayerUpdate:
         parts, shared = self.modules[module], self.shared
         if self.kind == "OSF" and module.rpartition(".")[2] in CONV1D:
             raise AdapterError(
@@ -250,7 +270,7 @@ class Tuned:
         if self.kind == "TINYLORA":
             seed = int(self.config.get("projection_seed", 42))
             shared = own_vector(module, parts["tinylora_P"], shared, seed, len(self.modules))
-        return SkeletonUpdate(
+        return PeftLayerUpdate(
             self._settings(module), module, parts, shared, self._shape(module), rank_of(parts, self.config),
             biased=self.kind == "GLORA" and bool(glora_of_bias(parts)),
             embedding=is_embedding(f"{module}.weight") and module.rpartition(".")[2] not in ("lm_head", "embed_out"),
@@ -287,7 +307,7 @@ class Tuned:
             )
         return self.modules[module][part]
 
-    def _of_tokens(self, module: str) -> Found:
+    def _of_tokens(self, module: str) -> Changes:
         """Trained rows of an embedding; of two that are tied peft saves both, and they are one."""
         rows = self._part(module, "trainable_tokens_delta")
         twins = [other for other in self.modules if torch.equal(self._part(other, "trainable_tokens_delta"), rows)]
@@ -298,7 +318,7 @@ class Tuned:
         return {f"{module}.weight": (update, [f"{twin}.trainable_tokens_delta" for twin in twins])}
 
 
-def bias_update(weight: SkeletonUpdate) -> SkeletonUpdate:
+def bias_update(weight: PeftLayerUpdate) -> PeftLayerUpdate:
     """What peft makes of the bias beside a weight.
 
     Raises:

@@ -3,7 +3,7 @@
 Decoder layer by decoder layer, the same text runs through two models: the unmerged adapter model, and the model as merged so
 far. Weights that share an input (q, k and v; gate and up) form a group. The groups of a layer are calibrated, rounded and
 loaded into the merged model one after the other, so that each can make up for what rounding did before it
-(``Statistics.correction``). With ``sequential`` off, only the unmerged model runs, and a layer's weights are one group.
+(``InputStatistics.correction``). With ``sequential`` off, only the unmerged model runs, and a layer's weights are one group.
 Nothing of a layer stays in memory but the hidden states that go into the next.
 """
 
@@ -21,7 +21,7 @@ from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.sums import InputSums
 from qmerge.planning.plan import Plan
-from qmerge.rounding.base import Statistics
+from qmerge.rounding.base import InputStatistics
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
 from qmerge.weights.values import unmerged_values
@@ -31,7 +31,7 @@ class CalibratedGroup(NamedTuple):
     """Steps that can be done now, and the statistics of their inputs by step name."""
 
     steps: list[Step]
-    statistics: dict[str, Statistics]
+    statistics: dict[str, InputStatistics]
 
 
 def calibrated_groups(
@@ -114,7 +114,7 @@ class _Calibration:
             return groups
         return [[name for names in groups for name in names]]
 
-    def _statistics(self, names: Sequence[str], runs: Sequence[LayerwiseRun]) -> dict[str, Statistics]:
+    def _statistics(self, names: Sequence[str], runs: Sequence[LayerwiseRun]) -> dict[str, InputStatistics]:
         """Statistics of a group's inputs over all batches."""
         sums = InputSums(names, self.context.device)
         for calls in zip(*(run.waiting for run in runs), strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration.capture import MatrixProduct, without_expert_number
-from qmerge.rounding.base import Statistics
+from qmerge.rounding.base import InputStatistics
 
 
 class InputSums:
@@ -69,15 +69,15 @@ class InputSums:
             sums[leader] = torch.zeros(left_TI.shape[1], right_TI.shape[1], device=self._device)
         sums[leader].addmm_(left_TI.T, right_TI)
 
-    def statistics(self) -> dict[str, Statistics]:
+    def statistics(self) -> dict[str, InputStatistics]:
         """Means over all batches, by weight. A weight without any input is left out, unless other experts lend to it."""
-        result: dict[str, Statistics] = {}
+        result: dict[str, InputStatistics] = {}
         for name, leader in self.leaders.items():
             tokens = self.tokens[name]
             cross_II = self.crosses.get(leader)
             if cross_II is not None:
                 cross_II = cross_II / tokens
-            result[name] = Statistics(self.hessians[leader] / tokens, cross_II, tokens)
+            result[name] = InputStatistics(self.hessians[leader] / tokens, cross_II, tokens)
         if self.has_experts:
             for experts in self._expert_groups():
                 result |= self._with_borrowed(experts, result)
@@ -90,7 +90,7 @@ class InputSums:
             groups.setdefault(without_expert_number(name), []).append(name)
         return list(groups.values())
 
-    def _with_borrowed(self, experts: Sequence[str], own: dict[str, Statistics]) -> dict[str, Statistics]:
+    def _with_borrowed(self, experts: Sequence[str], own: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
         """Statistics of those experts that got fewer tokens than they have inputs.
 
         Such a Hessian is singular. The missing share is borrowed from the mean over all experts of the group.
@@ -102,7 +102,7 @@ class InputSums:
         for name in seen:
             sum_II = sum_II + self.hessians[self.leaders[name]]
         shared_II = sum_II / sum(self.tokens[name] for name in seen)
-        result: dict[str, Statistics] = {}
+        result: dict[str, InputStatistics] = {}
         for name in experts:
             own_share = min(1.0, self.tokens[name] / len(shared_II))
             if own_share == 1:
@@ -110,5 +110,5 @@ class InputSums:
             mixed_II = (1 - own_share) * shared_II
             if name in own:
                 mixed_II = mixed_II + own_share * own[name].hessian_II
-            result[name] = Statistics(mixed_II, None, self.tokens[name], 1 - own_share)
+            result[name] = InputStatistics(mixed_II, None, self.tokens[name], 1 - own_share)
         return result

@@ -1,7 +1,8 @@
-"""What the ways to combine deltas share: their settings, sums in order, trimming, dropping, electing a sign."""
+"""What a method to combine deltas defines, its settings, and what several methods share: trimming, dropping, electing a sign."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,23 +10,22 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.rounding.base import RoundingContext
 from qmerge.rounding.stochastic import uniform
-from qmerge.types import Rows
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a method may know besides deltas and weights; each uses its part.
+@dataclass(frozen=True, kw_only=True)
+class CombineSettings:
+    """What a method may know besides deltas and weights; each method uses some of it.
 
-    ``density``    share of every delta's entries that is kept, in (0, 1];
-    ``seed``       of what is dropped at random;
-    ``rank``       that ``svd`` truncates to; None: the largest of the adapters' on the weight;
-    ``gamma``      share of the largest entries that ``breadcrumbs`` masks as outliers, in [0, 1);
-    ``epsilon``    width of the window of keep probabilities of ``della``, in [0, 1];
-    ``name``       of the weight;
-    ``row``        of the weight that is the deltas' first row;
-    ``positions``  of the deltas' adapters among all adapters of the run; empty: 0, 1, 2, …
+    Attributes:
+        density: fraction of each delta's entries to keep, in (0, 1].
+        seed: of the entries that are dropped at random.
+        rank: rank of the result of ``svd``; None: the largest rank of the adapters on the weight.
+        gamma: fraction of each delta's entries that ``breadcrumbs`` removes as outliers, the largest ones, in [0, 1).
+        epsilon: width of the window of ``della``'s keep probabilities, in [0, 1].
+        name: of the weight.
+        start_row: row of the weight that is the first row of the deltas.
+        positions: of the deltas' adapters among all adapters of the run; empty: 0, 1, 2, …
 
     Raises:
         RecipeError: a number outside its range.
@@ -37,7 +37,7 @@ class Settings:
     gamma: float = 0.01
     epsilon: float = 0.1
     name: str = ""
-    row: int = 0
+    start_row: int = 0
     positions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,8 +51,29 @@ class Settings:
             raise RecipeError(f"epsilon is {self.epsilon}; expected a width between 0 and 1")
 
 
+class CombineMethod(ABC):
+    """How the deltas of several adapters become one.
+
+    Deltas are whole products s · B · A: no method multiplies the B of one adapter with the A of another.
+    """
+
+    rowwise: bool
+    """Whether the result of some rows depends on these rows of the deltas only, so that a weight can be combined in row blocks."""
+
+    @abstractmethod
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        """float32 [O, I] each → float32 [O, I]: all rows at once, or any rows of the weight if ``rowwise``.
+
+        Random draws must be a function of ``settings.seed``, ``settings.name``, ``settings.positions`` and the position of the
+        entry, so that no byte depends on the order of the work.
+        """
+
+
 def ordered_sum(deltas: Sequence[Tensor]) -> Tensor:
-    """d₀ + d₁ + …, left to right in every entry: torch's own sum over five or more depends on where an entry stands."""
+    """d₀ + d₁ + …, from left to right in every entry.
+
+    The order that torch.sum takes over five or more tensors depends on the position of the entry.
+    """
     total_OI = deltas[0].clone()
     for delta_OI in deltas[1:]:
         total_OI += delta_OI
@@ -60,45 +81,62 @@ def ordered_sum(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def weighted(deltas: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Each delta times its weight."""
     return [delta_OI * weight for delta_OI, weight in zip(deltas, weights, strict=True)]
 
 
 def trimmed(delta_OI: Tensor, density: float) -> Tensor:
-    """The ``density`` share of entries that is largest by magnitude; the others are 0. Among equal ones torch.topk chooses,
-    as in peft's ``magnitude_based_pruning``."""
+    """The largest entries by magnitude, a fraction ``density`` of all; 0 elsewhere.
+
+    Among equal ones torch.topk chooses, as in peft's ``magnitude_based_pruning``.
+    """
     if density >= 1:
         return delta_OI
-    largest = delta_OI.abs().flatten().topk(int(density * delta_OI.numel()), sorted=False).indices
-    return only(delta_OI, largest)
+    count = int(density * delta_OI.numel())
+    largest = delta_OI.abs().flatten().topk(count, sorted=False).indices
+    return only_entries(delta_OI, largest)
 
 
-def only(delta_OI: Tensor, indices: Tensor) -> Tensor:
+def only_entries(delta_OI: Tensor, indices: Tensor) -> Tensor:
     """The entries at ``indices`` of the flattened delta; 0 elsewhere."""
     mask = torch.zeros_like(delta_OI).flatten()
     mask[indices] = 1
     return delta_OI * mask.view(delta_OI.shape)
 
 
-def dropped(deltas: Sequence[Tensor], keep: Sequence[float | Tensor], settings: Settings) -> list[Tensor]:
-    """Every entry stays with its probability ``keep``, divided by it, so that it is right on average; else it is 0."""
-    places = settings.positions or range(len(deltas))
-    return [
-        delta_OI * (draws(delta_OI, place, settings) < share) / share
-        for delta_OI, share, place in zip(deltas, keep, places, strict=True)
-    ]
+def dropped(
+    deltas: Sequence[Tensor], keep_probabilities: Sequence[float | Tensor], settings: CombineSettings
+) -> list[Tensor]:
+    """DARE (arXiv 2311.03099): each entry stays with its probability, divided by it, else it is 0. Right on average."""
+    positions = settings.positions or range(len(deltas))
+    kept = []
+    for delta_OI, probability, position in zip(deltas, keep_probabilities, positions, strict=True):
+        stays_OI = uniform_draws(delta_OI, position, settings) < probability
+        kept.append(delta_OI * stays_OI / probability)
+    return kept
 
 
-def draws(delta_OI: Tensor, place: int, settings: Settings) -> Tensor:
-    """float32 [O, I], uniform: a function of (seed, weight, the adapter's place in the run, position of the entry) alone."""
-    rows = Rows(settings.row, settings.row + len(delta_OI))
-    return uniform(delta_OI, RoundingContext(f"combine:{place}:{settings.name}", rows, settings.seed))
+def dropped_by_density(deltas: Sequence[Tensor], settings: CombineSettings) -> Sequence[Tensor]:
+    """``dropped`` with the probability ``settings.density`` for every entry."""
+    if settings.density >= 1:
+        return deltas
+    return dropped(deltas, [settings.density] * len(deltas), settings)
+
+
+def uniform_draws(delta_OI: Tensor, position: int, settings: CombineSettings) -> Tensor:
+    """float32 [O, I] in [0, 1): a function of seed, weight, the adapter's position in the run, and position of the entry."""
+    name = f"combine:{position}:{settings.name}"
+    return uniform(delta_OI, seed=settings.seed, name=name, start_row=settings.start_row)
 
 
 def elected_mean(votes: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Mean, in every entry, of the values whose vote has the sign of the votes' sum (TIES, arXiv 2306.01708, sections 3.2
-    and 3.3; a sum of 0 counts as positive, as in peft's ``calculate_majority_sign_mask``). A vote of 0 is no vote."""
+    """In every entry, the mean of the values whose vote has the sign of the votes' sum (TIES, arXiv 2306.01708, 3.2 and 3.3).
+
+    A vote of 0 does not count. A sum of 0 counts as positive, as in peft's ``calculate_majority_sign_mask``.
+    """
     sign_OI = torch.where(ordered_sum(votes) >= 0, 1.0, -1.0)
-    total_OI, count_OI = torch.zeros_like(sign_OI), torch.zeros_like(sign_OI)
+    total_OI = torch.zeros_like(sign_OI)
+    count_OI = torch.zeros_like(sign_OI)
     for vote_OI, value_OI in zip(votes, values, strict=True):
         agrees_OI = vote_OI.sign() == sign_OI
         total_OI += value_OI * agrees_OI

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine.base import Settings, dropped, ordered_sum, weighted
-
-ROWWISE = True
+from qmerge.combine.base import CombineMethod, CombineSettings, dropped_by_density, ordered_sum, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each → [O, I]; peft's ``dare_linear``, with draws that depend on the position alone."""
-    kept = dropped(deltas, [settings.density] * len(deltas), settings) if settings.density < 1 else deltas
-    return ordered_sum(weighted(kept, weights))
+class DareLinear(CombineMethod):
+    """peft's ``dare_linear``, with draws that depend on the position of the entry, not on torch's random state."""
+
+    rowwise = True
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        return ordered_sum(weighted(dropped_by_density(deltas, settings), weights))
+
+
+METHOD = DareLinear()

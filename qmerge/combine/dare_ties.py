@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine.base import Settings, dropped, elected_mean, weighted
-
-ROWWISE = True
+from qmerge.combine.base import CombineMethod, CombineSettings, dropped_by_density, elected_mean, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each → [O, I]; peft's ``dare_ties``, with draws that depend on the position alone."""
-    kept = dropped(deltas, [settings.density] * len(deltas), settings) if settings.density < 1 else deltas
-    return elected_mean(kept, weighted(kept, weights))
+class DareTies(CombineMethod):
+    """peft's ``dare_ties``, with draws that depend on the position of the entry, not on torch's random state."""
+
+    rowwise = True
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        kept = dropped_by_density(deltas, settings)
+        return elected_mean(kept, weighted(kept, weights))
+
+
+METHOD = DareTies()

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine.base import Settings, ordered_sum, weighted
-
-ROWWISE = True
+from qmerge.combine.base import CombineMethod, CombineSettings, ordered_sum, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each → [O, I]: products in float32, added in the given order; peft's ``task_arithmetic``."""
-    return ordered_sum(weighted(deltas, weights))
+class Linear(CombineMethod):
+    """peft's ``task_arithmetic``: products in float32, added in the given order."""
+
+    rowwise = True
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        return ordered_sum(weighted(deltas, weights))
+
+
+METHOD = Linear()

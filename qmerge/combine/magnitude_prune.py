@@ -6,11 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine.base import Settings, ordered_sum, trimmed, weighted
-
-ROWWISE = False
+from qmerge.combine.base import CombineMethod, CombineSettings, ordered_sum, trimmed, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each, whole → [O, I]; peft's ``magnitude_prune``."""
-    return ordered_sum(weighted([trimmed(delta_OI, settings.density) for delta_OI in deltas], weights))
+class MagnitudePrune(CombineMethod):
+    """peft's ``magnitude_prune``."""
+
+    rowwise = False  # the largest entries are those of the whole weight
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        kept = [trimmed(delta_OI, settings.density) for delta_OI in deltas]
+        return ordered_sum(weighted(kept, weights))
+
+
+METHOD = MagnitudePrune()

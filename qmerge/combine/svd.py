@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qmerge.combine.base import Settings, ordered_sum, weighted
-
-ROWWISE = False
+from qmerge.combine.base import CombineMethod, CombineSettings, ordered_sum, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each, whole → [O, I] of rank ``settings.rank``: the nearest of that rank (Eckart, Young 1936). Without
-    a rank nothing is cut."""
-    total_OI = ordered_sum(weighted(deltas, weights))
-    if settings.rank is None or settings.rank >= min(total_OI.shape):
-        return total_OI
-    u_OK, s_K, vt_KI = torch.linalg.svd(total_OI, full_matrices=False)
-    rank = settings.rank
-    nearest_OI: Tensor = (u_OK[:, :rank] * s_K[:rank]) @ vt_KI[:rank]
-    return nearest_OI
+class Svd(CombineMethod):
+    """The nearest delta of rank ``settings.rank`` (Eckart and Young 1936). Without a rank nothing is cut."""
+
+    rowwise = False  # a decomposition needs the whole delta
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        total_OI = ordered_sum(weighted(deltas, weights))
+        rank = settings.rank
+        if rank is None or rank >= min(total_OI.shape):
+            return total_OI
+        u_OK, s_K, vt_KI = torch.linalg.svd(total_OI, full_matrices=False)
+        nearest_OI: Tensor = (u_OK[:, :rank] * s_K[:rank]) @ vt_KI[:rank]
+        return nearest_OI
+
+
+METHOD = Svd()

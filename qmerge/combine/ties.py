@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmerge.combine.base import Settings, elected_mean, trimmed, weighted
-
-ROWWISE = False
+from qmerge.combine.base import CombineMethod, CombineSettings, elected_mean, trimmed, weighted
 
 
-def combine(deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
-    """float32 [O, I] each, whole → [O, I]; peft's ``ties``: signs are elected by the trimmed deltas, before the weights,
-    and the mean is over the number of adapters that agree."""
-    kept = [trimmed(delta_OI, settings.density) for delta_OI in deltas]
-    return elected_mean(kept, weighted(kept, weights))
+class Ties(CombineMethod):
+    """peft's ``ties``: the trimmed deltas elect the signs, before the weights; the mean is over the adapters that agree."""
+
+    rowwise = False  # the largest entries are those of the whole weight
+
+    def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
+        kept = [trimmed(delta_OI, settings.density) for delta_OI in deltas]
+        return elected_mean(kept, weighted(kept, weights))
+
+
+METHOD = Ties()

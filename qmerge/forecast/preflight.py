@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from qmerge.adapters.updates.lora import needs_dense
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.calibration import texts
@@ -76,7 +75,7 @@ def run_preflight(plan: Plan, context: RunContext, tell: Tell = lambda line: Non
     predicted = predict(plan, context)
     plan, reason = settled(plan, predicted)
     repeats = any(
-        needs_dense(step.update) for step in plan.merged if step.update
+        step.update.needs_dense for step in plan.merged if step.update
     )  # then the original is what was trained on
     gap = None if repeats else original_gap(plan, predicted, context)
     notes: list[str] = []

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from qmerge.metrics.base import Comparison
+from qmerge.metrics.base import MergedRows, Metric
+
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest one are rounding errors of the decomposition, not ranks of the delta."""
 
 
-def rank_sums(c: Comparison) -> dict[str, Tensor]:
-    """float32 [R] each: what landed along every singular direction, and its singular value (shared out over rows)."""
-    directions = c.update.directions()
-    if directions is None:
-        return {}
-    u_OR, s_R, v_IR = directions
-    u_rows = u_OR[c.rows.start : c.rows.stop]
-    landed_R = ((c.change_OI @ v_IR) * u_rows).sum(dim=0)
-    return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
+class RankMetric(Metric):
+    """A number made of the survival of every rank. Subclasses define ``value``."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float | Tensor]:
+        """float32 [R] each: ``landed``, the change along every singular direction, and ``meant``, its singular value.
+
+        A row block has its rows' share of both. Empty for a delta without small factors.
+        """
+        directions = rows.update.directions()
+        if directions is None:
+            return {}
+        u_OR, s_R, v_IR = directions
+        u_rows = u_OR[rows.position.start : rows.position.stop]
+        landed_R = ((rows.change_OI @ v_IR) * u_rows).sum(dim=0)
+        return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
 
 
-def rank_values(total: Mapping[str, list[float]]) -> list[float]:
-    """Survival of every rank that carries anything."""
-    pairs = list(zip(total.get("landed", []), total.get("meant", []), strict=True))
+def rank_survival(sums: Mapping[str, Sequence[float]]) -> list[float]:
+    """landed / meant of every rank whose singular value is not negligible."""
+    pairs = list(zip(sums.get("landed", []), sums.get("meant", []), strict=True))
     largest = max((meant for _, meant in pairs), default=0.0)
-    return [landed / meant for landed, meant in pairs if meant > 1e-6 * largest]
+    return [landed / meant for landed, meant in pairs if meant > NEGLIGIBLE * largest]

@@ -1,7 +1,8 @@
-"""Adding up sums: over the row blocks of a weight, and over weights."""
+"""What a metric defines, what it sees of a merged weight, and how its sums add up over row blocks and over weights."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import plugins
 from qmerge.grids import Grid
+from qmerge.metrics import all_metrics
 from qmerge.types import Rows, Update, dot
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Some rows of one merged weight, all float32 [rows, I], and the grid that they were rounded to.
+@dataclass(frozen=True, kw_only=True)
+class MergedRows:
+    """Some rows of one merged weight, before and after, all float32 [rows, I].
 
-    base     what the adapter was added to
-    merged   base + delta, before rounding
-    stored   what a loader will read from the file that was written
-    hessian  float32 [I, I], E[x xᵀ] of the layer's inputs (any scale), where they were seen
+    Attributes:
+        base_OI: the values that the adapter was added to.
+        merged_OI: base + delta, before rounding.
+        stored_OI: the values that a loader will read from the output file.
+        base_codes_OI: codes of the base on the grid of the output.
+        codes_OI: codes of ``stored_OI``.
+        grid: the grid of these rows.
+        position: which rows of the weight they are.
+        update: the adapter's update of the whole weight.
+        hessian_II: float32 [I, I], E[x xᵀ] of the layer's inputs, at any scale; None where calibration saw no inputs.
     """
 
     base_OI: Tensor
@@ -31,73 +38,101 @@ class Comparison:
     base_codes_OI: Tensor
     codes_OI: Tensor
     grid: Grid
-    rows: Rows
+    position: Rows
     update: Update
     hessian_II: Tensor | None = None
 
     @cached_property
     def delta_OI(self) -> Tensor:
-        """merged − base: what was meant to change."""
+        """merged − base: the intended change."""
         return self.merged_OI - self.base_OI
 
     @cached_property
     def change_OI(self) -> Tensor:
-        """stored − base: what did change."""
+        """stored − base: the actual change."""
         return self.stored_OI - self.base_OI
 
     @cached_property
-    def seen_delta_OI(self) -> Tensor | None:
-        """delta · H; None where the inputs were not seen."""
+    def delta_hessian_OI(self) -> Tensor | None:
+        """delta · H; None where calibration saw no inputs."""
         return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
 
     @cached_property
     def delta_delta(self) -> float:
+        """⟨delta, delta⟩."""
         return dot(self.delta_OI, self.delta_OI)
 
     @cached_property
     def change_delta(self) -> float:
+        """⟨change, delta⟩."""
         return dot(self.change_OI, self.delta_OI)
 
     @cached_property
     def change_change(self) -> float:
+        """⟨change, change⟩."""
         return dot(self.change_OI, self.change_OI)
+
+
+class Metric(ABC):
+    """One number about a merged weight, made of sums that add up over row blocks and, with a meaning, over weights."""
+
+    @abstractmethod
+    def sums(self, rows: MergedRows) -> Mapping[str, float | Tensor]:
+        """Name → sum over these rows: a float, or float32 [R] with one sum per rank; empty where it cannot be computed."""
+
+    @abstractmethod
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        """The number, from sums over all rows (tensors have become lists); None where it does not exist: a delta of zero."""
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """numerator / denominator; None where the denominator is 0."""
+    if not denominator:
+        return None
+    return numerator / denominator
 
 
 Sums = dict[str, dict[str, Any]]
 """Metric → name of a sum → float, or one float per rank."""
 
 
-def sums_of(comparison: Comparison) -> Sums:
+def sums_of(rows: MergedRows) -> Sums:
     """Every metric's sums for some rows."""
-    return {name: dict(metric.sums(comparison)) for name, metric in plugins.every("metrics").items()}
+    return {name: dict(metric.sums(rows)) for name, metric in all_metrics().items()}
 
 
 def added(total: Sums | None, more: Sums) -> Sums:
     """Sums over two disjoint sets of rows of the same weight."""
     if total is None:
         return more
-    return {m: {name: total[m][name] + value for name, value in more[m].items()} for m in more}
+    result: Sums = {}
+    for metric, sums in more.items():
+        result[metric] = {name: total[metric][name] + value for name, value in sums.items()}
+    return result
 
 
-def plain(sums: Sums) -> Sums:
-    """Tensors as lists, ready for JSON."""
-    return {
-        metric: {name: v.tolist() if isinstance(v, torch.Tensor) else float(v) for name, v in inner.items()}
-        for metric, inner in sums.items()
-    }
+def plain(sums_by_metric: Sums) -> Sums:
+    """The same with lists for tensors, ready for JSON."""
+    result: Sums = {metric: {} for metric in sums_by_metric}
+    for metric, sums in sums_by_metric.items():
+        for name, value in sums.items():
+            result[metric][name] = value.tolist() if isinstance(value, torch.Tensor) else float(value)
+    return result
 
 
-def values_of(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Every metric's value, from plain sums."""
-    return {name: metric.value(sums[name]) if sums else None for name, metric in plugins.every("metrics").items()}
+def values_of(sums_by_metric: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Every metric's value, from plain sums; all None where there are no sums (no weight was merged)."""
+    if not sums_by_metric:
+        return dict.fromkeys(all_metrics())
+    return {name: metric.value(sums_by_metric[name]) for name, metric in all_metrics().items()}
 
 
 def over_weights(weights: Iterable[Mapping[str, Mapping[str, Any]]]) -> Sums:
-    """Plain sums over several weights: numbers add (so each weight counts by its ‖delta‖²), lists follow one another."""
+    """Plain sums over several weights: numbers add, so that each weight counts by its ‖delta‖²; lists are concatenated."""
     total: Sums = {}
-    for sums in weights:
-        for metric, inner in sums.items():
-            into = total.setdefault(metric, {})
-            for name, value in inner.items():
-                into[name] = into[name] + value if name in into else value
+    for sums_by_metric in weights:
+        for metric, sums in sums_by_metric.items():
+            total_of_metric = total.setdefault(metric, {})
+            for name, value in sums.items():
+                total_of_metric[name] = total_of_metric[name] + value if name in total_of_metric else value
     return total

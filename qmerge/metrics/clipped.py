@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics._sample import some_rows
-from qmerge.metrics.base import Comparison
-
-
-def sums(c: Comparison) -> dict[str, float]:
-    some = some_rows(c)
-    error_OI = some.merged_OI - some.stored_OI
-    at_end_OI = some.grid.gap(some.codes_OI, error_OI).isinf()
-    step_OI = some.grid.gap(some.codes_OI, -error_OI)
-    outside = at_end_OI & (error_OI.abs() > 0.5 * step_OI)
-    return {"outside": float(outside.sum()), "entries": float(error_OI.numel())}
+from qmerge.metrics._sample import first_rows
+from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return total["outside"] / total["entries"] if total["entries"] else None
+class Clipped(Metric):
+    """Share of the entries that the delta takes past the highest or lowest level, from a sample of the rows."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        sample = first_rows(rows)
+        error_OI = sample.merged_OI - sample.stored_OI
+        # At an end of the grid there is no level on the side of the error; the step on the other side is the unit.
+        at_end_OI = sample.grid.gap(sample.codes_OI, error_OI).isinf()
+        step_OI = sample.grid.gap(sample.codes_OI, -error_OI)
+        outside = at_end_OI & (error_OI.abs() > 0.5 * step_OI)
+        return {"outside": float(outside.sum()), "entries": float(error_OI.numel())}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        return ratio(sums["outside"], sums["entries"])
+
+
+METRIC = Clipped()

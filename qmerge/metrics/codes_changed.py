@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
-
-
-def sums(c: Comparison) -> dict[str, float]:
-    return {"changed": float((c.codes_OI != c.base_codes_OI).sum()), "count": float(c.codes_OI.numel())}
+from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return total["changed"] / total["count"] if total["count"] else None
+class CodesChanged(Metric):
+    """Share of the entries that the merge moved to another level."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        changed = (rows.codes_OI != rows.base_codes_OI).sum()
+        return {"changed": float(changed), "count": float(rows.codes_OI.numel())}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        return ratio(sums["changed"], sums["count"])
+
+
+METRIC = CodesChanged()

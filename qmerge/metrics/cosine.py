@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
-
-
-def sums(c: Comparison) -> dict[str, float]:
-    return {"change_delta": c.change_delta, "change_change": c.change_change, "delta_delta": c.delta_delta}
+from qmerge.metrics.base import MergedRows, Metric
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    if not total["delta_delta"]:
-        return None
-    scale = math.sqrt(total["change_change"] * total["delta_delta"])
-    return total["change_delta"] / scale if scale else 0.0
+class Cosine(Metric):
+    """Whether the actual change points where the intended one does, whatever its size."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        return {
+            "change_delta": rows.change_delta,
+            "change_change": rows.change_change,
+            "delta_delta": rows.delta_delta,
+        }
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        if not sums["delta_delta"]:
+            return None
+        norms = math.sqrt(sums["change_change"] * sums["delta_delta"])
+        # No change at all: the delta is lost, which is a cosine of 0 and not a missing number.
+        return float(sums["change_delta"] / norms) if norms else 0.0
+
+
+METRIC = Cosine()

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from qmerge.grids import Grid
-from qmerge.metrics._sample import some_rows
-from qmerge.metrics.base import Comparison
+from qmerge.metrics._sample import first_rows
+from qmerge.metrics.base import MergedRows, Metric
 
 
-def sums(c: Comparison) -> dict[str, float]:
-    some = some_rows(c)
-    gap, inside = gap_sum(some.grid, some.base_codes_OI, some.delta_OI)
-    return {"gap": gap, "inside": inside, "count": float(c.delta_OI.numel()), "delta_delta": c.delta_delta}
+class GapToDelta(Metric):
+    """How coarse the grid is for this delta: gaps from a sample of the rows, the delta from all of them."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        sample = first_rows(rows)
+        gap, inside = gap_sum(sample.grid, sample.base_codes_OI, sample.delta_OI)
+        return {
+            "gap": gap,
+            "inside": inside,
+            "count": float(rows.delta_OI.numel()),
+            "delta_delta": rows.delta_delta,
+        }
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        if not sums["delta_delta"] or not sums["inside"]:
+            return None
+        rms = math.sqrt(sums["delta_delta"] / sums["count"])
+        return float((sums["gap"] / sums["inside"]) / rms)
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    if not total["delta_delta"] or not total["inside"]:
-        return None
-    return (total["gap"] / total["inside"]) / math.sqrt(total["delta_delta"] / total["count"])
+METRIC = GapToDelta()
 
 
 def gap_sum(grid: Grid, codes_OI: Tensor, direction_OI: Tensor) -> tuple[float, float]:
-    """Sum of the distances from the levels to their neighbours, and their number; the ends of the grid are left out."""
+    """Sum of the distances from the levels to their neighbours, and their number; the ends of the grid are left out.
+
+    Args:
+        codes_OI: codes on ``grid``.
+        direction_OI: its sign says on which side the neighbour is.
+    """
     gap_OI = grid.gap(codes_OI, direction_OI)
     inside = gap_OI.isfinite()
-    return float(gap_OI.where(inside, gap_OI.new_zeros(())).double().sum()), float(inside.sum())
+    finite_gap_OI = gap_OI.where(inside, gap_OI.new_zeros(()))
+    return float(finite_gap_OI.double().sum()), float(inside.sum())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
-
-
-def sums(c: Comparison) -> dict[str, float]:
-    return {"change_delta": c.change_delta, "delta_delta": c.delta_delta}
+from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return total["change_delta"] / total["delta_delta"] if total["delta_delta"] else None
+class Kept(Metric):
+    """Share of the delta that survives, as the projection of the actual change on the intended one."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        return {"change_delta": rows.change_delta, "delta_delta": rows.delta_delta}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        return ratio(sums["change_delta"], sums["delta_delta"])
+
+
+METRIC = Kept()

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
+from qmerge.metrics.base import MergedRows, Metric
 from qmerge.types import dot
 
 
-def sums(c: Comparison) -> dict[str, float]:
-    error_OI = c.stored_OI - c.merged_OI
-    return {"error_error": dot(error_OI, error_OI), "delta_delta": c.delta_delta}
+class Noise(Metric):
+    """The rounding error, relative to the delta."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        error_OI = rows.stored_OI - rows.merged_OI
+        return {"error_error": dot(error_OI, error_OI), "delta_delta": rows.delta_delta}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        if not sums["delta_delta"]:
+            return None
+        return math.sqrt(sums["error_error"] / sums["delta_delta"])
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return math.sqrt(total["error_error"] / total["delta_delta"]) if total["delta_delta"] else None
+METRIC = Noise()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
+from qmerge.metrics.base import MergedRows, Metric
 from qmerge.types import dot
 
 
-def sums(c: Comparison) -> dict[str, float]:
-    """tr(change H deltaᵀ) and tr(delta H deltaᵀ), H = E[x xᵀ]: ⟨change x, delta x⟩ on average; {} without inputs."""
-    if c.seen_delta_OI is None:
-        return {}
-    return {"change_delta": dot(c.change_OI, c.seen_delta_OI), "delta_delta": dot(c.delta_OI, c.seen_delta_OI)}
+class OutputKept(Metric):
+    """``kept`` of the layer's output: of change · x along delta · x, averaged over the inputs x (H = E[x xᵀ])."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        """tr(change H deltaᵀ) and tr(delta H deltaᵀ); empty without inputs."""
+        if rows.delta_hessian_OI is None:
+            return {}
+        return {
+            "change_delta": dot(rows.change_OI, rows.delta_hessian_OI),
+            "delta_delta": dot(rows.delta_OI, rows.delta_hessian_OI),
+        }
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        if not sums.get("delta_delta"):
+            return None
+        return float(sums["change_delta"] / sums["delta_delta"])
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return total["change_delta"] / total["delta_delta"] if total.get("delta_delta") else None
+METRIC = OutputKept()

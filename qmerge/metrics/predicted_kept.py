@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from qmerge.grids import Grid
-from qmerge.metrics._sample import some_rows
-from qmerge.metrics.base import Comparison
+from qmerge.metrics._sample import first_rows
+from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
-def sums(c: Comparison) -> dict[str, float]:
-    some = some_rows(c)
-    kept = expected_kept(some.base_OI, some.delta_OI.norm(dim=1), some.grid)
-    return {"expected": (kept or 0.0) * c.delta_delta, "weight": c.delta_delta}
+class PredictedKept(Metric):
+    """``kept`` as it would be for nearest rounding, from a sample of the rows; weights count by their ‖delta‖²."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        sample = first_rows(rows)
+        kept = expected_kept(sample.base_OI, sample.delta_OI.norm(dim=1), sample.grid)
+        return {"expected": (kept or 0.0) * rows.delta_delta, "weight": rows.delta_delta}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        return ratio(sums["expected"], sums["weight"])
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return total["expected"] / total["weight"] if total["weight"] else None
+METRIC = PredictedKept()
 
 
 def expected_kept(base_OI: Tensor, row_norms_O: Tensor, grid: Grid) -> float | None:
-    """Each row's delta is taken as Gaussian with the row's own rms, and rows weigh by their ‖delta‖².
+    """Expected share of the delta that nearest rounding keeps; None for a delta of zero.
+
+    Each row's delta is taken as Gaussian with the row's own rms, and rows count by their ‖delta‖².
 
     Args:
-        base_OI: float32, what the delta is added to.
+        base_OI: float32, the values that the delta is added to.
         row_norms_O: float32, ‖delta‖ of every row.
         grid: the grid of these rows.
-
-    Returns:
-        The expected share of the delta; None for a delta of zero.
     """
     variance_O = row_norms_O.square() / base_OI.shape[1]
+    # Rows without a delta get any sigma but 0, which would divide by 0: they count with weight 0.
     sigma_O = variance_O.where(variance_O > 0, variance_O.new_ones(())).sqrt()
     kept_O = grid.expected_slope(base_OI, sigma_O[:, None]).mean(dim=1)
-    weight = float(variance_O.double().sum())
-    return float((kept_O * variance_O).double().sum()) / weight if weight else None
+    total_variance = float(variance_O.double().sum())
+    return ratio(float((kept_O * variance_O).double().sum()), total_variance)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics._ranks import rank_sums as sums
-from qmerge.metrics._ranks import rank_values
-
-
-def value(total: Mapping[str, list[float]]) -> float | None:
-    values = rank_values(total)
-    return statistics.median(values) if values else None
+from qmerge.metrics._ranks import RankMetric, rank_survival
 
 
-__all__ = ["sums", "value"]
+class RankKeptMedian(RankMetric):
+    """The median over all ranks of the delta; over several weights, over all ranks of all of them."""
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        survival = rank_survival(sums)
+        return statistics.median(survival) if survival else None
+
+
+METRIC = RankKeptMedian()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics._ranks import rank_sums as sums
-from qmerge.metrics._ranks import rank_values
-
-
-def value(total: Mapping[str, list[float]]) -> float | None:
-    return min(rank_values(total), default=None)
+from qmerge.metrics._ranks import RankMetric, rank_survival
 
 
-__all__ = ["sums", "value"]
+class RankKeptMin(RankMetric):
+    """The minimum over all ranks of the delta; over several weights, over all ranks of all of them."""
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        return min(rank_survival(sums), default=None)
+
+
+METRIC = RankKeptMin()

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from qmerge.metrics.base import Comparison
+from qmerge.metrics.base import MergedRows, Metric
 from qmerge.types import dot
 
 
-def sums(c: Comparison) -> dict[str, float]:
-    return {"delta_delta": c.delta_delta, "base_base": dot(c.base_OI, c.base_OI)}
+class RelativeSize(Metric):
+    """Size of the delta, relative to the weight."""
+
+    def sums(self, rows: MergedRows) -> dict[str, float]:
+        return {"delta_delta": rows.delta_delta, "base_base": dot(rows.base_OI, rows.base_OI)}
+
+    def value(self, sums: Mapping[str, Any]) -> float | None:
+        if not sums["base_base"]:
+            return None
+        return math.sqrt(sums["delta_delta"] / sums["base_base"])
 
 
-def value(total: Mapping[str, float]) -> float | None:
-    return math.sqrt(total["delta_delta"] / total["base_base"]) if total["base_base"] else None
+METRIC = RelativeSize()

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate, fitted
+from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.planning.embeddings import Embeddings
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.planning.targets import TargetChooser
-from qmerge.types import Replacement, Update, Weight, as_matrix
-
-Change = Update | Replacement
-"""What the adapter does to one weight."""
+from qmerge.types import Change, Replacement, Update, Weight, as_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class ChangeMatcher:
         tied = self.embeddings.tied
         if tied is not None and name == tied[1] and self.embeddings.untied is None:
             return True
-        return bool(getattr(change, "optional", False))
+        return isinstance(change, Update) and change.optional
 
     def _fitting(self, weight: Weight, change: Change) -> Change:
         """The change as it is applied to the weight; new values for a quantized target become an update, which is rounded."""
@@ -74,7 +71,7 @@ class ChangeMatcher:
         if isinstance(change, Replacement):
             return self._fitting_replacement(weight, change)
         matrix = as_matrix(weight.shape)
-        update = fitted(change, matrix)
+        update = change.fitted(matrix)
         shapes = [update.shape]
         if self.modules.is_dense_conv1d(weight, update):
             shapes.append(update.shape[::-1])

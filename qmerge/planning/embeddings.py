@@ -96,8 +96,8 @@ class Embeddings:
 
 def _trains_rows(change: Update | Replacement | None) -> list[bool]:
     """For each adapter's part of a change, whether it trained single rows (``trainable_token_indices``)."""
-    parts = getattr(change, "updates", [change])
-    return [isinstance(part, TokenRowsUpdate) for part in parts]
+    members = change.members if isinstance(change, Update) else (change,)
+    return [isinstance(member, TokenRowsUpdate) for member in members]
 
 
 def _are_same_values(a: Update | Replacement | None, b: Update | Replacement | None) -> bool:

@@ -16,7 +16,7 @@ from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.replication import replicate_layers
 from qmerge.checkpoint.scan import Checkpoint, read_json, scan
-from qmerge.combine.base import Settings
+from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
@@ -119,7 +119,7 @@ def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -
         check_order(adapters, held)
     if weights == [1.0]:
         return adapters[0]
-    return combined(adapters, weights, recipe.combine, Settings(density=recipe.density, seed=recipe.seed))
+    return combined(adapters, weights, recipe.combine, CombineSettings(density=recipe.density, seed=recipe.seed))
 
 
 def read_checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:

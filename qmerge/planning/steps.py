@@ -13,13 +13,13 @@ from qmerge.checkpoint.config import output_config, with_setting, with_vocab_siz
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format, get_target
 from qmerge.formats.base import NoOptions
-from qmerge.planning.changes import Change, ChangeMatcher
+from qmerge.planning.changes import ChangeMatcher
 from qmerge.planning.embeddings import Embeddings
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.planning.targets import TargetChooser, WeightTarget
 from qmerge.recipe import Recipe
-from qmerge.types import Options, Replacement, Step, StepSource, TensorSpec, Update, Weight
+from qmerge.types import Change, Options, Replacement, Step, StepSource, TensorSpec, Update, Weight
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from qmerge.checkpoint.journal import Journal
 from qmerge.pipeline import Outcome, run_step
 from qmerge.planning.plan import Plan
 from qmerge.progress import Progress
-from qmerge.rounding.base import Statistics
+from qmerge.rounding.base import InputStatistics
 from qmerge.run import residual
 from qmerge.run.workers import run_steps
 from qmerge.safetensors_io.writer import MemorySink, NullSink, ShardWriter
@@ -35,7 +35,7 @@ class Writing:
         self.rank, self.residuals = plan.recipe.residual, dict[str, residual.Residual]()
         self.outcomes: dict[str, Outcome] = {}
 
-    def do(self, steps: Sequence[Step], inputs: Mapping[str, Statistics]) -> None:
+    def do(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
         by_shard: dict[str, list[Step]] = {}
         for step in steps:
             by_shard.setdefault(self.shards[step.name].file, []).append(step)
@@ -49,7 +49,7 @@ class Writing:
                 self.journal.file_done(file, self.writers[file].finish())
                 self.writers[file].publish()
 
-    def _step(self, step: Step, inputs: Statistics | None) -> None:
+    def _step(self, step: Step, inputs: InputStatistics | None) -> None:
         names, writer = tuple(step.outputs), self.writers[self.shards[step.name].file]
         earlier = self.journal.steps.get(step.name)
         if earlier and earlier["sha256"].keys() == writer.fixed(names) and writer.matches(earlier["sha256"]):
@@ -87,11 +87,11 @@ class Measuring:
         self.outcomes: dict[str, Outcome] = {}
         self._sinks: dict[str, MemorySink] = {}
 
-    def do(self, steps: Sequence[Step], inputs: Mapping[str, Statistics]) -> None:
+    def do(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
         self._sinks.clear()
         run_steps(steps, lambda step: self._step(step, inputs), self.workers)
 
-    def _step(self, step: Step, inputs: Mapping[str, Statistics]) -> None:
+    def _step(self, step: Step, inputs: Mapping[str, InputStatistics]) -> None:
         sink = MemorySink() if step.name in inputs else NullSink()
         if isinstance(sink, MemorySink):
             self._sinks[step.name] = sink

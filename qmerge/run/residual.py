@@ -1,6 +1,6 @@
 """What a merged weight could not hold, as a small ordinary LoRA beside it: the best fit of a given rank.
 
-    minimise  tr((E − B A) K (E − B A)ᵀ)   E = merged − stored,  K = F Fᵀ (``rounding/_metric.py``)
+    minimise  tr((E − B A) K (E − B A)ᵀ)   E = merged − stored,  K = F Fᵀ (``rounding/_objective.py``)
 
 With E F = U S Vᵀ the answer is B = U √S, A = √S Vᵀ F⁻¹ of the largest ranks (the weighted low-rank approximation of
 CLoQ, arXiv 2501.18475, section 3).
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmerge.rounding.base import Statistics, make_metric, upper_factor
+from qmerge.rounding.base import InputStatistics, make_objective, upper_factor
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import ResidualRecord
 from qmerge.types import Step, dot
@@ -39,18 +39,20 @@ class Residual:
     delta: float
 
 
-def fit(step: Step, stored_OI: Tensor, inputs: Statistics | None, context: RunContext, rank: int) -> Residual:
+def fit(step: Step, stored_OI: Tensor, inputs: InputStatistics | None, context: RunContext, rank: int) -> Residual:
     """The residual of one merged weight that has been stored."""
     assert step.update is not None
     merged_OI, base_OI = merged_values(step, context), base_values(step, context)
-    metric = make_metric(inputs, step.update.directions(), step.shape[1], context.device)
-    factor_II = upper_factor(metric.K_II)
-    assert factor_II is not None, "make_metric gave a metric without a factor"
+    objective = make_objective(inputs, step.update.directions(), step.shape[1], context.device)
+    factor_II = upper_factor(objective.K_II)
+    assert factor_II is not None, "make_objective gave an objective without a factor"
     error_OI = merged_OI - stored_OI
-    u_OR, s_R, v_IR = leading((metric.aim(merged_OI) - stored_OI) @ factor_II, rank)
+    u_OR, s_R, v_IR = leading((objective.aim(merged_OI) - stored_OI) @ factor_II, rank)
     B_OR = u_OR * s_R.sqrt()
     A_RI = torch.linalg.solve_triangular(factor_II, (v_IR * s_R.sqrt()).T, upper=True, left=False)
-    seen_II = metric.hessian_II if metric.hessian_II is not None else torch.eye(step.shape[1], device=context.device)
+    seen_II = (
+        objective.hessian_II if objective.hessian_II is not None else torch.eye(step.shape[1], device=context.device)
+    )
     left_OI, delta_OI = error_OI - B_OR @ A_RI, merged_OI - base_OI
     without, remaining, delta = (dot(x_OI @ seen_II, x_OI) for x_OI in (error_OI, left_OI, delta_OI))
     return Residual(A_RI.cpu(), B_OR.cpu(), without, remaining, delta)

@@ -15,7 +15,7 @@ from qmerge.adapters.combining.combined import CombinedUpdate
 from qmerge.adapters.combining.interference import PairStats, cosine, from_factors, pair_stats, sign_conflict
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate
 from qmerge.checkpoint import folder
-from qmerge.combine.base import Settings
+from qmerge.combine.base import CombineSettings
 from qmerge.forecast.warnings import interference_warnings
 from qmerge.schema import ModulePairRecord, PairRecord, distinct_names
 from qmerge.types import Rows, Update
@@ -35,7 +35,7 @@ def lora(rank: int, seed: int) -> LoraUpdate:
 
 def together(*updates: Update, weights: tuple[float, ...] = WEIGHTS, method: str = "linear") -> CombinedUpdate:
     places = tuple(range(len(updates)))
-    return CombinedUpdate(updates, weights[: len(updates)], method, Settings(name="x", positions=places))
+    return CombinedUpdate(updates, weights[: len(updates)], method, CombineSettings(name="x", positions=places))
 
 
 def met(update: CombinedUpdate, size: int = SHAPE[0], base: Tensor = BASE) -> dict[str, dict[str, float]]:

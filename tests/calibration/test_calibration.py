@@ -25,7 +25,7 @@ from qmerge.calibration.sums import InputSums
 from qmerge.checkpoint.journal import Journal
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
-from qmerge.rounding.base import Statistics
+from qmerge.rounding.base import InputStatistics
 from qmerge.safetensors_io.reader import Reader
 
 from .. import models
@@ -36,7 +36,7 @@ BATCHES = [torch.arange(48).view(3, 16) * k % 96 for k in (1, 5, 7)]
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
-def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str], dict[str, Statistics]]]:
+def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str], dict[str, InputStatistics]]]:
     """Every group of a calibration whose steps are stored without any rounding (so that merged and unmerged model are equal)."""
     found = []
     with Reader() as reader:

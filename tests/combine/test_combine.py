@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from qmerge.adapters.combining.combined import CombinedUpdate, combined, delta_o
 from qmerge.adapters.reading.folder import Adapter, read_adapter
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.combine import base as common
-from qmerge.combine import breadcrumbs, della, sce
-from qmerge.combine.base import Settings
+from qmerge.combine import breadcrumbs, della, get_method, sce
+from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, QmergeError, RecipeError
 from qmerge.recipe import make_recipe
 from qmerge.run import merge
@@ -31,9 +30,9 @@ from .. import models
 from ..parity import stock
 
 METHODS = plugins.names("combine")
-ROWWISE = [name for name in METHODS if plugins.load("combine", name).ROWWISE]
+ROWWISE = [name for name in METHODS if get_method(name).rowwise]
 NAME = "layer.weight"
-SETTINGS = Settings(density=0.5, seed=7, name=NAME)
+SETTINGS = CombineSettings(density=0.5, seed=7, name=NAME)
 
 
 def deltas_of(count: int = 3, shape: tuple[int, int] = (24, 40), seed: int = 0) -> list[Tensor]:
@@ -41,9 +40,8 @@ def deltas_of(count: int = 3, shape: tuple[int, int] = (24, 40), seed: int = 0) 
     return [torch.randn(shape, generator=generator) * 0.01 for _ in range(count)]
 
 
-def by(method: str, deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings = SETTINGS) -> Tensor:
-    result: Tensor = plugins.load("combine", method).combine(deltas, weights, settings)
-    return result
+def by(method: str, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings = SETTINGS) -> Tensor:
+    return get_method(method).combine(deltas, weights, settings)
 
 
 def table(*rows: Sequence[float]) -> Tensor:
@@ -56,11 +54,8 @@ def table(*rows: Sequence[float]) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: str) -> None:
     """One sentence of help; a new float32 delta; the inputs as they were; one delta alone is possible."""
-    plugin = plugins.load("combine", method)
     line = plugins.help_line("combine", method)
     assert 10 < len(line) <= 120 and line[-1] in ".)"
-    assert isinstance(plugin.ROWWISE, bool)
-    assert list(inspect.signature(plugin.combine).parameters) == ["deltas", "weights", "settings"]
     for count, shape in ((1, (24, 40)), (2, (1, 7)), (3, (5, 1)), (5, (24, 40))):
         deltas = deltas_of(count, shape)
         before = [delta.clone() for delta in deltas]
@@ -92,7 +87,12 @@ def test_rowwise_methods_do_not_depend_on_row_blocks(method: str) -> None:
     whole = by(method, deltas, [0.7, -0.3, 1.0, 0.2, 0.1])
     for size in (1, 4, 5, 22):
         parts = [
-            by(method, [d[row : row + size] for d in deltas], [0.7, -0.3, 1.0, 0.2, 0.1], replace(SETTINGS, row=row))
+            by(
+                method,
+                [d[row : row + size] for d in deltas],
+                [0.7, -0.3, 1.0, 0.2, 0.1],
+                replace(SETTINGS, start_row=row),
+            )
             for row in range(0, 23, size)
         ]
         assert torch.equal(torch.cat(parts), whole), size
@@ -129,7 +129,7 @@ def test_dare_equals_peft_given_the_same_draws(method: str, monkeypatch: pytest.
     weights, deltas = [0.7, -0.3, 0.5], deltas_of()
     places = iter(range(3))
     monkeypatch.setattr(
-        torch, "bernoulli", lambda p: (common.draws(p, next(places), SETTINGS) < p).to(p.dtype)
+        torch, "bernoulli", lambda p: (common.uniform_draws(p, next(places), SETTINGS) < p).to(p.dtype)
     )  # one call per adapter, in order
     expected = getattr(merge_utils, method)(deltas, torch.tensor(weights), SETTINGS.density)
     assert torch.equal(by(method, deltas, weights), expected)
@@ -200,7 +200,7 @@ def test_della_by_hand() -> None:
     assert torch.allclose(shares, table([0.5, 0.4, 0.45, 0.6, 0.55], [0.4, 0.45, 0.5, 0.55, 0.6]))
     assert torch.allclose(della.keep_probability(delta, 0.05, 0.4).amin(), torch.tensor(0.025)), "narrowed"
     assert torch.allclose(della.keep_probability(delta, 0.9, 0.4).amax(), torch.tensor(0.95)), "narrowed"
-    made, draws = by("della", [delta], [2], replace(SETTINGS, epsilon=0.2)), common.draws(delta, 0, SETTINGS)
+    made, draws = by("della", [delta], [2], replace(SETTINGS, epsilon=0.2)), common.uniform_draws(delta, 0, SETTINGS)
     assert torch.allclose(made, torch.where(draws < shares, 2 * delta / shares, 0.0))
 
 
@@ -363,26 +363,26 @@ def adapter(
 
 def test_weights_of_one_adapter_go_through_the_method_too() -> None:
     a, b = adapter({"x": lora(4, 1), "y": lora(4, 2)}), adapter({"y": lora(8, 3), "z": lora(8, 4)}, name="b")
-    made = combined([a, b], [0.5, 1.0], "linear", Settings())
+    made = combined([a, b], [0.5, 1.0], "linear", CombineSettings())
     assert list(made.updates) == ["x", "y", "z"] and made.tensors["y"] == ["y.part"] * 2 and made.kind == "lora"
     x = made.updates["x"]
     assert isinstance(x, CombinedUpdate) and x.settings.positions == (0,) and x.weights == (0.5,)
     assert stock.distance(x.apply(BASE, ALL) - BASE, 0.5 * delta_of(a.updates["x"], BASE, ALL)) < 1e-6
     assert made.updates["z"] is b.updates["z"], "to the bit what the adapter alone does"
-    ties = combined([a, b], [0.5, 1.0], "ties", Settings(density=0.5))
+    ties = combined([a, b], [0.5, 1.0], "ties", CombineSettings(density=0.5))
     z = ties.updates["z"]
     assert isinstance(z, CombinedUpdate) and z.settings.positions == (1,) and z.settings.name == "z"
     assert float((z.apply(torch.zeros(SHAPE), ALL) != 0).float().mean()) == pytest.approx(0.5, abs=0.01)
-    svd = combined([a, b], [0.5, 1.0], "svd", Settings()).updates["y"]
+    svd = combined([a, b], [0.5, 1.0], "svd", CombineSettings()).updates["y"]
     assert svd.rank == 8, "the larger of the two"
 
 
 def test_values_that_were_trained_whole() -> None:
     norm, other = torch.ones(4), torch.full((4,), 2.0)
     a, b = adapter({"x": lora(4, 1)}, {"n": norm}), adapter({"x": lora(4, 2)}, {"n": norm.clone()}, "b")
-    made = combined([a, b], [0.7, 0.3], "linear", Settings())
+    made = combined([a, b], [0.7, 0.3], "linear", CombineSettings())
     assert torch.equal(made.replaced["n"].values, norm) and "n" not in made.updates
-    alone = combined([a, adapter({"x": lora(4, 2)})], [1.0, 0.3], "ties", Settings())
+    alone = combined([a, adapter({"x": lora(4, 2)})], [1.0, 0.3], "ties", CombineSettings())
     assert torch.equal(alone.replaced["n"].values, norm)
     cases: list[tuple[Adapter, float, str]] = [
         (adapter({"x": lora(4, 2)}, {"n": other}, "b"), 1.0, r"n was trained whole in a, b, to different values"),
@@ -395,38 +395,42 @@ def test_values_that_were_trained_whole() -> None:
     ]
     for second, weight, message in cases:
         with pytest.raises(AdapterError, match=message):
-            combined([a, second], [weight, 1.0], "linear", Settings())
+            combined([a, second], [weight, 1.0], "linear", CombineSettings())
 
 
 def test_config_is_merged_or_refused() -> None:
     a = adapter({"x": lora(4, 1)}, bias="none", modules_to_save=["norm"], base_model_name_or_path="base")
     b = adapter({"model.embed_tokens.weight": lora(4, 2)}, None, "b", bias="all", modules_to_save=["head", "norm"],
                 ensure_weight_tying=True)  # fmt: skip
-    config = combined([a, b], [1.0, 1.0], "linear", Settings()).config
+    config = combined([a, b], [1.0, 1.0], "linear", CombineSettings()).config
     assert config["bias"] == "all" and config["modules_to_save"] == ["norm", "head"]
     assert config["ensure_weight_tying"] is True and config["base_model_name_or_path"] == "base"
-    assert combined([a, a], [1.0, 1.0], "linear", Settings()).config["bias"] == "none"
+    assert combined([a, a], [1.0, 1.0], "linear", CombineSettings()).config["bias"] == "none"
     untied = replace(b, config={}, folder=Path("c"))
     with pytest.raises(AdapterError, match="ensure_weight_tying is True in b, False in c"):
-        combined([b, untied], [1.0, 1.0], "linear", Settings())
+        combined([b, untied], [1.0, 1.0], "linear", CombineSettings())
     with pytest.raises(AdapterError, match="fan_in_fan_out is False in a, True in b"):
-        combined([a, replace(b, config={"fan_in_fan_out": True})], [1.0, 1.0], "linear", Settings())
+        combined([a, replace(b, config={"fan_in_fan_out": True})], [1.0, 1.0], "linear", CombineSettings())
 
 
 def test_bad_input_is_refused() -> None:
     a = adapter({"x": lora(4, 1)})
     smaller = adapter({"x": models.lora_update((40, 40))}, None, "b")
     cases: list[tuple[Callable[[], object], type[QmergeError], str]] = [
-        (lambda: combined([a, smaller], [1, 1], "linear", Settings()), AdapterError, r"x is \[48, 40\] for a and \[40, 40\] for b"),
-        (lambda: combined([a], [1, 1], "linear", Settings()), RecipeError, "2 weights for 1 adapters"),
-        (lambda: combined([], [], "linear", Settings()), RecipeError, "0 weights for 0 adapters"),
-        (lambda: combined([a], [float("nan")], "linear", Settings()), RecipeError, "weights are nan"),
-        (lambda: combined([a], [1], "tise", Settings()), RecipeError, "Did you mean 'ties'"),
-        (lambda: Settings(density=0), RecipeError, "density is 0"),
-        (lambda: Settings(density=1.5), RecipeError, "density is 1.5"),
-        (lambda: Settings(rank=0), RecipeError, "rank of svd is 0"),
-        (lambda: Settings(gamma=1), RecipeError, "gamma is 1"),
-        (lambda: Settings(epsilon=-0.1), RecipeError, "epsilon is -0.1"),
+        (
+            lambda: combined([a, smaller], [1, 1], "linear", CombineSettings()),
+            AdapterError,
+            r"x is \[48, 40\] for a and \[40, 40\] for b",
+        ),
+        (lambda: combined([a], [1, 1], "linear", CombineSettings()), RecipeError, "2 weights for 1 adapters"),
+        (lambda: combined([], [], "linear", CombineSettings()), RecipeError, "0 weights for 0 adapters"),
+        (lambda: combined([a], [float("nan")], "linear", CombineSettings()), RecipeError, "weights are nan"),
+        (lambda: combined([a], [1], "tise", CombineSettings()), RecipeError, "Did you mean 'ties'"),
+        (lambda: CombineSettings(density=0), RecipeError, "density is 0"),
+        (lambda: CombineSettings(density=1.5), RecipeError, "density is 1.5"),
+        (lambda: CombineSettings(rank=0), RecipeError, "rank of svd is 0"),
+        (lambda: CombineSettings(gamma=1), RecipeError, "gamma is 1"),
+        (lambda: CombineSettings(epsilon=-0.1), RecipeError, "epsilon is -0.1"),
     ]  # fmt: skip
     for call, error, message in cases:
         with pytest.raises(error, match=message):
@@ -482,7 +486,7 @@ def test_deltas_are_those_of_add_weighted_adapter(
     model.add_weighted_adapter(list(TWO), WEIGHTS, name, combination_type=peft, **more)
     expected = peft_deltas(model, name)
     rank = more.get("svd_rank", 8 if ours == "svd" else None)  # peft: the largest of the adapters, on every module
-    made = combined(adapters, WEIGHTS, ours, Settings(rank=rank))
+    made = combined(adapters, WEIGHTS, ours, CombineSettings(rank=rank))
     assert made.updates.keys() == expected.keys()
     for weight, update in made.updates.items():
         delta = update.apply(torch.zeros_like(expected[weight]), Rows(0, len(expected[weight])))
@@ -503,7 +507,7 @@ def test_deltas_are_those_of_peft_where_it_combines_whole_deltas(
     for name, density in ((method, 0.5), (f"{method}_control", 0.4)):
         model.add_weighted_adapter(list(TWO), WEIGHTS, name, density=density, **more)
     expected, control = peft_deltas(model, method), peft_deltas(model, f"{method}_control")
-    made = combined(adapters, WEIGHTS, method, Settings(density=0.5))
+    made = combined(adapters, WEIGHTS, method, CombineSettings(density=0.5))
     assert made.updates.keys() == expected.keys()
     for weight, update in made.updates.items():
         delta = update.apply(torch.zeros_like(expected[weight]), Rows(0, len(expected[weight])))
@@ -521,7 +525,7 @@ def test_pefts_own_linear_has_cross_terms(two: tuple[PeftModel, list[Adapter], P
     assert all(stock.distance(found[w], once[w]) > 0.5 for w in once), (
         "a half and a half of one adapter: peft doubles it"
     )
-    made = combined([adapters[0]] * 2, [0.5, 0.5], "linear", Settings())
+    made = combined([adapters[0]] * 2, [0.5, 0.5], "linear", CombineSettings())
     for weight, delta in once.items():
         assert stock.distance(made.updates[weight].apply(torch.zeros_like(delta), Rows(0, len(delta))), delta) < 1e-6
 
@@ -530,7 +534,7 @@ def test_pefts_own_linear_has_cross_terms(two: tuple[PeftModel, list[Adapter], P
 def test_merged_end_to_end(two: tuple[PeftModel, list[Adapter], Path], tmp_path: Path, method: str) -> None:
     """The folder holds base + combined delta, and no byte depends on the number of workers or the size of row blocks."""
     _, adapters, folder = two
-    made = combined(adapters, WEIGHTS, method, Settings(density=0.5, seed=1))
+    made = combined(adapters, WEIGHTS, method, CombineSettings(density=0.5, seed=1))
     asked = {
         "base": str(folder / "base"),
         "adapter": [f"{folder / name}={weight}" for name, weight in zip(TWO, WEIGHTS, strict=True)],

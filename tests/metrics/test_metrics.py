@@ -15,7 +15,7 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.grids import Grid
-from qmerge.metrics.base import Comparison, added, over_weights, plain, sums_of, values_of
+from qmerge.metrics.base import MergedRows, added, over_weights, plain, sums_of, values_of
 from qmerge.rounding import nearest, stochastic
 from qmerge.rounding.base import RoundingContext
 from qmerge.types import Rows
@@ -39,28 +39,38 @@ def update_of(size: float, seed: int = 1, shape: tuple[int, int] = SHAPE, rank: 
 
 def comparison(
     target: str, size: float = 0.05, rounding: Any = nearest, shape: tuple[int, int] = SHAPE, base_OI: Tensor | None = None
-) -> Comparison:  # fmt: skip
+) -> MergedRows:  # fmt: skip
     """A Gaussian weight on the target's grid, a LoRA delta, and what rounding makes of the sum."""
     values_OI = gaussian(0, shape) if base_OI is None else base_OI
     grid: Grid = grid_for(target, values_OI)
     codes_OI = grid.nearest(values_OI)
     base_OI, rows, update = grid.decode(codes_OI), Rows(0, shape[0]), update_of(size, shape=shape)
     merged_OI = update.apply(base_OI, rows)
-    chosen_OI = rounding.choose(merged_OI, grid, RoundingContext("layer.weight", rows))
+    chosen_OI = rounding.ROUNDING.choose(merged_OI, grid, RoundingContext(name="layer.weight", rows=rows))
     seen_II = torch.from_numpy(INPUTS_NI.T @ INPUTS_NI).float() if shape[1] == SHAPE[1] else None
-    return Comparison(base_OI, merged_OI, grid.decode(chosen_OI), codes_OI, chosen_OI, grid, rows, update, seen_II)
+    return MergedRows(
+        base_OI=base_OI,
+        merged_OI=merged_OI,
+        stored_OI=grid.decode(chosen_OI),
+        base_codes_OI=codes_OI,
+        codes_OI=chosen_OI,
+        grid=grid,
+        position=rows,
+        update=update,
+        hessian_II=seen_II,
+    )
 
 
-def part(c: Comparison, start: int, stop: int) -> Comparison:
+def part(c: MergedRows, start: int, stop: int) -> MergedRows:
     """Some rows of it."""
     cut = {
         name: getattr(c, name)[start:stop]
         for name in ("base_OI", "merged_OI", "stored_OI", "base_codes_OI", "codes_OI")
     }
-    return replace(c, **cut, grid=c.grid.rows(Rows(start, stop)), rows=Rows(start, stop))
+    return replace(c, **cut, grid=c.grid.rows(Rows(start, stop)), position=Rows(start, stop))
 
 
-def numbers(c: Comparison) -> dict[str, float | None]:
+def numbers(c: MergedRows) -> dict[str, float | None]:
     return values_of(plain(sums_of(c)))
 
 
@@ -71,51 +81,51 @@ def np64(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
     return tuple(tensor.double().numpy() for tensor in tensors)
 
 
-def delta_and_change(c: Comparison) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def delta_and_change(c: MergedRows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     base, merged, stored = np64(c.base_OI, c.merged_OI, c.stored_OI)
     return merged - base, stored - base
 
 
-def kept(c: Comparison) -> float:
+def kept(c: MergedRows) -> float:
     delta, change = delta_and_change(c)
     return float((change * delta).sum() / (delta * delta).sum())
 
 
-def noise(c: Comparison) -> float:
+def noise(c: MergedRows) -> float:
     delta, change = delta_and_change(c)
     return float(np.linalg.norm(change - delta) / np.linalg.norm(delta))
 
 
-def cosine(c: Comparison) -> float:
+def cosine(c: MergedRows) -> float:
     delta, change = delta_and_change(c)
     lengths = np.linalg.norm(change) * np.linalg.norm(delta)
     return float((change * delta).sum() / lengths) if lengths else 0.0
 
 
-def relative_size(c: Comparison) -> float:
+def relative_size(c: MergedRows) -> float:
     delta, _ = delta_and_change(c)
     return float(np.sqrt((delta**2).mean() / (np64(c.base_OI)[0] ** 2).mean()))
 
 
-def codes_changed(c: Comparison) -> float:
+def codes_changed(c: MergedRows) -> float:
     return float((c.codes_OI.float().numpy() != c.base_codes_OI.float().numpy()).mean())
 
 
-def gaps(c: Comparison) -> np.ndarray[Any, Any]:
+def gaps(c: MergedRows) -> np.ndarray[Any, Any]:
     """Distance to the next level on the delta's side: the smallest positive one, over all levels that any entry has."""
     return np64(c.grid.gap(c.base_codes_OI, c.delta_OI))[0]
 
 
-def under_half_gap(c: Comparison) -> float:
+def under_half_gap(c: MergedRows) -> float:
     return float((np.abs(delta_and_change(c)[0]) * 2 < gaps(c)).mean())
 
 
-def gap_to_delta(c: Comparison) -> float:
+def gap_to_delta(c: MergedRows) -> float:
     found = gaps(c)
     return float(found[np.isfinite(found)].mean() / np.sqrt((delta_and_change(c)[0] ** 2).mean()))
 
 
-def clipped(c: Comparison) -> float:
+def clipped(c: MergedRows) -> float:
     """Entries that are further from what was stored than half the only step that leads away from there."""
     merged, stored = np64(c.merged_OI, c.stored_OI)
     up, down = (np64(c.grid.decode(c.grid.step(c.codes_OI, direction)))[0] for direction in (1, -1))
@@ -125,18 +135,18 @@ def clipped(c: Comparison) -> float:
     return float((above | below).mean())
 
 
-def output_kept(c: Comparison) -> float:
+def output_kept(c: MergedRows) -> float:
     """By explicit inputs: what the stored change adds to the outputs, along what the delta adds."""
     (delta, change), x = delta_and_change(c), INPUTS_NI
     return float(((x @ change.T) * (x @ delta.T)).sum() / ((x @ delta.T) ** 2).sum())
 
 
-def output_noise(c: Comparison) -> float:
+def output_noise(c: MergedRows) -> float:
     (delta, change), x = delta_and_change(c), INPUTS_NI
     return float(np.linalg.norm(x @ (change - delta).T) / np.linalg.norm(x @ delta.T))
 
 
-def ranks(c: Comparison) -> list[float]:
+def ranks(c: MergedRows) -> list[float]:
     """u_kᵀ (stored − base) v_k / s_k, by a full decomposition of B·A in float64."""
     assert isinstance(c.update, LoraUpdate)
     B, A = np64(c.update.B_OR, c.update.A_RI)
@@ -145,7 +155,7 @@ def ranks(c: Comparison) -> list[float]:
     return [float(u[:, k] @ change @ vt[k] / s[k]) for k in range(c.update.rank)]
 
 
-FORMULAS: dict[str, Callable[[Comparison], float]] = {
+FORMULAS: dict[str, Callable[[MergedRows], float]] = {
     "kept": kept,
     "noise": noise,
     "cosine": cosine,
@@ -254,7 +264,7 @@ def test_ranks_that_carry_nothing_do_not_count() -> None:
     B_OR = c.update.B_OR.clone()
     B_OR[:, 0] = 0
     update = replace(c.update, B_OR=B_OR)
-    merged_OI = update.apply(c.base_OI, c.rows)
+    merged_OI = update.apply(c.base_OI, c.position)
     codes_OI = c.grid.nearest(merged_OI)
     c = replace(c, merged_OI=merged_OI, stored_OI=c.grid.decode(codes_OI), codes_OI=codes_OI, update=update)
     assert numbers(c)["rank_kept_min"] == pytest.approx(min(ranks(replace(c, update=trimmed(update)))), rel=1e-4)
@@ -277,7 +287,7 @@ def test_predicted_kept_is_what_is_measured(target: str, size: float) -> None:
     c = comparison(target, size, shape=shape)
     rank = 256  # a delta of this rank is Gaussian, entry by entry, to within 1/√rank in its variance
     update = update_of(size, shape=shape, rank=rank)
-    merged_OI = update.apply(c.base_OI, c.rows)
+    merged_OI = update.apply(c.base_OI, c.position)
     codes_OI = c.grid.nearest(merged_OI)
     c = replace(c, merged_OI=merged_OI, stored_OI=c.grid.decode(codes_OI), codes_OI=codes_OI, update=update)
     found, (delta, change) = numbers(c), delta_and_change(c)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qmerge.adapters import lora
-from qmerge.adapters.updates import initializations as _inits
+from qmerge.adapters.updates import initializations
 from qmerge.errors import AdapterError
 from qmerge.planning.plan import make_plan
 from qmerge.recipe import make_recipe
@@ -265,9 +265,9 @@ def test_peft_starts_no_convolution_that_way(init: str) -> None:
     with pytest.raises((ValueError, AttributeError)):
         started(whisper(), {"init_lora_weights": init, "target_modules": ["conv1"]})
     halves = {"c.lora_A.weight": torch.ones(4, 8, 3), "c.lora_B.weight": torch.ones(32, 4, 1)}
-    assert lora.updates({"r": 4, "lora_alpha": 8}, halves), "the control"
+    assert lora.KIND.updates({"r": 4, "lora_alpha": 8}, halves, None), "the control"
     with pytest.raises(AdapterError, match="linear layers only"):
-        lora.updates({"r": 4, "lora_alpha": 8, "init_lora_weights": init}, halves)
+        lora.KIND.updates({"r": 4, "lora_alpha": 8, "init_lora_weights": init}, halves, None)
 
 
 def test_inits_of_peft_are_classified() -> None:
@@ -275,5 +275,5 @@ def test_inits_of_peft_are_classified() -> None:
     found = get_args(get_type_hints(LoraConfig)["init_lora_weights"])
     values = [value for part in found for value in get_args(part)]
     assert {"pissa", "olora", "corda", "loftq", "gaussian"} <= set(values)
-    known = {*_inits.PLAIN, "pissa", "olora"}
-    assert all(value in known or value.startswith(tuple(_inits.REFUSED)) for value in values), values
+    known = {*initializations.PLAIN, "pissa", "olora"}
+    assert all(value in known or value.startswith(tuple(initializations.REFUSED)) for value in values), values

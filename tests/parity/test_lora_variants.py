@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qmerge.adapters import lora
-from qmerge.adapters.updates import variants as _variants
+from qmerge.adapters.updates import variants
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
 
@@ -350,9 +350,9 @@ def test_refused_by_name(name: str) -> None:
     settings, tensors, words = BAD[name]
     plain = q_proj(lora_A__weight=A, lora_B__weight=B)
     config = {"r": 4, "lora_alpha": 8}
-    assert lora.updates(config, plain), "the control"
+    assert lora.KIND.updates(config, plain, None), "the control"
     with pytest.raises(AdapterError) as raised:
-        lora.updates({**config, **settings}, {**plain, **tensors})
+        lora.KIND.updates({**config, **settings}, {**plain, **tensors}, None)
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
@@ -379,8 +379,8 @@ def test_every_tensor_of_a_variant_is_accounted_for(made: Callable[[str], Made],
 def test_qalora_keeps_its_scale() -> None:
     """What is reported is alpha / r; the number of groups is in A."""
     config = {"r": 4, "lora_alpha": 8, "use_qalora": True, "qalora_group_size": 16}
-    update, _ = lora.updates(config, q_proj(lora_A__weight=A[:, :4], lora_B__weight=B))["q_proj.weight"]
-    assert isinstance(update, _variants.ByWidth) and update.scale == 2 and update.shape == (64, 64)
+    update, _ = lora.KIND.updates(config, q_proj(lora_A__weight=A[:, :4], lora_B__weight=B), None)["q_proj.weight"]
+    assert isinstance(update, variants.ByWidth) and update.scale == 2 and update.shape == (64, 64)
     fitted = update.fitted((64, 64))
     assert isinstance(fitted, LoraUpdate) and torch.equal(fitted.A_RI, torch.full((4, 64), 4 / 16))
 
@@ -405,7 +405,7 @@ READ = {
 def test_every_option_of_peft_is_classified() -> None:
     """An option that a newer peft adds fails here until somebody says what it does to a merge."""
     fields = {entry.name for entry in dataclasses.fields(LoraConfig)}
-    refused = {*_variants.REFUSED, *lora.PLAIN} - {"nvfp4_merge_aware"}
+    refused = {*variants.REFUSED, *lora.PLAIN} - {"nvfp4_merge_aware"}
     sets = [NO_MATH, READ, refused]
     assert not NO_MATH & READ and not (NO_MATH | READ) & refused
     assert fields == set().union(*sets), fields ^ set().union(*sets)

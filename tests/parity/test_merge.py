@@ -89,7 +89,7 @@ def test_peft_rounds_twice_on_a_bf16_base(dense: Path, result: Result, lora: Pat
 def by_rows(count: int, base: Path, adapter: Path, target: str, out: Path, patch: pytest.MonkeyPatch) -> Path:
     """A merge that works on about so many rows of a weight at a time."""
     with patch.context() as patched:
-        patched.setattr(plan_module, "block_entries", lambda recipe, steps: 64 * count)
+        patched.setattr(plan_module, "block_entries", lambda steps, max_memory, workers: 64 * count)
         return stock.merged(out, base, adapter, target)
 
 

@@ -19,8 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from qmerge import plugins
-from qmerge.adapters import peft_fallback as tuners
+from qmerge.adapters import get_kind, peft_fallback
 from qmerge.errors import AdapterError
 
 from .. import models
@@ -296,22 +295,22 @@ def test_the_options_count(made: Made, tmp_path: Path, name: str, option: str, v
 
 def test_every_type_of_peft_is_in_one_table() -> None:
     known = {kind.value for kind in PeftType} | {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    here = {*tuners.PEFT_TYPES, *tuners.REFUSED, *plugins.load("adapters", "lora").PEFT_TYPES}
+    here = {*peft_fallback.KIND.peft_types, *peft_fallback.REFUSED, *get_kind("lora").peft_types}
     assert known - here == set(), "a type that is new in peft: put it into TUNERS or into REFUSED"
-    assert here - known == set() and not tuners.TUNERS.keys() & tuners.REFUSED.keys()
+    assert here - known == set() and not peft_fallback.TUNERS.keys() & peft_fallback.REFUSED.keys()
 
 
 def test_every_type_that_is_merged_is_tested() -> None:
-    assert {kind.peft_type for kind in KINDS.values()} >= set(tuners.PEFT_TYPES)
-    assert set(tuners.SAVED) >= {kind for kind, tuner in tuners.TUNERS.items() if tuner.unless[0]}
+    assert {kind.peft_type for kind in KINDS.values()} >= set(peft_fallback.KIND.peft_types)
+    assert set(peft_fallback.SAVED) >= {kind for kind, tuner in peft_fallback.TUNERS.items() if tuner.unless[0]}
 
 
-@pytest.mark.parametrize("peft_type", tuners.REFUSED)
+@pytest.mark.parametrize("peft_type", peft_fallback.REFUSED)
 def test_what_stands_for_no_weight_is_refused_by_name(made: Made, tmp_path: Path, cli: Cli, peft_type: str) -> None:
     base, adapter = made("loha")
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     models.edit_json(folder / "adapter_config.json", peft_type=peft_type)
-    refused(cli, base, folder, tmp_path, peft_type, tuners.REFUSED[peft_type][:30])
+    refused(cli, base, folder, tmp_path, peft_type, peft_fallback.REFUSED[peft_type][:30])
 
 
 def change(tensors: dict[str, torch.Tensor], find: str, new: Callable[[torch.Tensor], torch.Tensor] | None) -> None:

@@ -18,7 +18,7 @@ import qmerge.demo
 from qmerge.errors import RecipeError
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
-from qmerge.rounding.base import Statistics, make_metric
+from qmerge.rounding.base import InputStatistics, make_objective
 from qmerge.run import residual
 from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import base_values, merged_values
@@ -49,10 +49,10 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
         x = torch.randn(400, step.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
             0, -1, step.shape[1]
         )
-        inputs = Statistics(x.T @ x / 400, None, 400)
+        inputs = InputStatistics(x.T @ x / 400, None, 400)
         found = residual.fit(step, stored_OI, inputs, context, 3)
         assert step.update is not None
-        K = make_metric(inputs, step.update.directions(), step.shape[1], context.device).K_II.double().numpy()
+        K = make_objective(inputs, step.update.directions(), step.shape[1], context.device).K_II.double().numpy()
         E = (merged_values(step, context) - stored_OI).double().numpy()
     L = np.linalg.cholesky(K)
     left = (E - (found.B_OR @ found.A_RI).double().numpy()) @ L

@@ -1,4 +1,4 @@
-"""``preserve``: its two steps against plain float64 code, its promise, its metric."""
+"""``preserve``: its two steps against plain float64 code, its promise, its objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.rounding import preserve, stochastic
-from qmerge.rounding.base import DAMPING, Metric, RoundingContext, Statistics, damped, make_metric, span_term
+from qmerge.rounding._objective import DAMPING, damped, span_term
+from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
 from ..formats.test_grids import gaussian, grid_for
@@ -37,9 +38,9 @@ def hessian(columns: int, seed: int = 7, spread: float = 2.0) -> Tensor:
     return x.T @ x / len(x)
 
 
-def metric_for(shape: tuple[int, int], hessian_II: Tensor | None = None) -> Metric:
+def objective_for(shape: tuple[int, int], hessian_II: Tensor | None = None) -> Objective:
     seen = hessian(shape[1]) if hessian_II is None else hessian_II
-    return make_metric(Statistics(seen, None, 100), directions(shape), shape[1], CPU)
+    return make_objective(InputStatistics(seen, None, 100), directions(shape), shape[1], CPU)
 
 
 def problem_for(target: str, shape: tuple[int, int] = SHAPE) -> tuple[preserve.Problem, Tensor, Grid]:
@@ -47,10 +48,10 @@ def problem_for(target: str, shape: tuple[int, int] = SHAPE) -> tuple[preserve.P
     grid = grid_for(target, values_OI)
     step = 0.05 if target in ("nf4", "fp4") else 0.002
     aim_OI = grid.decode(grid.nearest(values_OI)) + step * gaussian(6, shape)
-    return preserve.in_order(torch.arange(shape[1]), aim_OI.T.contiguous(), metric_for(shape), grid), aim_OI, grid
+    return preserve.in_order(torch.arange(shape[1]), aim_OI.T.contiguous(), objective_for(shape), grid), aim_OI, grid
 
 
-def objective(stored_OI: Tensor, aim_OI: Tensor, K_II: Tensor) -> Tensor:
+def squared_error(stored_OI: Tensor, aim_OI: Tensor, K_II: Tensor) -> Tensor:
     """e K eᵀ of every row, in float64."""
     error_OI = (stored_OI - aim_OI).double()
     return ((error_OI @ K_II.double()) * error_OI).sum(dim=1)
@@ -72,28 +73,30 @@ def gptq(aim_OI: Tensor, K_II: Tensor, grid: Grid) -> Tensor:
 @pytest.mark.parametrize("target", TARGETS)
 def test_feedback_is_gptq_with_another_quantizer(target: str) -> None:
     """Float32 and float64 part ways where a value lies on a midpoint to 1e-6, and then in the rest of that row: seldom on
-    16 levels, in every row of a fine grid, whose objective is the same all the same."""
+    16 levels, in every row of a fine grid, whose squared error is the same all the same."""
     problem, aim_OI, grid = problem_for(target)
     expected_OI = gptq(aim_OI, problem.K_II, grid)
     same_O = (expected_OI == preserve.feedback(problem).T).all(dim=1)
     assert float(same_O.float().mean()) >= (0.9 if target in ("nf4", "fp4") else 0)
     found, expected = (
-        float(objective(x, aim_OI, problem.K_II).sum()) for x in (preserve.feedback(problem).T, expected_OI)
+        float(squared_error(x, aim_OI, problem.K_II).sum()) for x in (preserve.feedback(problem).T, expected_OI)
     )
     assert found == pytest.approx(expected, rel=0.02)
     nearest_OI = grid.decode(grid.nearest(aim_OI))
-    assert expected < 0.95 * float(objective(nearest_OI, aim_OI, problem.K_II).sum()), "the control: nearest is far off"
+    assert expected < 0.95 * float(squared_error(nearest_OI, aim_OI, problem.K_II).sum()), (
+        "the control: nearest is far off"
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_sweep_never_raises_the_objective(target: str) -> None:
+def test_a_sweep_never_raises_the_error(target: str) -> None:
     problem, aim_OI, grid = problem_for(target)
     levels_IO = grid.decode(grid.nearest(aim_OI)).T.contiguous()
     rows = torch.arange(SHAPE[0])
-    before = objective(levels_IO.T, aim_OI, problem.K_II)
+    before = squared_error(levels_IO.T, aim_OI, problem.K_II)
     for _ in range(4):
         levels_IO, _ = preserve.sweep(levels_IO.clone(), rows, problem)
-        after = objective(levels_IO.T, aim_OI, problem.K_II)
+        after = squared_error(levels_IO.T, aim_OI, problem.K_II)
         assert bool((after <= before * (1 + 1e-5)).all())
         before = after
 
@@ -102,38 +105,44 @@ def test_descent_ends_where_no_single_code_can_do_better(monkeypatch: pytest.Mon
     monkeypatch.setattr(preserve, "SWEEPS", 100)
     problem, aim_OI, grid = problem_for("nf4", (4, 32))
     found_OI = preserve.descend(preserve.feedback(problem), problem).T
-    best = objective(found_OI, aim_OI, problem.K_II)
+    best = squared_error(found_OI, aim_OI, problem.K_II)
     codes_OI = grid.nearest(found_OI)
     for j, code in product(range(32), range(16)):
         other_OI = codes_OI.clone()
         other_OI[:, j] = code
-        assert bool((objective(grid.decode(other_OI), aim_OI, problem.K_II) >= best * (1 - 1e-5)).all())
+        assert bool((squared_error(grid.decode(other_OI), aim_OI, problem.K_II) >= best * (1 - 1e-5)).all())
 
 
 def test_close_to_the_best_of_all_codes() -> None:
     """16⁴ codes, all of them: the optimum is a lower bound, and not far."""
     shape = (6, 4)
     values_OI = gaussian(5, shape)
-    grid, metric = grid_for("nf4", values_OI), metric_for(shape, hessian(4, spread=0.5))
+    grid, objective = grid_for("nf4", values_OI), objective_for(shape, hessian(4, spread=0.5))
     aim_OI = grid.decode(grid.nearest(values_OI)) + 0.1 * gaussian(6, shape)
-    found = objective(
-        grid.decode(preserve.choose(aim_OI, grid, RoundingContext("w", Rows(0, 6), metric=metric))), aim_OI, metric.K_II
+    found = squared_error(
+        grid.decode(
+            preserve.ROUNDING.choose(aim_OI, grid, RoundingContext(name="w", rows=Rows(0, 6), objective=objective))
+        ),
+        aim_OI,
+        objective.K_II,
     )
     best = torch.full((6,), torch.inf, dtype=torch.float64)
     for combination in product(range(16), repeat=4):
         codes_OI = torch.tensor(combination, dtype=torch.uint8).repeat(6, 1)
-        best = torch.minimum(best, objective(grid.decode(codes_OI), aim_OI, metric.K_II))
+        best = torch.minimum(best, squared_error(grid.decode(codes_OI), aim_OI, objective.K_II))
     assert bool((found >= best * (1 - 1e-5)).all())
     assert found.sum() <= 1.5 * best.sum()
 
 
 def test_more_orders_are_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     _, aim_OI, grid = problem_for("nf4")
-    metric, found = metric_for(SHAPE), []
+    objective, found = objective_for(SHAPE), []
     for orders in (1, 2, 4):
         monkeypatch.setattr(preserve, "ORDERS", orders)
-        codes_OI = preserve.choose(aim_OI, grid, RoundingContext("w", Rows(0, SHAPE[0]), metric=metric))
-        found.append(objective(grid.decode(codes_OI), aim_OI, metric.K_II))
+        codes_OI = preserve.ROUNDING.choose(
+            aim_OI, grid, RoundingContext(name="w", rows=Rows(0, SHAPE[0]), objective=objective)
+        )
+        found.append(squared_error(grid.decode(codes_OI), aim_OI, objective.K_II))
     assert bool((found[1] <= found[0] * (1 + 1e-5)).all()) and bool((found[2] <= found[1] * (1 + 1e-5)).all())
     assert found[2].sum() < 0.98 * found[0].sum()
 
@@ -157,50 +166,57 @@ def odd_hessian(kind: str, columns: int, seed: int) -> Tensor:
     seed=st.integers(0, 1000), size=st.sampled_from([0.0, 1e-3, 0.05, 3.0]), delta=st.booleans(),
 )  # fmt: skip
 def test_never_worse_than_nearest(kind: str, target: str, seed: int, size: float, delta: bool) -> None:
-    """Row by row, in the metric itself, whatever the inputs look like and however far off the grid the values are."""
+    """Row by row, by the objective itself, whatever the inputs look like and however far off the grid the values are."""
     values_OI = gaussian(seed, SHAPE)
     grid = grid_for(target, values_OI)
     base_OI = grid.decode(grid.nearest(values_OI))
     aim_OI = base_OI + size * gaussian(seed + 1, SHAPE)
-    metric = metric_for(SHAPE, odd_hessian(kind, SHAPE[1], seed))
-    context = RoundingContext("w", Rows(0, SHAPE[0]), metric=metric, delta_OI=aim_OI - base_OI if delta else None)
-    found_OI = grid.decode(preserve.choose(aim_OI, grid, context))
-    worst = objective(grid.decode(grid.nearest(aim_OI)), aim_OI, metric.K_II)
-    assert bool((objective(found_OI, aim_OI, metric.K_II) <= worst * (1 + 1e-4) + 1e-12).all())
+    objective = objective_for(SHAPE, odd_hessian(kind, SHAPE[1], seed))
+    context = RoundingContext(
+        name="w", rows=Rows(0, SHAPE[0]), objective=objective, delta_OI=aim_OI - base_OI if delta else None
+    )
+    found_OI = grid.decode(preserve.ROUNDING.choose(aim_OI, grid, context))
+    worst = squared_error(grid.decode(grid.nearest(aim_OI)), aim_OI, objective.K_II)
+    assert bool((squared_error(found_OI, aim_OI, objective.K_II) <= worst * (1 + 1e-4) + 1e-12).all())
 
 
 def test_the_same_bound_refuses_stochastic_rounding() -> None:
     _, aim_OI, grid = problem_for("nf4")
-    metric, context = metric_for(SHAPE), RoundingContext("w", Rows(0, SHAPE[0]))
-    worst = objective(grid.decode(grid.nearest(aim_OI)), aim_OI, metric.K_II)
-    assert bool((objective(grid.decode(stochastic.choose(aim_OI, grid, context)), aim_OI, metric.K_II) > worst).any())
+    objective, context = objective_for(SHAPE), RoundingContext(name="w", rows=Rows(0, SHAPE[0]))
+    worst = squared_error(grid.decode(grid.nearest(aim_OI)), aim_OI, objective.K_II)
+    assert bool(
+        (
+            squared_error(grid.decode(stochastic.ROUNDING.choose(aim_OI, grid, context)), aim_OI, objective.K_II)
+            > worst
+        ).any()
+    )
 
 
-def test_straightening_takes_the_part_along_the_delta_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compensation_removes_the_error_along_the_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     values_OI = gaussian(5, (64, 96))
     grid = grid_for("nf4", values_OI)
     base_OI = grid.decode(grid.nearest(values_OI))
     u, s, v = directions((64, 96))
     delta_OI = 0.02 * (u * s) @ v.T
-    metric = make_metric(Statistics(hessian(96), None, 9), (u, s, v), 96, CPU)
+    objective = make_objective(InputStatistics(hessian(96), None, 9), (u, s, v), 96, CPU)
 
     def lost(delta: Tensor | None) -> float:
-        context = RoundingContext("w", Rows(0, 64), metric=metric, delta_OI=delta)
-        error_OI = base_OI + delta_OI - grid.decode(preserve.choose(base_OI + delta_OI, grid, context))
-        seen_OI = delta_OI @ metric.K_II
+        context = RoundingContext(name="w", rows=Rows(0, 64), objective=objective, delta_OI=delta)
+        error_OI = base_OI + delta_OI - grid.decode(preserve.ROUNDING.choose(base_OI + delta_OI, grid, context))
+        seen_OI = delta_OI @ objective.K_II
         return float((error_OI * seen_OI).sum() / (delta_OI * seen_OI).sum())
 
     assert abs(lost(delta_OI)) < 0.5 * abs(lost(None))
 
 
-# --- the metric ------------------------------------------------------------------------------------------------------
+# --- the objective ---------------------------------------------------------------------------------------------------
 
 
-def test_metric_by_its_formulas() -> None:
+def test_objective_by_its_formulas() -> None:
     """H + 5 P + 5 S + 1 %, in float64 numpy, from an explicit delta."""
     u, s, v = directions(SHAPE)
     seen_II = hessian(SHAPE[1])
-    found = make_metric(Statistics(seen_II, None, 9), (u, s, v), SHAPE[1], CPU)
+    found = make_objective(InputStatistics(seen_II, None, 9), (u, s, v), SHAPE[1], CPU)
     H = seen_II.double().numpy()
     H = H / np.diag(H).mean()
     V, w = v.double().numpy(), (s / s[0]).double().numpy() ** 2
@@ -219,31 +235,31 @@ def test_the_span_term_is_blind_to_how_the_span_is_given() -> None:
     torch.testing.assert_close(span_term(H_II, mixed), span_term(H_II, v), atol=1e-4, rtol=1e-3)
 
 
-def test_damping_rises_until_the_metric_can_be_factored() -> None:
+def test_damping_rises_until_the_objective_can_be_factored() -> None:
     """A matrix that is no sum of squares, as float32 sums over many tokens may come out."""
     K_II = torch.diag(torch.cat([torch.ones(30), torch.tensor([-0.05, 1.0])]))
-    metric = make_metric(Statistics(K_II, None, 9), None, 32, CPU)
-    assert metric.damping == pytest.approx(0.1)
-    assert bool(torch.linalg.eigvalsh(metric.K_II.double()).min() > 0)
+    objective = make_objective(InputStatistics(K_II, None, 9), None, 32, CPU)
+    assert objective.damping == pytest.approx(0.1)
+    assert bool(torch.linalg.eigvalsh(objective.K_II.double()).min() > 0)
 
 
 def test_a_delta_of_zero_and_one_without_directions() -> None:
     u, s, v = directions(SHAPE)
     for given_directions in ((u, torch.zeros_like(s), v), None):
-        metric = make_metric(Statistics(hessian(SHAPE[1]), None, 9), given_directions, SHAPE[1], CPU)
-        assert metric.hessian_II is not None
-        torch.testing.assert_close(metric.K_II, damped(metric.hessian_II, 0.01))
+        objective = make_objective(InputStatistics(hessian(SHAPE[1]), None, 9), given_directions, SHAPE[1], CPU)
+        assert objective.hessian_II is not None
+        torch.testing.assert_close(objective.K_II, damped(objective.hessian_II, 0.01))
 
 
 def test_correction_is_the_least_squares_answer() -> None:
     """T (I + R) x̃ comes as close to T x as any matrix can (numpy's lstsq; damping of 0.2 % apart)."""
     x = gaussian(1, (400, 24))
     seen = x + 0.1 * gaussian(2, (400, 24))
-    statistics = Statistics(seen.T @ seen / 400, (x - seen).T @ seen / 400, 400)
+    statistics = InputStatistics(seen.T @ seen / 400, (x - seen).T @ seen / 400, 400)
     T_OI = gaussian(3, (8, 24))
-    metric = make_metric(statistics, None, 24, CPU)
+    objective = make_objective(statistics, None, 24, CPU)
     expected = np.linalg.lstsq(seen.double().numpy(), (x @ T_OI.T).double().numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(metric.aim(T_OI).numpy(), expected, atol=5e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(objective.aim(T_OI).numpy(), expected, atol=5e-3 * np.abs(expected).max())
     assert np.abs(T_OI.numpy() - expected).max() > 1e-2 * np.abs(expected).max(), "the control: without it, far off"
 
 

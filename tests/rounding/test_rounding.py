@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmerge import plugins
 from qmerge.grids import UP, Grid
-from qmerge.rounding import nearest, stochastic
+from qmerge.rounding import get_rounding, nearest, stochastic
 from qmerge.rounding.base import RoundingContext
 from qmerge.types import Rows
 
@@ -27,7 +27,7 @@ def goal_and_grid(name: str) -> tuple[Tensor, Grid]:
 
 
 def whole(shape: tuple[int, int] = SHAPE, **changes: object) -> RoundingContext:
-    return replace(RoundingContext("layer.weight", Rows(0, shape[0]), seed=0), **changes)  # type: ignore[arg-type]
+    return replace(RoundingContext(name="layer.weight", rows=Rows(0, shape[0]), seed=0), **changes)  # type: ignore[arg-type]
 
 
 def neighbours(goal_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def neighbours(goal_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("rounding", plugins.names("rounding"))
 def test_only_neighbours(rounding: str, target: str) -> None:
     goal_OI, grid = goal_and_grid(target)
-    stored_OI = grid.decode(plugins.load("rounding", rounding).choose(goal_OI, grid, whole()))
+    stored_OI = grid.decode(get_rounding(rounding).choose(goal_OI, grid, whole()))
     low_OI, high_OI = neighbours(goal_OI, grid)
     assert bool(((stored_OI == low_OI) | (stored_OI == high_OI)).all())
 
@@ -51,7 +51,7 @@ def test_values_on_the_grid_stay(rounding: str, target: str) -> None:
     grid = grid_for(target, values_OI)
     codes_OI = grid.nearest(values_OI)
     for seed in range(5):
-        chosen_OI = plugins.load("rounding", rounding).choose(grid.decode(codes_OI), grid, whole(seed=seed))
+        chosen_OI = get_rounding(rounding).choose(grid.decode(codes_OI), grid, whole(seed=seed))
         assert torch.equal(grid.decode(chosen_OI), grid.decode(codes_OI))
 
 
@@ -59,7 +59,7 @@ def test_values_on_the_grid_stay(rounding: str, target: str) -> None:
 @pytest.mark.parametrize("rounding", plugins.names("rounding"))
 def test_row_grouping_changes_nothing(rounding: str, target: str) -> None:
     goal_OI, grid = goal_and_grid(target)
-    choose = plugins.load("rounding", rounding).choose
+    choose = get_rounding(rounding).choose
     expected_OI = choose(goal_OI, grid, whole())
     for size in (2, 4, 6, 10):
         parts = []
@@ -73,9 +73,9 @@ def test_row_grouping_changes_nothing(rounding: str, target: str) -> None:
 def test_random_numbers_do_not_depend_on_the_grouping(columns: int) -> None:
     """Rows that begin in the middle of a step of the generator's counter."""
     values_OI = torch.zeros(13, columns)
-    expected_OI = stochastic.uniform(values_OI, whole((13, columns)))
+    expected_OI = stochastic.uniform(values_OI, seed=0, name="layer.weight", start_row=0)
     for start in range(13):
-        part_OI = stochastic.uniform(values_OI[start:], whole(rows=Rows(start, 13)))
+        part_OI = stochastic.uniform(values_OI[start:], seed=0, name="layer.weight", start_row=start)
         assert torch.equal(part_OI, expected_OI[start:])
 
 
@@ -84,8 +84,8 @@ def test_a_hint_changes_no_value(target: str) -> None:
     goal_OI, grid = goal_and_grid(target)
     near_OI = grid.nearest(gaussian(5, SHAPE))
     for rounding in plugins.names("rounding"):
-        choose = plugins.load("rounding", rounding).choose
-        plain_OI, hinted_OI = (choose(goal_OI, grid, whole(near_OI=near)) for near in (None, near_OI))
+        choose = get_rounding(rounding).choose
+        plain_OI, hinted_OI = (choose(goal_OI, grid, whole(base_codes_OI=near)) for near in (None, near_OI))
         assert torch.equal(grid.decode(plain_OI), grid.decode(hinted_OI)), rounding
 
 
@@ -98,7 +98,7 @@ def test_stochastic_is_right_on_average(target: str) -> None:
     low_OI, high_OI = (side.double() for side in neighbours(goal_OI, grid))
     total_OI = torch.zeros(SHAPE, dtype=torch.float64)
     for seed in range(tries):
-        total_OI += grid.decode(stochastic.choose(goal_OI, grid, whole(seed=seed))).double()
+        total_OI += grid.decode(stochastic.ROUNDING.choose(goal_OI, grid, whole(seed=seed))).double()
     gap_OI = (high_OI - low_OI).where(high_OI > low_OI, torch.ones(1, dtype=torch.float64))
     wanted_OI = torch.maximum(torch.minimum(goal_OI.double(), high_OI), low_OI)  # past the ends: the end
     share_OI = (wanted_OI - low_OI) / gap_OI
@@ -116,24 +116,24 @@ def test_nearest_is_not_right_on_average() -> None:
     """The control: the same bound refuses nearest rounding."""
     goal_OI, grid = goal_and_grid("nf4")
     low_OI, high_OI = neighbours(goal_OI, grid)
-    error_OI = (grid.decode(nearest.choose(goal_OI, grid, whole())) - goal_OI).abs() / (high_OI - low_OI)
+    error_OI = (grid.decode(nearest.ROUNDING.choose(goal_OI, grid, whole())) - goal_OI).abs() / (high_OI - low_OI)
     assert float((error_OI > 6 * 0.5 / 1000**0.5 + 20 / 1000).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("target", ["nf4", "int8", "bf16"])
 def test_stochastic_is_reproducible(target: str) -> None:
     goal_OI, grid = goal_and_grid(target)
-    first = stochastic.choose(goal_OI, grid, whole(seed=3))
-    assert torch.equal(first, stochastic.choose(goal_OI, grid, whole(seed=3)))
-    assert not torch.equal(first, stochastic.choose(goal_OI, grid, whole(seed=4)))
-    assert not torch.equal(first, stochastic.choose(goal_OI, grid, whole(seed=3, name="other.weight")))
+    first = stochastic.ROUNDING.choose(goal_OI, grid, whole(seed=3))
+    assert torch.equal(first, stochastic.ROUNDING.choose(goal_OI, grid, whole(seed=3)))
+    assert not torch.equal(first, stochastic.ROUNDING.choose(goal_OI, grid, whole(seed=4)))
+    assert not torch.equal(first, stochastic.ROUNDING.choose(goal_OI, grid, whole(seed=3, name="other.weight")))
 
 
 def test_uniform_numbers_are_uniform_and_unrelated() -> None:
     """Mean 1/2 ± 6/√(12 N), variance 1/12, and no correlation between two weights or two seeds."""
     values_OI = torch.zeros(500, 400)
-    contexts = [whole(), whole(seed=1), whole(name="other.weight")]
-    drawn = [stochastic.uniform(values_OI, replace(c, rows=Rows(0, 500))).double() for c in contexts]
+    sequences = [(0, "layer.weight"), (1, "layer.weight"), (0, "other.weight")]
+    drawn = [stochastic.uniform(values_OI, seed=seed, name=name, start_row=0).double() for seed, name in sequences]
     for numbers in drawn:
         assert abs(float(numbers.mean()) - 0.5) < 6 / (12 * numbers.numel()) ** 0.5
         assert abs(float(numbers.var()) - 1 / 12) < 6 * 0.0745 / numbers.numel() ** 0.5

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.adapters.combining.combined import Several, changes_of, check_shapes, joined, stacked
+from qmerge.adapters.combining.combined import SeveralUpdates, changes_of, check_shapes, joined, stacked
 from qmerge.adapters.lora import is_embedding
 from qmerge.adapters.reading.folder import CONFIG, TENSORS, Adapter
 from qmerge.adapters.updates.lora import LoraUpdate, TokenRowsUpdate
@@ -25,12 +25,10 @@ from qmerge.types import Replacement, Rows, Update
 
 
 @dataclass(frozen=True)
-class ChainedUpdate(Several):
+class ChainedUpdate(SeveralUpdates):
     """…second(first(base)): an update that depends on its base (DoRA) sees what those before it made of it."""
 
     updates: tuple[Update, ...]
-
-    scale = 1.0
 
     @property
     def whole(self) -> bool:

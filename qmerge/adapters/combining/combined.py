@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import plugins
 from qmerge.adapters.lora import is_embedding
 from qmerge.adapters.reading.folder import Adapter
-from qmerge.adapters.updates.experts import StackUpdate
-from qmerge.adapters.updates.lora import AddUpdate, LoraUpdate
-from qmerge.combine.base import Settings
+from qmerge.adapters.updates.lora import LoraUpdate
+from qmerge.combine import get_method
+from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, RecipeError, listed
 from qmerge.types import Replacement, Rows, Update
 
@@ -24,30 +23,37 @@ Changes = list[tuple[int, Update | Replacement]]
 """What is done to one weight, each with the place of its adapter in the run."""
 
 
-class Several:
-    """Updates of one weight that become one."""
+class SeveralUpdates(Update):
+    """The updates of several adapters of one weight, as one update."""
 
     updates: tuple[Update, ...]
+
+    @property
+    def members(self) -> tuple[Update, ...]:
+        return self.updates
 
     @property
     def shape(self) -> tuple[int, int]:
         return known_shape(self.updates)
 
+    @property
+    def needs_dense(self) -> str:
+        """The first reason that one of them has."""
+        return next((update.needs_dense for update in self.updates if update.needs_dense), "")
+
 
 @dataclass(frozen=True)
-class CombinedUpdate(Several):
+class CombinedUpdate(SeveralUpdates):
     """base + combine(Δ₁, Δ₂, …). ``settings.name`` and ``settings.positions`` say which weight and which adapters."""
 
     updates: tuple[Update, ...]
     weights: tuple[float, ...]
     method: str
-    settings: Settings
-
-    scale = 1.0
+    settings: CombineSettings
 
     @property
     def whole(self) -> bool:
-        rowwise = plugins.load("combine", self.method).ROWWISE or self._truncated is not None
+        rowwise = get_method(self.method).rowwise or self._truncated is not None
         return not rowwise or any(update.whole for update in self.updates)
 
     @property
@@ -63,9 +69,8 @@ class CombinedUpdate(Several):
             return self._truncated.apply(base_OI, rows)
         assert not self.whole or self.shape[0] in (-1, len(rows)), "the method needs all rows at once"
         deltas = [delta_of(update, base_OI, rows) for update in self.updates]
-        settings = replace(self.settings, row=rows.start)
-        delta_OI: Tensor = plugins.load("combine", self.method).combine(deltas, self.weights, settings)
-        return base_OI + delta_OI
+        settings = replace(self.settings, start_row=rows.start)
+        return base_OI + get_method(self.method).combine(deltas, self.weights, settings)
 
     def row_norms(self) -> Tensor | None:
         return self._small.row_norms() if self._small is not None else None
@@ -104,12 +109,12 @@ def stacked(updates: Sequence[Update], weights: Sequence[float]) -> LoraUpdate |
 def delta_of(update: Update, base_OI: Tensor, rows: Rows) -> Tensor:
     """float32 [rows, I]: what the update adds to the base. Exact where it does not depend on the base; else the difference
     of two float32 numbers."""
-    if isinstance(update, LoraUpdate | AddUpdate | StackUpdate):
-        return update.apply(torch.zeros_like(base_OI), rows)
-    return update.apply(base_OI, rows) - base_OI
+    if update.depends_on_base:
+        return update.apply(base_OI, rows) - base_OI
+    return update.apply(torch.zeros_like(base_OI), rows)
 
 
-def combined(adapters: Sequence[Adapter], weights: Sequence[float], method: str, settings: Settings) -> Adapter:
+def combined(adapters: Sequence[Adapter], weights: Sequence[float], method: str, settings: CombineSettings) -> Adapter:
     """One adapter that does to every weight what the method makes of all that several do to it. A method sees the adapters
     that touch the weight; a weight that one adapter touches goes through it all the same.
 
@@ -121,7 +126,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float], method: str,
         AdapterError: values that were trained whole cannot be combined; shapes or options that disagree.
         RecipeError: no such method; a weight that is no number.
     """
-    plugins.load("combine", method)
+    get_method(method)
     if not adapters or len(adapters) != len(weights):
         raise RecipeError(f"there are {len(weights)} weights for {len(adapters)} adapters; expected one for each")
     if not all(math.isfinite(weight) for weight in weights):
@@ -154,7 +159,7 @@ def changes_of(adapters: Sequence[Adapter]) -> dict[str, Changes]:
 
 
 def the_update(
-    name: str, changes: Changes, adapters: Sequence[Adapter], weights: Sequence[float], method: str, settings: Settings
+    name: str, changes: Changes, adapters: Sequence[Adapter], weights: Sequence[float], method: str, settings: CombineSettings
 ) -> Update:  # fmt: skip
     """What a single adapter does with weight 1 to a sum stays what it is, to the bit."""
     places = tuple(place for place, _ in changes)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qmerge import plugins
-from qmerge.adapters.reading.placement import Found, placed
+from qmerge.adapters import all_kinds, get_kind
+from qmerge.adapters.reading.placement import placed
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
@@ -60,13 +60,11 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
         CheckpointError: transformers makes an adapted weight of the base's in a way that cannot be followed.
     """
     config, infos = read_json(config_file(folder), AdapterError), of_one(tensor_infos(folder), name)
-    kind = kind_of(config)
-    plugin = plugins.load("adapters", kind)
-    if hasattr(plugin, "check_folder"):
-        plugin.check_folder(folder, config)
-    indices: tuple[str, ...] = getattr(plugin, "INDICES", ())
-    tensors = {without_prefix(key): finite(info, reader, indices) for key, info in infos.items()}
-    found: Found = plugin.updates(config, tensors, names)
+    kind_name = kind_of(config)
+    kind = get_kind(kind_name)
+    kind.check_folder(folder, config)
+    tensors = {without_prefix(key): finite(info, reader, kind.index_parts) for key, info in infos.items()}
+    found = kind.updates(config, tensors, names)
     used = {name for _, names in found.values() for name in names}
     left = sorted(tensors.keys() - used)
     if left:
@@ -74,7 +72,7 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
     found = found if names is None else placed(found, names)
     updates = {name: change for name, (change, _) in found.items() if not isinstance(change, Replacement)}
     replaced = {name: change for name, (change, _) in found.items() if isinstance(change, Replacement)}
-    return Adapter(folder, kind, config, updates, replaced, {name: names for name, (_, names) in found.items()})
+    return Adapter(folder, kind_name, config, updates, replaced, {name: names for name, (_, names) in found.items()})
 
 
 def config_file(folder: Path) -> Path:
@@ -130,16 +128,20 @@ def of_one(infos: Mapping[str, TensorInfo], name: str | None) -> dict[str, Tenso
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The plug-in that takes this ``peft_type``."""
+    """Name of the adapter kind that reads this config's ``peft_type``.
+
+    Raises:
+        AdapterError: it cannot be merged, or no kind reads it.
+    """
     peft_type = str(config.get("peft_type", "")).upper()
-    every = plugins.every("adapters")
-    kinds = {taken: name for name, plugin in every.items() for taken in plugin.PEFT_TYPES}
-    for plugin in every.values():
-        if peft_type in getattr(plugin, "REFUSED", {}):
-            raise AdapterError(f"{CONFIG}: peft_type {peft_type} cannot be merged: {plugin.REFUSED[peft_type]}")
-    if peft_type not in kinds:
-        raise AdapterError(f"{CONFIG}: peft_type {peft_type or 'missing'} is not merged; there are: {', '.join(kinds)}")
-    return kinds[peft_type]
+    known: dict[str, str] = {}
+    for name, kind in all_kinds().items():
+        if peft_type in kind.refused:
+            raise AdapterError(f"{CONFIG}: peft_type {peft_type} cannot be merged: {kind.refused[peft_type]}")
+        known.update(dict.fromkeys(kind.peft_types, name))
+    if peft_type not in known:
+        raise AdapterError(f"{CONFIG}: peft_type {peft_type or 'missing'} is not merged; there are: {', '.join(known)}")
+    return known[peft_type]
 
 
 def without_prefix(name: str) -> str:

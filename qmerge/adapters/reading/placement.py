@@ -8,28 +8,26 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from qmerge.adapters.base import Changes
 from qmerge.adapters.updates.experts import StackUpdate
-from qmerge.adapters.updates.lora import LoraUpdate, fitted
+from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.checkpoint.blocks import DiskBlock
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update, as_matrix
 
-Found: TypeAlias = dict[str, tuple[Update | Replacement, list[str]]]
-"""Name of a weight → what is done to it, and the tensors of the adapter that say so."""
-
 Shares: TypeAlias = dict[str, dict[int | None, list[LoraUpdate]]]
 """Weight on disk → matrix of a stack (None: it is one matrix) → the LoRAs that are added to it."""
 
 
-def placed(found: Found, names: Names) -> Found:
+def placed(found: Changes, names: Names) -> Changes:
     """By names on disk. transformers stacks experts, joins and splits weights as it loads them: there, the delta is cut or
     put together as the weights are. What is not on disk keeps its name.
 
     Raises:
         AdapterError: two changes of one weight; a kind of change that can only be made to a weight as it is in memory.
     """
-    result: Found = {}
+    result: Changes = {}
     shares: Shares = {}
     made_of: dict[str, list[str]] = {}
     for name, (change, tensors) in found.items():
@@ -53,7 +51,7 @@ def _is_whole(places: tuple[DiskBlock, ...], disk: Mapping[str, tuple[int, ...]]
     return len(places) == 1 and places[0].covers(disk[places[0].weight]) and not places[0].transposed
 
 
-def _put(result: Found, name: str, change: Update | Replacement, tensors: list[str]) -> None:
+def _put(result: Changes, name: str, change: Update | Replacement, tensors: list[str]) -> None:
     if name in result:
         raise AdapterError(f"{name} is changed twice, under two names: {listed([*result[name][1], *tensors])}")
     result[name] = (change, tensors)
@@ -65,7 +63,7 @@ def _on_disk(
     """A stack of one matrix is that matrix, where it is no stack on disk; what depends on the width of the weight is settled."""
     if isinstance(change, StackUpdate) and places and len(places[0].disk_region) == 2:
         return change.experts[0]
-    return change if isinstance(change, Replacement) or shape is None else fitted(change, as_matrix(shape))
+    return change if isinstance(change, Replacement) or shape is None else change.fitted(as_matrix(shape))
 
 
 def _loras(name: str, change: Update | Replacement, place: DiskBlock) -> dict[int | None, LoraUpdate]:

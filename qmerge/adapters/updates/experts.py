@@ -14,7 +14,7 @@ from torch import Tensor
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, NeedsBaseError, listed
-from qmerge.types import Rows
+from qmerge.types import Rows, Update
 
 LAYOUT = "lora_B_layout"
 LAYOUTS = ("rank_major", "expert_major")
@@ -29,14 +29,14 @@ EXPERTS_COMPARED = 16
 
 
 @dataclass(frozen=True)
-class StackUpdate:
+class StackUpdate(Update):
     """LoRA of some matrices of a stack that lies on disk as [E, O, I]. It is worked on as [E, O·I]: a row is an expert."""
 
     count: int
     matrix: tuple[int, int]
     experts: Mapping[int, LoraUpdate]
 
-    whole = False
+    depends_on_base = False
 
     @property
     def rank(self) -> int:
@@ -66,9 +66,6 @@ class StackUpdate:
         for number, lora in self.experts.items():
             norms_E[number] = lora.row_norms().norm()
         return norms_E
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qmerge.adapters.updates.lora import Around, DoraUpdate, LoraUpdate
+from qmerge.adapters.updates.lora import DoraUpdate, LoraUpdate, WrappingUpdate
 from qmerge.errors import AdapterError
 from qmerge.types import Rows
 
@@ -111,7 +111,7 @@ STARTS: dict[Start, Callable[[Tensor, int, float], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class ChangedBaseUpdate(Around):
+class ChangedBaseUpdate(WrappingUpdate):
     """An update of the base as ``start`` left it. In float32 throughout, where peft rounds that base to the model's dtype."""
 
     start: Start

@@ -1,4 +1,4 @@
-"""What adapters do to one weight: the arithmetic, in float32, without files or options."""
+"""LoRA, DoRA and the other changes of one weight: the arithmetic, in float32, without files or options."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from qmerge.errors import AdapterError
 from qmerge.types import Rows, Update
 
 FEWEST_ROWS = 16
+"""Rows of B · A that are always computed together, so that row blocks change no bit of the product."""
 
 
 @dataclass(frozen=True)
-class LoraUpdate:
-    """A_RI and B_OR are float32."""
+class LoraUpdate(Update):
+    """W + s B A (arXiv 2106.09685). ``A_RI`` and ``B_OR`` are float32, ``scale`` is s."""
 
     A_RI: Tensor
     B_OR: Tensor
-    scale: float
+    scale: float = 1.0
 
-    whole = False
+    depends_on_base = False
 
     @property
     def rank(self) -> int:
@@ -60,42 +61,26 @@ class LoraUpdate:
         Q_OR, R_B = torch.linalg.qr(self.B_OR.double())
         Q_IR, R_A = torch.linalg.qr(self.A_RI.double().T)
         u_RR, s_R, vt_RR = torch.linalg.svd(self.scale * R_B @ R_A.T)
-        return (Q_OR @ u_RR[:, : len(s_R)]).float(), s_R.float(), (Q_IR @ vt_RR.T[:, : len(s_R)]).float()
-
-
-def fitted(update: Update, shape: tuple[int, int]) -> Update:
-    """The update for a weight of this shape, where its tensors alone leave open what they are."""
-    return update.fitted(shape) if hasattr(update, "fitted") else update
-
-
-def needs_dense(update: Update) -> str:
-    """Why an update, or a part of it, is merged onto 16- or 32-bit values only; empty where it is not so."""
-    parts: tuple[Update, ...] = getattr(update, "updates", ())
-    return getattr(update, "needs_dense", "") or next((why for part in parts if (why := needs_dense(part))), "")
+        u_OR = Q_OR @ u_RR[:, : len(s_R)]
+        v_IR = Q_IR @ vt_RR.T[:, : len(s_R)]
+        return u_OR.float(), s_R.float(), v_IR.float()
 
 
 def refuse_quantized(name: str, update: Update) -> None:
-    """Raise AdapterError for an update that is right on the very values that training began with, and no others."""
-    why = needs_dense(update)
-    if why:
+    """Refuse to merge an update onto quantized values when it is correct only on the values that training began with.
+
+    Raises:
+        AdapterError: it is such an update (``Update.needs_dense``).
+    """
+    if update.needs_dense:
         raise AdapterError(
-            f"{name} is quantized where the adapter is merged: {why}. Give the 16-bit model that it was trained on as "
-            f"--base, or as --original with --merge-onto original"
+            f"{name} is quantized where the adapter is merged: {update.needs_dense}. Give the 16-bit model that it was trained on "
+            f"as --base, or as --original with --merge-onto original"
         )
 
 
-class OfTheBase:
-    """What an update whose delta depends on the base says of that delta beforehand: nothing."""
-
-    def row_norms(self) -> Tensor | None:
-        return None
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
-
-
-class Around(OfTheBase):
-    """An update that has another one in it, with which it shares rank, scale and shape."""
+class WrappingUpdate(Update):
+    """An update that contains another one, ``update``, and has its rank, scale and shape."""
 
     update: Update
 
@@ -113,9 +98,12 @@ class Around(OfTheBase):
 
 
 @dataclass(frozen=True)
-class DoraUpdate(Around):
-    """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5); column by column in peft's embeddings, which lie as
-    [tokens, features]. ``magnitude``: float32, one per row or column."""
+class DoraUpdate(WrappingUpdate):
+    """m / ‖W + s B A‖ · (W + s B A), row by row (arXiv 2402.09353, eq. 5).
+
+    ``magnitude`` is m: float32, one number per row. With ``by_column`` it is one per column, and norms are those of columns:
+    peft's DoRA of embeddings, whose weight is [tokens, features].
+    """
 
     update: LoraUpdate
     magnitude: Tensor
@@ -130,21 +118,24 @@ class DoraUpdate(Around):
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         moved_OI = self.update.apply(base_OI, rows)
-        norms = torch.linalg.norm(moved_OI, dim=0 if self.by_column else 1, keepdim=True)
-        magnitude = self.magnitude if self.by_column else self.magnitude[rows.start : rows.stop, None]
+        if self.by_column:
+            magnitude, norm_axis = self.magnitude, 0
+        else:
+            magnitude, norm_axis = self.magnitude[rows.start : rows.stop, None], 1
+        norms = torch.linalg.norm(moved_OI, dim=norm_axis, keepdim=True)
         merged_OI: Tensor = magnitude / norms * moved_OI
         return merged_OI
 
 
 @dataclass(frozen=True)
-class AddUpdate:
-    """A delta that is there whole: float32 [O, I] (a bias is one row)."""
+class AddUpdate(Update):
+    """W + Δ for a delta that is stored in full, float32 [O, I]. A bias is one row."""
 
     delta_OI: Tensor
     scale: float = 1.0
 
-    whole = False
     rank = 1
+    depends_on_base = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -160,19 +151,13 @@ class AddUpdate:
         norms_O: Tensor = self.delta_OI.norm(dim=1)
         return norms_O
 
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
-
 
 @dataclass(frozen=True)
-class TokenRowsUpdate(OfTheBase):
-    """Some rows of an embedding, trained whole: float32 [tokens, I]."""
+class TokenRowsUpdate(Update):
+    """Replaces some rows of an embedding by trained ones: row ``indices[t]`` by ``values_TI[t]``, float32 [tokens, I]."""
 
     indices: list[int]
     values_TI: Tensor
-
-    whole = False
-    scale = 1.0
 
     @property
     def rank(self) -> int:
@@ -187,15 +172,15 @@ class TokenRowsUpdate(OfTheBase):
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         merged_OI = base_OI.clone()
-        for place, index in enumerate(self.indices):
+        for t, index in enumerate(self.indices):
             if rows.start <= index < rows.stop:
-                merged_OI[index - rows.start] = self.values_TI[place]
+                merged_OI[index - rows.start] = self.values_TI[t]
         return merged_OI
 
 
 @dataclass(frozen=True)
-class OwnBaseUpdate(Around):
-    """An update of values that the adapter brings along (an embedding as it was when LoRA was put on it): float32 [O, I]."""
+class OwnBaseUpdate(WrappingUpdate):
+    """An update of values that the adapter itself brings, float32 [O, I]: an embedding as it was when LoRA was added to it."""
 
     base_OI: Tensor
     update: Update

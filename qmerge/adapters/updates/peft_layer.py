@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qmerge.adapters.updates.shapes import UNKNOWN
 from qmerge.errors import AdapterError, listed
-from qmerge.types import Rows
+from qmerge.types import Rows, Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -33,7 +34,7 @@ CLEARED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class SkeletonUpdate:
+class PeftLayerUpdate(Update):
     """What peft's own layer makes of one weight, or of the bias beside it.
 
     Args:
@@ -52,7 +53,7 @@ class SkeletonUpdate:
     module: str
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
-    shape: tuple[int, int]
+    shape: tuple[int, int] = UNKNOWN
     rank: int = 1
     part: Literal["weight", "bias"] = "weight"
     biased: bool = False
@@ -60,14 +61,13 @@ class SkeletonUpdate:
     inputs: int = 1
 
     whole = True
-    scale = 1.0
 
     @property
     def optional(self) -> bool:
         """Nothing is lost where the base has no such weight: a layer without a bias."""
         return self.part == "bias"
 
-    def to(self, device: torch.device) -> SkeletonUpdate:
+    def to(self, device: torch.device) -> PeftLayerUpdate:
         return self  # peft's code runs on the CPU, whatever the rest is done on: some of it is not the same elsewhere
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
@@ -80,12 +80,6 @@ class SkeletonUpdate:
             warnings.simplefilter("ignore")
             merged = self._merged(base_OI.detach().to("cpu", torch.float32))
         return merged.reshape(base_OI.shape).to(base_OI.device)
-
-    def row_norms(self) -> Tensor | None:
-        return None
-
-    def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None
 
     def _merged(self, base_OI: Tensor) -> Tensor:
         from peft import get_peft_model

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.adapters.updates.lora import Around, LoraUpdate
+from qmerge.adapters.updates.lora import LoraUpdate, WrappingUpdate
 from qmerge.errors import AdapterError
 from qmerge.types import Rows, Update
 
@@ -71,14 +71,12 @@ def check_said(name: str, part: str, config: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class ByWidth(Around):
+class ByWidth(WrappingUpdate):
     """The LoRA of a variant (``update``), and the plain one that the same tensors are in a layer where peft ignores the
     variant."""
 
     update: LoraUpdate
     plain: LoraUpdate
-
-    whole = False
 
     def to(self, device: torch.device) -> ByWidth:
         return ByWidth(self.update.to(device), self.plain.to(device))

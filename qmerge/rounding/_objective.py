@@ -1,0 +1,163 @@
+"""The objective of ``preserve``: which errors of a weight matter, tr(error K errorᵀ).
+
+It weighs errors by the layer's inputs and by the input directions that the adapter reads.
+
+    H = E[x xᵀ] / mean diagonal          x: inputs of the layer in the unmerged adapter model
+    P = V diag(s²/s₁²) Vᵀ                 delta = U diag(s) Vᵀ: what the adapter reads, by how much it writes
+    S = H V (Vᵀ H V)⁻¹ Vᵀ H               errors that correlate, over the inputs, with what the adapter reads
+    K = H + READ · P + SPAN · S + damping
+
+H alone makes the layer's output error smallest, but leaves an error that is −delta in good part: small in each layer,
+the same way in all of them. P and S make that part expensive. (benchmarks/ablation.py measures each term.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+READ, SPAN = 5.0, 5.0
+"""Factors of P and S with calibration."""
+
+BLIND_READ, BLIND_SPAN = 50.0, 50.0
+"""The same without calibration, where H = I says nothing."""
+
+DAMPING, MOST_DAMPING = 0.01, 1.0
+"""Share of K's mean diagonal that is added to it; ten times more as long as K cannot be factored."""
+
+CORRECTION_DAMPING = 0.002
+"""Damping of E[x̃ x̃ᵀ] in the correction of earlier rounding, relative to its mean diagonal."""
+
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest one are rounding errors of the decomposition, not ranks of the delta."""
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration saw of one weight's inputs.
+
+    Attributes:
+        hessian_II: float32 E[x̃ x̃ᵀ], with x̃ the inputs in the model as merged so far (in the unmerged one, if not sequential).
+        cross_II: float32 E[(x − x̃) x̃ᵀ], with x the inputs in the unmerged model; None if not sequential.
+        tokens: number of inputs.
+        borrowed: share of the Hessian that comes from the other experts of the layer, 0 to 1.
+    """
+
+    hessian_II: Tensor
+    cross_II: Tensor | None
+    tokens: int
+    borrowed: float = 0.0
+
+    def correction(self) -> Tensor | None:
+        """float32 R [I, I]: with T (I + R) instead of T, the layer makes up for the effect of rounding on its inputs.
+
+        The least-squares answer to T x = T' x̃: T' = T E[x x̃ᵀ] E[x̃ x̃ᵀ]⁻¹ (Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692).
+        None if calibration was not sequential.
+        """
+        if self.cross_II is None:
+            return None
+        damped_II = damped(self.hessian_II, CORRECTION_DAMPING)
+        solved: Tensor = torch.linalg.solve(damped_II, self.cross_II.T).T
+        return solved.contiguous()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """K, and what else follows from the layer's inputs.
+
+    Attributes:
+        K_II: float32, with damping, positive definite.
+        damping: share of its mean diagonal that was added to K.
+        hessian_II: float32 H, the inputs alone; None without calibration.
+        correction_II: float32 R (``InputStatistics.correction``).
+    """
+
+    K_II: Tensor
+    damping: float
+    hessian_II: Tensor | None
+    correction_II: Tensor | None
+
+    def aim(self, merged_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the values to round, the merged weight corrected for the effect of rounding in earlier layers."""
+        if self.correction_II is None:
+            return merged_OI
+        return merged_OI + merged_OI @ self.correction_II
+
+
+def make_objective(
+    statistics: InputStatistics | None,
+    directions: tuple[Tensor, Tensor, Tensor] | None,
+    columns: int,
+    device: torch.device,
+) -> Objective:
+    """The objective from what is known of a weight.
+
+    Args:
+        statistics: of the inputs; None without calibration: every input counts alike (H = I).
+        directions: u [O, R], s [R], v [I, R] of the delta; None for a delta without singular directions.
+        columns: I.
+    """
+    H_II = normalized_hessian(statistics, columns, device)
+    K_II = H_II.clone()
+    if directions is not None and bool(directions[1].any()):
+        s_R = directions[1].to(device)
+        v_IR = directions[2].to(device)
+        carries = s_R > NEGLIGIBLE * s_R.max()
+        v_IR, s_R = v_IR[:, carries], s_R[carries]
+        read, span = (READ, SPAN) if statistics else (BLIND_READ, BLIND_SPAN)
+        K_II += read * (v_IR * (s_R / s_R.max()).square()) @ v_IR.T
+        K_II += span * span_term(damped(H_II, DAMPING), v_IR)
+    K_II, damping = made_definite(K_II)
+    if statistics is None:
+        return Objective(K_II, damping, hessian_II=None, correction_II=None)
+    correction_II = statistics.correction()
+    if correction_II is not None:
+        correction_II = correction_II.to(device)
+    return Objective(K_II, damping, H_II, correction_II)
+
+
+def normalized_hessian(statistics: InputStatistics | None, columns: int, device: torch.device) -> Tensor:
+    """float32 H [I, I] with a mean diagonal of 1; the identity without calibration, or where all inputs were 0."""
+    if statistics is None:
+        return torch.eye(columns, device=device)
+    hessian_II = statistics.hessian_II.to(device)
+    mean = float(hessian_II.diagonal().mean())
+    if mean > 0:
+        return hessian_II / mean
+    return torch.eye(columns, device=device)
+
+
+def span_term(H_II: Tensor, v_IR: Tensor) -> Tensor:
+    """S = H V (Vᵀ H V)⁻¹ Vᵀ H: the projection, in the inner product of H, onto what the adapter reads."""
+    Hv_IR = H_II @ v_IR
+    term_II: Tensor = Hv_IR @ torch.linalg.solve(v_IR.T @ Hv_IR, Hv_IR.T)
+    return term_II
+
+
+def made_definite(K_II: Tensor) -> tuple[Tensor, float]:
+    """(K with damping, the damping that it took to have a Cholesky factor)."""
+    damping = DAMPING
+    while damping < MOST_DAMPING and upper_factor(damped(K_II, damping)) is None:
+        damping *= 10
+    return damped(K_II, damping), damping
+
+
+def upper_factor(K_II: Tensor) -> Tensor | None:
+    """Upper triangular F with F Fᵀ = K; None when K is not positive definite in float32.
+
+    It is the Cholesky factor of K with rows and columns reversed, reversed back.
+    """
+    lower_II, info = torch.linalg.cholesky_ex(K_II.flip(0, 1))
+    if int(info) != 0 or not bool(lower_II.isfinite().all()):
+        return None
+    upper_II: Tensor = lower_II.flip(0, 1).contiguous()
+    return upper_II
+
+
+def damped(K_II: Tensor, share: float) -> Tensor:
+    """K with ``share`` of its mean diagonal added to the diagonal."""
+    result_II = K_II.clone()
+    result_II.diagonal().add_(share * float(K_II.diagonal().mean()))
+    return result_II
