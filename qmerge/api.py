@@ -1,40 +1,55 @@
-"""What Python callers get: a ``Report`` that shows itself, and settings by keyword."""
+"""The functions of ``import qmerge``: what the commands do, with typed settings, returning data.
+
+The settings are the fields of ``qmerge.recipe.Recipe``, written out so that editors complete them; a test compares the two.
+Torch and the other libraries are imported by the first call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qmerge import run
-from qmerge.evaluation.fidelity import fidelity_of_folder
-from qmerge.patch import direct
-from qmerge.recipe import JUDGED_TOKENS, make_recipe
-from qmerge.report.terminal.console import stdout
-from qmerge.report.terminal.progress import TerminalProgress
-from qmerge.report.terminal.tables import survival_table
+from qmerge.recipe import JUDGED_TOKENS, Device, MergeOnto, Recipe, Scales, TrainedOn, make_recipe
 from qmerge.schema import FidelityRecord, ReportData, overall_kept
+
+if TYPE_CHECKING:
+    from qmerge.evaluation.verify import Check
+
+PathLike = str | Path
+"""A folder or file; where the argument says so, also an id on the Hub (``owner/name``)."""
+
+DEFAULT_TARGET = "nf4"
+"""The target of ``plan`` and ``measure`` where none is given."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. ``data`` is the content of qmerge.json (``qmerge.schema.ReportData``)."""
+    """What a run did. It shows itself in a notebook, and as a table with ``print``.
+
+    ``data`` is the content of qmerge.json (docs/qmerge-json.md).
+    """
 
     data: ReportData
 
     @property
     def kept(self) -> float | None:
-        """Share of the delta that survived: in the layers' output where calibration saw their inputs, else in the weights,
-        each counted by its ‖delta‖². None when the delta is zero."""
+        """Share of the delta that was kept, each weight counted by its ‖delta‖²; None for a delta of zero.
+
+        Where calibration saw the layers' inputs, it is measured in the layers' outputs on the calibration text; else in the
+        weights.
+        """
         return overall_kept(self.data.total.values)
 
     @property
     def noise(self) -> float | None:
-        """‖stored − merged‖ / ‖delta‖ over all merged weights."""
+        """Rounding error of the weights, ‖stored − merged‖ / ‖delta‖; None for a delta of zero."""
         return self.data.total.values["noise"]
 
     @property
     def warnings(self) -> list[str]:
+        """What you should know before you use the model, one line each."""
         return self.data.warnings
 
     def _repr_html_(self) -> str:
@@ -43,36 +58,358 @@ class Report:
         return summary(self.data)
 
     def __str__(self) -> str:
+        from qmerge.report.terminal.console import stdout
+        from qmerge.report.terminal.tables import survival_table
+
         console = stdout()
         with console.capture() as capture:
             console.print(survival_table(self.data))
         return capture.get()
 
 
-def merge(settings: dict[str, Any]) -> Report:
-    resume, quiet = bool(settings.pop("resume", False)), bool(settings.pop("quiet", False))
-    data, _ = direct.merge(make_recipe(settings), resume, TerminalProgress(quiet))
+class Checks(list["Check"]):
+    """The checks of a folder, in order. Each has a ``name``, ``ok``, and ``found``: the result or the error in one line."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of them passed."""
+        return all(check.ok for check in self)
+
+
+def merge(
+    *,
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike],
+    target: str,
+    out: PathLike | None = None,
+    patch: PathLike | None = None,
+    max_size: str | None = None,
+    combine: str = "linear",
+    density: float = 1.0,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    rounding: str = "auto",
+    calibration: PathLike | None = None,
+    calibration_tokens: int = 16384,
+    sequence_length: int = 512,
+    sequential: bool = True,
+    merge_onto: MergeOnto = "dequantized",
+    original: PathLike | None = None,
+    original_revision: str | None = None,
+    trained_on: TrainedOn | None = None,
+    scales: Scales = "keep",
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    quant_storage: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    sym: bool | None = None,
+    act_order: bool | None = None,
+    static_groups: bool | None = None,
+    checkpoint_format: str | None = None,
+    residual: int | None = None,
+    promote: str | None = None,
+    verify: PathLike | None = None,
+    min_kept: float | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    workers: int = 1,
+    max_memory: str = "2GB",
+    max_shard_size: str = "5GB",
+    resume: bool = False,
+    quiet: bool = False,
+) -> Report:
+    """Merge adapters into a base and write the model.
+
+    Args:
+        base: the model that the adapter was trained on: folder or Hub id.
+        adapter: the PEFT adapter: folder or Hub id, ``ID#NAME`` where it holds several. A list for several adapters, each
+            with a weight if you like: ``["math=0.7", "chat=0.3"]``.
+        target: format to store the model in: ``"nf4"``, ``"gptq"``, ``"int8"``, ``"bf16"``, … (``qmerge formats`` lists all),
+            or ``"auto"`` for the best one that fits into ``max_size``.
+        out: folder to write the model to; new or empty.
+        patch: instead of ``out``, a file for the difference to the base (docs/patch.md).
+        max_size: for target ``"auto"``, the largest size of the model's files, such as ``"6GB"``.
+        combine: how several adapters become one: ``"linear"``, ``"ties"``, … (``qmerge formats`` lists all), or ``"chain"``
+            to apply them one after the other.
+        density: fraction of each delta's entries to keep when adapters are combined (TIES, DARE, …).
+        revision: revision of the base on the Hub: branch, tag or commit.
+        adapter_revision: revision of the adapter on the Hub.
+        rounding: ``"nearest"``, ``"stochastic"``, ``"preserve"``, or ``"auto"``: preserve where nearest keeps too little.
+        calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``,
+            ``"random"`` (the default) or ``"none"``.
+        calibration_tokens: number of tokens to calibrate on.
+        sequence_length: tokens per sequence of the calibration text.
+        sequential: calibrate each layer on the outputs of the rounded layers before it (better, slower).
+        merge_onto: add the delta to the ``"dequantized"`` base, as in training, or to the ``"original"`` 16-bit model.
+        original: the 16-bit model that a quantized base was made from: folder or Hub id.
+        original_revision: revision of the original on the Hub.
+        trained_on: how training quantized a 16-bit base on the fly: ``"nf4"``, ``"nf4-dq"`` (double quantization), ``"fp4"``,
+            ``"fp4-dq"`` or ``"int8"``.
+        scales: where the format stays the same, ``"keep"`` the base's scales or compute ``"fresh"`` ones.
+        block_size: weights per block of NF4 or FP4; by default the base's, else 64.
+        double_quant: whether the scales of NF4 or FP4 are quantized, too; by default as in the base, else no.
+        quant_storage: dtype of the tensors that hold NF4 or FP4 codes; by default the base's, else ``"uint8"``.
+        bits: bits per GPTQ weight: 2, 3, 4 or 8; by default the base's, else 4.
+        group_size: inputs that share a scale: 32, 64, 128, or -1 for all; by default the base's, else 128.
+        sym: whether integer levels are symmetric around zero; by default as in the base, else yes.
+        act_order: whether GPTQ groups inputs by importance: a little better, but slower to run; by default no.
+        static_groups: whether neighbouring inputs stay in one group in spite of ``act_order``; by default no.
+        checkpoint_format: zeros of GPTQ as ``"gptq"`` (v1) or ``"gptq_v2"``; by default as in the base.
+        residual: rank of an additional LoRA that compensates for the rounding error, written to ``out/residual``.
+        promote: extra bytes, such as ``"100MB"``, for leaving the weights that keep least unquantized.
+        verify: held-out text to compare the merged model with the unmerged one: a txt or jsonl file.
+        min_kept: recorded in the recipe only; on the command line, exit code 5 says that less was kept.
+        seed: seed of stochastic rounding, random calibration tokens and random combinations.
+        device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        workers: number of weights that are worked on at once.
+        max_memory: memory for the weights being worked on; larger weights are cut into row blocks.
+        max_shard_size: largest size of one file of the model.
+        resume: go on with an interrupted run in ``out``.
+        quiet: show no progress; warnings are still shown.
+
+    Returns:
+        A ``Report``: ``report.kept`` is the share of the delta that was kept.
+
+    Raises:
+        qmerge.errors.QmergeError: the message is one line, the class says what kind of problem it is. No unfinished file has
+            its final name.
+    """
+    recipe = _recipe(locals())
+
+    from qmerge.patch import direct
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    data, _ = direct.merge(recipe, resume, TerminalProgress(quiet))
     return Report(data)
 
 
-def measure(settings: dict[str, Any], targets: list[str] | None) -> list[Report]:
-    quiet = bool(settings.pop("quiet", False))
-    targets = targets or [settings.get("target", "nf4")]
-    recipe = make_recipe({**settings, "target": targets[0]})
-    return [Report(data) for data in run.measure(recipe, targets, TerminalProgress(quiet))]
+def plan(
+    *,
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike],
+    target: str | None = None,
+    out: PathLike | None = None,
+    patch: PathLike | None = None,
+    max_size: str | None = None,
+    combine: str = "linear",
+    density: float = 1.0,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    rounding: str = "auto",
+    calibration: PathLike | None = None,
+    calibration_tokens: int = 16384,
+    sequence_length: int = 512,
+    sequential: bool = True,
+    merge_onto: MergeOnto = "dequantized",
+    original: PathLike | None = None,
+    original_revision: str | None = None,
+    trained_on: TrainedOn | None = None,
+    scales: Scales = "keep",
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    quant_storage: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    sym: bool | None = None,
+    act_order: bool | None = None,
+    static_groups: bool | None = None,
+    checkpoint_format: str | None = None,
+    residual: int | None = None,
+    promote: str | None = None,
+    verify: PathLike | None = None,
+    min_kept: float | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    workers: int = 1,
+    max_memory: str = "2GB",
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Predict what a merge would keep, and how much disk and memory it needs. Nothing is written.
+
+    It reads headers, the adapter, and a few rows of each adapted weight.
+
+    Args:
+        target: as for ``merge``. Without it, the targets are compared, but no weights listed.
+
+    All other arguments are those of ``merge``.
+
+    Returns:
+        What ``qmerge plan --json`` prints: ``"targets"`` (size and predicted share kept of each target), ``"warnings"``, and
+        with a target also ``"weights"``, ``"actions"``, bytes and memory.
+
+    Raises:
+        qmerge.errors.QmergeError: the merge is not possible.
+    """
+    recipe = _recipe(locals())
+
+    from qmerge.report.describe.plan import describe_plan
+
+    return describe_plan(recipe, target_given=target is not None)
+
+
+def measure(
+    *,
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike],
+    target: str | None = None,
+    targets: Sequence[str] | None = None,
+    out: PathLike | None = None,
+    patch: PathLike | None = None,
+    max_size: str | None = None,
+    combine: str = "linear",
+    density: float = 1.0,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    rounding: str = "auto",
+    calibration: PathLike | None = None,
+    calibration_tokens: int = 16384,
+    sequence_length: int = 512,
+    sequential: bool = True,
+    merge_onto: MergeOnto = "dequantized",
+    original: PathLike | None = None,
+    original_revision: str | None = None,
+    trained_on: TrainedOn | None = None,
+    scales: Scales = "keep",
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    quant_storage: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    sym: bool | None = None,
+    act_order: bool | None = None,
+    static_groups: bool | None = None,
+    checkpoint_format: str | None = None,
+    residual: int | None = None,
+    promote: str | None = None,
+    verify: PathLike | None = None,
+    min_kept: float | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    workers: int = 1,
+    max_memory: str = "2GB",
+    max_shard_size: str = "5GB",
+    quiet: bool = False,
+) -> list[Report]:
+    """Do the whole merge without writing the model, and report what is kept, for one or several targets.
+
+    Args:
+        target: format to measure; ``"nf4"`` by default.
+        targets: several formats to measure, instead of ``target``.
+
+    All other arguments are those of ``merge``, so that the settings of a merge can be passed on. ``out``, ``patch``,
+    ``max_shard_size``, ``residual`` and ``promote`` have no effect. With ``verify``, each model is written to a temporary
+    folder, compared with the unmerged model, and deleted.
+
+    Returns:
+        One ``Report`` for each target.
+
+    Raises:
+        qmerge.errors.QmergeError: the merge is not possible.
+    """
+    names = list(targets or [target or DEFAULT_TARGET])
+    recipe = _recipe({**locals(), "target": names[0]})
+
+    from qmerge import run
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    return [Report(data) for data in run.measure(recipe, names, TerminalProgress(quiet))]
+
+
+def inspect(
+    adapter: PathLike,
+    *,
+    revision: str | None = None,
+    base: PathLike | None = None,
+    base_revision: str | None = None,
+) -> dict[str, Any]:
+    """Describe an adapter: its kind, ranks, scales and sizes, what it was trained on, and what looks wrong.
+
+    A model is described, too: how it is stored, its fingerprint, and what it was merged from.
+
+    Args:
+        adapter: the adapter or model: folder or Hub id, ``ID#NAME`` where it holds several adapters.
+        revision: its revision on the Hub: branch, tag or commit.
+        base: a model to compare the adapter with: folder or Hub id. Was the adapter trained on it?
+        base_revision: revision of that model on the Hub.
+
+    Returns:
+        What ``qmerge inspect --json`` prints. ``"problem"`` says why an adapter cannot be merged; None if it can.
+
+    Raises:
+        qmerge.errors.QmergeError: the folder holds neither an adapter nor a model.
+    """
+    from qmerge.report.describe.inspect import inspect as describe
+
+    return describe(str(adapter), revision, None if base is None else str(base), base_revision)
+
+
+def verify(out: PathLike, *, reload: bool = True, loader: str = "transformers") -> Checks:
+    """Check a folder that qmerge wrote: hashes, headers and index, and whether a stock loader loads the model.
+
+    ``fidelity`` compares the model with the unmerged one.
+
+    Args:
+        out: the folder.
+        reload: also load the model, with nothing missing and nothing left over, and run it.
+        loader: what to load it with: ``"transformers"``, ``"gptqmodel"`` or ``"auto-gptq"``.
+
+    Returns:
+        The checks, as a list; ``.ok`` is True if all of them passed.
+
+    Raises:
+        qmerge.errors.QmergeError: qmerge did not write the folder, or the loader is not installed.
+    """
+    from qmerge.evaluation.verify import verify as verify_folder
+
+    return Checks(verify_folder(Path(out).expanduser(), reload, loader))
 
 
 def fidelity(
-    out: str, text: str, against: tuple[str, str] | None, tokens: int = JUDGED_TOKENS, sequence_length: int = 512,
-    device: str = "auto", quiet: bool = False,
-) -> FidelityRecord:  # fmt: skip
-    progress = TerminalProgress(quiet)
+    *,
+    out: PathLike,
+    text: PathLike,
+    against: tuple[PathLike, PathLike] | None = None,
+    tokens: int = JUDGED_TOKENS,
+    sequence_length: int = 512,
+    device: Device = "auto",
+    quiet: bool = False,
+) -> FidelityRecord:
+    """Compare a merged model with its base and the unmerged adapter model, on held-out text.
+
+    Args:
+        out: the merged model.
+        text: a txt or jsonl file that was used for neither training nor calibration.
+        against: base and adapter to compare with; by default those of the recipe in ``out``.
+        tokens: number of tokens of the text to use.
+        sequence_length: tokens per sequence.
+        device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        quiet: show no progress.
+
+    Returns:
+        Losses of the three models, ``gain_kept`` (1: the adapter's whole improvement of the loss was kept), ``kl_ratio`` (0:
+        predicts like the unmerged model, 1: like the base), and how often the most likely token is the same.
+
+    Raises:
+        qmerge.errors.QmergeError: the folder or the text cannot be used.
+    """
+    from qmerge.evaluation.fidelity import fidelity_of_folder
+    from qmerge.report.terminal.progress import TerminalProgress
+
     return fidelity_of_folder(
         Path(out).expanduser(),
         Path(text).expanduser(),
-        against=against,
+        against=(str(against[0]), str(against[1])) if against else None,
         tokens=tokens,
         length=sequence_length,
         device=device,
-        progress=progress,
+        progress=TerminalProgress(quiet),
     )
+
+
+def _recipe(arguments: dict[str, Any]) -> Recipe:
+    """The arguments of a function, ``locals()`` at its start, as a checked recipe."""
+    settings = {name: value for name, value in arguments.items() if name in Recipe.model_fields}
+    if settings["target"] is None:
+        settings["target"] = DEFAULT_TARGET
+    return make_recipe(settings)

@@ -1,11 +1,12 @@
 """What the user asked for: one pydantic model, from the command line, from YAML, or from Python.
 
-The only place with defaults. Everything that changes a number is here, and the recipe goes into the output.
+This is the only place with defaults. Everything that changes a number is a field, and the recipe is stored with the output.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,49 @@ from qmerge import plugins
 from qmerge.errors import RecipeError, listed
 from qmerge.formats import get_target
 
+MergeOnto = Literal["dequantized", "original"]
+TrainedOn = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
+Scales = Literal["keep", "fresh"]
+Device = Literal["auto", "cpu", "cuda"]
+
+TRAINED_ON: dict[TrainedOn, tuple[str, bool | None]] = {
+    "nf4": ("nf4", False),
+    "nf4-dq": ("nf4", True),
+    "fp4": ("fp4", False),
+    "fp4-dq": ("fp4", True),
+    "int8": ("int8", None),
+}
+"""How a base was quantized in training → format, and whether with double quantization."""
+
+OPTIONS = (
+    "block_size", "double_quant", "quant_storage",
+    "bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format",
+)  # fmt: skip
+"""Fields that say how a target format is written; every format names those that it takes (``accepted_options``)."""
+
+PATHS = ("base", "adapter", "original", "out", "patch", "calibration", "verify")
+"""Fields that take a ``Path``, too."""
+
+WITHOUT_EFFECT_ON_WEIGHTS = {"out", "patch", "workers", "max_memory", "min_kept", "verify"}
+"""Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
+
+CHAIN = "chain"
+"""The value of ``combine`` for adapters that are applied one after the other. It is not a plug-in like the other ways to
+combine deltas, because the delta of a later adapter may depend on what an earlier one made."""
+
+CHAIN_HELP = (
+    "Apply the adapters one after the other, in full and in order: each was trained on what those before it made."
+)
+
+JUDGED_TOKENS = 20480
+"""Tokens of a held-out text that fidelity is measured on: the hidden states of all of them are in memory, three times."""
+
 LARGEST_YAML = 2**20
-UNITS = {
-    "": 1,
+"""Bytes. No recipe is larger; a file that is was given by mistake."""
+
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
+BYTES_OF_UNIT = {
+    "b": 1,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -28,136 +69,143 @@ UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
-TRAINED_ON = {
-    "nf4": ("nf4", False),
-    "nf4-dq": ("nf4", True),
-    "fp4": ("fp4", False),
-    "fp4-dq": ("fp4", True),
-    "int8": ("int8", None),
-}
-
-OPTIONS = (
-    "block_size", "double_quant", "quant_storage",
-    "bits", "group_size", "sym", "act_order", "static_groups", "checkpoint_format",
-)  # fmt: skip
-"""How a target format is written; every format says which of these it takes (``Format.asks``)."""
-
-# Where the work is done, not what comes out of it: these may differ between a run and its --resume.
-WORKPLACE = {"out", "patch", "workers", "max_memory", "min_kept", "verify"}
-
-
-CHAIN = "chain"
-"""Adapters one after the other, which is no way to combine deltas: a later one may depend on what an earlier one made."""
-
-JUDGED_TOKENS = 20480
-"""Tokens of a held-out text that a model is judged on: hidden states of all of them are in memory, three times."""
+"""Decimal units are those of huggingface_hub, binary ones have an i."""
 
 
 class Recipe(BaseModel):
-    """One merge. Field names are the command line's, with ``_`` for ``-``."""
+    """One merge. Fields are named as the command line's options, with ``_`` for ``-``; descriptions are their help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str = Field(description="the model the adapter was trained on: a folder, or a Hub id")
-    revision: str | None = Field(None, description="revision of the base on the Hub (branch, tag or commit)")
+    base: str = Field(description="use this base, the model that the adapter was trained on: folder or Hub id")
+    revision: str | None = Field(
+        None, description="use this revision of the base on the Hub: branch, tag or commit (default: main)"
+    )
     adapter: str | list[str] = Field(
-        description="the PEFT adapter: a folder or Hub id (ID#NAME if it holds several); several with weights, as a=0.7 and b=0.3"
+        description="merge this PEFT adapter: folder or Hub id (ID#NAME if it holds several); may be repeated, with weights: a=0.7"
     )
     combine: str = Field(
         "linear",
-        description="how several adapters become one (qmerge formats lists the ways); or chain: one after the other, in order",
+        description="combine several adapters in this way (qmerge formats lists all), or apply them in order: chain",
     )
     density: float = Field(
-        1.0, description="share of each adapter's delta that combinations which thin it out keep", gt=0, le=1
+        1.0,
+        description="keep this fraction of each delta's entries when adapters are combined (TIES, DARE, …)",
+        gt=0,
+        le=1,
     )
-    adapter_revision: str | None = Field(None, description="revision of the adapter on the Hub")
+    adapter_revision: str | None = Field(
+        None, description="use this revision of the adapter on the Hub: branch, tag or commit (default: main)"
+    )
     target: str = Field(
-        description="format to write: nf4, gptq, int8, bf16, … (qmerge formats lists them); auto: the best that fits max_size"
+        description="store the model in this format: nf4, gptq, int8, bf16, … (qmerge formats lists all), or auto with max_size"
     )
     max_size: str | None = Field(
-        None, description="for --target auto: the best format whose files fit into this, such as 6GB"
+        None, description="choose the best format whose files fit into this size, such as 6GB (for target auto)"
     )
-    out: str | None = Field(None, description="folder to write to; must not exist, or be empty")
+    out: str | None = Field(None, description="write the model to this folder, which must be new or empty")
     patch: str | None = Field(
         None,
-        description="instead of a folder, the file to write what the base has not (takes the folder's room until it is there)",
+        description="write only the difference to the base, as a small file (temporarily needs disk space for the full model)",
     )
     rounding: str = Field(
         "auto",
-        description="how codes are chosen: nearest, stochastic, preserve, or auto (nearest where it keeps enough, else preserve)",
+        description="round in this way: nearest, stochastic, preserve, or auto (preserve where nearest keeps too little)",
     )
     calibration: str | None = Field(
         None,
-        description="what preserve calibrates on: a text or jsonl file, a Hub dataset, generate, random or none (default: random)",
+        description="calibrate preserve rounding on this: text or jsonl file, Hub dataset, generate, random or none "
+        "(default: random)",
     )
-    calibration_tokens: int = Field(16384, description="tokens to calibrate on", ge=1)
-    sequence_length: int = Field(512, description="tokens per sequence of the calibration text", ge=2)
+    calibration_tokens: int = Field(16384, description="calibrate on this many tokens", ge=1)
+    sequence_length: int = Field(512, description="cut the calibration text into sequences of this many tokens", ge=2)
     sequential: bool = Field(
-        True, description="calibrate each layer on what rounding did to those before it (slower, better)"
+        True, description="calibrate each layer on the outputs of the rounded layers before it (better, slower)"
     )
-    merge_onto: Literal["dequantized", "original"] = Field(
+    merge_onto: MergeOnto = Field(
         "dequantized",
-        description="what the delta is added to: dequantized (what the adapter saw) or original (the 16-bit model)",
+        description="add the delta to the dequantized base, as in training, or to the original 16-bit model",
     )
-    original: str | None = Field(None, description="the 16-bit model that a quantized base was made from")
-    original_revision: str | None = Field(None, description="revision of the original on the Hub")
-    trained_on: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = Field(
+    original: str | None = Field(
+        None, description="use this original, the 16-bit model that a quantized base was made from: folder or Hub id"
+    )
+    original_revision: str | None = Field(
+        None, description="use this revision of the original on the Hub: branch, tag or commit (default: main)"
+    )
+    trained_on: TrainedOn | None = Field(
         None,
-        description="for a dense base: how training quantized it: nf4, nf4-dq (double quantization), fp4, fp4-dq or int8",
+        description="quantize a 16-bit base first, as in training: nf4, fp4, int8; nf4-dq, fp4-dq with double quantization",
     )
-    scales: Literal["keep", "fresh"] = Field(
+    scales: Scales = Field(
         "keep",
-        description="where the format stays the same: keep the base's scales, or fresh ones as its library makes",
+        description="keep the base's scales where the format stays the same, or compute fresh ones: keep or fresh",
     )
-    block_size: int | None = Field(None, description="NF4/FP4 block size (default: the base's, else 64)")
-    double_quant: bool | None = Field(None, description="NF4/FP4 double quantization (default: the base's)")
-    quant_storage: str | None = Field(None, description="NF4/FP4 storage dtype (default: the base's, else uint8)")
-    bits: int | None = Field(None, description="GPTQ bits per weight: 2, 3, 4 or 8 (default: the base's, else 4)")
+    block_size: int | None = Field(
+        None, description="quantize NF4 or FP4 in blocks of this many weights (default: the base's, else 64)"
+    )
+    double_quant: bool | None = Field(
+        None, description="quantize the scales of NF4 or FP4, too (default: as the base, else no)"
+    )
+    quant_storage: str | None = Field(
+        None, description="store NF4 or FP4 codes in tensors of this dtype (default: the base's, else uint8)"
+    )
+    bits: int | None = Field(None, description="use 2, 3, 4 or 8 bits per GPTQ weight (default: the base's, else 4)")
     group_size: int | None = Field(
-        None, description="inputs that share a scale: 32, 64, 128, or -1 for all (default: the base's, else 128)"
+        None,
+        description="share a scale among this many inputs: 32, 64, 128, or -1 for all (default: the base's, else 128)",
     )
     sym: bool | None = Field(
         None,
-        description="integer levels symmetric around zero (default: the base's, else yes; vLLM reads no other GPTQ)",
+        description="make integer levels symmetric around zero; vLLM reads no other GPTQ (default: the base's, else yes)",
     )
     act_order: bool | None = Field(
-        None,
-        description="GPTQ groups made of the inputs that matter alike: a little better, slower to run (default: no)",
+        None, description="group GPTQ inputs by importance, a little better but slower to run (default: no)"
     )
-    static_groups: bool | None = Field(None, description="GPTQ act-order with groups of neighbours (default: no)")
+    static_groups: bool | None = Field(
+        None, description="keep neighbouring inputs in one group in spite of act_order (default: no)"
+    )
     checkpoint_format: str | None = Field(
-        None, description="GPTQ zeros as gptq (v1) or gptq_v2 (default: the base's, else gptq where symmetric)"
+        None, description="store GPTQ zeros as gptq (v1) or gptq_v2 (default: the base's, else gptq where symmetric)"
     )
-    seed: int = Field(0, description="seed of stochastic rounding and of random calibration tokens", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute: auto, cpu or cuda")
-    workers: int = Field(1, description="weights that are worked on at once", ge=1, le=256)
-    max_memory: str = Field("2GB", description="memory for weights being worked on; larger weights go in row blocks")
-    max_shard_size: str = Field("5GB", description="largest size of one output file")
+    seed: int = Field(
+        0, description="seed stochastic rounding, random calibration tokens and random combinations with this", ge=0
+    )
+    device: Device = Field("auto", description="compute on this device: auto, cpu or cuda")
+    workers: int = Field(1, description="work on this many weights at once", ge=1, le=256)
+    max_memory: str = Field(
+        "2GB",
+        description="use this much memory for the weights being worked on; larger weights are cut into row blocks",
+    )
+    max_shard_size: str = Field("5GB", description="split the model into files of at most this size")
     residual: int | None = Field(
-        None,
-        description="also write a LoRA of this rank with what the target could not hold, to be loaded beside it (OUT/residual)",
-        ge=1,
+        None, description="also write a LoRA of this rank that compensates for the rounding error (OUT/residual)", ge=1
     )
     promote: str | None = Field(
         None,
-        description="extra bytes for keeping the weights that survive worst dense, such as 100MB (takes two passes)",
+        description="leave the weights that keep least unquantized, for this many extra bytes: 100MB (takes two passes)",
     )
     verify: str | None = Field(
-        None, description="held-out text to judge the merged model on, against the unmerged one (txt or jsonl)"
+        None, description="compare the merged model with the unmerged one on this held-out text: txt or jsonl file"
     )
     min_kept: float | None = Field(
-        None, description="exit with 5 when less of the delta than this was kept", ge=-1, le=1
+        None, description="exit with code 5 if a smaller share of the delta than this is kept: -1 to 1", ge=-1, le=1
     )
+
+    @field_validator(*PATHS, mode="before")
+    @classmethod
+    def _path_to_text(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [str(item) if isinstance(item, Path) else item for item in value]
+        return str(value) if isinstance(value, Path) else value
 
     @field_validator("target")
     @classmethod
-    def _known_target(cls, name: str) -> str:
+    def _check_target(cls, name: str) -> str:
         return name if name == "auto" else get_target(name).name
 
     @field_validator("combine")
     @classmethod
-    def _known_combination(cls, name: str) -> str:
+    def _check_combine(cls, name: str) -> str:
         known = (*plugins.names("combine"), CHAIN)
         if name not in known:
             raise RecipeError(f"no way to combine is called {name!r}. {plugins.suggestion(name, known)}")
@@ -165,123 +213,199 @@ class Recipe(BaseModel):
 
     @field_validator("rounding")
     @classmethod
-    def _known_rounding(cls, name: str) -> str:
+    def _check_rounding(cls, name: str) -> str:
         if name != "auto":
             plugins.load("rounding", name)
         return name
 
     @field_validator("max_memory", "max_shard_size", "promote", "max_size")
     @classmethod
-    def _readable_size(cls, text: str | None) -> str | None:
+    def _check_size(cls, text: str | None) -> str | None:
         if text is not None:
             parse_size(text)
         return text
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        if self.calibration and self.rounding in ("nearest", "stochastic"):
-            raise RecipeError(
-                f"calibration is for preserve; {self.rounding} rounding has no use for it: leave one of them out"
-            )
-        if self.out and self.patch:
-            raise RecipeError(
-                f"out ({self.out}) and patch ({self.patch}): a run writes one of them; qmerge patch BASE OUT makes the other of it"
-            )
-        if self.density != 1 and len(self.adapters) < 2:
-            raise RecipeError("density thins out the deltas of several adapters; there is one")
-        scaled = [f"{name}={weight:g}" for name, weight in self.adapters if weight != 1]
-        if self.combine == CHAIN and (scaled or len(self.adapters) < 2 or self.density != 1):
-            found = listed(scaled) if scaled else "one adapter" if self.density == 1 else f"density {self.density:g}"
-            raise RecipeError(
-                f"combine chain applies two or more adapters in full, in order, because each was trained on what those before "
-                f"it made: without weights and density; found {found}"
-            )
-        if (self.target == "auto") != bool(self.max_size):
-            raise RecipeError(
-                "target auto needs max_size (--max-size 6GB): without a limit, fp32 is always best"
-                if self.target == "auto"
-                else f"max_size is for target auto; the target is {self.target}"
-            )
-        if self.promote and self.target == "auto":
-            raise RecipeError("promote adds bytes to a target: name it, instead of target auto with max_size")
-        if self.promote and get_target(self.target).info.is_dense:
-            raise RecipeError(
-                f"promote: keeps weights dense beside a quantized format; the target {self.target} is dense"
-            )
-        if (
-            self.act_order
-            and not self.static_groups
-            and (self.rounding in ("nearest", "stochastic") or self.calibration == "none")
-        ):
-            raise RecipeError(
-                "act_order groups inputs by what calibration sees of them: it needs preserve, with calibration"
-            )
-        if self.trained_on and self.original:
-            raise RecipeError("trained_on is for a dense base, original is for a quantized one: give one of them")
-        if self.original and self.merge_onto != "original" and self.rounding not in ("auto", "preserve"):
-            raise RecipeError(
-                f"original is given, but merge_onto is 'dequantized' and {self.rounding} rounding has no use for it: add "
-                f"--merge-onto original, or --rounding preserve, or leave it out"
-            )
+    def _check_consistency(self) -> Recipe:
+        for check in CONSISTENCY_CHECKS:
+            problem = check(self)
+            if problem is not None:
+                raise RecipeError(problem)
         return self
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Options for the target format that were asked for."""
+        """The options of the target format that were given."""
         values = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def trained_on_format(self) -> tuple[str, dict[str, Any]] | None:
+        """Format and options that training quantized a dense base with; None where it was not quantized."""
         if self.trained_on is None:
             return None
         name, double_quant = TRAINED_ON[self.trained_on]
-        return name, {} if double_quant is None else {"double_quant": double_quant}
+        options = {} if double_quant is None else {"double_quant": double_quant}
+        return name, options
 
     @property
     def adapters(self) -> list[tuple[str, float]]:
-        """Folder or id of every adapter, and its weight."""
+        """Folder or Hub id of every adapter, and its weight."""
         names = [self.adapter] if isinstance(self.adapter, str) else self.adapter
-        return [weighted(name) for name in names]
+        return [_split_weight(name) for name in names]
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for ``--resume``: everything that can change an output byte."""
-        return self.model_dump(exclude=WORKPLACE)
+        """What must be the same for ``--resume``: everything that can change an output byte of a weight."""
+        return self.model_dump(exclude=WITHOUT_EFFECT_ON_WEIGHTS)
 
     def to_yaml(self) -> str:
+        """The recipe as ``qmerge run`` reads it, with all defaults, so that a later version makes the same model."""
         return yaml.safe_dump(self.portable(exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def portable(self, **dump: Any) -> dict[str, Any]:
-        """The recipe for publishing: the user's home folder is written ``~`` (and read so)."""
-        home = f"{Path.home()}/"
+        """The settings without the user's home folder, for publishing: it becomes ``~``, which is read as any home.
+
+        Args:
+            dump: arguments of ``model_dump``.
+        """
         settings = self.model_dump(**dump)
         for name in ("base", "original", "out", "patch"):
-            settings |= {name: tilde(settings[name], home)} if settings.get(name) else {}
+            if settings.get(name):
+                settings[name] = _hide_home(settings[name])
         adapter = settings["adapter"]
-        settings["adapter"] = tilde(adapter, home) if isinstance(adapter, str) else [tilde(a, home) for a in adapter]
+        if isinstance(adapter, str):
+            settings["adapter"] = _hide_home(adapter)
+        else:
+            settings["adapter"] = [_hide_home(name) for name in adapter]
         return settings
 
 
-def tilde(path: str, home: str) -> str:
+def _hide_home(path: str) -> str:
+    home = f"{Path.home()}/"
     return "~/" + path.removeprefix(home) if path.startswith(home) else path
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML without a key that stands twice (PyYAML silently takes the last)."""
+def _split_weight(adapter: str) -> tuple[str, float]:
+    """``folder=0.7`` → (folder, 0.7). Without a number after the last ``=``, the weight is 1."""
+    name, equals, number = adapter.rpartition("=")
+    if not equals:
+        return adapter, 1.0
+    try:
+        return name, float(number)
+    except ValueError:  # the = belongs to the name
+        return adapter, 1.0
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise RecipeError(f"recipe: {twice!r} stands there twice")
-        return super().construct_mapping(node, deep=deep)
+
+# --- settings that do not go together ----------------------------------------------------------------------------------
+
+
+def _unused_calibration(recipe: Recipe) -> str | None:
+    if recipe.calibration and recipe.rounding in ("nearest", "stochastic"):
+        return f"calibration is for preserve rounding, {recipe.rounding} does not use it: leave one of them out"
+    return None
+
+
+def _two_destinations(recipe: Recipe) -> str | None:
+    if recipe.out and recipe.patch:
+        return (
+            f"out ({recipe.out}) and patch ({recipe.patch}): a run writes only one of them; for both, use out, then make the "
+            f"patch with: qmerge patch BASE OUT"
+        )
+    return None
+
+
+def _density_of_one_adapter(recipe: Recipe) -> str | None:
+    if recipe.density != 1 and len(recipe.adapters) < 2:
+        return "density thins out the deltas of several adapters, but only one is given: leave density out"
+    return None
+
+
+def _chain_of_parts(recipe: Recipe) -> str | None:
+    if recipe.combine != CHAIN:
+        return None
+    weighted = [f"{name}={weight:g}" for name, weight in recipe.adapters if weight != 1]
+    if weighted:
+        found = listed(weighted)
+    elif recipe.density != 1:
+        found = f"density {recipe.density:g}"
+    elif len(recipe.adapters) < 2:
+        found = "one adapter"
+    else:
+        return None
+    return (
+        f"combine chain applies two or more adapters in full and in order, because each was trained on what those before it "
+        f"made; expected neither weights nor density, found {found}"
+    )
+
+
+def _auto_and_max_size(recipe: Recipe) -> str | None:
+    if recipe.target == "auto" and not recipe.max_size:
+        return "target auto needs max_size (--max-size 6GB): without a limit, fp32 is always best"
+    if recipe.target != "auto" and recipe.max_size:
+        return f"max_size is for target auto, but the target is {recipe.target}: leave max_size out"
+    return None
+
+
+def _promote_of_auto(recipe: Recipe) -> str | None:
+    if recipe.promote and recipe.target == "auto":
+        return "promote adds bytes to a target: name the target, instead of target auto with max_size"
+    return None
+
+
+def _promote_of_dense(recipe: Recipe) -> str | None:
+    if recipe.promote and get_target(recipe.target).info.is_dense:
+        return f"promote leaves weights of a quantized model unquantized, but the target {recipe.target} is dense"
+    return None
+
+
+def _act_order_without_calibration(recipe: Recipe) -> str | None:
+    # Which inputs matter alike is only known from calibration; static groups need no such order.
+    if not recipe.act_order or recipe.static_groups:
+        return None
+    if recipe.rounding in ("nearest", "stochastic") or recipe.calibration == "none":
+        return "act_order groups inputs by what calibration sees of them: it needs preserve rounding, with calibration"
+    return None
+
+
+def _trained_on_and_original(recipe: Recipe) -> str | None:
+    if recipe.trained_on and recipe.original:
+        return "trained_on is for a dense base, original is for a quantized one: give only one of them"
+    return None
+
+
+def _unused_original(recipe: Recipe) -> str | None:
+    # preserve rounding may use the original while it merges onto the dequantized base.
+    if recipe.original and recipe.merge_onto != "original" and recipe.rounding not in ("auto", "preserve"):
+        return (
+            f"original is given, but merge_onto is 'dequantized' and {recipe.rounding} rounding does not use it: add "
+            f"--merge-onto original, or --rounding preserve, or leave original out"
+        )
+    return None
+
+
+CONSISTENCY_CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
+    _unused_calibration,
+    _two_destinations,
+    _density_of_one_adapter,
+    _chain_of_parts,
+    _auto_and_max_size,
+    _promote_of_auto,
+    _promote_of_dense,
+    _act_order_without_calibration,
+    _trained_on_and_original,
+    _unused_original,
+)
+"""Each returns what is wrong, or None. The first problem is reported."""
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
 
 
 def make_recipe(settings: dict[str, Any]) -> Recipe:
     """Settings by name → a checked recipe.
 
     Raises:
-        RecipeError: one line for the first thing that is wrong.
+        RecipeError: one line about the first thing that is wrong.
     """
     try:
         return Recipe(**settings)
@@ -289,20 +413,35 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
         raise RecipeError(_explain(cause)) from cause
 
 
-def weighted(name: str) -> tuple[str, float]:
-    """``folder=0.7`` → (folder, 0.7); without a number, the weight is 1."""
-    place, equals, number = name.rpartition("=")
-    try:
-        return (place, float(number)) if equals else (name, 1.0)
-    except ValueError:
-        return name, 1.0
+def _explain(problem: ValidationError) -> str:
+    """One line about the first error. An unknown key comes first: it is often the reason why another one is missing."""
+    first = min(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"recipe: unknown key {name!r}. {plugins.suggestion(name, list(Recipe.model_fields))}"
+    if first["type"] == "missing":
+        return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {str(first.get('input'))[:80]!r}"
+
+
+class StrictLoader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys; PyYAML silently takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise RecipeError(f"recipe: duplicate key {key!r}: remove one of the two lines")
+            keys.append(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Settings from a YAML file.
+    """The settings of a YAML file.
 
     Raises:
-        RecipeError: it cannot be read, or is no mapping.
+        RecipeError: the file cannot be read, is not YAML, or is no mapping from names to values.
     """
     try:
         if path.stat().st_size > LARGEST_YAML:
@@ -318,21 +457,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """``5GB`` or ``512MiB`` → bytes (decimal units as huggingface_hub, binary ones with an i)."""
+    """A size in words → bytes: ``5GB``, ``512MiB``, ``5G`` (decimal), or a plain number of bytes.
+
+    Raises:
+        RecipeError: the text is no size, or zero.
+    """
     match = SIZE.fullmatch(text)
-    unit = match[2].lower() if match else "?"
-    unit = unit if unit.endswith("b") or not unit else unit + "b"
-    if not match or unit not in UNITS | {"b": 1} or float(match[1]) == 0:
-        raise RecipeError(f"size {text!r}: expected a number with kB, MB, GB or TB, such as 5GB")
-    return int(float(match[1]) * (UNITS | {"b": 1})[unit])
-
-
-def _explain(problem: ValidationError) -> str:
-    # An unknown key comes first: it is often why another one is missing.
-    first = min(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"recipe: unknown key {name!r}. {plugins.suggestion(name, list(Recipe.model_fields))}"
-    if first["type"] == "missing":
-        return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {str(first.get('input'))[:80]!r}"
+    if match:
+        unit = match[2].lower()
+        if not unit.endswith("b"):
+            unit += "b"  # 5G is 5GB, and a number alone is bytes
+        if unit in BYTES_OF_UNIT and float(match[1]) > 0:
+            return int(float(match[1]) * BYTES_OF_UNIT[unit])
+    raise RecipeError(f"size {text!r}: expected a number with kB, MB, GB or TB, such as 5GB")

@@ -149,6 +149,26 @@ def test_a_recipe_may_have_comments_and_unicode(tmp_path: Path) -> None:
     assert read_recipe(path)["base"] == "modèle"
 
 
+def test_paths_may_be_given_as_such() -> None:
+    given = {
+        "base": Path("a/b"),
+        "adapter": Path("c/d"),
+        "out": Path("e"),
+        "original": Path("f"),
+        "calibration": Path("g"),
+    }
+    recipe = make_recipe({**LEAST, **given})
+    assert recipe == make_recipe({**LEAST, **{name: str(path) for name, path in given.items()}})
+    assert make_recipe({**LEAST, "adapter": (Path("c"), "d=0.5")}).adapters == [("c", 1.0), ("d", 0.5)]
+
+
+def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: a\ntarget: nf4\nbase: b\n")
+    with pytest.raises(RecipeError, match="duplicate key 'base'"):
+        read_recipe(path)
+
+
 def test_a_recipe_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     with path.open("wb") as file:
