@@ -1,1 +1,3 @@
-"""A dense model folder → one GGUF file, streamed: ``export`` it; ``model`` is what is in it, ``vocab`` its tokenizer."""
+"""A dense model folder → one GGUF file for llama.cpp. ``export.py`` writes it; ``families.py`` knows the architectures,
+``hyperparameters.py``, ``tensors.py`` and ``vocabulary.py`` translate the three parts of a model.
+"""

@@ -1,8 +1,7 @@
-"""A finished dense folder → one GGUF file, for llama.cpp and what is built on it.
+"""A finished dense folder → one GGUF file, for llama.cpp and the programs built on it.
 
-``model.py`` has what a model is there, ``vocab.py`` its tokenizer; the file is laid out, and Q8_0 rounded, by
-llama.cpp's own ``gguf`` package. What GGUF or llama.cpp has no place for is refused by name before the first byte.
-Values go through float32, some rows of one tensor at a time.
+The layout of the file and the rounding to Q8_0 are those of llama.cpp's own ``gguf`` package. A model that GGUF or llama.cpp
+cannot express is refused before the first byte. Values go through float32, some rows of one tensor at a time.
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -12,6 +11,7 @@ import errno
 import importlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,31 +25,28 @@ from qmerge.checkpoint.folder import check_room
 from qmerge.checkpoint.scan import read_json, scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError, RoomError
 from qmerge.formats import get_format
-from qmerge.gguf.model import (
-    Planned,
-    add_metadata,
-    check_config,
-    fallback_notes,
-    family_of,
-    nbytes_of,
-    plan_tensors,
-    qtype,
-    read_config,
-)
-from qmerge.gguf.vocab import Vocabulary, read_vocabulary
+from qmerge.gguf.families import check_config, family_of, read_config
+from qmerge.gguf.hyperparameters import add_hyperparameters
+from qmerge.gguf.tensors import PlannedTensor, fallback_notes, plan_tensors, quantization_type
+from qmerge.gguf.vocabulary import read_vocabulary
 from qmerge.safetensors_io.header import fsync_folder
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import Rows
 
 TYPES = ("f16", "bf16", "f32", "q8_0")
+
 BLOCK_ENTRIES = 2**21
-"""Values in memory at a time (a block has at least one row, or one attention head where rows are permuted)."""
+"""Values in memory at a time; at least one row, or one attention head where rows are permuted."""
+
+LARGEST_F16 = 65504
+OVERFLOWS_F16 = 65520
+"""From here on, rounding to float16 gives infinity."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written. ``tensors``: how many of each type; ``notes``: what a user should know, in plain words."""
+    """The written file. ``tensors``: type → number of tensors; ``notes``: what the user should know, one line each."""
 
     file: Path
     nbytes: int
@@ -60,71 +57,95 @@ class Exported:
 
 
 def export(model: Path, out: Path, type: str, pre: str | None = None) -> Exported:
-    """Write ``model`` as ``out``. The file gets its name when it is whole; nothing is left behind otherwise.
+    """Write the model in the folder ``model`` to the file ``out``. The file gets its name when it is complete.
 
     Args:
         model: a dense Hugging Face folder with config.json, safetensors files and tokenizer.json.
-        type: what matrices become: f16, bf16, f32 or q8_0. Vectors are F32.
-        pre: ``tokenizer.ggml.pre``, where it cannot be told from the tokenizer.
+        type: of the matrices: f16, bf16, f32 or q8_0. Vectors are F32.
+        pre: ``tokenizer.ggml.pre``, where qmerge does not know the tokenizer.
 
     Raises:
         RecipeError: the ``gguf`` package is missing, or ``type`` or ``out`` cannot be used.
-        CheckpointError: the folder is quantized, or has something that this module cannot express in GGUF.
-        NumbersError: NaN, infinity, or a value past the range of ``type``.
-        RoomError: no room on the disk.
+        CheckpointError: the model is quantized, or has something that qmerge cannot export.
+        NumbersError: NaN, infinity, or a value beyond the range of ``type``.
+        RoomError: not enough disk space. Nothing is left behind by any error.
     """
-    gguf = library()
+    gguf = gguf_package()
     check_request(model, out, type)
     refuse_quantized(model)
     with Reader() as reader:
         checkpoint = scan(model, reader)
-        family, config = family_of(checkpoint), read_config(model)
+        family = family_of(checkpoint)
+        config = read_config(model)
         notes = check_config(family, config)
-        plan = plan_tensors(gguf, checkpoint, family, config, type)
+        plan = plan_tensors(gguf, checkpoint, family, config, type=type)
         notes += fallback_notes(plan, type)
         vocabulary = read_vocabulary(gguf, model, config.vocab_size, pre)
+        notes += vocabulary.notes
+
         writer = gguf.GGUFWriter(path=None, arch=family.arch)
-        add_metadata(gguf, writer, model.resolve().name, family, config, plan, type)
+        add_names(gguf, writer, model, plan)
+        add_hyperparameters(gguf, writer, config, type=type, has_window=family.full_every > 0)
         vocabulary.add_to(writer)
-        nbytes = write(gguf, writer, plan, reader, out)
-    counts = {name: sum(t.type == name for t in plan) for name in sorted({t.type for t in plan})}
-    return Exported(out, nbytes, family.arch, counts, described(vocabulary), (*notes, *vocabulary.notes))
+        nbytes = write_file(gguf, writer, plan, reader, out=out)
+    return Exported(
+        file=out,
+        nbytes=nbytes,
+        arch=family.arch,
+        tensors=dict(sorted(Counter(tensor.type for tensor in plan).items())),
+        tokenizer=vocabulary.describe(),
+        notes=tuple(notes),
+    )
 
 
-def library() -> Any:
-    """The ``gguf`` package (an extra: not everybody wants it)."""
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it comments on tokenizers, to developers of its converter
+def gguf_package() -> Any:
+    """The ``gguf`` package, which is an optional dependency.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # its warnings are for developers of llama.cpp's converter
     try:
         return importlib.import_module("gguf")
     except ImportError as cause:
-        raise RecipeError('GGUF files are written by the gguf package: pip install "qmerge[gguf]"') from cause
+        raise RecipeError('the gguf package is missing, install it with: pip install "qmerge[gguf]"') from cause
 
 
-def described(vocabulary: Vocabulary) -> str:
-    return f"{vocabulary.model}, {vocabulary.pre}, {len(vocabulary.tokens)} tokens"
+def add_names(gguf: Any, writer: Any, model: Path, plan: list[PlannedTensor]) -> None:
+    """Add the keys that name the model: kind of file, name of the folder, number of parameters (``8B``)."""
+    writer.add_type("model")
+    writer.add_name(model.resolve().name)
+    entries = sum(tensor.entries for tensor in plan)
+    # Parameters: all, outside experts, in experts; number of experts.
+    writer.add_size_label(gguf.size_label(entries, entries, 0, 0))
 
 
-# --- what is refused before the first byte ---------------------------------------------------------------------------
+# --- checks before the first byte ------------------------------------------------------------------------------------
 
 
 def check_request(model: Path, out: Path, type: str) -> None:
+    """Raise RecipeError where an argument cannot be used."""
     if type not in TYPES:
         raise RecipeError(f"--type {type}: expected one of {', '.join(TYPES)}")
     if not model.is_dir():
-        raise RecipeError(f"{model} is no folder: expected a dense model, as --target bf16 writes it")
+        raise RecipeError(f"{model} is not a folder: expected a dense model, as --target bf16 writes it")
     if out.is_dir():
         raise RecipeError(f"--out {out} is a folder: expected the name of a file, such as {out / 'model.gguf'}")
     if out.exists():
         raise RecipeError(f"--out {out} exists: delete it or choose another name")
     if not out.absolute().parent.is_dir():
-        raise RecipeError(f"--out {out}: there is no folder {out.parent}; make it first")
+        raise RecipeError(f"--out {out}: the folder {out.parent} does not exist; make it first")
 
 
 def refuse_quantized(model: Path) -> None:
+    """Raise CheckpointError for a quantized model, with the way to a dense one."""
     config = read_json(model / "config.json", CheckpointError)
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else found
+    text_config = config.get("text_config") or {}
+    quantization = config.get("quantization_config") or text_config.get("quantization_config")
+    if quantization:
+        method = quantization
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method")
         raise CheckpointError(
             f"{model} is quantized ({method}): merge with --target bf16 first, and export that folder"
         )
@@ -133,12 +154,22 @@ def refuse_quantized(model: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(gguf: Any, writer: Any, plan: list[Planned], reader: Reader, out: Path) -> int:
-    """The whole file, under a temporary name until then; returns its size."""
-    sizes = {t.name: nbytes_of(gguf, t) for t in plan}
+def write_file(gguf: Any, writer: Any, plan: list[PlannedTensor], reader: Reader, *, out: Path) -> int:
+    """Write keys and tensors under a temporary name, sync, rename. Returns the size in bytes.
+
+    Raises:
+        NumbersError: NaN, infinity, or a value beyond the range of the type.
+        RoomError: not enough disk space.
+        RecipeError: ``out`` cannot be written.
+    """
+    sizes = {tensor.name: tensor.nbytes(gguf) for tensor in plan}
     check_room(out.absolute().parent, sum(sizes.values()))
-    for t in plan:
-        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), sizes[t.name], qtype(gguf, t.type))
+    for tensor in plan:
+        # The writer reverses shapes itself. It ignores the dtype where a type is given.
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), sizes[tensor.name],
+            raw_dtype=quantization_type(gguf, tensor.type),
+        )  # fmt: skip
     partial = out.with_name(out.name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)  # of a run that was killed
@@ -147,61 +178,81 @@ def write(gguf: Any, writer: Any, plan: list[Planned], reader: Reader, out: Path
         writer.write_ti_data_to_file()
         writer.close()
         with partial.open("ab") as file:
-            for t in plan:
-                write_tensor(gguf, t, sizes[t.name], reader, file)
+            for tensor in plan:
+                write_tensor(gguf, tensor, reader, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(out)
-    except BaseException as cause:
+    except BaseException as cause:  # Ctrl-C as well
         writer.close()
         partial.unlink(missing_ok=True)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RoomError(f"--out {out}: no room left: {cause.strerror}. Nothing was kept.") from cause
-        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
-            raise RecipeError(f"--out {out}: cannot be written: {cause.strerror}") from cause
+        raise_for(cause, out)
         raise
     fsync_folder(out.absolute().parent)
     return out.stat().st_size
 
 
-def write_tensor(gguf: Any, t: Planned, nbytes: int, reader: Reader, file: BinaryIO) -> None:
-    """Padding, then all values: a tensor begins at a multiple of the alignment, as its offset in the header says."""
-    pad = -file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT
-    file.write(bytes(pad))
-    start = file.tell()
-    for values in blocks(t, reader):
-        file.write(stored(gguf, t, values))
-    assert file.tell() - start == nbytes, f"{t.name}: {file.tell() - start} of {nbytes} bytes written"
-
-
-def blocks(t: Planned, reader: Reader) -> Iterator[Tensor]:
-    """float32 [rows, I], ready to be stored."""
-    if t.weight is None:
-        assert t.values is not None
-        yield t.values
+def raise_for(cause: BaseException, out: Path) -> None:
+    """Raise the error of qmerge for an error of the operating system; nothing for all others."""
+    if not isinstance(cause, OSError):
         return
-    opened = get_format(t.weight.format).open(t.weight, reader, torch.device("cpu"))
-    rows, unit = t.shape[0] if len(t.shape) > 1 else 1, t.head or 1
-    count = max(unit, BLOCK_ENTRIES // max(1, t.shape[-1]) // unit * unit)
-    for start in range(0, rows, count):
-        values_OI = opened.values(Rows(start, min(start + count, rows))) + t.shift
-        yield paired(values_OI, t.head) if t.head else values_OI
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise RoomError(
+            f"--out {out}: no room on the disk: {cause.strerror}. Nothing was kept; free some space."
+        ) from cause
+    if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+        raise RecipeError(f"--out {out}: cannot be written: {cause.strerror}") from cause
 
 
-def paired(values_OI: Tensor, head: int) -> Tensor:
-    """Rows 0, 1, 2, … of every head, from the order of transformers: 0, d/2, 1, d/2 + 1, …"""
-    return values_OI.view(-1, 2, head // 2, values_OI.shape[-1]).transpose(1, 2).reshape(values_OI.shape)
+def write_tensor(gguf: Any, tensor: PlannedTensor, reader: Reader, file: BinaryIO) -> None:
+    """Write the values of a tensor. It starts at a multiple of the alignment, as its offset in the header says."""
+    padding = -file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT
+    file.write(bytes(padding))
+    start = file.tell()
+    for values in value_blocks(tensor, reader):
+        file.write(stored_bytes(gguf, tensor, values))
+    written = file.tell() - start
+    assert written == tensor.nbytes(gguf), f"{tensor.name}: {written} of {tensor.nbytes(gguf)} bytes written"
 
 
-def stored(gguf: Any, t: Planned, values_OI: Tensor) -> bytes:
-    """The bytes of some rows.
+def value_blocks(tensor: PlannedTensor, reader: Reader) -> Iterator[Tensor]:
+    """The values of a tensor: float32 [rows, I], in blocks, with shift and permutation done."""
+    if tensor.weight is None:
+        assert tensor.values is not None
+        yield tensor.values
+        return
+    stored = get_format(tensor.weight.format).open(tensor.weight, reader, torch.device("cpu"))
+    row_count = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    rows_together = tensor.head_rows or 1
+    rows_that_fit = BLOCK_ENTRIES // max(1, tensor.shape[-1])
+    block_rows = max(rows_together, rows_that_fit // rows_together * rows_together)
+    for start in range(0, row_count, block_rows):
+        values_OI = stored.values(Rows(start, min(start + block_rows, row_count))) + tensor.shift
+        yield halves_to_pairs(values_OI, tensor.head_rows) if tensor.head_rows else values_OI
+
+
+def halves_to_pairs(values_OI: Tensor, head_rows: int) -> Tensor:
+    """Reorder the rows of every head from transformers' order (rotated: row i with row i + d/2) to llama.cpp's (row 2i with
+    row 2i + 1): 0, d/2, 1, d/2 + 1, …"""
+    columns = values_OI.shape[-1]
+    heads = values_OI.view(-1, 2, head_rows // 2, columns)
+    return heads.transpose(1, 2).reshape(values_OI.shape)
+
+
+def stored_bytes(gguf: Any, tensor: PlannedTensor, values_OI: Tensor) -> bytes:
+    """Some rows of a tensor as they are stored.
 
     Raises:
-        NumbersError: NaN or infinity, read or made by the target's range.
+        NumbersError: NaN or infinity, read or after rounding.
     """
     if not bool(values_OI.isfinite().all()):
-        raise NumbersError(f"{t.name} holds NaN or infinity: the model is damaged; merge or download it again")
+        raise NumbersError(
+            f"{tensor.name} contains NaN or infinity: the model is damaged; merge again, or download it again"
+        )
     largest = float(values_OI.abs().max()) if values_OI.numel() else 0.0
-    if t.type == "f16" and largest >= 65520:  # what rounds past the largest float16
-        raise NumbersError(f"{t.name} reaches {largest:.6g}, but F16 ends at 65504. Use --type bf16 or f32.")
-    return bytes(gguf.quants.quantize(values_OI.contiguous().numpy(), qtype(gguf, t.type)).tobytes())
+    if tensor.type == "f16" and largest >= OVERFLOWS_F16:
+        raise NumbersError(
+            f"{tensor.name} reaches {largest:.6g}, but F16 ends at {LARGEST_F16}. Use --type bf16 or f32."
+        )
+    qtype = quantization_type(gguf, tensor.type)
+    return bytes(gguf.quants.quantize(values_OI.contiguous().numpy(), qtype).tobytes())

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmerge.errors import CheckpointError, NumbersError, QmergeError, RecipeError, RoomError
 from qmerge.gguf import export as export_module
-from qmerge.gguf import model as gguf_model
+from qmerge.gguf import families as gguf_families
 from qmerge.gguf.export import export
 
 from .. import models
@@ -102,8 +102,8 @@ def test_transformers_computes_the_same_from_the_file(kind: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
-        ("llama", {"permuted": False}),
-        ("qwen2", {"permuted": True}),
+        ("llama", {"permutes_qk": False}),
+        ("qwen2", {"permutes_qk": True}),
         ("gemma2", {"norm_shift": 0.0}),
         ("gemma3", {"norm_shift": 0.0}),
     ],
@@ -113,7 +113,7 @@ def test_another_rule_would_be_seen(
 ) -> None:
     folder = make(tmp_path / "model", kind)
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    monkeypatch.setitem(gguf_model.FAMILIES, name, replace(gguf_model.FAMILIES[name], **wrong))
+    monkeypatch.setitem(gguf_families.FAMILIES, name, replace(gguf_families.FAMILIES[name], **wrong))
     written = export(folder, tmp_path / "model.gguf", "f32")
     assert distance(logits(folder), logits(folder, written.file)) > 0.1
 
@@ -293,18 +293,18 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 DOWN = "model.layers.1.mlp.down_proj.weight"
 REFUSED: list[tuple[Callable[[Path], object], type[QmergeError], str]] = [
     (config(quantization_config={"quant_method": "bitsandbytes"}), CheckpointError, r"quantized \(bitsandbytes\): merge"),
-    (config(architectures=["PhiForCausalLM"]), CheckpointError, "PhiForCausalLM is none of .*--target bf16.*convert_hf_to_gguf.py"),
-    (config(architectures=None), CheckpointError, "names no architecture"),
+    (config(architectures=["PhiForCausalLM"]), CheckpointError, "PhiForCausalLM cannot be exported.*--target bf16.*convert_hf_to_gguf.py"),
+    (config(architectures=None), CheckpointError, "architectures is missing"),
     (config(hidden_act="gelu"), CheckpointError, "hidden_act is gelu, expected silu"),
     (config(attention_bias=True), CheckpointError, "attention_bias is True"),
     (config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), CheckpointError, "rope_type dynamic"),
-    (config(rope_parameters={**YARN, "attention_factor": 1.5}), CheckpointError, "attention_factor.*not exported"),
-    (config(vocab_size=900), CheckpointError, r"embed_tokens.weight has shape \[800, 64\], config.json says \[900, 64\]"),
-    (config(num_hidden_layers=3), CheckpointError, "layers.2.*in no file"),
-    (weights(lambda t: t.pop(DOWN)), CheckpointError, f"{DOWN}: in no file"),
-    (weights(lambda t: t.update({"model.extra": torch.ones(2)})), CheckpointError, "model.extra: not exported"),
+    (config(rope_parameters={**YARN, "attention_factor": 1.5}), CheckpointError, "attention_factor.*cannot be exported"),
+    (config(vocab_size=900), CheckpointError, r"embed_tokens.weight has shape \[800, 64\], but config.json asks for \[900, 64\]"),
+    (config(num_hidden_layers=3), CheckpointError, "layers.2.*: missing"),
+    (weights(lambda t: t.pop(DOWN)), CheckpointError, f"{DOWN}: missing"),
+    (weights(lambda t: t.update({"model.extra": torch.ones(2)})), CheckpointError, "model.extra: cannot be exported"),
     (weights(lambda t: t.update({DOWN: t[DOWN].to(torch.int64)})), CheckpointError, "stored as raw"),
-    (weights(lambda t: t[DOWN].view(-1)[5].fill_(float("nan"))), NumbersError, "blk.1.ffn_down.weight holds NaN"),
+    (weights(lambda t: t[DOWN].view(-1)[5].fill_(float("nan"))), NumbersError, "blk.1.ffn_down.weight contains NaN"),
     (weights(lambda t: t[DOWN].view(-1)[5].fill_(65520.0)), NumbersError, "reaches 65520, but F16 ends at 65504"),
     (no_file("tokenizer.json"), CheckpointError, "no tokenizer: expected tokenizer.json"),
     (tokenizer(normalizer={"type": "Lowercase"}), RecipeError, "--pre NAME"),
@@ -331,7 +331,7 @@ def test_requests_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "there.gguf").write_text("mine")
     for out, type, message in [
         (tmp_path / "a.gguf", "q4_k_m", "expected one of f16, bf16, f32, q8_0"), (tmp_path, "f16", "is a folder"),
-        (tmp_path / "there.gguf", "f16", "exists: delete it"), (tmp_path / "no/a.gguf", "f16", "there is no folder"),
+        (tmp_path / "there.gguf", "f16", "exists: delete it"), (tmp_path / "no/a.gguf", "f16", "does not exist; make it first"),
     ]:  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             export(folder, out, type)

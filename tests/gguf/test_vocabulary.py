@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.gguf import vocab as gguf_vocab
+from qmerge.gguf import byte_level as patterns
 from qmerge.gguf.export import export
+from qmerge.gguf.sentencepiece import SPACE
 
 from .. import models
 from ..gguf.test_gguf import DEMO, LINEAR, LLAMA3, ROOT, SIZE, YARN, fields, make
@@ -34,7 +35,6 @@ ODD = [
     "two  spaces   three    four",
 ]
 TEXTS = [*ODD, *(TEXT[start : start + 400] for start in range(0, 40000, 400))]
-SPACE = gguf_vocab.SPACE
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,10 +45,10 @@ def split(regex: str) -> Any:
 
 
 PRE = {
-    "llama-bpe": (split(gguf_vocab.LLAMA3), True),
-    "smaug-bpe": (split(gguf_vocab.LLAMA3), False),
-    "qwen2": (split(gguf_vocab.QWEN2), False),
-    "tekken": (split(gguf_vocab.TEKKEN), True),
+    "llama-bpe": (split(patterns.LLAMA3), True),
+    "smaug-bpe": (split(patterns.LLAMA3), False),
+    "qwen2": (split(patterns.QWEN2), False),
+    "tekken": (split(patterns.TEKKEN), True),
     "gpt-2": (WORDS, False),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]), False),
 }
@@ -61,7 +61,7 @@ def save(tokenizer: Tokenizer, folder: Path, **settings: Any) -> None:
 
 
 def byte_level(folder: Path, pre: str) -> Tokenizer:
-    """A tokenizer of 790 tokens, trained on text, that splits it in one of the known ways."""
+    """A tokenizer of 790 tokens, trained on text, that splits it in one of the known patterns."""
     how, ignore_merges = PRE[pre]
     tokenizer = Tokenizer(BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = how, decoders.ByteLevel()
@@ -128,7 +128,7 @@ def test_byte_level_ids_are_the_same(pre: str, tmp_path: Path) -> None:
 def test_the_ways_of_splitting_are_those_of_transformers() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as THEIRS
 
-    for name, ours in {"llama-bpe": gguf_vocab.LLAMA3, "qwen2": gguf_vocab.QWEN2, "tekken": gguf_vocab.TEKKEN}.items():
+    for name, ours in {"llama-bpe": patterns.LLAMA3, "qwen2": patterns.QWEN2, "tekken": patterns.TEKKEN}.items():
         assert THEIRS[name] == ours
 
 
@@ -211,7 +211,7 @@ def test_merges_that_no_scores_express_are_refused(tmp_path: Path) -> None:
     merges = model["merges"]
     twice = next(i for i, pair in enumerate(merges[100:], 100) if "".join(pair) == "".join(merges[i + 1]))
     for changed, message in [
-        (merges[:twice] + merges[twice + 1 :], "but they are not merged"),
+        (merges[:twice] + merges[twice + 1 :], "but no merge joins the first two"),
         ([*merges[:twice], *merges[twice + 1 :], merges[twice]], "do not follow each other"),
     ]:
         models.edit_json(folder / "tokenizer.json", model={**model, "merges": changed})
