@@ -59,7 +59,7 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        if revision:
+        if revision:  # otherwise it would be ignored without a word
             raise error(f"{reference} is a local folder: a revision ({revision}) makes sense for a Hub id only")
         return Source(folder.resolve())
     if not HUB_ID.fullmatch(reference):
@@ -83,7 +83,7 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
             revision=commit or revision,
             allow_patterns=MODEL_FILES,
             ignore_patterns=UNUSED_FILES,
-            local_files_only=commit is None,
+            local_files_only=commit is None,  # offline: do not wait for the network again
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
         at_revision = f" at revision {revision}" if revision else ""

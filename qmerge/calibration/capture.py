@@ -48,7 +48,7 @@ class ProductCapture(TorchFunctionMode):
         self.products: list[MatrixProduct] = []
         self._stop = stop
         self._missing = set(wanted)
-        # (address of the storage, offset in it) → weights on disk
+        # Slices have the storage of the whole, and an offset in it: (address of the storage, offset in it) → weights on disk
         self._weights: dict[tuple[int, int], tuple[str, ...]] = {}
         for parameter, names in _by_parameter(model, wanted).items():
             values = model.model.get_parameter(parameter)
@@ -70,7 +70,7 @@ class ProductCapture(TorchFunctionMode):
             return
         self.products.append(MatrixProduct(names, x.detach().reshape(-1, x.shape[-1]).float()))
         self._missing.difference_update(names)
-        if self._stop and not self._missing:
+        if self._stop and not self._missing:  # before the product itself is computed
             raise AllInputsSeen
 
 
@@ -84,7 +84,7 @@ def _by_parameter(model: LayeredModel, names: Sequence[str]) -> dict[str, list[s
 def _names_by_offset(values: Tensor, names: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Storage offset → the weights there: all at the start of a matrix, or expert by expert in a stack [E, O, I]."""
     first = int(values.storage_offset())
-    if values.ndim < 3:
+    if values.ndim < 3:  # joined weights (q, k and v in one matrix) are multiplied together
         yield first, tuple(names)
         return
     by_expert: dict[int, list[str]] = {}

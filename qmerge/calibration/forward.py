@@ -58,6 +58,7 @@ class ForwardPass:
 
     def stop(self) -> None:
         """End a pass that is not needed any more, wherever it waits."""
+        # A pass that has ended already never reads this message.
         self._to_thread.put(_Stopped())
 
     def pause(self, layer_call: LayerCall) -> Any:
@@ -68,7 +69,7 @@ class ForwardPass:
     def _run(self, call: Callable[[], Any]) -> None:
         _running.forward_pass = self
         try:
-            self._wait()
+            self._wait()  # for the first ``advance``
             with torch.inference_mode():
                 self._to_caller.put((call(), None))
         except _Stopped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from qmerge.calibration import texts
 from qmerge.calibration.forward import ForwardPass
-from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.unmerged import unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.weights.context import RunContext
-from qmerge.weights.values import unmerged_values
 
 
 def generate_tokens(
@@ -44,32 +43,42 @@ def generate_tokens(
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
-    from transformers import DynamicCache
-
-    generator_model = _GeneratorModel(plan, context)
+    model = _GeneratorModel(plan, context)
     random = torch.Generator().manual_seed(seed)
-    first_ids = torch.full((max(1, tokens // length), 1), generator_model.first_token(random))
-    # Per batch: columns of token ids, [sequences, 1] each.
-    columns_of_batch = [[ids] for ids in texts.split_batches(first_ids, length)]
-    caches = [DynamicCache(config=generator_model.model.model.config) for _ in columns_of_batch]
+    first_ids = torch.full((max(1, tokens // length), 1), model.first_token(random))
+    batches = [_GrowingBatch(ids, model.new_cache()) for ids in texts.split_batches(first_ids, length)]
     for position in range(1, length):
         report_progress(f"generating token {position + 1} of {length}")
-        last_columns = [columns[-1] for columns in columns_of_batch]
-        all_logits = generator_model.next_logits(last_columns, caches)
-        for columns, logits in zip(columns_of_batch, all_logits, strict=True):
-            probabilities = torch.softmax(logits[:, -1].float(), -1).cpu()
-            columns.append(torch.multinomial(probabilities, 1, generator=random))
-    return [torch.cat(columns, dim=1) for columns in columns_of_batch]
+        for batch, logits in zip(batches, model.next_logits(batches), strict=True):
+            probabilities = torch.softmax(logits[:, -1].float(), -1).cpu()  # where the random generator is
+            batch.append(torch.multinomial(probabilities, 1, generator=random))
+    return [batch.ids for batch in batches]
+
+
+class _GrowingBatch:
+    """Sequences that are being written: token ids so far, int64 [sequences, length], and the cache of keys and values."""
+
+    def __init__(self, first_ids: Tensor, cache: Any) -> None:
+        self.ids = first_ids
+        self.cache = cache
+
+    @property
+    def last_ids(self) -> Tensor:
+        """[sequences, 1]: all before are in the cache."""
+        return self.ids[:, -1:]
+
+    def append(self, next_ids: Tensor) -> None:
+        """Add one token, int64 [sequences, 1], to every sequence."""
+        self.ids = torch.cat([self.ids, next_ids], dim=1)
 
 
 class _GeneratorModel:
     """The unmerged adapter model, one token of all sequences at a time."""
 
     def __init__(self, plan: Plan, context: RunContext) -> None:
-        self.steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
         self.context = context
         self.config = plan.config
-        self.model = LayeredModel(self.config, self.steps, context.device)
+        self.model, self.values = unmerged_model(plan, context)
         nbytes = 4 * sum(parameter.numel() for parameter in self.model.model.parameters())
         self.keeps_layers = 2 * nbytes < psutil.virtual_memory().available
         self._load(None)
@@ -80,31 +89,35 @@ class _GeneratorModel:
     def first_token(self, random: torch.Generator) -> int:
         """The start-of-text token of the config, else a random token."""
         start_of_text = self.config.get("bos_token_id")
-        if isinstance(start_of_text, int):
+        if isinstance(start_of_text, int):  # null where the model has none
             return int(start_of_text)
         model: Any = self.model.model
         vocab_size = int(model.get_input_embeddings().num_embeddings)
         return int(torch.randint(vocab_size, (1,), generator=random))
 
-    def next_logits(self, last_ids: Sequence[Tensor], caches: Iterable[Any]) -> list[Tensor]:
-        """Logits [sequences, 1, vocabulary] of every batch for the token after ``last_ids`` [sequences, 1]."""
-        model: Any = self.model.model
-        passes: list[ForwardPass] = []
-        for ids, cache in zip(last_ids, caches, strict=True):
-            input_ids = ids.to(self.context.device)
-            passes.append(ForwardPass(partial(model, input_ids=input_ids, past_key_values=cache, use_cache=True)))
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values for one batch."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.model.config)
+
+    def next_logits(self, batches: Sequence[_GrowingBatch]) -> list[Tensor]:
+        """Logits [sequences, 1, vocabulary] of every batch for its next token."""
+        passes = [self._forward_pass(batch) for batch in batches]
         results = [forward_pass.advance() for forward_pass in passes]
         for index in range(len(self.model)):
             if not self.keeps_layers:
                 self._load(index)
-            for batch, forward_pass in enumerate(passes):
-                results[batch] = forward_pass.advance(self.model.run_layer(results[batch]))
+            for number, forward_pass in enumerate(passes):
+                results[number] = forward_pass.advance(self.model.run_layer(results[number]))
             if not self.keeps_layers:
                 self.model.unload(index)
         return [output.logits for output in results]
 
-    def _load(self, index: int | None) -> None:
-        self.model.load(index, self.model.names(index), self._values)
+    def _forward_pass(self, batch: _GrowingBatch) -> ForwardPass:
+        model: Any = self.model.model
+        input_ids = batch.last_ids.to(self.context.device)
+        return ForwardPass(partial(model, input_ids=input_ids, past_key_values=batch.cache, use_cache=True))
 
-    def _values(self, name: str) -> Tensor:
-        return unmerged_values(self.steps[name], self.context, self.model.is_conv1d(name))
+    def _load(self, index: int | None) -> None:
+        self.model.load(index, self.model.names(index), self.values)

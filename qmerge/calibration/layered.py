@@ -49,6 +49,7 @@ class LayeredModel:
             parameter = self._conversion.rename(name).parameter
             self.parameters[name] = parameter
             self._names.setdefault(self.layer_of(parameter), []).append(name)
+        # Each layer's own code is kept, and called by ``run_layer``; the model's code finds a pause in its place.
         self._layer_forwards = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = pausing_forward(index)
@@ -96,6 +97,7 @@ class LayeredModel:
             CheckpointError: some parameters of the layer have no values afterwards.
         """
         self._conversion.load({name: values(name).to(self.device) for name in names})
+        # transformers does not raise where a parameter is missing: the layer's code would fail on it later.
         for parameter, tensor in self._tensors(index):
             if tensor.is_meta:
                 raise CheckpointError(f"the base has no values for {parameter} of {type(self.model).__name__}")
@@ -133,6 +135,8 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         CheckpointError: it has none.
     """
     text_model = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # A multimodal model has layers in its vision tower too: only those of the text model count. Lists inside layers
+    # (experts) are deeper than the list of layers.
     text_modules = {id(module) for module in text_model.modules()}
     module_lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():

@@ -32,6 +32,7 @@ class LayerwiseRun:
         self.values = values
         self.waiting: list[LayerCall] = []
         self._last_outputs: list[Any] = []
+        # transformers' name for the model without its head; a model that has none is its own.
         forward: Any = model.model
         if not with_head:
             forward = getattr(model.model, "base_model", model.model)
@@ -55,6 +56,7 @@ class LayerwiseRun:
         After the last layer the passes wait until the head is loaded: ``logits`` goes on with them.
         """
         for batch, forward_pass in enumerate(self._passes):
+            # Only hidden states are kept between two layers, those of every batch.
             output = self.model.run_layer(self.waiting[batch])
             if is_last:
                 self._last_outputs.append(output)

@@ -9,6 +9,7 @@ Nothing of a layer stays in memory but the hidden states that go into the next.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,15 +17,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qmerge.calibration.capture import AllInputsSeen, MatrixProduct, ProductCapture, without_expert_number
-from qmerge.calibration.forward import LayerCall
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.sums import InputSums
+from qmerge.calibration.unmerged import steps_with_values, unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.rounding.base import InputStatistics
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
-from qmerge.weights.values import unmerged_values
 
 
 class CalibratedGroup(NamedTuple):
@@ -63,42 +63,46 @@ class _Calibration:
     """One calibration of a plan. ``merged``: the model as merged so far; None where the plan is not sequential."""
 
     def __init__(self, plan: Plan, context: RunContext, stored_values: Callable[[Step], Tensor]) -> None:
-        self.steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
+        self.steps = steps_with_values(plan)
         self.preserved = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
         self.context = context
         self.stored_values = stored_values
-        self.unmerged = LayeredModel(plan.config, self.steps, context.device)
+        self.unmerged, self.unmerged_values = unmerged_model(plan, context)
         self.merged: LayeredModel | None = None
-        if plan.calibration.sequential:
-            self.merged = LayeredModel(plan.config, self.steps, context.device)
+        if plan.recipe.sequential:
+            self.merged, _ = unmerged_model(plan, context)
         self.done: set[str] = set()
 
     def run(self, batches: Sequence[Tensor], report_progress: Callable[[str], None]) -> Iterator[CalibratedGroup]:
-        runs = [LayerwiseRun(self.unmerged, self._unmerged_values, batches)]
+        """Calibrate layer by layer; see ``calibrated_groups``."""
+        runs = [LayerwiseRun(self.unmerged, self.unmerged_values, batches)]
         if self.merged:
-            runs.append(LayerwiseRun(self.merged, self._unmerged_values, batches))
+            runs.append(LayerwiseRun(self.merged, self.unmerged_values, batches))
         with stopping(runs):
             for run in runs:
                 run.start()
             for index in range(len(self.unmerged)):
                 report_progress(f"calibrating layer {index + 1} of {len(self.unmerged)}")
                 yield from self._layer(index, runs)
+        # lm_head is in no decoder layer, and an expert may not get a single token of the text.
         unreached = [step for name, step in self.preserved.items() if name not in self.done]
-        if unreached:  # lm_head, or experts that no token was sent to
+        if unreached:
             yield CalibratedGroup(unreached, {})
 
     def _layer(self, index: int, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:
+        # Both models begin a layer with the unmerged weights. The merged one gets the stored weights group by group.
         for run in runs:
             run.model.load(index, run.model.names(index), run.values)
         for names in self._groups(index, runs[0]):
             statistics = self._statistics(names, runs)
             yield CalibratedGroup([self.preserved[name] for name in names], statistics)
+            # The caller has done the steps: their stored values can be read now.
             self.done.update(names)
             if self.merged:
                 self._load_stored(self.merged, index, names)
         is_last = index + 1 == len(self.unmerged)
         for run in runs:
-            if not is_last:
+            if not is_last:  # nothing after the last layer is calibrated, so its outputs are not needed
                 run.run_loaded_layer()
             run.model.unload(index)
 
@@ -107,47 +111,45 @@ class _Calibration:
         wanted = [name for name in self.unmerged.names(index) if name in self.preserved]
         if not wanted:
             return []
+        # The first batch is enough: every batch takes the same way through the layer's code.
         with ProductCapture(run.model, wanted) as capture:
             run.model.run_layer(run.waiting[0])
         groups = groups_by_input(capture.products, wanted)
         if self.merged or not groups:
             return groups
-        return [[name for names in groups for name in names]]
+        return [list(itertools.chain.from_iterable(groups))]
 
     def _statistics(self, names: Sequence[str], runs: Sequence[LayerwiseRun]) -> dict[str, InputStatistics]:
         """Statistics of a group's inputs over all batches."""
         sums = InputSums(names, self.context.device)
-        for calls in zip(*(run.waiting for run in runs), strict=True):
-            # All products of experts are needed, one per expert and more; of other weights, the first ones.
-            products = [
-                _products(run.model, call, names, stop=not sums.has_experts)
-                for run, call in zip(runs, calls, strict=True)
-            ]
-            sums.add(products[0] if self.merged else None, products[-1])
+        for batch in range(len(runs[0].waiting)):
+            # Which experts get tokens is not known before the layer ends; other groups end with their last weight.
+            products_of_runs = [_products(run, batch, names, stop=not sums.has_experts) for run in runs]
+            unmerged = products_of_runs[0] if self.merged else None
+            sums.add(unmerged, products_of_runs[-1])
         return sums.statistics()
 
     def _load_stored(self, merged: LayeredModel, index: int, names: Sequence[str]) -> None:
-        """Load what was stored into the merged model. Parameters that hold several weights are made anew of all of them."""
+        """Load what was stored into the merged model."""
+        # A parameter that holds several weights (stacked experts) is made anew of all of them.
         changed = {merged.parameters[name] for name in names}
         parts = [name for name in merged.names(index) if merged.parameters[name] in changed]
         merged.load(index, parts, self._merged_values)
 
     def _merged_values(self, name: str) -> Tensor:
         if name not in self.done:
-            return self._unmerged_values(name)
+            return self.unmerged_values(name)
         step = self.steps[name]
         values_OI = self.stored_values(step)
         if self.unmerged.is_conv1d(name):
             return values_OI.T.contiguous()
         return values_OI.view(step.weight.shape)
 
-    def _unmerged_values(self, name: str) -> Tensor:
-        return unmerged_values(self.steps[name], self.context, self.unmerged.is_conv1d(name))
 
-
-def _products(model: LayeredModel, call: LayerCall, names: Sequence[str], *, stop: bool) -> list[MatrixProduct]:
-    with ProductCapture(model, names, stop) as capture, suppress(AllInputsSeen):
-        model.run_layer(call)
+def _products(run: LayerwiseRun, batch: int, names: Sequence[str], *, stop: bool) -> list[MatrixProduct]:
+    """Products with some weights of the layer at which the run waits."""
+    with ProductCapture(run.model, names, stop) as capture, suppress(AllInputsSeen):
+        run.model.run_layer(run.waiting[batch])
     products: list[MatrixProduct] = capture.products
     return products
 
@@ -158,6 +160,7 @@ def groups_by_input(products: Sequence[MatrixProduct], wanted: Sequence[str]) ->
     All experts of a layer are treated as one: ``w1`` of every expert is in the same group, also of those that got no token.
     """
     groups: dict[str, list[str]] = {}
+    # Equal inputs have the same memory: ``products`` keeps all of them alive, so no address is used twice.
     first_of_input: dict[tuple[Any, ...], str] = {}
     for product in products:
         kind = without_expert_number(product.names[0])
@@ -168,5 +171,7 @@ def groups_by_input(products: Sequence[MatrixProduct], wanted: Sequence[str]) ->
                 break
         group = groups.setdefault(key, [])
         kinds = {without_expert_number(name) for name in product.names}
-        group += [name for name in wanted if without_expert_number(name) in kinds and name not in group]
+        for name in wanted:
+            if without_expert_number(name) in kinds and name not in group:
+                group.append(name)
     return list(groups.values())

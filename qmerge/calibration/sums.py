@@ -46,6 +46,7 @@ class InputSums:
                 for experts: the two models may send a token to different experts, so inputs cannot be paired.
             merged: products in the model as merged so far.
         """
+        # The same text runs through both models: product k of one belongs to product k of the other.
         unmerged_inputs: list[Tensor] | None = None
         if unmerged is not None and not self.has_experts:
             unmerged_inputs = [product.x for product in unmerged]
@@ -65,12 +66,13 @@ class InputSums:
 
     def _add_product(self, sums: dict[str, Tensor], leader: str, left_TI: Tensor, right_TI: Tensor) -> None:
         """Add leftᵀ · right, of T tokens, to the sum that the leader keeps."""
-        if leader not in sums:
+        if leader not in sums:  # its size is known only now
             sums[leader] = torch.zeros(left_TI.shape[1], right_TI.shape[1], device=self._device)
         sums[leader].addmm_(left_TI.T, right_TI)
 
     def statistics(self) -> dict[str, InputStatistics]:
         """Means over all batches, by weight. A weight without any input is left out, unless other experts lend to it."""
+        # Experts differ in the number of tokens that they get, so each sum has its own count.
         result: dict[str, InputStatistics] = {}
         for name, leader in self.leaders.items():
             tokens = self.tokens[name]
@@ -95,6 +97,7 @@ class InputSums:
 
         Such a Hessian is singular. The missing share is borrowed from the mean over all experts of the group.
         """
+        # Experts that got no token at all have nothing to lend.
         seen = [name for name in experts if name in own]
         if not seen:
             return {}
@@ -105,7 +108,7 @@ class InputSums:
         result: dict[str, InputStatistics] = {}
         for name in experts:
             own_share = min(1.0, self.tokens[name] / len(shared_II))
-            if own_share == 1:
+            if own_share == 1:  # as many tokens as inputs: nothing is borrowed
                 continue
             mixed_II = (1 - own_share) * shared_II
             if name in own:

@@ -43,7 +43,7 @@ def find_text(source: str) -> Path:
         RecipeError: there is no such file, or the dataset has no file that can be read.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file():  # a local file wins over a dataset of the same name
         return path
     name, _, file_in_dataset = source.partition(":")
     if path.exists() or not hub.HUB_ID.fullmatch(name):
@@ -103,6 +103,7 @@ def _document(line: str, where: str) -> Document:
         raise RecipeError(f"{where}: expected a field `text` or `messages`, found {type(record).__name__}")
     if isinstance(record.get("text"), str):
         return str(record["text"])
+    # A field of that name with other content is passed over; the error below lists all fields.
     for field in CHAT_FIELDS:
         chat = record.get(field)
         if isinstance(chat, list) and chat and all(isinstance(message, dict) for message in chat):
@@ -142,6 +143,7 @@ def token_batches(
     ids = tokenize(read_texts(source), tokenizer_folder)[:tokens]
     if len(ids) < 2:
         raise RecipeError(f"{source}: {len(ids)} tokens; at least 2 are needed")
+    # The embedding has no row for such an id: torch would fail in the middle of the work.
     if max(ids) >= vocab_size:
         raise CheckpointError(
             f"{tokenizer_folder}: the tokenizer makes token {max(ids)}, but the model knows {vocab_size}: does it belong to "
@@ -168,7 +170,7 @@ def tokenize(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]
     tokenizer = load_tokenizer(tokenizer_folder)
     ids: list[int] = []
     for document in documents:
-        if ids and tokenizer.eos_token_id is not None:
+        if ids and tokenizer.eos_token_id is not None:  # between documents, not before the first one
             ids.append(tokenizer.eos_token_id)
         if isinstance(document, str):
             ids += tokenizer(document)["input_ids"]
@@ -237,6 +239,7 @@ def batches_sha256(batches: Sequence[Tensor]) -> str:
     """SHA-256 of shapes and token ids, hexadecimal."""
     sha256 = hashlib.sha256()
     for batch in batches:
+        # With the shape: the same ids, cut into other sequences, calibrate differently.
         sha256.update(f"{tuple(batch.shape)}".encode() + batch.contiguous().numpy().tobytes())
     return sha256.hexdigest()
 

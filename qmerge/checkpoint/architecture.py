@@ -47,6 +47,7 @@ def module_kinds(config: Mapping[str, Any], skip: Sequence[str] | None) -> Modul
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
+    # As text, the config can be the key of a cache: a plan asks several times, and building a model takes seconds.
     return _module_kinds(json.dumps(config), None if skip is None else tuple(skip))
 
 
@@ -57,6 +58,7 @@ def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = meta_model(json.loads(config))
+    # None is not the same as []: transformers then skips the output embedding, tied weights and the last module.
     skip_list = None if skip is None else list(skip)
     skipped = HfQuantizer.get_modules_to_not_convert(model, skip_list, getattr(model, "_keep_in_fp32_modules", None))
     conv1d: set[str] = set()
@@ -77,6 +79,7 @@ def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
 
 def _linear_layers_outside_text(model: Any) -> set[str]:
     """Linear layers of the vision and audio towers, and of the projectors between them and the text model."""
+    # The config of a text-only model is its own text config.
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
         return set()
     text_modules = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
@@ -122,6 +125,7 @@ def _embedding_weights(config: str) -> tuple[str, str] | None:
         model: Any = meta_model(json.loads(config))
     except CheckpointError:
         return None
+    # transformers gives the modules; only the model knows their names.
     name_of = {id(module): name for name, module in model.named_modules()}
     input_module = name_of.get(id(model.get_input_embeddings()))
     output_module = name_of.get(id(model.get_output_embeddings()))
@@ -154,6 +158,7 @@ def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
 
     consequence = "so it cannot be run. Merging needs no run: --calibration none"
     model: Any = _build(with_dtype(config, "float32"), init_empty_weights(include_buffers=False), consequence)
+    # In fused kernels, the product with a single expert could not be seen (calibration/capture.py).
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     module: torch.nn.Module = model
@@ -171,6 +176,7 @@ def _build(config: Mapping[str, Any], device: AbstractContextManager[Any], conse
 
     # quantization_config would make transformers look for kernels, auto_map for code inside the checkpoint.
     plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    # The class that was saved may have more than the causal language model: a vision tower, another head.
     names = config.get("architectures") or []
     model_class = getattr(transformers, str(names[0]), None) if names else None
     try:

@@ -94,6 +94,7 @@ class DiskBlock:
         rows, columns = self.disk_region[-2:]
         if (rows, columns) == full_region(disk_shape[-2:]):
             return A_RI, B_OR
+        # The block is a part of the weight on disk: the delta is zero everywhere else.
         A_on_disk = A_RI.new_zeros(len(A_RI), disk_shape[-1])
         B_on_disk = B_OR.new_zeros(disk_shape[-2], len(A_RI))
         A_on_disk[:, _as_slice(columns)] = A_RI
@@ -129,6 +130,7 @@ def disk_block(piece: Piece, disk_shape: Shape, *, parameter: str, shape: Shape)
     Raises:
         CheckpointError: an axis runs across several axes of the weight on disk (a convolution that was flattened).
     """
+    # The offset says where the block begins on disk; each stride says along which axis it goes on from there.
     first_indices = _unraveled(piece.offset, disk_shape)
     disk_region = [range(index, index + 1) for index in first_indices]
     axes: list[int | None] = []
@@ -169,6 +171,7 @@ def _line_on_disk(size: int, stride: int, first_indices: Sequence[int], disk_sha
         step = stride // unit
         if step == 0 or stride % unit != 0:
             continue
+        # Past the end of the axis, the values would go on in the next row: that is another axis.
         if first_indices[axis] + step * (size - 1) < disk_shape[axis]:
             return _Line(axis, step)
     return None

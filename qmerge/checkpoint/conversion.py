@@ -54,11 +54,15 @@ class Conversion:
         self._prefix = model.base_model_prefix
         self.parameters: dict[str, Tensor] = model.state_dict()
         self._entries = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in self._entries if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in self._entries if isinstance(entry, WeightConverter)]
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
         self._by_pattern: dict[str, Any] = {}
-        for converter in self._converters:
-            self._by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
+        for entry in self._entries:
+            if isinstance(entry, WeightRenaming):
+                self._renamings.append(entry)
+            if isinstance(entry, WeightConverter):
+                self._converters.append(entry)
+                self._by_pattern.update(dict.fromkeys(entry.source_patterns, entry))
 
     # --- names ---
 

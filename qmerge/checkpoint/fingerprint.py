@@ -22,8 +22,12 @@ from qmerge.checkpoint.scan import Checkpoint
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo
 
-SAMPLED_TENSORS, POSITIONS, SAMPLE_BYTES = 64, 4, 1024
-"""Tensors that are sampled, positions in each, bytes at each position."""
+SAMPLED_TENSORS = 64
+POSITIONS = 4
+"""Positions that are sampled in each of them."""
+
+SAMPLE_BYTES = 1024
+"""Bytes at each position."""
 
 DIGITS = 16
 
@@ -53,6 +57,7 @@ def fingerprint(checkpoint: Checkpoint, reader: Reader) -> Fingerprint:
     for weight in checkpoint.weights.values():
         for info in weight.parts.values():
             infos[info.name] = info
+    # Sorted by name: independent of the order and the number of files.
     shapes = [[name, infos[name].dtype, list(infos[name].shape)] for name in sorted(infos)]
     return Fingerprint(
         tensors=_hash(json.dumps(shapes).encode()),

@@ -45,7 +45,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
     Raises:
         RecipeError: it may not.
     """
-    real = out.resolve()
+    real = out.resolve()  # a link may lead into an input
     for role, folder in {**inputs, "the Hub cache": hub.cache_folder()}.items():
         if real.is_relative_to(folder.resolve()):
             raise RecipeError(f"--out {out} is inside {role} ({folder}); write to another folder")
@@ -54,7 +54,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
     if (out / LOCK).exists():
         acquire_lock(out).release()  # a killed run leaves the file, but not the lock
     names = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
-    if not names:
+    if not names:  # a run that was killed before its first byte is resumed from the beginning
         return
     is_unfinished = journal.NAME in names
     if resume and not is_unfinished:
@@ -130,6 +130,7 @@ def acquire_lock(out: Path) -> FileLock:
 
 def discard(out: Path, made_by_us: bool) -> None:
     """After an error that no resume can repair: delete what the run wrote, and the folder if the run created it."""
+    # All other files are written after the last step.
     for path in [*out.glob(f"*{PARTIAL}"), *out.glob("*.safetensors"), out / journal.NAME]:
         path.unlink(missing_ok=True)
     if made_by_us and not any(path.name != LOCK for path in out.iterdir()):
@@ -154,6 +155,7 @@ def write_index(out: Path, shards: Mapping[str, ShardWriter]) -> None:
         for name in writer.layout.texts:
             weight_map[name] = file
             total_size += len(writer.texts[name].encode())
+    # total_size counts the tensors alone, without headers, as in the stock library.
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(out / INDEX, index)
 
@@ -218,6 +220,7 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 def _matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Files of a folder, sorted. A link that leads out of it is ignored, unless it leads into the Hub cache."""
+    # Snapshots in the Hub cache consist of links to its blobs.
     allowed = (folder.resolve(), hub.cache_folder())
     files: set[Path] = set()
     for pattern in patterns:

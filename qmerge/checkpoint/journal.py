@@ -64,6 +64,7 @@ class Journal:
 
     def _append(self, line: dict[str, Any], sync: bool = False) -> None:
         data = (json.dumps(line) + "\n").encode()
+        # One write per line: after a kill, only the last one can be incomplete.
         with self._lock, no_room_is_an_error(self.path.parent), self.path.open("ab") as file:
             file.write(data)
             if sync:
@@ -80,12 +81,13 @@ class Journal:
             record = _parse_line(line)
             if record:
                 records.append(record)
-        if not records or "run" not in records[0]:
+        if not records or "run" not in records[0]:  # the first line is damaged: nothing after it can be trusted
             records = [{"run": identity}]
         _check_same_run(records[0]["run"], json.loads(json.dumps(identity)))  # both as JSON has them: lists, no tuples
         for record in records[1:]:
             if record.keys() >= STEP_FIELDS:
                 self.steps[record["step"]] = record
+        # Without the damaged lines: new ones are appended.
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -27,17 +27,21 @@ def replicate_layers(base: Checkpoint, ranges: Any) -> Checkpoint:
         AdapterError: the ranges are not valid, or not ranges of the base's layers.
         CheckpointError: the config has settings of single layers that cannot be moved with them.
     """
-    matches = {name: match for name in base.weights if (match := LAYER.fullmatch(name))}
-    layer_count = 1 + max((int(match["number"]) for match in matches.values()), default=-1)
+    # Everything outside the layers (embeddings, final norm, head) stays as it is.
+    weights: dict[str, Weight] = {}
+    matches_in_layer: dict[int, list[re.Match[str]]] = {}
+    for name, weight in base.weights.items():
+        match = LAYER.fullmatch(name)
+        if match:
+            matches_in_layer.setdefault(int(match["number"]), []).append(match)
+        else:
+            weights[name] = weight
+    layer_count = 1 + max(matches_in_layer, default=-1)
     order = _layer_order(ranges, layer_count)
     config = _replicated_config(base.config, order, layer_count)
-    names_in_layer: dict[int, list[str]] = {}
-    for name, match in matches.items():
-        names_in_layer.setdefault(int(match["number"]), []).append(name)
-    weights = {name: weight for name, weight in base.weights.items() if name not in matches}
     for new_number, old_number in enumerate(order):
-        for name in names_in_layer[old_number]:
-            weight = _renumbered(base.weights[name], matches[name]["before"], new_number)
+        for match in matches_in_layer[old_number]:
+            weight = _renumbered(base.weights[match[0]], match["before"], new_number)
             weights[weight.name] = weight
     return replace(base, config=config, weights=weights)
 
@@ -61,15 +65,17 @@ def _layer_order(ranges: Any, layer_count: int) -> list[int]:
 def _renumbered(weight: Weight, before: str, number: int) -> Weight:
     """The weight under another layer number; ``before``: its name up to the number."""
 
-    def rename(name: str) -> str:
+    def renumbered_name(name: str) -> str:
+        """``name``, of the module or of a tensor, with the other number."""
         return before + re.sub(r"^\d+", str(number), name.removeprefix(before))
 
-    parts = {local: replace(info, name=rename(info.name)) for local, info in weight.parts.items()}
-    return replace(weight, module=rename(weight.module), parts=parts)
+    parts = {local: replace(info, name=renumbered_name(info.name)) for local, info in weight.parts.items()}
+    return replace(weight, module=renumbered_name(weight.module), parts=parts)
 
 
 def _replicated_config(config: Mapping[str, Any], order: Sequence[int], layer_count: int) -> dict[str, Any]:
     """The config with the new number of layers; lists with an entry per layer (``layer_types``) are repeated alike."""
+    # "layers.3.mlp" in a skip list would mean another layer after the replication.
     for name in _texts_inside(config.get("quantization_config")):
         if re.search(r"\.\d+(\.|$)", name):
             raise CheckpointError(
@@ -81,6 +87,7 @@ def _replicated_config(config: Mapping[str, Any], order: Sequence[int], layer_co
         raise CheckpointError(
             f"the adapter replicates layers, but config.json does not say that the base has {layer_count}"
         )
+    # Known by their length: layer_types, and lists like it of single architectures.
     result = dict(config)
     for key, value in {**config, **_default_layer_types(config)}.items():
         if isinstance(value, list) and "layer" in key and len(value) == layer_count:

@@ -1,4 +1,4 @@
-"""A checkpoint folder → its tensors, its weights and its config, from headers and small JSON files alone."""
+"""A checkpoint folder → its config, its tensors and its weights, from headers and small JSON files alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,28 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 QUANTIZE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where auto-gptq and AutoAWQ kept ``quantization_config`` → what they did not say in it: the method."""
+"""Files in which auto-gptq and AutoAWQ kept ``quantization_config`` → its ``quant_method``, which they left out."""
 
 LARGEST_JSON = 64 * 2**20
+"""Bytes."""
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+"""dtype as config.json spells it → as safetensors does."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. ``weights`` is in the order of the files; ``files`` are the safetensors files, sorted."""
+    """A model on disk.
+
+    folder   where it is
+    config   config.json
+    weights  by name, in the order of the files
+    files    the safetensors files, sorted
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -32,18 +44,17 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The model's own dtype, safetensors spelling: what the config says, else the one that is stored."""
-        named = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+        """The model's dtype, in safetensors' spelling: as its config declares it, else ``stored_dtype``."""
         for config in (self.config, self.config.get("text_config") or {}):
             declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-            if declared in named:
-                return named[declared]
+            if declared in SAFETENSORS_NAMES:
+                return SAFETENSORS_NAMES[declared]
         return self.stored_dtype
 
     @property
     def stored_dtype(self) -> str:
-        """The most common float dtype of the dense weights, by bytes, whatever the config says."""
-        sizes: dict[str, int] = {"F32": 0}
+        """The most common float dtype of the dense weights, by bytes, whatever the config declares."""
+        sizes: dict[str, int] = {"F32": 0}  # where all weights are quantized
         for weight in self.weights.values():
             dtype = get_format(weight.format).info.dense_dtype
             if dtype:
@@ -52,12 +63,12 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """``quantization_config`` of the config (of its text part in a multimodal model), or {}."""
-        text = self.config.get("text_config") or {}
-        return dict(self.config.get("quantization_config") or text.get("quantization_config") or {})
+        """``quantization_config`` of the config, or of its text part in a multimodal model; {} where it has none."""
+        text_config = self.config.get("text_config") or {}
+        return dict(self.config.get("quantization_config") or text_config.get("quantization_config") or {})
 
     def formats(self) -> dict[str, int]:
-        """How many weights are stored in each format."""
+        """Name of a format → how many weights are stored in it."""
         counts: dict[str, int] = {}
         for weight in self.weights.values():
             counts[weight.format] = counts.get(weight.format, 0) + 1
@@ -65,45 +76,55 @@ class Checkpoint:
 
 
 def scan(folder: Path, reader: Reader) -> Checkpoint:
-    """Read a checkpoint's config, index and headers.
+    """Read config, index and headers of a checkpoint.
 
     Raises:
-        CheckpointError: something is missing, lies, contradicts something else, or is stored in an unknown way.
+        CheckpointError: something is missing, contradicts something else, or is stored in an unknown way.
     """
     config = read_json(folder / "config.json", CheckpointError)
     files = shard_files(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        found, _ = read_header(file, CheckpointError)
-        twice = sorted(found.keys() & tensors.keys())
-        if twice:
-            raise CheckpointError(
-                f"{listed(twice)}: in {file.name} and in {tensors[twice[0]].file.name}; expected once"
-            )
-        tensors.update(found)
-    check_index(folder, tensors)
-    config = with_quantize_config(config, folder)
+    tensors = _read_headers(files)
+    _check_index(folder, tensors)
+    # A checkpoint without weights, only for its ``quantization``, which formats need to find the weights.
+    config = _with_quantize_config(config, folder)
     quantization = Checkpoint(folder, config, {}, files).quantization
-    checkpoint = Checkpoint(folder, config, find_weights(tensors, reader, quantization), files)
-    check_quantization(checkpoint)
+    checkpoint = Checkpoint(folder, config, _find_weights(tensors, reader, quantization), files)
+    _check_quantization(checkpoint)
     return checkpoint
 
 
-def with_quantize_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Old GPTQ and AWQ folders have ``quantization_config`` in a file of its own, which config.json does not repeat."""
+def _read_headers(files: tuple[Path, ...]) -> dict[str, TensorInfo]:
+    """All tensors of several files, by name."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors_of_file, _ = read_header(file, CheckpointError)
+        duplicates = sorted(tensors_of_file.keys() & tensors.keys())
+        if duplicates:
+            first_file = tensors[duplicates[0]].file
+            raise CheckpointError(f"{listed(duplicates)}: in {file.name} and in {first_file.name}; expected once")
+        tensors.update(tensors_of_file)
+    return tensors
+
+
+def _with_quantize_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Old GPTQ and AWQ folders have ``quantization_config`` in a file of its own, not in config.json."""
+    if config.get("quantization_config"):
+        return config
     for name, method in QUANTIZE_CONFIGS.items():
-        if not config.get("quantization_config") and (folder / name).is_file():
-            return {
-                **config,
-                "quantization_config": {"quant_method": method, **read_json(folder / name, CheckpointError)},
-            }
+        if (folder / name).is_file():
+            quantization = {"quant_method": method, **read_json(folder / name, CheckpointError)}
+            return {**config, "quantization_config": quantization}
     return config
 
 
 def shard_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up a checkpoint: those of the index, else ``model.safetensors``."""
+    """The safetensors files of a checkpoint: those of the index, else ``model.safetensors``.
+
+    Raises:
+        CheckpointError: a file is missing, or the model is stored in other files.
+    """
     if (folder / INDEX).exists():
-        names = sorted(set(weight_map(folder).values()))
+        names = sorted(set(_weight_map(folder).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -121,92 +142,119 @@ def shard_files(folder: Path) -> tuple[Path, ...]:
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: expected a model in safetensors files")
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name → file name, from the index; names that leave the folder are refused (huggingface_hub's rule)."""
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name → file name, from the index. A name that leads out of the folder is an error, as in huggingface_hub."""
     mapping = read_json(folder / INDEX, CheckpointError).get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{INDEX}: weight_map must map tensor names to file names")
     for file in sorted(set(mapping.values())):
-        # Parsed as a Windows path everywhere: drives, UNC shares and backslashes are seen on every system.
+        # Parsed as a Windows path on every system: so drives, UNC shares and backslashes are noticed everywhere.
         path = PureWindowsPath(file)
         if path.drive or path.root or ".." in path.parts or path.suffix != ".safetensors":
             raise CheckpointError(f"{INDEX} names {file!r}: expected a .safetensors file inside the model's folder")
     return mapping
 
 
-def check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """The index and the headers must tell the same: every tensor, and in which file it is."""
+def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """The index and the headers must agree on which tensors there are, and on the file of each."""
     if not (folder / INDEX).exists():
         return
-    mapping = weight_map(folder)
-    missing = sorted(mapping.keys() - tensors.keys())
+    file_of = _weight_map(folder)
+    missing = sorted(file_of.keys() - tensors.keys())
     if missing:
         raise CheckpointError(f"{INDEX} names {listed(missing)}, which is in no file. Download the model again.")
-    extra = sorted(tensors.keys() - mapping.keys())
+    extra = sorted(tensors.keys() - file_of.keys())
     if extra:
-        raise CheckpointError(f"{tensors[extra[0]].file.name} holds {listed(extra)}, which {INDEX} does not name")
+        raise CheckpointError(
+            f"{tensors[extra[0]].file.name} holds {listed(extra)}, which {INDEX} does not name. Download the model again."
+        )
     for name, info in tensors.items():
-        if mapping[name] != info.file.relative_to(folder).as_posix():
-            raise CheckpointError(f"{INDEX} says that {name!r} is in {mapping[name]}, but it is in {info.file.name}")
+        if file_of[name] != info.file.relative_to(folder).as_posix():
+            raise CheckpointError(
+                f"{name!r} is in {info.file.name}, but {INDEX} names {file_of[name]} for it. Download the model again."
+            )
 
 
-def find_weights(
+def _find_weights(
     tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any]
 ) -> dict[str, Weight]:
-    """Group tensors into weights: each format claims what carries its marks, and every tensor belongs to one weight."""
+    """Group tensors into weights: each format claims the tensors that have its marks; every tensor belongs to one weight.
+
+    Returns:
+        Name → weight, in the order of the files.
+    """
     formats = all_formats()
-    left = dict(tensors)
+    unclaimed = dict(tensors)
     weights: list[Weight] = []
-    # raw is asked before dense formats: it knows parts that a quantized weight left behind, also those of a float dtype
+    # Quantized formats first. Then raw, before dense formats: it also claims leftovers of quantized weights that have a
+    # float dtype.
     for name in sorted(formats, key=lambda name: (not formats[name].info.is_quantized, name != "raw", name)):
-        claimed = formats[name].find(left, reader, quantization)
+        claimed = formats[name].find(unclaimed, reader, quantization)
         for weight in claimed:
             for part in weight.parts.values():
-                del left[part.name]
+                del unclaimed[part.name]
         weights += claimed
-    if left:
-        raise CheckpointError(f"{listed(sorted(left))}: stored in a way that no format of qmerge knows")
-    by_name: dict[str, Weight] = {}
+    if unclaimed:
+        raise CheckpointError(
+            f"{listed(sorted(unclaimed))}: stored in a way that no format of qmerge knows; `qmerge formats` lists them"
+        )
+    position_of = _positions(tensors)
+    weights.sort(key=lambda weight: min(position_of[part.name] for part in weight.parts.values()))
+    return _by_name(weights)
+
+
+def _positions(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Tensor name → its position in the order of files and offsets."""
+    in_order = sorted(tensors.values(), key=lambda tensor: (tensor.file, tensor.offset))
+    return {tensor.name: position for position, tensor in enumerate(in_order)}
+
+
+def _by_name(weights: list[Weight]) -> dict[str, Weight]:
+    result: dict[str, Weight] = {}
     for weight in weights:
-        if (other := by_name.setdefault(weight.name, weight)) is not weight:
+        other = result.setdefault(weight.name, weight)
+        if other is not weight:
             raise CheckpointError(
                 f"{weight.name} is stored twice: as {other.format} and as {weight.format}; expected once"
             )
-    order = {info.name: place for place, info in enumerate(sorted(tensors.values(), key=lambda t: (t.file, t.offset)))}
-    weights.sort(key=lambda weight: min(order[part.name] for part in weight.parts.values()))
-    return {weight.name: weight for weight in weights}
+    return result
 
 
-def check_quantization(checkpoint: Checkpoint) -> None:
-    """What the config says about quantization must be what the tensors show."""
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    """The config must declare the quantization that the tensors show."""
     method = checkpoint.quantization.get("quant_method")
     formats = all_formats()
-    known = sorted({name for format in formats.values() for name in format.info.read_methods})
-    if checkpoint.quantization and method not in known:
+    known_methods = sorted({known for fmt in formats.values() for known in fmt.info.read_methods})
+    # Three contradictions: a method that no format reads; tensors of another method; no quantized tensor at all.
+    if checkpoint.quantization and method not in known_methods:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this version does not read. "
-            f"It reads dense models and: {', '.join(known)}."
+            f"It reads dense models and: {', '.join(known_methods)}."
         )
-    stored = [weight for weight in checkpoint.weights.values() if formats[weight.format].info.is_quantized]
-    if len({weight.format for weight in stored}) > 1:
+    quantized = [weight for weight in checkpoint.weights.values() if formats[weight.format].info.is_quantized]
+    if len({weight.format for weight in quantized}) > 1:
         raise CheckpointError(f"the base mixes several quantized formats: {checkpoint.formats()}; expected one")
-    if stored and method not in formats[stored[0].format].info.read_methods:
+    if quantized and method not in formats[quantized[0].format].info.read_methods:
         raise CheckpointError(
-            f"{stored[0].name} is stored as {stored[0].format}, but config.json says quant_method {method!r}; "
-            f"take the config.json that belongs to these files"
+            f"{quantized[0].name} is stored as {quantized[0].format}, but config.json has quant_method {method!r}; "
+            f"use the config.json that belongs to these files"
         )
-    if checkpoint.quantization and not stored:
+    if checkpoint.quantization and not quantized:
         raise CheckpointError(
-            f"config.json says that the base is quantized with {method}, but no tensor is; "
-            f"take the config.json that belongs to these files, or remove quantization_config from it"
+            f"config.json declares that the base is quantized with {method}, but no tensor is; "
+            f"use the config.json that belongs to these files, or remove quantization_config from it"
         )
 
 
 def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB, without duplicate keys."""
+    """A JSON object from a file of at most 64 MiB, without duplicate keys.
+
+    Raises:
+        error: the file cannot be read, is larger, or holds something else.
+    """
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise error(f"{path.name}: larger than {LARGEST_JSON >> 20} MiB")
+            raise error(f"{path.name}: larger than {LARGEST_JSON >> 20} MiB, which no model needs ({path})")
         return strict_json(path.read_bytes(), path.name, error)
     except OSError as cause:
         raise error(f"{path.name} cannot be read: {cause.strerror} ({path})") from cause

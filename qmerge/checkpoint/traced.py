@@ -122,13 +122,13 @@ def _transpose(tensor: TracedTensor, first_axis: int, second_axis: int) -> Trace
 
 def _narrow(tensor: TracedTensor, axis: int, start: int, stop: int) -> TracedTensor:
     """Entries ``start`` … ``stop`` along one axis: pieces are cut, or left out."""
-    axis %= tensor.ndim
+    axis %= tensor.ndim  # torch counts negative axes from the end
     pieces: list[Piece] = []
     for piece in tensor.pieces:
         first = piece.start[axis]
         low = max(first, start)
         high = min(first + piece.size[axis], stop)
-        if low >= high:
+        if low >= high:  # the piece is outside
             continue
         pieces.append(
             replace(
@@ -146,8 +146,9 @@ def _slice(
 ) -> TracedTensor:
     if step != 1:
         raise CheckpointError("a slice with steps is not a rearrangement that can be followed")
-    first, end, _ = slice(start, stop).indices(tensor.shape[axis])
-    return _narrow(tensor, axis, first, max(first, end))
+    # torch accepts positions past the end, and negative ones; range has the same rule.
+    entries = range(tensor.shape[axis])[start:stop]
+    return _narrow(tensor, axis, entries.start, max(entries.start, entries.stop))
 
 
 def _select(tensor: TracedTensor, axis: int, index: int) -> TracedTensor:
@@ -276,6 +277,7 @@ def _axis_groups(old: Shape, new: Shape) -> Iterator[AxisGroup]:
         old_start, new_start = old_end, new_end
         old_end = min(old_end + 1, len(old))
         new_end = min(new_end + 1, len(new))
+        # The side with fewer entries takes the next axis, until both have as many.
         while True:
             old_size = math.prod(old[old_start:old_end])
             new_size = math.prod(new[new_start:new_end])
@@ -292,8 +294,8 @@ def _reshaped_group(piece: Piece, shape: Sequence[int], group: AxisGroup) -> lis
     """A piece along one group of axes: all old axes are merged into one, which is then split into the new ones."""
     runs_per_axis = [Run(piece.start[axis], piece.size[axis], piece.strides[axis], 0) for axis in group.old_axes]
     if len(runs_per_axis) == 1 and len(group.new_sizes) == 1:  # an axis that stays as it is
-        start, size, stride, _ = runs_per_axis[0]
-        return [Block((start,), (size,), (stride,), 0)]
+        run = runs_per_axis[0]
+        return [Block((run.start,), (run.size,), (run.stride,), 0)]
     merged = [Run(0, 1, 0, 0)]
     for axis, inner in zip(group.old_axes, runs_per_axis, strict=True):
         outer_runs, merged = merged, []
@@ -311,11 +313,13 @@ def _merge_axes(outer: Run, inner: Run, length: int) -> list[Run]:
     """Two axes as one. ``inner`` is a part of an axis of ``length`` entries, ``outer`` of the axis before it."""
     if length == 1:
         return [outer]
-    if outer.size == 1:
+    if outer.size == 1:  # one row, or a part of one: still a single run
         return [Run(outer.start * length + inner.start, inner.size, inner.stride, outer.offset)]
+    # Whole rows, one right after the other on disk: they are one long run.
     is_contiguous = inner.size == length and outer.stride == length * inner.stride
     if is_contiguous:
         return [Run(outer.start * length, outer.size * length, inner.stride, outer.offset)]
+    # Parts of rows, or rows with gaps between them: one run each.
     runs: list[Run] = []
     for row in range(outer.size):
         start = (outer.start + row) * length + inner.start

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
+from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import scan
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
@@ -27,9 +28,8 @@ from qmerge.recipe import OPTIONS, Recipe, make_recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import FidelityRecord, read_report
-from qmerge.types import Weight
 from qmerge.weights.context import RunContext, compute_device
-from qmerge.weights.values import dense_values, unmerged_values
+from qmerge.weights.values import dense_values
 
 POSITIONS = 256
 """Token positions whose probabilities over the vocabulary are worked on at once."""
@@ -61,14 +61,7 @@ def fidelity_of_folder(
     Raises:
         QmergeError: as ``fidelity``; CheckpointError where the folder has no qmerge.json and ``against`` is None.
     """
-    if against is not None and not (folder / REPORT_NAME).is_file():
-        settings: dict[str, Any] = {"target": "fp32"}
-    else:
-        settings = read_report(folder).recipe
-    if against:
-        base, adapter = against
-        settings = {**settings, "base": base, "adapter": adapter, "revision": None, "adapter_revision": None}
-    recipe = make_recipe({**settings, "device": device})
+    recipe = _recipe_of_folder(folder, against, device)
     try:
         progress.stage("measuring fidelity", 1)
         return fidelity(
@@ -82,6 +75,18 @@ def fidelity_of_folder(
         )
     finally:
         progress.end()
+
+
+def _recipe_of_folder(folder: Path, against: tuple[str, str] | None, device: str) -> Recipe:
+    if against is not None and not (folder / REPORT_NAME).is_file():
+        settings: dict[str, Any] = {"target": "fp32"}  # of another tool: any target will do, nothing is written
+    else:
+        settings = read_report(folder).recipe
+    if against:
+        base, adapter = against
+        # Revisions in the recipe belong to other ids.
+        settings = {**settings, "base": base, "adapter": adapter, "revision": None, "adapter_revision": None}
+    return make_recipe({**settings, "device": device})
 
 
 def fidelity(
@@ -106,6 +111,7 @@ def fidelity(
         RecipeError, CheckpointError, AdapterError: an input cannot be read, or transformers cannot run the model.
     """
     with Reader() as reader:
+        # The plan gives the values of base and adapter; none of its steps is done.
         plan = make_plan(_without_target_options(recipe), reader)
         batches = texts.token_batches(
             text,
@@ -143,53 +149,51 @@ def _score_models(
     report_progress: Callable[[str], None],
 ) -> Scores:
     """Run all batches through base, unmerged and merged model, layer by layer; logits exist for one batch at a time."""
-    runs = [
-        _base_run(plan, context, batches, with_delta=False),
-        _base_run(plan, context, batches, with_delta=True),
-        _merged_run(plan, merged, context, batches),
-    ]
+    base_model, base_values = unmerged_model(plan, context, with_delta=False)
+    adapter_model, adapter_values = unmerged_model(plan, context)
+    # A merged model's config.json may name a quantizer; the plan's is that of a dense model of the same architecture.
+    merged_model, merged_values = _stored_model(merged, plan.config, context.reader, context.device)
+    base = LayerwiseRun(base_model, base_values, batches, with_head=True)
+    unmerged = LayerwiseRun(adapter_model, adapter_values, batches, with_head=True)
+    merged_run = LayerwiseRun(merged_model, merged_values, batches, with_head=True)
+    runs = [base, unmerged, merged_run]
     with stopping(runs):
         for run in runs:
             run.start()
-        layer_count = len(runs[0].model)
-        for index in range(layer_count):
-            report_progress(f"measuring fidelity: layer {index + 1} of {layer_count}")
+        for index in range(len(base_model)):
+            report_progress(f"measuring fidelity: layer {index + 1} of {len(base_model)}")
             for run in runs:
                 run.run_layer(index)
-        for run in runs:  # the three heads are in memory at once, for logits of the same batch
+        # The three heads are in memory at once, so that no logits need to be kept.
+        for run in runs:
             run.model.load(None, run.model.names(None), run.values)
         scores = Scores()
         for batch, ids in enumerate(batches):
-            base, unmerged, merged_logits = (run.logits(batch) for run in runs)
-            scores.add(ids.to(context.device), base=base, unmerged=unmerged, merged=merged_logits)
+            scores.add(
+                ids.to(context.device),
+                base=base.logits(batch),
+                unmerged=unmerged.logits(batch),
+                merged=merged_run.logits(batch),
+            )
         return scores
 
 
-def _base_run(plan: Plan, context: RunContext, batches: Sequence[Tensor], *, with_delta: bool) -> LayerwiseRun:
-    """The base; with the delta, the unmerged adapter model."""
-    steps = {step.name: step for step in plan.steps if step.weight.format != "raw"}
-    model = LayeredModel(plan.config, steps, context.device)
+def _stored_model(
+    folder: Path, config: dict[str, Any] | None, reader: Reader, device: torch.device
+) -> tuple[LayeredModel, Values]:
+    """A model without weights, and the stored values of a folder to load into it.
+
+    Args:
+        config: of the model; None for the folder's own.
+    """
+    checkpoint = scan(folder, reader)
+    weights = {name: weight for name, weight in checkpoint.weights.items() if weight.format != "raw"}
+    model = LayeredModel(config or checkpoint.config, weights, device)
 
     def values(name: str) -> Tensor:
-        return unmerged_values(steps[name], context, model.is_conv1d(name), with_delta)
+        return dense_values(weights[name], reader, device, model.is_conv1d(name))
 
-    return LayerwiseRun(model, values, batches, with_head=True)
-
-
-def _merged_run(plan: Plan, folder: Path, context: RunContext, batches: Sequence[Tensor]) -> LayerwiseRun:
-    """The stored values of a folder, in the architecture of the plan (``config.json`` of a merged model names its target)."""
-    weights = {name: weight for name, weight in scan(folder, context.reader).weights.items() if weight.format != "raw"}
-    model = LayeredModel(plan.config, weights, context.device)
-    return _stored_values_run(model, weights, batches, context.reader)
-
-
-def _stored_values_run(
-    model: LayeredModel, weights: dict[str, Weight], batches: Sequence[Tensor], reader: Reader
-) -> LayerwiseRun:
-    def values(name: str) -> Tensor:
-        return dense_values(weights[name], reader, model.device, model.is_conv1d(name))
-
-    return LayerwiseRun(model, values, batches, with_head=True)
+    return model, values
 
 
 def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
@@ -199,15 +203,13 @@ def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
         ids_NL: token ids, int64 [N, L].
     """
     with Reader() as reader:
-        checkpoint = scan(folder, reader)
-        weights = {name: weight for name, weight in checkpoint.weights.items() if weight.format != "raw"}
-        model = LayeredModel(checkpoint.config, weights, ids_NL.device)
-        run = _stored_values_run(model, weights, [ids_NL], reader)
+        model, values = _stored_model(folder, None, reader, ids_NL.device)
+        run = LayerwiseRun(model, values, [ids_NL], with_head=True)
         with stopping([run]):
             run.start()
             for index in range(len(model)):
                 run.run_layer(index)
-            with model.loaded(None, run.values), torch.inference_mode():
+            with model.loaded(None, values), torch.inference_mode():
                 return run.logits(0).float()
 
 
@@ -228,27 +230,35 @@ class Scores:
 
     def add(self, ids_NL: Tensor, *, base: Tensor, unmerged: Tensor, merged: Tensor) -> None:
         """Add the logits [N, L, V] of the three models for a batch of token ids [N, L]."""
+        # −1: the token after the last one of a sequence is not known.
         no_token = torch.full_like(ids_NL[:, :1], -1)
         next_ids = torch.cat([ids_NL[:, 1:], no_token], dim=1).flatten()
-        logits_of_models = [logits.flatten(0, 1) for logits in (base, unmerged, merged)]
         for start in range(0, len(next_ids), POSITIONS):
             positions = slice(start, start + POSITIONS)
-            self._add_positions(next_ids[positions], [logits[positions] for logits in logits_of_models])
+            self._add_positions(
+                next_ids[positions],
+                base=_log_probabilities(base, positions),
+                unmerged=_log_probabilities(unmerged, positions),
+                merged=_log_probabilities(merged, positions),
+            )
 
-    def _add_positions(self, next_ids: Tensor, logits_of_models: Sequence[Tensor]) -> None:
-        """next_ids: int64 [positions], −1 where the next token is unknown; logits: [positions, V] per model."""
-        logs = [torch.log_softmax(logits.float(), -1) for logits in logits_of_models]
+    def _add_positions(self, next_ids: Tensor, *, base: Tensor, unmerged: Tensor, merged: Tensor) -> None:
+        """next_ids: int64 [positions]; log-probabilities: float32 [positions, V]."""
         known = next_ids >= 0
         target = next_ids.clamp(min=0)[:, None]
-        for model, log in enumerate(logs):
-            self.losses[model] -= log.gather(-1, target)[known].double().sum().cpu()
-        base, unmerged, merged = logs
+        for model, log_probabilities in enumerate((base, unmerged, merged)):
+            self.losses[model] -= log_probabilities.gather(-1, target)[known].double().sum().cpu()
         self.predicted += int(known.sum())
         self.divergences.append(torch.stack([kl_divergence(unmerged, base), kl_divergence(unmerged, merged)]).cpu())
         self.agreed += int((unmerged.argmax(-1) == merged.argmax(-1)).sum())
 
     def record(self, text: str, *, tokens: int, length: int) -> FidelityRecord:
-        """The means, as qmerge.json has them."""
+        """The means, as qmerge.json has them.
+
+        Args:
+            text: name of the text's file.
+            tokens, length: of the whole text, and of one sequence.
+        """
         base, unmerged, merged = (self.losses / self.predicted).tolist()
         to_base, to_merged = torch.cat(self.divergences, dim=1).double()
         kl_base = float(to_base.mean())
@@ -260,13 +270,20 @@ class Scores:
             loss_base=base,
             loss_unmerged=unmerged,
             loss_merged=merged,
+            # An adapter that does not lower the loss on this text has no gain to keep.
             gain_kept=(base - merged) / (base - unmerged) if base > unmerged else None,
             kl_base=kl_base,
             kl_merged=kl_merged,
+            # Equal outputs: an adapter without effect.
             kl_ratio=kl_merged / kl_base if kl_base > 0 else None,
             top1_agreement=self.agreed / tokens,
             kl_p99=float(to_merged.quantile(0.99)),
         )
+
+
+def _log_probabilities(logits_NLV: Tensor, positions: slice) -> Tensor:
+    """float32 [positions, V] of some positions, counted through all sequences."""
+    return torch.log_softmax(logits_NLV.flatten(0, 1)[positions].float(), -1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

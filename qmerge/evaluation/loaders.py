@@ -50,6 +50,7 @@ def load_with_transformers(folder: Path) -> str:
     """
     import transformers
 
+    # Missing keys are checked below; transformers would log them too.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -62,6 +63,7 @@ def load_with_transformers(folder: Path) -> str:
             trust_remote_code=False,
             **_cpu_kernel(folder),
         )
+    # from_pretrained fills missing weights with random numbers and goes on.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise CheckpointError(f"{library} reports {problem}: {sorted(info[problem])[:3]}")
@@ -142,6 +144,7 @@ def _check_product(weight: Weight, reader: Reader) -> None:
     options: Any = weight.options
     rows, columns = weight.shape
     parts = {local: reader.tensor(info) for local, info in weight.parts.items()}
+    # auto-gptq itself chooses by act-order, too: the old class is for groups in sequence.
     module = "qlinear_cuda" if options.act_order else "qlinear_cuda_old"
     layer_class = importlib.import_module(f"auto_gptq.nn_modules.qlinear.{module}").QuantLinear
     layer = layer_class(options.bits, options.group_size, columns, rows, bias=False)
@@ -196,6 +199,7 @@ def check_logits(model: Any, folder: Path, library: str) -> str:
         logits = model(input_ids=ids_NL).logits.float()
     if not bool(logits.isfinite().all()):
         raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
+    # Computed by transformers' own code from the values that qmerge reads.
     expected = logits_of_folder(folder, ids_NL)
     error = float((logits - expected).norm() / expected.norm())
     tolerance = LOGITS_TOLERANCE

@@ -48,6 +48,7 @@ def verify(folder: Path, reload: bool = True, loader: str = "transformers") -> l
     if loader not in LOADERS:
         raise RecipeError(f"no loader is called {loader!r}. {plugins.suggestion(loader, list(LOADERS))}")
     report = read_report(folder)
+    # Every error becomes a failed check, so that one run shows all problems.
     checks = [
         _run_check("hashes", lambda: check_hashes(folder, report)),
         _run_check("headers", lambda: check_headers(folder)),
@@ -103,6 +104,7 @@ def check_headers(folder: Path) -> str:
         checkpoint = scan(folder, reader)
     count = 0
     for file in checkpoint.files:
+        # An independent reader: it must see the same as qmerge's own.
         try:
             with safe_open(file, framework="pt") as opened:
                 library_names = set(opened.keys())

@@ -73,6 +73,8 @@ class _HeaderParser:
     file_size: int
 
     def parse(self, text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        """Tensors by name, and metadata."""
+        # json.loads would accept leading white space, which the specification does not allow.
         if not text.startswith(b"{"):
             raise self._invalid(f"the safetensors header must begin with '{{', found {text[:8]!r}")
         entries = strict_json(text, f"{self.path.name}: header", self.error)
@@ -98,15 +100,17 @@ class _HeaderParser:
             raise self._invalid(f"tensor {name!r} needs dtype, shape and data_offsets, found {str(entry)[:80]}")
         if dtype not in BITS:
             raise self._invalid(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        # In bits: elements of 4 or 6 bits need not fill whole bytes.
         if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
             raise self._invalid(
                 f"tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {TensorSpec(dtype, shape).nbytes} bytes, "
                 f"but its data_offsets span {end - begin}"
             )
-        return TensorInfo(dtype, shape, name, self.path, self.data_start + begin)
+        return TensorInfo(dtype, shape, name=name, file=self.path, offset=self.data_start + begin)
 
     def _check_data_is_covered(self, tensors: Mapping[str, TensorInfo]) -> None:
         """The tensors must follow one another without gaps, up to the end of the file."""
+        # Empty tensors first, where offsets are equal: they take no bytes.
         position = self.data_start
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
             if tensor.offset != position:
@@ -125,7 +129,7 @@ class _HeaderParser:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0  # True is an int in Python
 
 
 def _is_unicode_text(name: str) -> bool:

@@ -95,7 +95,7 @@ class TensorSink(Protocol):
         """Append bytes to a tensor, in order."""
 
 
-class StepSink:
+class StepSink(TensorSink):
     """The tensors of one step, which go to a shard. Each is written in order, and hashed while it is written.
 
     Args:
@@ -153,6 +153,7 @@ class ShardWriter:
         self._partial = path.with_name(path.name + PARTIAL)
         if resume and self.path.exists():  # a finished file is checked (and, if need be, written) like any other
             self.path.replace(self._partial)
+        # No links are followed, and a new file must not exist: nothing outside the folder can be overwritten.
         flags = os.O_RDWR | os.O_NOFOLLOW
         if not (resume and self._partial.exists()):
             flags |= os.O_CREAT | os.O_EXCL
@@ -214,8 +215,9 @@ class ShardWriter:
                 offset += len(data)
             size = self.layout.data_start + offset
             os.pwrite(self._descriptor, build_header(tensors, self.layout.header_length), 0)
-            os.ftruncate(self._descriptor, size)
+            os.ftruncate(self._descriptor, size)  # texts took less than was reserved
             os.fsync(self._descriptor)
+        # Hashed as they are on the disk, not as they were meant to be.
         return {"bytes": size, "sha256": hash_range(self._descriptor, 0, size)}
 
     def publish(self) -> None:
@@ -234,7 +236,7 @@ class ShardWriter:
         return self.layout.data_start + self.layout.tensors[name].offset
 
 
-class NullSink:
+class NullSink(TensorSink):
     """Discards everything: ``qmerge measure`` writes to it."""
 
     def append(self, name: str, tensor: Tensor) -> None:
@@ -244,7 +246,7 @@ class NullSink:
         pass
 
 
-class MemorySink:
+class MemorySink(TensorSink):
     """Keeps in memory what a step writes, so that it can be read back."""
 
     def __init__(self) -> None:
@@ -282,6 +284,7 @@ def reserve(descriptor: int, size: int) -> None:
     except OSError as cause:
         if cause.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+        # The file system cannot reserve space. A resumed file may be longer already.
         os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
 
 

@@ -90,7 +90,7 @@ def test_a_tokenizer_config_without_a_template_leaves_the_bases(place: Place) ->
 
 def test_other_files_of_the_adapter_do_not_come_along(place: Place) -> None:
     for name in ("LICENSE", "generation_config.json", "training_args.bin", "adapter.py", "README.md"):
-        place.put("adapter", name, "of the adapter")
+        place.put("adapter", name, "content of an adapter file")
     out = place.merged()
     names = {path.name for path in out.iterdir()}
     assert not names & {
@@ -100,8 +100,8 @@ def test_other_files_of_the_adapter_do_not_come_along(place: Place) -> None:
         "adapter_model.safetensors",
         "LICENSE",
     }
-    assert "of the adapter" not in (out / "README.md").read_text()
-    assert "of the adapter" not in (out / "generation_config.json").read_text()
+    assert "content of an adapter file" not in (out / "README.md").read_text()
+    assert "content of an adapter file" not in (out / "generation_config.json").read_text()
 
 
 def test_python_files_are_copied_and_not_run(place: Place, tmp_path: Path) -> None:
