@@ -106,7 +106,7 @@ def row(target: str, base: Path, adapter: Path, out: Path, runs: int) -> str:
     """Medians of ``runs`` alternating runs, after one of each that is not counted."""
     peft = [sys.executable, "-c", PEFT, str(base), str(adapter), target, str(out)]
     ours = [
-        sys.executable, "-m", "qmerge.cli", "--base", str(base), "--adapter", str(adapter), "--target", target,
+        sys.executable, "-m", "qmerge", "--base", str(base), "--adapter", str(adapter), "--target", target,
         "--out", str(out), "--quiet", "--json",
     ]  # fmt: skip
     figures: dict[str, list[tuple[float, float]]] = {"peft": [], "qmerge": []}

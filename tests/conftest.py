@@ -60,7 +60,9 @@ settings.load_profile("qmerge")
 # For tests that need whole processes: the server imports everything once and computes nothing, so each is a quick fork of
 # a clean process.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.conftest", "qmerge.cli", "qmerge.run", "qmerge.report.terminal", "bitsandbytes"])
+SERVER.set_forkserver_preload(
+    ["tests.conftest", "qmerge.cli", "qmerge.run", "qmerge.report.terminal.progress", "bitsandbytes"]
+)
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 
@@ -121,13 +123,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: object) -> Ran:
-        from qmerge.cli import commands as module
+        from qmerge.cli import main
 
         monkeypatch.setattr(sys, "argv", ["qmerge", *map(str, arguments)])
         capsys.readouterr()
         code, error = 0, None
         try:
-            module.main()
+            main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
             error = ended.__context__ if isinstance(ended.__context__, QmergeError) else None

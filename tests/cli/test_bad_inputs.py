@@ -582,7 +582,7 @@ def test_bad_input_is_refused_and_nothing_is_written(case: Case, place: Place, c
 @pytest.mark.parametrize(("case", "place"), [pytest.param(c, c.base, id=c.name) for c in CRASHES], indirect=["place"])
 def test_bad_input_does_not_crash_the_process(case: Case, place: Place) -> None:
     case.spoil(place)
-    command = [sys.executable, "-m", "qmerge.cli", "--base", place.base, "--adapter", place.adapter, "--target", "bf16"]
+    command = [sys.executable, "-m", "qmerge", "--base", place.base, "--adapter", place.adapter, "--target", "bf16"]
     done = subprocess.run([*map(str, command), "--out", str(place.out)], capture_output=True, text=True)
     assert done.returncode == case.error.exit_code, (done.returncode, done.stderr[-500:])
     assert not [word for word in case.words if word not in done.stderr], done.stderr

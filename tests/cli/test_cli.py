@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,12 @@ from qmerge.recipe import Recipe
 
 from ..conftest import Cli, snapshot
 
-COMMANDS = ("run", "plan", "measure", "inspect", "verify", "report", "formats", "demo")
+COMMANDS = (
+    "merge", "run", "plan", "measure", "inspect", "verify", "report", "formats", "demo", "patch", "apply", "unmerge",
+    "extract", "gguf",
+)  # fmt: skip
+WITH_MANY_OPTIONS = ("merge", "run", "plan", "measure")
+MOST_LINES = 80
 
 
 @pytest.fixture
@@ -58,21 +64,48 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), ()])
-def test_help_names_every_option(cli: Cli, arguments: tuple[str, ...]) -> None:
+def test_help_fits_a_person(cli: Cli, arguments: tuple[str, ...]) -> None:
+    """The options that most people use, every command, and where to find the rest: on one page."""
     ran = cli(*arguments)
     assert ran.code == 0, ran.err
     shown = plain(ran.out)
-    missing = [name for name in Recipe.model_fields if f"--{name.replace('_', '-')}" not in shown]
-    assert not missing
-    assert not [option for option in ("--resume", "--json", "--quiet", "--version") if option not in shown]
+    used = ("base", "adapter", "target", "out", "calibration", "rounding", "verify", "min-kept", "device", "resume")
+    assert not [name for name in (*used, "json", "quiet", "version") if f"--{name} " not in shown]
     assert not [command for command in COMMANDS if not re.search(rf"│ {command} ", shown)]
+    assert "--block-size" not in shown and "qmerge --help-all" in shown
+    assert len(shown.splitlines()) < MOST_LINES
 
 
+@pytest.mark.parametrize("command", [(), ("merge",), ("run",)])
+def test_help_all_names_every_option(cli: Cli, command: tuple[str, ...]) -> None:
+    ran = cli(*command, "--help-all")
+    assert ran.code == 0, ran.err
+    shown = plain(ran.out)
+    flags = [f"--{name.replace('_', '-')}" for name in Recipe.model_fields]
+    assert not [flag for flag in (*flags, "--resume", "--json", "--quiet", "--help-all") if f"{flag} " not in shown]
+
+
+@pytest.mark.parametrize("page", ["--help", "--help-all"])
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
-def test_help_fits_80_columns(cli: Cli, command: tuple[str, ...]) -> None:
-    ran = cli(*command, "--help")
+def test_help_fits_80_columns(cli: Cli, command: tuple[str, ...], page: str) -> None:
+    if page == "--help-all" and command and command[0] not in WITH_MANY_OPTIONS:
+        pytest.skip("its --help shows everything")
+    ran = cli(*command, page)
     assert ran.code == 0
     assert max(len(line) for line in plain(ran.out).splitlines()) <= 80
+
+
+def test_shell_completion(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands, options that --help does not show, and values."""
+    assert "qmerge" in cli("--show-completion", "bash").out
+    for words, expected in (
+        ("qmerge mea", "measure"), ("qmerge merge --block", "--block-size"), ("qmerge plan --rounding pre", "preserve"),
+        ("qmerge --combine ch", "chain"), ("qmerge run --trained-on fp", "fp4-dq"), ("qmerge --target gpt", "gptq"),
+    ):  # fmt: skip
+        monkeypatch.setenv("_QMERGE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert expected in cli().out.split(), words
 
 
 def test_help_is_quick() -> None:
@@ -110,9 +143,18 @@ def test_formats(cli: Cli) -> None:
     found = json.loads(cli("formats", "--json").out)
     assert found.keys() == set(plugins.KINDS)
     for kind in plugins.KINDS:
-        assert set(found[kind]) == set(plugins.names(kind))
+        no_plugin = {"chain"} if kind == "combine" else set()
+        assert set(found[kind]) == set(plugins.names(kind)) | no_plugin
         shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
         assert all(len(text) > 10 and text.endswith(shown[name]) for name, text in found[kind].items())
+
+
+def test_the_word_merge_may_be_left_out(cli: Cli, asked: list[str], tmp_path: Path) -> None:
+    assert cli("merge", *asked).code == 0
+    with_it = snapshot(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert cli(*asked).code == 0
+    assert snapshot(tmp_path / "out")["model.safetensors"] == with_it["model.safetensors"]
 
 
 def test_merge_prints_a_table_on_stdout(cli: Cli, lossy: list[str]) -> None:

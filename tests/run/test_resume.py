@@ -90,7 +90,7 @@ def merge_in_child(settings: dict[str, Any], resume: bool, at: int, mode: str, n
 
 def command_in_child(arguments: list[str], at: int, number: int, log: Path) -> None:
     """The console command, with everything that it prints in a file."""
-    from qmerge.cli import commands as cli
+    from qmerge.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
@@ -98,7 +98,7 @@ def command_in_child(arguments: list[str], at: int, number: int, log: Path) -> N
         os.dup2(file.fileno(), 2)
     Saboteur(at, "before", lambda: os.kill(os.getpid(), number)).install()
     sys.argv = ["qmerge", *arguments]
-    cli.main()
+    main()
 
 
 def child(target: Callable[..., None], *arguments: Any) -> BaseProcess:

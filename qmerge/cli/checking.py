@@ -1,0 +1,124 @@
+"""The commands that look at what is there: inspect, verify, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qmerge.cli.options import Json, MergedFolder, Quiet, flag
+from qmerge.cli.output import print_json
+from qmerge.errors import OK, InputError, RecipeError
+from qmerge.recipe import JUDGED_TOKENS
+
+
+def inspect_command(
+    adapter: Annotated[str, typer.Argument(help="a PEFT adapter, or a model: folder or Hub id")],
+    revision: Annotated[str | None, typer.Option(help="use this revision of it on the Hub", metavar="REV")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="check whether the adapter was trained on this model: folder or Hub id", metavar="ID|DIR"),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="use this revision of the base on the Hub", metavar="REV")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Describe an adapter, compare it with its base, or describe a model.
+
+    For an adapter: kind, ranks, scales, sizes, what it was trained on, and what looks wrong. For a model: how it is stored,
+    its fingerprint, and what it was merged from.
+    """
+    from qmerge.report.describe.inspect import inspect
+    from qmerge.report.terminal.adapter import show_adapter
+    from qmerge.report.terminal.model import show_model
+
+    described = inspect(adapter, revision, base, base_revision)
+    if json:
+        print_json(described)
+    elif "architectures" in described:  # only a model has them
+        show_model(described)
+    else:
+        show_adapter(described)
+    raise typer.Exit(InputError.exit_code if described.get("problem") else OK)
+
+
+def verify_command(
+    out: MergedFolder,
+    reload: Annotated[bool, flag("--reload/--no-reload", help="also load it with a stock loader")] = True,
+    loader: Annotated[
+        str, typer.Option(help="load with this: transformers, gptqmodel or auto-gptq", metavar="NAME")
+    ] = "transformers",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="compare it with the unmerged model on this held-out text: txt or jsonl", metavar="FILE"),
+    ] = None,
+    against: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="compare it with these (default: those of its recipe)", metavar="BASE ADAPTER"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="use this many tokens of the text", min=2, metavar="N")] = JUDGED_TOKENS,
+    sequence_length: Annotated[
+        int, typer.Option(help="cut the text into sequences of this many tokens", min=2, metavar="N")
+    ] = 512,
+    device: Annotated[str, typer.Option(help="compute on this device: auto, cpu or cuda", metavar="NAME")] = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a merged folder: hashes, headers, and whether it loads.
+
+    A stock loader must load it with nothing missing and nothing left over. With --text, the whole model is compared with the
+    unmerged one: losses, gain kept, KL ratio.
+    """
+    from qmerge.calibration.texts import read_texts
+    from qmerge.evaluation.fidelity import fidelity_of_folder
+    from qmerge.evaluation.verify import verify
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.progress import TerminalProgress
+    from qmerge.report.terminal.tables import check_line, fidelity_table
+
+    if against and text is None:
+        raise RecipeError("--against needs --text FILE: the held-out text to compare on")
+    if text:
+        read_texts(text)  # a text that cannot be used is refused before gigabytes are hashed and loaded
+    checks = verify(out, reload, loader)
+    all_ok = all(check.ok for check in checks)
+    fidelity = None
+    if text and all_ok:  # the fidelity of a damaged folder would only distract from what is wrong with it
+        fidelity = fidelity_of_folder(
+            out,
+            text,
+            against=against,
+            tokens=tokens,
+            length=sequence_length,
+            device=device,
+            progress=TerminalProgress(quiet),
+        )
+    if json:
+        described = {"checks": [vars(check) for check in checks]}
+        if fidelity:
+            described["fidelity"] = fidelity.model_dump()  # type: ignore[assignment]
+        print_json(described)
+    else:
+        for check in checks:
+            typer.echo(check_line(check.name, check.ok, check.found))
+        if fidelity:
+            stdout().print(fidelity_table(fidelity))
+    raise typer.Exit(OK if all_ok else InputError.exit_code)
+
+
+def report_command(
+    out: MergedFolder,
+    html: Annotated[
+        Path | None, typer.Option(help="write the page to this file (default: OUT/qmerge.html)", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write the HTML report again, from qmerge.json."""
+    from qmerge.report.html import NAME, html_report
+    from qmerge.safetensors_io.writer import write_file
+    from qmerge.schema import read_report
+
+    path = html or out / NAME
+    write_file(path, html_report(read_report(out)).encode())
+    typer.echo(str(path))

@@ -1,0 +1,169 @@
+"""The commands that merge, or would: merge, run, plan, measure."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
+from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
+from qmerge.errors import RecipeError
+from qmerge.recipe import Recipe, make_recipe, read_recipe
+
+if TYPE_CHECKING:
+    from qmerge.patch.make import Summary
+
+ALL_FIELDS = tuple(Recipe.model_fields)
+PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept"))
+MEASURE_FIELDS = tuple(
+    name for name in ALL_FIELDS
+    if name not in ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
+)  # fmt: skip
+"""measure writes nothing, and takes --target several times."""
+
+DEFAULT_TARGET = "nf4"
+"""What plan and measure assume where no target is given."""
+
+
+@with_recipe_options(*ALL_FIELDS)
+def merge_command(
+    resume: Resume = False, json: Json = False, quiet: Quiet = False, help_all: HelpAll = False, **settings: Any
+) -> None:
+    """Merge adapters into a base: the same as qmerge without a command."""
+    run_merge(settings, resume=resume, json=json, quiet=quiet)
+
+
+@with_recipe_options(*ALL_FIELDS)
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="a recipe (YAML)")],
+    resume: Resume = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    help_all: HelpAll = False,
+    **settings: Any,
+) -> None:
+    """Merge as a recipe file says; options given here override it."""
+    written = read_recipe(recipe)
+    # --out on the command line also replaces a patch of the file, and the other way round.
+    if "out" in settings and "patch" not in settings:
+        written.pop("patch", None)
+    if "patch" in settings and "out" not in settings:
+        written.pop("out", None)
+    run_merge({**written, **settings}, resume=resume, json=json, quiet=quiet)
+
+
+@with_recipe_options(*PLAN_FIELDS)
+def plan_command(
+    json: Json = False,
+    all_weights: Annotated[bool, flag("--all", help="list every weight")] = False,
+    help_all: HelpAll = False,
+    **settings: Any,
+) -> None:
+    """Predict what each target keeps, its size, and the memory needed.
+
+    Writes nothing. Reads headers, the adapter, and a few rows of each adapted weight. With --target, it also describes every
+    weight and what is done to it.
+    """
+    from qmerge.report.describe.plan import describe_plan
+    from qmerge.report.terminal.plan import show_plan
+
+    recipe = _recipe({"target": DEFAULT_TARGET, **settings})
+    described = describe_plan(recipe, target_given="target" in settings)
+    if json:
+        print_json(described)
+    else:
+        show_plan(described, all_weights)
+
+
+@with_recipe_options(*MEASURE_FIELDS)
+def measure_command(
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"measure this format; may be repeated (default: {DEFAULT_TARGET})", metavar="FORMAT"),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    help_all: HelpAll = False,
+    **settings: Any,
+) -> None:
+    """Do the whole merge without writing the model; report what is kept.
+
+    With --verify FILE, whole models are compared: each is written to a temporary folder, and deleted.
+    """
+    from qmerge import run
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    targets = target or [DEFAULT_TARGET]
+    if "auto" in targets:
+        raise RecipeError(
+            "measure takes formats by name; qmerge plan shows all of them, and --target auto is for a merge"
+        )
+    recipe = _recipe({**settings, "target": targets[0]})
+    progress = TerminalProgress(quiet)
+    reports = run.measure(recipe, targets, progress)
+    if json:
+        print_json([report.model_dump() for report in reports])
+    elif len(reports) == 1:
+        print_report(reports[0])
+        progress.warn_again(reports[0].warnings)
+    else:
+        _print_comparison(reports)
+        for report in reports:
+            progress.warn_again([f"{report.recipe['target']}: {line}" for line in report.warnings])
+    raise typer.Exit(exit_code(reports, recipe.min_kept))
+
+
+def run_merge(settings: dict[str, Any], *, resume: bool, json: bool, quiet: bool) -> None:
+    """Merge, print what survived, and end with the exit code.
+
+    Args:
+        settings: fields of the recipe that were given.
+        resume: go on with an interrupted run.
+        json: print qmerge.json instead of tables.
+        quiet: show no progress.
+    """
+    from qmerge.patch import direct
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    recipe = _recipe(settings)
+    progress = TerminalProgress(quiet)
+    # A run that ends in a patch keeps nothing that --resume could go on with.
+    with nothing_to_resume() if recipe.patch else nullcontext():
+        report, patch = direct.merge(recipe, resume, progress)
+    if json:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        print_report(report)
+        progress.warn_again(report.warnings)
+        for line in _closing_lines(recipe, report.seconds, patch):
+            typer.echo(line)
+    raise typer.Exit(exit_code([report], recipe.min_kept))
+
+
+def _recipe(settings: dict[str, Any]) -> Recipe:
+    """The settings as a checked recipe; a single adapter is stored as a text, not as a list."""
+    adapters = settings.get("adapter")
+    if isinstance(adapters, (list, tuple)) and len(adapters) == 1:
+        settings = {**settings, "adapter": adapters[0]}
+    return make_recipe(settings)
+
+
+def _closing_lines(recipe: Recipe, seconds: float, patch: Summary | None) -> list[str]:
+    """Where the result is, and what to do with it."""
+    if patch is None:
+        return [f"Written to {recipe.out} in {seconds:.0f} s. Check it with: qmerge verify {recipe.out}"]
+    revision = f" --revision {recipe.revision}" if recipe.revision else ""
+    return [*patch.lines(), f"To get the merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"]
+
+
+def _print_comparison(reports: list[Any]) -> None:
+    """Several targets side by side."""
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.tables import extra_lines, measured_table
+
+    stdout().print(measured_table(reports))
+    for line in extra_lines(reports[0]):  # how alike the adapters are does not depend on the target
+        typer.echo(line)

@@ -1,0 +1,103 @@
+"""The console program: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
+
+import typer
+
+from qmerge.cli import checking, folders, merging, overview
+from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
+from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
+from qmerge.errors import QmergeError, RecipeError
+from qmerge.recipe import Recipe
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
+    "5 done, but less was kept than --min-kept; 6 no room; 130 interrupted (--resume goes on)."
+)
+
+app = typer.Typer(
+    cls=Group,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Merge": {
+        "merge": merging.merge_command,
+        "run": merging.run_command,
+        "plan": merging.plan_command,
+        "measure": merging.measure_command,
+    },
+    "Look and check": {
+        "inspect": checking.inspect_command,
+        "verify": checking.verify_command,
+        "report": checking.report_command,
+        "formats": overview.formats_command,
+        "demo": overview.demo_command,
+    },
+    "Convert": {
+        "patch": folders.patch_command,
+        "apply": folders.apply_command,
+        "unmerge": folders.unmerge_command,
+        "extract": folders.extract_command,
+        "gguf": folders.gguf_command,
+    },
+}
+
+
+@app.callback(invoke_without_command=True)
+@with_recipe_options(*Recipe.model_fields)
+def root(
+    context: typer.Context,
+    resume: Resume = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    version: Annotated[bool, flag("--version", help="show the version", rich_help_panel=HELP_PANEL)] = False,
+    help_all: HelpAll = False,
+    **settings: Any,
+) -> None:
+    """Merge QLoRA adapters into quantized models and measure how much of the fine-tuning survives.
+
+    [bold]qmerge --base ID|DIR --adapter ID|DIR --target nf4 --out DIR[/bold]
+    """
+    if version:
+        typer.echo(f"qmerge {installed_version('qmerge')}")
+    elif context.invoked_subcommand is not None:
+        if settings:
+            flag = f"--{next(iter(settings)).replace('_', '-')}"
+            raise RecipeError(f"{flag} belongs after the command: qmerge {context.invoked_subcommand} {flag} …")
+    elif not settings:
+        typer.echo(context.get_help())
+    else:
+        merging.run_merge(settings, resume=resume, json=json, quiet=quiet)
+
+
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, cls=Command, rich_help_panel=panel, help=reflowed(command.__doc__))(command)
+
+
+def main() -> None:
+    """The console program. An error that is raised on purpose becomes one line and its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they report optional kernels that are missing
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        app(prog_name="qmerge")  # also for python -m qmerge
+    except QmergeError as error:
+        print(f"qmerge: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
