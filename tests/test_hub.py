@@ -1,4 +1,4 @@
-"""Hub ids from a cache, offline: what is resolved, what is recorded, and what is said when it is not there."""
+"""Hub ids from a cache, offline: how they are resolved and recorded, and the errors for ids that are missing."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path) -> None:
     assert source.id is None and source.commit is None and source.folder == (tmp_path / BASE).resolve()
 
 
-def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     assert hub.resolve("~/model", None, CheckpointError).folder == (tmp_path / "model").resolve()
 
 
 def test_a_merge_of_ids(cache: Path, tmp_path: Path, cli: Cli) -> None:
-    """Ids and commits stand in the report and the card; no path of this machine does where an id was given."""
+    """Report and card have ids and commits; they have no path of this machine where an id was given."""
     ran = cli("--base", BASE, "--adapter", ADAPTER, "--target", "nf4", "--out", tmp_path / "out", "--device", "cpu")
     assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "out" / "qmerge.json").read_text())
@@ -101,7 +101,7 @@ def test_a_merge_of_ids(cache: Path, tmp_path: Path, cli: Cli) -> None:
         (("--base", "a--b/c..d", "--adapter", ADAPTER), CheckpointError, ("a--b/c..d", "no such folder")),
     ],
 )
-def test_what_cannot_be_had(
+def test_missing_inputs(
     cache: Path, tmp_path: Path, cli: Cli, arguments: tuple[str, ...], error: type[Exception], words: tuple[str, ...]
 ) -> None:
     ran = cli(*arguments, "--target", "nf4", "--out", tmp_path / "out")
@@ -120,5 +120,5 @@ def test_a_snapshot_without_its_weights(cache: Path, tmp_path: Path, cli: Cli) -
     assert ran.code == 3 and "model.safetensors" in ran.err, ran.err
 
 
-def test_the_cache_is_where_the_library_says(cache: Path) -> None:
+def test_the_cache_is_the_librarys(cache: Path) -> None:
     assert hub.cache_folder() == cache.resolve()

@@ -1,4 +1,4 @@
-"""What calibration sees, against forward hooks on a whole dense model; and ``preserve`` from end to end."""
+"""Calibration against forward hooks on a whole dense model; and ``preserve`` from end to end."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list
 
 
 def dense_reference(base: Path, adapter: Path, out: Path) -> Any:
-    """The unmerged adapter model as one dense float32 model (qmerge's fp32 target is held against peft elsewhere)."""
+    """The unmerged adapter model as one dense float32 model (other tests compare qmerge's fp32 target with peft)."""
     qmerge.merge(base=str(base), adapter=str(adapter), target="fp32", rounding="nearest", out=str(out), quiet=True)
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
@@ -125,7 +125,7 @@ def test_hessians_are_those_of_the_unmerged_adapter_model(
 
 
 def test_a_model_without_its_delta_has_other_hessians(bases: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    """The control: the same comparison tells the base from the adapter model."""
+    """The control: the same comparison fails with the base instead of the adapter model."""
     base, adapter = bases["llama"]
     found = {key: value for _, inputs in collected(base, adapter, sequential=False) for key, value in inputs.items()}
     blank = shutil.copytree(adapter, tmp_path / "blank")
@@ -153,7 +153,7 @@ def test_nothing_is_to_be_corrected_where_nothing_was_rounded(bases: dict[str, t
 def test_later_groups_see_what_was_stored(
     bases: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each group's two moments equal those of two dense models: the unmerged one, and one with all that was stored before."""
+    """Each group's two moments equal those of two dense models: the unmerged one, and one with all values stored before."""
     base, adapter = bases["llama"]
     unmerged = dense_reference(base, adapter, tmp_path / "dense")
     current = dense_reference(base, adapter, tmp_path / "again")
@@ -222,7 +222,7 @@ def experts(name: str, folder: Path) -> tuple[Path, Path, Any]:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_see_the_tokens_that_are_sent_to_them(name: str, tmp_path: Path) -> None:
-    """Against every call of torch's linear in a whole merged model: which slice of the stacked weight it multiplies with."""
+    """Against every call of torch's linear in a whole merged model, which is matched by the slice of the stacked weight."""
     base, lora, _ = experts(name, tmp_path)
     model = dense_reference(base, lora, tmp_path / "dense")
     model.config._experts_implementation = "eager"
@@ -317,7 +317,7 @@ def test_only_codes_of_adapted_weights_change(preserved: Path) -> None:
 
 
 def test_the_output_is_kept(preserved: Path) -> None:
-    """The demo adapter is far below NF4's step: nearest keeps next to nothing of it."""
+    """The demo adapter is far below NF4's step: nearest rounding keeps almost nothing of it."""
     report = json.loads((preserved / "qmerge.json").read_text())
     assert report["rounding"] == "preserve" and report["calibration"]["tokens"] == 2048
     assert report["total"]["values"]["output_kept"] > 0.9 and report["total"]["values"]["predicted_kept"] < 0.2
@@ -368,7 +368,7 @@ def test_auto_takes_nearest_where_that_is_enough(target: str, rounding: str, tmp
 
 
 def test_generated_text_is_the_adapter_models_own(tmp_path: Path) -> None:
-    """Greedy choices are not checked, likelihood is: under the adapter model its own text is likelier than random tokens."""
+    """Under the adapter model, its own text is likelier than random tokens."""
     with Reader() as reader:
         plan = make_plan(make_recipe({k: v for k, v in asked(tmp_path).items() if k != "quiet"}), reader)
         context = make_run_context(plan, reader)

@@ -1,4 +1,4 @@
-"""A model of which one decoder layer is in memory gives the logits of the whole, bit for bit, whatever the architecture."""
+"""A model with one decoder layer in memory computes the logits of the whole model, bit for bit, in every architecture."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def saved(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], l
 
 
 def in_memory(model: LayeredModel) -> set[int | None]:
-    """Which decoder layers (None: all else) hold values."""
+    """Decoder layers whose weights are in memory; None: everything outside the layers."""
     return {model.layer_of(name) for name, p in model.model.named_parameters() if not p.is_meta}
 
 

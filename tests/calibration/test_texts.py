@@ -1,4 +1,4 @@
-"""Texts, chats and datasets → token ids; and one clear line for what is none of them."""
+"""Texts, chats and datasets → token ids; and one clear line for everything else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_jsonl_of_texts(tmp_path: Path) -> None:
     assert texts.read_texts(path) == ["first", "second"]
 
 
-def test_documents_are_parted_by_the_end_of_text_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_separated_by_the_end_of_text_token(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = texts.load_tokenizer(FOLDER)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
     monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
@@ -128,7 +128,7 @@ def test_neither_a_file_nor_a_dataset(tmp_path: Path) -> None:
 
 
 def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first data file with `train` in its name, or the one that is named."""
+    """The first data file with `train` in its name, or the file that the user names."""
     import huggingface_hub
 
     asked: list[str] = []

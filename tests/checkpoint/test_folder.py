@@ -1,4 +1,4 @@
-"""What lies beside the weights: whose tokenizer, which licence, what is copied and never run, and the model card."""
+"""The files next to the weights: whose tokenizer, which licence, which files are copied and never run; and the model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qmerge.wording import percent
 from ..models import edit_json
 
 
-class Place:
+class Folders:
     """Copies of a base and an adapter whose side files a test writes."""
 
     def __init__(self, base: Path, adapter: Path, tmp: Path) -> None:
@@ -41,17 +41,17 @@ class Place:
 
 
 @pytest.fixture
-def place(dense: Path, lora: Path, tmp_path: Path) -> Place:
-    return Place(dense, lora, tmp_path)
+def folders(dense: Path, lora: Path, tmp_path: Path) -> Folders:
+    return Folders(dense, lora, tmp_path)
 
 
-def test_tokenizer_and_template_of_the_adapter_win(place: Place) -> None:
+def test_tokenizer_and_template_of_the_adapter_win(folders: Folders) -> None:
     for side in ("base", "adapter"):
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-            place.put(side, name, f'{{"of": "{side}"}}')
-    place.put("base", "vocab.json", '{"of": "base"}')
-    place.put("adapter", "added_tokens.json", '{"of": "adapter"}')
-    out = place.merged()
+            folders.put(side, name, f'{{"of": "{side}"}}')
+    folders.put("base", "vocab.json", '{"of": "base"}')
+    folders.put("adapter", "added_tokens.json", '{"of": "adapter"}')
+    out = folders.merged()
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -63,35 +63,35 @@ def test_tokenizer_and_template_of_the_adapter_win(place: Place) -> None:
     assert json.loads((out / "vocab.json").read_text()) == {"of": "base"}
 
 
-def test_everything_of_the_base_where_the_adapter_has_nothing(place: Place) -> None:
+def test_all_side_files_of_the_base_where_the_adapter_has_none(folders: Folders) -> None:
     names = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE", "NOTICE.txt",
              "USE_POLICY.md", "preprocessor_config.json", "additional_chat_templates/tool.jinja"]  # fmt: skip
     for name in names:
-        place.put("base", name, f"content of {name}")
-    out = place.merged()
+        folders.put("base", name, f"content of {name}")
+    out = folders.merged()
     for name in names:
         assert (out / name).read_text() == f"content of {name}"
 
 
-def test_a_template_inside_the_adapters_tokenizer_config_is_not_overruled(place: Place) -> None:
-    """transformers lets chat_template.jinja win over tokenizer_config.json: the base's must not come along."""
-    place.put("base", "chat_template.jinja", "base")
-    place.put("adapter", "tokenizer_config.json", '{"chat_template": "adapter"}')
-    out = place.merged()
+def test_a_template_inside_the_adapters_tokenizer_config_wins(folders: Folders) -> None:
+    """transformers prefers chat_template.jinja to tokenizer_config.json, so the base's file must not be copied."""
+    folders.put("base", "chat_template.jinja", "base")
+    folders.put("adapter", "tokenizer_config.json", '{"chat_template": "adapter"}')
+    out = folders.merged()
     assert not (out / "chat_template.jinja").exists()
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "adapter"
 
 
-def test_a_tokenizer_config_without_a_template_leaves_the_bases(place: Place) -> None:
-    place.put("base", "chat_template.jinja", "base")
-    place.put("adapter", "tokenizer_config.json", "{}")
-    assert (place.merged() / "chat_template.jinja").read_text() == "base"
+def test_a_tokenizer_config_without_a_template_leaves_the_bases(folders: Folders) -> None:
+    folders.put("base", "chat_template.jinja", "base")
+    folders.put("adapter", "tokenizer_config.json", "{}")
+    assert (folders.merged() / "chat_template.jinja").read_text() == "base"
 
 
-def test_other_files_of_the_adapter_do_not_come_along(place: Place) -> None:
+def test_other_files_of_the_adapter_are_not_copied(folders: Folders) -> None:
     for name in ("LICENSE", "generation_config.json", "training_args.bin", "adapter.py", "README.md"):
-        place.put("adapter", name, "content of an adapter file")
-    out = place.merged()
+        folders.put("adapter", name, "content of an adapter file")
+    out = folders.merged()
     names = {path.name for path in out.iterdir()}
     assert not names & {
         "training_args.bin",
@@ -104,33 +104,33 @@ def test_other_files_of_the_adapter_do_not_come_along(place: Place) -> None:
     assert "content of an adapter file" not in (out / "generation_config.json").read_text()
 
 
-def test_python_files_are_copied_and_not_run(place: Place, tmp_path: Path) -> None:
+def test_python_files_are_copied_and_not_run(folders: Folders, tmp_path: Path) -> None:
     bomb = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
-    place.put("base", "modeling_llama.py", bomb)
-    place.put("base", "configuration_custom.py", bomb)
-    edit_json(place.base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.Bomb"})
-    out = place.merged(target="nf4")  # accepted_options transformers which modules are linear layers
+    folders.put("base", "modeling_llama.py", bomb)
+    folders.put("base", "configuration_custom.py", bomb)
+    edit_json(folders.base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.Bomb"})
+    out = folders.merged(target="nf4")  # transformers is asked which modules are linear layers
     assert (out / "modeling_llama.py").read_text() == bomb
     assert not (tmp_path / "ran").exists()
 
 
-def test_templates_are_copied_and_not_rendered(place: Place) -> None:
-    place.put("base", "chat_template.jinja", "{{ 1/0 }}{{ ''.__class__.__mro__ }}")
-    assert (place.merged() / "chat_template.jinja").read_text() == "{{ 1/0 }}{{ ''.__class__.__mro__ }}"
+def test_templates_are_copied_and_not_rendered(folders: Folders) -> None:
+    folders.put("base", "chat_template.jinja", "{{ 1/0 }}{{ ''.__class__.__mro__ }}")
+    assert (folders.merged() / "chat_template.jinja").read_text() == "{{ 1/0 }}{{ ''.__class__.__mro__ }}"
 
 
-def test_the_bases_own_card_and_other_weights_stay_where_they_are(place: Place) -> None:
-    place.put("base", "README.md", "# The base\n\nAll about the base.\n")
+def test_the_bases_card_and_other_weights_are_not_copied(folders: Folders) -> None:
+    folders.put("base", "README.md", "# The base\n\nAll about the base.\n")
     for name in ("pytorch_model.bin", "model.gguf", "other.safetensors", "data.csv", "flax_model.msgpack"):
-        place.put("base", name, "x")
-    out = place.merged()
+        folders.put("base", name, "x")
+    out = folders.merged()
     assert "All about the base" not in (out / "README.md").read_text()
     names = {path.name for path in out.iterdir()}
     assert not names & {"pytorch_model.bin", "model.gguf", "other.safetensors", "data.csv", "flax_model.msgpack"}
 
 
-def test_the_folder_is_complete_and_clean(place: Place) -> None:
-    out = place.merged()
+def test_the_folder_is_complete_and_clean(folders: Folders) -> None:
+    out = folders.merged()
     names = {path.name for path in out.iterdir()}
     assert {
         "model.safetensors",
@@ -143,33 +143,33 @@ def test_the_folder_is_complete_and_clean(place: Place) -> None:
     assert not [name for name in names if name.startswith(".") or name.endswith(".partial")]
 
 
-def test_side_files_that_are_folders_are_left(place: Place) -> None:
-    (place.base / "tokenizer.json").mkdir()
-    assert "tokenizer.json" not in side_files(place.base, place.adapter)
+def test_side_files_that_are_folders_are_not_copied(folders: Folders) -> None:
+    (folders.base / "tokenizer.json").mkdir()
+    assert "tokenizer.json" not in side_files(folders.base, folders.adapter)
 
 
-def test_a_tokenizer_config_that_is_no_json_is_copied(place: Place) -> None:
-    place.put("adapter", "tokenizer_config.json", "{")
-    assert (place.merged() / "tokenizer_config.json").read_text() == "{"
+def test_a_tokenizer_config_that_is_not_json_is_copied(folders: Folders) -> None:
+    folders.put("adapter", "tokenizer_config.json", "{")
+    assert (folders.merged() / "tokenizer_config.json").read_text() == "{"
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"chat_template"', "\xff"])
-def test_a_tokenizer_config_that_is_no_object(place: Place, content: str) -> None:
-    place.put("adapter", "tokenizer_config.json", content)
-    assert (place.merged() / "tokenizer_config.json").exists()
+def test_a_tokenizer_config_that_is_not_an_object(folders: Folders, content: str) -> None:
+    folders.put("adapter", "tokenizer_config.json", content)
+    assert (folders.merged() / "tokenizer_config.json").exists()
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def test_card_metadata(place: Place) -> None:
-    place.put(
+def test_card_metadata(folders: Folders) -> None:
+    folders.put(
         "base",
         "README.md",
         "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: de\n---\n# Base\n",
     )
-    edit_json(place.adapter / "adapter_config.json", base_model_name_or_path="someone/base")
-    card = place.card(target="nf4")
+    edit_json(folders.adapter / "adapter_config.json", base_model_name_or_path="someone/base")
+    card = folders.card(target="nf4")
     data = card.data.to_dict()
     assert data["base_model"] == ["someone/base"]
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "mine", "LICENSE")
@@ -178,24 +178,24 @@ def test_card_metadata(place: Place) -> None:
     assert "language" not in data
 
 
-def test_card_of_a_dense_target_has_no_quantization_tag(place: Place) -> None:
-    assert "bitsandbytes" not in place.card().data.tags
+def test_card_of_a_dense_target_has_no_quantization_tag(folders: Folders) -> None:
+    assert "bitsandbytes" not in folders.card().data.tags
 
 
-def test_card_without_a_licence_says_none(place: Place) -> None:
-    assert place.card().data.license is None
+def test_card_of_a_base_without_a_licence_has_none(folders: Folders) -> None:
+    assert folders.card().data.license is None
 
 
-def test_a_local_path_is_no_base_model(place: Place) -> None:
-    edit_json(place.adapter / "adapter_config.json", base_model_name_or_path="/home/me/secret/base")
-    out = place.merged()
+def test_a_local_path_is_not_a_base_model(folders: Folders) -> None:
+    edit_json(folders.adapter / "adapter_config.json", base_model_name_or_path="/home/me/secret/base")
+    out = folders.merged()
     assert ModelCard.load(out / "README.md").data.base_model is None
     assert "secret" not in (out / "README.md").read_text()
 
 
-def test_card_tells_what_survived(place: Place) -> None:
-    card = place.card()
-    kept = json.loads((place.out / "qmerge.json").read_text())["total"]["values"]["kept"]
+def test_card_shows_what_survived(folders: Folders) -> None:
+    card = folders.card()
+    kept = json.loads((folders.out / "qmerge.json").read_text())["total"]["values"]["kept"]
     assert f"**{percent(kept)}** of the adapter's change is in the stored weights" in card.text
     rows = [line.split("|") for line in card.text.splitlines() if line.startswith("| ")]
     assert {"q\\_proj", "**all**"} <= {row[1].strip() for row in rows}
@@ -214,14 +214,14 @@ def test_card_tells_what_survived(place: Place) -> None:
         "",
     ],
 )
-def test_whatever_the_bases_card_holds(place: Place, content: str) -> None:
-    place.put("base", "README.md", content)
-    assert place.card().data.library_name == "transformers"
+def test_any_content_of_the_bases_card(folders: Folders, content: str) -> None:
+    folders.put("base", "README.md", content)
+    assert folders.card().data.library_name == "transformers"
 
 
-def test_a_card_that_is_no_text(place: Place) -> None:
-    (place.base / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n")
-    assert place.card().data.library_name == "transformers"
+def test_a_card_that_is_not_text(folders: Folders) -> None:
+    (folders.base / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n")
+    assert folders.card().data.library_name == "transformers"
 
 
 EVIL = "evil\x1b[2J\n# Big\n<script>alert(1)</script>|a|b|[link](javascript:x)`code`**bold**"
@@ -237,9 +237,9 @@ def test_names_are_escaped() -> None:
 @pytest.mark.parametrize(
     "name", ["<script>alert(1)<!--script>", "a|b|c", "**b**", "[x](javascript:y)", "\u202egnp.exe", "a\nb", "`x`"]
 )
-def test_folder_names_cannot_mark_up_the_card(place: Place, tmp_path: Path, name: str) -> None:
-    place.base = place.base.rename(tmp_path / name)
-    content = place.merged().joinpath("README.md").read_text()
+def test_folder_names_cannot_mark_up_the_card(folders: Folders, tmp_path: Path, name: str) -> None:
+    folders.base = folders.base.rename(tmp_path / name)
+    content = folders.merged().joinpath("README.md").read_text()
     assert all(c.isprintable() or c == "\n" for c in content)
     assert escape_markdown(name) in content
     body = content.split("---\n", 2)[2]
@@ -251,40 +251,40 @@ def test_folder_names_cannot_mark_up_the_card(place: Place, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["<script>x", "a&b", '"q"', "\u202eevil"])
-def test_names_cannot_mark_up_the_page(place: Place, tmp_path: Path, name: str) -> None:
-    place.base = place.base.rename(tmp_path / name)
-    page = place.merged() / "qmerge.html"
+def test_names_cannot_mark_up_the_page(folders: Folders, tmp_path: Path, name: str) -> None:
+    folders.base = folders.base.rename(tmp_path / name)
+    page = folders.merged() / "qmerge.html"
     content = page.read_text()
     assert "<script>x" not in content and "\u202e" not in content
 
 
-def test_the_recipe_beside_the_model_is_the_one_that_ran(place: Place) -> None:
+def test_the_recipe_next_to_the_model_is_the_one_that_ran(folders: Folders) -> None:
     from qmerge.recipe import read_recipe
 
-    out = place.merged(rounding="stochastic", seed=3)
+    out = folders.merged(rounding="stochastic", seed=3)
     recipe = make_recipe(read_recipe(out / "qmerge_recipe.yaml"))
     assert (recipe.rounding, recipe.seed, recipe.target) == ("stochastic", 3, "bf16")
 
 
-def test_hashes_in_the_report_are_those_of_the_files(place: Place) -> None:
+def test_hashes_in_the_report_are_those_of_the_files(folders: Folders) -> None:
     import hashlib
 
-    out = place.merged(max_shard_size="60kB")
+    out = folders.merged(max_shard_size="60kB")
     report = json.loads((out / "qmerge.json").read_text())
     assert len(report["outputs"]) > 1
     for record in report["outputs"]:
         content = (out / record["file"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
     for entry in report["inputs"]:
-        folder = place.base if entry["role"] == "base" else place.adapter
+        folder = folders.base if entry["role"] == "base" else folders.adapter
         for record in entry["files"]:
             assert hashlib.sha256((folder / record["file"]).read_bytes()).hexdigest() == record["sha256"]
 
 
-def test_index_is_that_of_the_stock_library(place: Place) -> None:
+def test_index_is_that_of_the_stock_library(folders: Folders) -> None:
     from safetensors import safe_open
 
-    out = place.merged(max_shard_size="60kB")
+    out = folders.merged(max_shard_size="60kB")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     total = 0
     for file in sorted(out.glob("*.safetensors")):

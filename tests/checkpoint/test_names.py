@@ -130,28 +130,28 @@ def made(name: str, old: bool = True, edit: Callable[[dict[str, Tensor]], dict[s
     return Made(config, disk, {key: p.detach().clone() for key, p in loaded.named_parameters()})
 
 
-def assembled(places: Iterable[DiskBlock], disk: Mapping[str, Tensor]) -> Tensor:
-    """What an adapter names, from the disk; every element exactly once."""
-    places = list(places)
-    result = torch.full(places[0].shape, math.nan)
-    for place in places:
-        values = disk[place.weight]
-        for axis, taken in enumerate(place.disk_region):
+def assembled(blocks: Iterable[DiskBlock], disk: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that an adapter names, put together from the disk; every element exactly once."""
+    blocks = list(blocks)
+    result = torch.full(blocks[0].shape, math.nan)
+    for block in blocks:
+        values = disk[block.weight]
+        for axis, taken in enumerate(block.disk_region):
             values = values.index_select(axis, torch.tensor(taken))
-        along = [axis for axis in place.axes if axis is not None]
+        along = [axis for axis in block.axes if axis is not None]
         values = values.permute(*along, *(axis for axis in range(values.ndim) if axis not in along))
-        block = result[tuple(slice(taken.start, taken.stop) for taken in place.region)]
-        assert bool(block.isnan().all()), "covered twice"
-        block.copy_(values.reshape(block.shape))
+        target = result[tuple(slice(taken.start, taken.stop) for taken in block.region)]
+        assert bool(target.isnan().all()), "covered twice"
+        target.copy_(values.reshape(target.shape))
     return result
 
 
-def differing(found: Made, names: Names) -> list[str]:
-    """Parameters that the places do not give bit for bit."""
+def differing(saved: Made, names: Names) -> list[str]:
+    """Parameters that the blocks do not reproduce bit for bit."""
     return [
         key
-        for key, values in found.loaded.items()
-        if (places := names.blocks_of(key)) is None or not torch.equal(assembled(places, found.disk), values)
+        for key, values in saved.loaded.items()
+        if (blocks := names.blocks_of(key)) is None or not torch.equal(assembled(blocks, saved.disk), values)
     ]
 
 
@@ -160,55 +160,55 @@ def differing(found: Made, names: Names) -> list[str]:
 
 @pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
 @pytest.mark.parametrize("name", MODELS)
-def test_places_make_up_every_parameter_that_transformers_loads(name: str, old: bool) -> None:
-    found = made(name, old)
-    names = found.names
-    assert differing(found, names) == []
-    for weight in found.disk:
-        places = names.blocks_of(str(names.parameter_of(weight)))
-        assert places is not None and weight in {place.weight for place in places}
+def test_blocks_make_up_every_parameter_that_transformers_loads(name: str, old: bool) -> None:
+    saved = made(name, old)
+    names = saved.names
+    assert differing(saved, names) == []
+    for weight in saved.disk:
+        blocks = names.blocks_of(str(names.parameter_of(weight)))
+        assert blocks is not None and weight in {block.weight for block in blocks}
 
 
 def swapped(disk: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.transpose(1, 2) if ".experts." in key else tensor for key, tensor in disk.items()}
 
 
-def test_experts_that_lie_transposed_on_disk() -> None:
+def test_experts_that_are_transposed_on_disk() -> None:
     """Old files of Qwen3-VL-MoE have [E, I, O]; transformers looks at the shape."""
-    found = made("qwen3-vl-moe", True, swapped)
-    names = found.names
-    assert differing(found, names) == []
+    saved = made("qwen3-vl-moe", True, swapped)
+    names = saved.names
+    assert differing(saved, names) == []
     key = "model.language_model.layers.1.mlp.experts.gate_up_proj"
-    places = names.blocks_of(key)
-    assert places is not None and places[0].transposed and places[0].axes == (0, 2, 1)
+    blocks = names.blocks_of(key)
+    assert blocks is not None and blocks[0].transposed and blocks[0].axes == (0, 2, 1)
     straight = made("qwen3-vl-moe").names.blocks_of(key)
     assert straight is not None and not straight[0].transposed
 
 
-def test_a_place_says_expert_and_rows() -> None:
-    places = made("mixtral").names.blocks_of("model.layers.1.mlp.experts.gate_up_proj")
-    assert places is not None and len(places) == 24 and {place.shape for place in places} == {(12, 96, 32)}
+def test_a_block_has_expert_and_rows() -> None:
+    blocks = made("mixtral").names.blocks_of("model.layers.1.mlp.experts.gate_up_proj")
+    assert blocks is not None and len(blocks) == 24 and {block.shape for block in blocks} == {(12, 96, 32)}
     w1, w3 = (f"model.layers.1.block_sparse_moe.experts.11.{part}.weight" for part in ("w1", "w3"))
-    at = {place.weight: place for place in places}
+    at = {block.weight: block for block in blocks}
     assert (at[w1].expert, at[w1].rows, at[w1].columns) == (11, range(48), range(32))
     assert (at[w3].expert, at[w3].rows, at[w3].transposed) == (11, range(48, 96), False)
     assert at[w3].axes == (None, 0, 1) and at[w3].covers((48, 32)) and not at[w3].covers((96, 32))
 
 
 def test_control_a_wrong_mapping_gives_other_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gate and up, and the order of experts, the wrong way round."""
-    found = made("mixtral")
+    """First gate and up are swapped, then the experts are sorted in another order."""
+    saved = made("mixtral")
     wrong = [
         ops.WeightConverter(entry.source_patterns[::-1], entry.target_patterns, entry.operations)
         if isinstance(entry, ops.WeightConverter)
         else entry
-        for entry in get_model_conversion_mapping(meta_model(found.config))
+        for entry in get_model_conversion_mapping(meta_model(saved.config))
     ]
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: wrong)
-    assert differing(found, found.names) == [f"model.layers.{k}.mlp.experts.gate_up_proj" for k in range(2)]
+    assert differing(saved, saved.names) == [f"model.layers.{k}.mlp.experts.gate_up_proj" for k in range(2)]
     monkeypatch.undo()
     monkeypatch.setattr(ops, "dot_natural_key", lambda name: name)
-    assert differing(found, found.names) == [
+    assert differing(saved, saved.names) == [
         f"model.layers.{k}.mlp.experts.{part}" for k in range(2) for part in ("gate_up_proj", "down_proj")
     ]
 
@@ -230,20 +230,20 @@ def wrapped(model: Any, target_parameters: list[str]) -> tuple[dict[str, LoraLay
     adapted = get_peft_model(model, config)
     layers = {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
     assert {key.split(".lora_")[0] for key in get_peft_model_state_dict(adapted)} == layers.keys()
-    found = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
-    return found, list(adapted.peft_config["default"].target_parameters or [])
+    layer_of_key = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
+    return layer_of_key, list(adapted.peft_config["default"].target_parameters or [])
 
 
 def parameter_of(layer: Any) -> Tensor:
-    """What peft adds its delta to."""
+    """The tensor that peft adds its delta to."""
     parameter: Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.base_layer.weight
     return parameter.detach()
 
 
-def stacked_in(found: Made) -> list[str]:
-    """What experts are targeted by."""
+def stacked_in(saved: Made) -> list[str]:
+    """``target_parameters`` that target all experts."""
     return sorted(
-        {".".join(key.split(".")[-2:]) for key in found.loaded if key.endswith(("gate_up_proj", "down_proj"))}
+        {".".join(key.split(".")[-2:]) for key in saved.loaded if key.endswith(("gate_up_proj", "down_proj"))}
     )
 
 
@@ -251,19 +251,19 @@ def stacked_in(found: Made) -> list[str]:
 @pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_key_of_an_adapter_made_by_peft_resolves(name: str, old: bool) -> None:
-    found = made(name, old)
-    model, names, stacked = build(name), found.names, stacked_in(found)
-    model.load_state_dict(found.loaded, strict=False)
+    saved = made(name, old)
+    model, names, stacked = build(name), saved.names, stacked_in(saved)
+    model.load_state_dict(saved.loaded, strict=False)
     layers, targets = wrapped(model, stacked)
     assert len(layers) > 3 and bool(stacked) == any(key.endswith(".experts.base_layer") for key in layers)
     for key, layer in layers.items():
-        places = names.blocks_of(names.targeted_parameter(key, targets))
-        assert places is not None, key
-        assert torch.equal(assembled(places, found.disk), parameter_of(layer)), key
+        blocks = names.blocks_of(names.targeted_parameter(key, targets))
+        assert blocks is not None, key
+        assert torch.equal(assembled(blocks, saved.disk), parameter_of(layer)), key
 
 
 def matrices(layer: Any, expert: int | None) -> tuple[Tensor, Tensor, float]:
-    """A, B and scale of the delta of a matrix as it lies in memory: of a layer, or of one expert."""
+    """A, B and scale of the delta of a matrix in memory: of a layer, or of one expert."""
     A, B, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
     if expert is None:
         return (B.T, A.T, scale) if getattr(layer, "fan_in_fan_out", False) else (A, B, scale)
@@ -271,16 +271,16 @@ def matrices(layer: Any, expert: int | None) -> tuple[Tensor, Tensor, float]:
     return (A, B, scale) if layer._did_swap_in_out_features else (B.T, A.T, scale)
 
 
-def added_on_disk(places: Collection[DiskBlock], layer: Any, disk: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def added_on_disk(blocks: Collection[DiskBlock], layer: Any, disk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Disk weight → the delta that it gets."""
-    added = {place.weight: torch.zeros_like(disk[place.weight]) for place in places}
-    for place in places:
-        target = added[place.weight]
-        every: list[int | None] = [*range(place.shape[0])] if len(place.shape) == 3 else [None]
-        experts = every if place.expert is None else [place.expert]
+    added = {block.weight: torch.zeros_like(disk[block.weight]) for block in blocks}
+    for block in blocks:
+        target = added[block.weight]
+        every: list[int | None] = [*range(block.shape[0])] if len(block.shape) == 3 else [None]
+        experts = every if block.expert is None else [block.expert]
         for expert in experts:
             A, B, scale = matrices(layer, expert)
-            A, B = place.factors(A, B, disk[place.weight].shape)
+            A, B = block.factors(A, B, disk[block.weight].shape)
             (target if target.ndim == 2 else target[expert]).add_(B @ A * scale)
     return added
 
@@ -289,30 +289,30 @@ def added_on_disk(places: Collection[DiskBlock], layer: Any, disk: Mapping[str, 
 @pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
 @pytest.mark.parametrize("name", MODELS)
 def test_factors_added_on_disk_are_the_delta_that_peft_adds(name: str, old: bool) -> None:
-    found = made(name, old)
-    names = found.names
-    layers, targets = wrapped(build(name), stacked_in(found))
+    saved = made(name, old)
+    names = saved.names
+    layers, targets = wrapped(build(name), stacked_in(saved))
     with torch.no_grad():
         for key, layer in layers.items():
-            places = names.blocks_of(names.targeted_parameter(key, targets))
-            assert places is not None
-            delta = assembled(places, added_on_disk(places, layer, found.disk))
+            blocks = names.blocks_of(names.targeted_parameter(key, targets))
+            assert blocks is not None
+            delta = assembled(blocks, added_on_disk(blocks, layer, saved.disk))
             expected = layer.get_delta_weight("default")
             torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
             assert float(expected.abs().max()) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_experts_that_lie_transposed_on_disk_get_the_delta_transposed() -> None:
-    found = made("qwen3-vl-moe", True, swapped)
-    names = found.names
-    layers, targets = wrapped(build("qwen3-vl-moe"), stacked_in(found))
+def test_experts_that_are_transposed_on_disk_get_the_delta_transposed() -> None:
+    saved = made("qwen3-vl-moe", True, swapped)
+    names = saved.names
+    layers, targets = wrapped(build("qwen3-vl-moe"), stacked_in(saved))
     key = "model.language_model.layers.0.mlp.experts.base_layer"
-    places = names.blocks_of(names.targeted_parameter(key, targets))
-    assert places is not None and len(places) == 1 and places[0].transposed
+    blocks = names.blocks_of(names.targeted_parameter(key, targets))
+    assert blocks is not None and len(blocks) == 1 and blocks[0].transposed
     with torch.no_grad():
-        added = added_on_disk(places, layers[key], found.disk)
-        torch.testing.assert_close(added[places[0].weight].mT, layers[key].get_delta_weight("default"))
+        added = added_on_disk(blocks, layers[key], saved.disk)
+        torch.testing.assert_close(added[blocks[0].weight].mT, layers[key].get_delta_weight("default"))
 
 
 def test_targeted_parameters_in_any_spelling() -> None:
@@ -328,11 +328,11 @@ def test_targeted_parameters_in_any_spelling() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in STACKED])
-def test_old_and_new_spellings_are_the_same_places(name: str) -> None:
+def test_old_and_new_spellings_are_the_same_blocks(name: str) -> None:
     old, new = made(name, True), made(name, False)
     by_parameter = {old.names.parameter_of(weight): weight for weight in old.disk}
-    for found in (old, new):
-        names = found.names
+    for saved in (old, new):
+        names = saved.names
         for parameter, weight in by_parameter.items():
             assert parameter is not None and names.blocks_of(parameter) is not None
             assert names.blocks_of(weight.removesuffix(".weight")) == names.blocks_of(parameter.removesuffix(".weight"))
@@ -344,29 +344,29 @@ def test_old_and_new_spellings_are_the_same_places(name: str) -> None:
 @pytest.mark.parametrize("name", STACKED)
 def test_keys_of_single_experts_resolve_on_either_disk(name: str, old: bool) -> None:
     """Names of single experts, in the spellings of either library version, with and without the base's prefix."""
-    single, found = made(name, True), made(name, old)
-    names = found.names
+    single, saved = made(name, True), made(name, old)
+    names = saved.names
     for weight, values in single.disk.items():
         key = weight.removesuffix(".weight")
         for spelled in {key, key.removeprefix("model."), key.replace(".block_sparse_moe.", ".mlp.")}:
-            places = names.blocks_of(spelled)
-            assert places is not None, spelled
-            assert torch.equal(assembled(places, found.disk), values), spelled
+            blocks = names.blocks_of(spelled)
+            assert blocks is not None, spelled
+            assert torch.equal(assembled(blocks, saved.disk), values), spelled
 
 
 def test_keys_and_disks_with_and_without_the_base_prefix() -> None:
-    found = made("llama")
-    bare = {key.removeprefix("model."): shape for key, shape in shapes(found.disk).items() if key != "lm_head.weight"}
+    saved = made("llama")
+    bare = {key.removeprefix("model."): shape for key, shape in shapes(saved.disk).items() if key != "lm_head.weight"}
     key = "model.layers.1.self_attn.q_proj"
-    for config in (found.config, {**found.config, "architectures": ["LlamaModel"]}):
-        for disk in (shapes(found.disk), bare):
+    for config in (saved.config, {**saved.config, "architectures": ["LlamaModel"]}):
+        for disk in (shapes(saved.disk), bare):
             names = Names(config, disk)
-            (place,) = names.blocks_of(key) or ()
-            assert place.weight in disk and place.weight.endswith("layers.1.self_attn.q_proj.weight")
-            assert [p.weight for p in names.blocks_of(key.removeprefix("model.")) or ()] == [place.weight]
+            (block,) = names.blocks_of(key) or ()
+            assert block.weight in disk and block.weight.endswith("layers.1.self_attn.q_proj.weight")
+            assert [p.weight for p in names.blocks_of(key.removeprefix("model.")) or ()] == [block.weight]
 
 
-# --- what is no weight, or not one -----------------------------------------------------------------------------------
+# --- names that mean no weight, or more than one ---------------------------------------------------------------------
 
 
 def test_unknown_keys_and_tied_embeddings_are_none() -> None:
@@ -374,16 +374,16 @@ def test_unknown_keys_and_tied_embeddings_are_none() -> None:
         names = made(name).names
         for key in ("model.layers.9.self_attn.q_proj", "q_proj", "", "model", "model.layers.0.mlp.experts.99.w1"):
             assert names.blocks_of(key) is None, (name, key)
-    found = made("gemma3-text")
-    disk = {key: shape for key, shape in shapes(found.disk).items() if key != "lm_head.weight"}
-    assert Names(found.config, disk).blocks_of("lm_head") is None
-    assert Names(found.config, disk).parameter_of("lm_head.weight") is None
+    saved = made("gemma3-text")
+    disk = {key: shape for key, shape in shapes(saved.disk).items() if key != "lm_head.weight"}
+    assert Names(saved.config, disk).blocks_of("lm_head") is None
+    assert Names(saved.config, disk).parameter_of("lm_head.weight") is None
 
 
 def test_two_weights_for_one_parameter_are_ambiguous() -> None:
-    found = made("gemma3")
+    saved = made("gemma3")
     extra = "model.language_model.layers.0.self_attn.q_proj.weight"
-    names = Names(found.config, {**shapes(found.disk), extra: (32, 32)})
+    names = Names(saved.config, {**shapes(saved.disk), extra: (32, 32)})
     assert names.blocks_of("model.language_model.layers.0.self_attn.q_proj") is None
     assert names.blocks_of("language_model.model.layers.0.self_attn.q_proj") is None
     assert names.blocks_of("model.language_model.layers.1.self_attn.q_proj") is not None
@@ -397,10 +397,10 @@ def test_an_architecture_that_transformers_does_not_know_goes_by_the_names_on_di
 
 
 def test_a_missing_expert_is_an_error() -> None:
-    found = made("mixtral")
-    disk = {key: shape for key, shape in shapes(found.disk).items() if ".experts.3.w2." not in key}
+    saved = made("mixtral")
+    disk = {key: shape for key, shape in shapes(saved.disk).items() if ".experts.3.w2." not in key}
     with pytest.raises(CheckpointError, match=r"down_proj is \[12, 32, 48\], but .* make up \[11, 32, 48\]"):
-        Names(found.config, disk).blocks_of("model.layers.0.mlp.experts.down_proj")
+        Names(saved.config, disk).blocks_of("model.layers.0.mlp.experts.down_proj")
 
 
 class Doubled(ops.ConversionOps):
@@ -408,12 +408,12 @@ class Doubled(ops.ConversionOps):
         return {target_patterns[0]: 2 * next(iter(input_dict.values()))[0]}
 
 
-def test_what_is_no_rearrangement_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = made("llama")
+def test_more_than_a_rearrangement_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = made("llama")
     converter = ops.WeightConverter("o_proj.weight", "o_proj.weight", [Doubled()])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
-    names = Names({**found.config, "model_type": "qwen2_vl_text"}, shapes(found.disk))
-    names.__dict__["_tracer"] = module._Tracer(Conversion(meta_model(found.config)), shapes(found.disk))
+    names = Names({**saved.config, "model_type": "qwen2_vl_text"}, shapes(saved.disk))
+    names.__dict__["_tracer"] = module._Tracer(Conversion(meta_model(saved.config)), shapes(saved.disk))
     message = r"layers\.0\.self_attn\.o_proj\.weight, .* by Doubled, cannot be traced to the disk: torch's mul is not"
     with pytest.raises(CheckpointError, match=message):
         names.blocks_of("model.layers.0.self_attn.o_proj")
@@ -443,31 +443,31 @@ def test_nothing_is_built_where_names_need_no_conversion(name: str, monkeypatch:
     def refuse(config: Any) -> Any:
         raise AssertionError("a model was built")
 
-    found = made(name)
+    saved = made(name)
     monkeypatch.setattr(module, "meta_model", refuse)
-    assert differing(found, found.names) == []
+    assert differing(saved, saved.names) == []
 
 
 def test_a_large_mixture_takes_no_memory_for_its_weights() -> None:
     """Mixtral-8x22B: 141 billion parameters."""
     settings = {"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56, "num_attention_heads": 48}
     config = transformers.MixtralConfig(**settings, architectures=["MixtralForCausalLM"]).to_dict()
-    block = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    pattern = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
     disk = {
-        block.format(layer, expert, part): (6144, 16384) if part == "w2" else (16384, 6144)
+        pattern.format(layer, expert, part): (6144, 16384) if part == "w2" else (16384, 6144)
         for layer in range(56) for expert in range(8) for part in ("w1", "w2", "w3")
     }  # fmt: skip
     names = Names(config, disk)
-    places = [
-        place
+    blocks = [
+        block
         for layer in range(56)
         for part in ("gate_up_proj", "down_proj")
-        for place in names.blocks_of(f"model.layers.{layer}.mlp.experts.{part}") or ()
+        for block in names.blocks_of(f"model.layers.{layer}.mlp.experts.{part}") or ()
     ]
-    assert len(places) == len(disk) and all(place.covers(disk[place.weight]) for place in places)
+    assert len(blocks) == len(disk) and all(block.covers(disk[block.weight]) for block in blocks)
 
 
-# --- the tensors that remember where they lie ------------------------------------------------------------------------
+# --- tensors that know where their values are on disk ----------------------------------------------------------------
 
 
 def values_of(tensor: TracedTensor, sources: Mapping[str, Tensor]) -> Tensor:
@@ -502,7 +502,7 @@ if hasattr(ops, "Split"):  # transformers 5.20 and later
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_operations_do_the_same_to_places_as_to_values(case: str) -> None:
+def test_transformers_operations_do_the_same_to_pieces_as_to_values(case: str) -> None:
     operation, sources, count = CASES[case]
     real = {
         f"s{i}": [
@@ -511,7 +511,7 @@ def test_transformers_operations_do_the_same_to_places_as_to_values(case: str) -
         for i, group in enumerate(sources)
     }
     named = {f"{key}.{k}": tensor for key, group in real.items() for k, tensor in enumerate(group)}
-    places = {
+    blocks = {
         key: [traced_weight(f"{key}.{k}", tuple(t.shape)) for k, t in enumerate(group)] for key, group in real.items()
     }
     parameters = {"t0": torch.empty(2, 4), "t1": torch.empty(4, 4)}
@@ -521,10 +521,10 @@ def test_transformers_operations_do_the_same_to_places_as_to_values(case: str) -
         "model": SimpleNamespace(get_parameter=parameters.get),
     }  # fmt: skip
     expected = operation.convert({key: list(group) for key, group in real.items()}, **more)
-    found = operation.convert({key: list(group) for key, group in places.items()}, **more)
-    assert found.keys() == expected.keys()
+    traced_results = operation.convert({key: list(group) for key, group in blocks.items()}, **more)
+    assert traced_results.keys() == expected.keys()
     for key, values in expected.items():
-        assert torch.equal(values_of(found[key], named), values), key  # type: ignore[arg-type]
+        assert torch.equal(values_of(traced_results[key], named), values), key  # type: ignore[arg-type]
 
 
 RESHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
@@ -541,8 +541,8 @@ def test_reshaping_after_cutting_joining_and_turning(old: tuple[int, ...], new: 
         mixed = torch.cat([a[5:], b, a[:5]])[: math.prod(old)] if len(a) > 12 else a
         return [mixed.view(old).reshape(new), c.permute(*range(c.ndim)[::-1]).contiguous().view(new)]
 
-    found = work(*[traced_weight(name, tuple(tensor.shape)) for name, tensor in whole_.items()])
-    for tensor, values in zip(found, work(*whole_.values()), strict=True):
+    traced_results = work(*[traced_weight(name, tuple(tensor.shape)) for name, tensor in whole_.items()])
+    for tensor, values in zip(traced_results, work(*whole_.values()), strict=True):
         assert torch.equal(values_of(tensor, whole_), values)  # type: ignore[arg-type]
 
 

@@ -75,8 +75,8 @@ def expected(base: Any, unmerged: Any, merged: Any, batches: list[Tensor]) -> di
 
 
 def close(found: FidelityRecord, numbers: dict[str, float | None]) -> None:
-    """Log-probabilities near 6 in float32, summed over a few layers: off by about 1e-6, and so are their means. A
-    divergence is a difference of those, so its error is absolute, too; what is divided by is in the quotients' errors."""
+    """Log-probabilities near 6 in float32, summed over a few layers, are off by about 1e-6, and so are their means. A
+    divergence is a difference of those, so its error is absolute too. A quotient's error has the divisor in it."""
     off = 5e-6
     allowed = dict.fromkeys(numbers, off) | {
         "gain_kept": 4 * off / abs(found.loss_base - found.loss_unmerged),
@@ -121,7 +121,7 @@ def test_equals_transformers_and_peft(merged: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_itself_keeps_nothing(tmp_path: Path) -> None:
-    """Nearest rounding of a delta far below the step gives the base back: gain 0, KL ratio 1."""
+    """Nearest rounding of a delta far below the step returns the base: gain 0, KL ratio 1."""
     out = dense(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "out")
     found = judged(out, against=(str(DEMO / "base-nf4"), str(DEMO / "adapter")))
     assert found.gain_kept == pytest.approx(0, abs=1e-6) and found.kl_ratio == pytest.approx(1, abs=1e-6)
@@ -144,7 +144,7 @@ def test_another_adapter_is_another_reference(merged: Path, tmp_path: Path) -> N
 
 
 def test_conv1d_and_quantized_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2, whose dense weights lie transposed, quantized on the fly in training."""
+    """GPT-2, whose dense weights are stored transposed, quantized on the fly in training."""
     batches = [torch.arange(64).view(2, 32) * k % 96 for k in (1, 5)]
     monkeypatch.setattr(texts, "token_batches", lambda *_, **__: batches)
     model = models.gpt2()
@@ -172,7 +172,7 @@ def mixtral() -> Any:
 
 @pytest.mark.parametrize("make", [mixtral, lambda: models.llama(torch.float32, tie_word_embeddings=True)])
 def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts lie one by one on disk and stacked in memory; a tied head lies on disk once."""
+    """Experts are single on disk and stacked in memory; a tied head is on disk once."""
     batches = [torch.arange(64).view(2, 32) * k % 96 for k in (1, 5)]
     monkeypatch.setattr(texts, "token_batches", lambda *_, **__: batches)
     model = make()
@@ -187,7 +187,7 @@ def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_layer_of_one_model_is_in_memory(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While hidden states go through the layers, of all three models; and what is not a layer is away meanwhile."""
+    """While hidden states go through the layers, one layer of one of the three models is in memory, and nothing else."""
     made: list[LayeredModel] = []
     load, run = LayeredModel.load, LayerwiseRun.run_loaded_layer
 
@@ -223,8 +223,8 @@ def test_no_pass_is_left_waiting_after_an_error(merged: Path, monkeypatch: pytes
     assert threading.active_count() <= before
 
 
-def test_scores_of_a_large_vocabulary_in_pieces() -> None:
-    """Positions are worked on in pieces; sums do not depend on where they are cut."""
+def test_scores_of_a_large_vocabulary_in_parts() -> None:
+    """Positions are worked on in parts; the sums do not depend on their size."""
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(5, 70, 300, generator=generator) for _ in range(3)]
     ids = torch.randint(0, 300, (5, 70), generator=generator)
@@ -270,8 +270,8 @@ def test_on_the_command_line(merged: Path, cli: Cli) -> None:
     assert not ran.out, "said before the work"
 
 
-def test_a_damaged_folder_is_not_judged(merged: Path, tmp_path: Path, cli: Cli) -> None:
-    """What is wrong with it is shown, as without a text."""
+def test_fidelity_of_a_damaged_folder_is_not_measured(merged: Path, tmp_path: Path, cli: Cli) -> None:
+    """The failed checks are shown, as without a text."""
     out = shutil.copytree(merged, tmp_path / "damaged")
     whole_file = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(whole_file[: len(whole_file) // 2])

@@ -1,4 +1,4 @@
-"""`qmerge verify --loader`: stock loaders take what is written and answer; what they refuse is reported as such."""
+"""`qmerge verify --loader`: stock loaders load written models and compute the right logits; a failure is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("loader", "module"), [("transformers", "gptqmodel"), ("gptqmodel", "gptqmodel"), ("auto-gptq", "auto_gptq")]
 )
-def test_loads_and_answers(gptq: Path, cli: Cli, loader: str, module: str) -> None:
+def test_loads_and_computes_the_right_logits(gptq: Path, cli: Cli, loader: str, module: str) -> None:
     if find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     ran = cli("verify", gptq, "--loader", loader)
@@ -41,7 +41,7 @@ def test_loads_and_answers(gptq: Path, cli: Cli, loader: str, module: str) -> No
 
 
 def test_auto_gptq_refuses_other_zeros(gptq: Path, tmp_path: Path) -> None:
-    """The control: v2 zeros shift every weight by a step there."""
+    """The control: auto-gptq reads v2 zeros as v1, which shifts every weight by a step."""
     if find_spec("auto_gptq") is None:
         pytest.skip("auto-gptq 0.7.1 is not installed (it has wheels for Python 3.8 to 3.11)")
     for path in gptq.glob("*.json"):
@@ -53,7 +53,7 @@ def test_auto_gptq_refuses_other_zeros(gptq: Path, tmp_path: Path) -> None:
         loaders.load_with_auto_gptq(tmp_path)
 
 
-def test_an_answer_of_nan_is_a_failure(dense: Path, tmp_path: Path) -> None:
+def test_logits_of_nan_are_a_failure(dense: Path, tmp_path: Path) -> None:
     for path in dense.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     found = load_file(dense / "model.safetensors")
@@ -70,8 +70,8 @@ def test_unknown_and_missing_loaders(gptq: Path, cli: Cli, monkeypatch: pytest.M
     assert ran.code == 2 and 'needs gptqmodel: pip install "qmerge[gptq]"' in ran.err and ran.out == ""
 
 
-def test_judging_a_folder_of_others(dense: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
-    """--against makes any folder comparable; without it, qmerge.json is asked for."""
+def test_fidelity_of_a_folder_of_another_tool(dense: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
+    """With --against any folder can be compared; without it, qmerge.json is needed."""
     text = tmp_path / "text.txt"
     text.write_text("a b c")
     ran = cli("verify", dense, "--no-reload")

@@ -26,7 +26,7 @@ DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
     torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 ]  # fmt: skip
-# Anything that is Unicode text, quotes, backslashes and control characters included; only the reserved name is not.
+# Any Unicode text, with quotes, backslashes and control characters; only __metadata__ is reserved.
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
     lambda n: n != "__metadata__"
 )
@@ -176,7 +176,7 @@ def test_a_tensor_that_is_not_complete_is_a_bug(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_too_long_is_a_bug(tmp_path: Path) -> None:
-    """It must not run into its neighbour."""
+    """It must not overwrite the tensor after it."""
     writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(4), "b": torch.ones(4)}, {}))
     sink = writer.step(("a",))
     with pytest.raises(AssertionError):
@@ -227,7 +227,7 @@ def test_an_older_temporary_file_is_not_taken_over_unasked(tmp_path: Path) -> No
 
 
 def test_room_is_taken_first(tmp_path: Path) -> None:
-    """A full disk is found before the work, not after it."""
+    """A full disk is noticed before the work, not after it."""
     layout = layout_of({"a": torch.ones(1_000_000)}, {})
     writer = ShardWriter(tmp_path / "model", layout)
     assert (tmp_path / "model.partial").stat().st_size == layout.most_bytes >= 4_000_000
@@ -249,7 +249,7 @@ def test_a_small_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
 
 @given(found=tensors())
 def test_hashes_find_a_changed_byte(found: dict[str, torch.Tensor]) -> None:
-    """What --resume trusts: the same bytes match, one other bit does not."""
+    """--resume relies on this: equal bytes match, one changed bit does not."""
     with tempfile.TemporaryDirectory() as folder:
         writer = ShardWriter(Path(folder) / "model", layout_of(found, {}))
         hashes = {}
