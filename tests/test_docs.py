@@ -25,7 +25,10 @@ BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text()
 COMMAND_LINE = (ROOT / "docs/command-line.md").read_text()
 TARGETS = (ROOT / "docs/choosing-a-target.md").read_text()
 SCHEMA = (ROOT / "docs/qmerge-json.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TEXTS = [*PAGES, *sorted((ROOT / "recipes").iterdir()), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 MODELS = [
     model for model in vars(schema).values()
@@ -164,6 +167,12 @@ def test_every_link_inside_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_badge_of_a_workflow_has_its_file(path: Path) -> None:
+    for name in re.findall(r"/actions/workflows/([\w.-]+)", path.read_text()):
+        assert (ROOT / ".github/workflows" / name).exists(), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
