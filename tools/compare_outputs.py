@@ -1,9 +1,11 @@
 """Compare the outputs of two versions of qmerge: weights byte for byte, reports number by number, wording ignored.
 
-    python tools/compare_outputs.py snapshot TREE OUTDIR [--only PATTERN]     run every command with the code in TREE, keep the outputs
-    python tools/compare_outputs.py diff DIR_A DIR_B [--only PATTERN] [--prose] [--renamed OLD=NEW]   exit code 1 when two snapshots differ
-    python tools/compare_outputs.py check DIR                                 damage copies of a snapshot: diff must notice every change
-    python tools/compare_outputs.py list                                      the commands
+    python tools/compare_outputs.py snapshot TREE OUTDIR [--only PATTERN]   run every command with the code in TREE
+    python tools/compare_outputs.py diff DIR_A DIR_B [--prose]              exit code 1 when two snapshots differ
+    python tools/compare_outputs.py check DIR                               control: diff must notice every damage
+    python tools/compare_outputs.py list                                    the commands
+
+``diff`` also takes --only PATTERN, and --renamed OLD=NEW for a plug-in that has another name.
 
 A snapshot runs about 115 commands on the demo model that ships with the package: merges into many formats, patches, reports as
 JSON, and inputs that must be refused. It takes four to five minutes on an idle core. ``--only 'nf4-*'`` runs some of them,
