@@ -1,22 +1,24 @@
-# Two commands on a machine that has python3 (3.10 or later) and make:
+# Two commands for a machine with python3 (3.10 or later) and make:
 #
-#   make demo   install into .venv, then merge a small trained model and show what survived
-#   make test   install into .venv with the development tools, then lint, type-check and run every test
+#   make demo   install into .venv, merge a small trained model, and show how much survives
+#   make test   install into .venv with the development tools, then lint, check types and run every test
 #
-# PYTHON=python3.12 chooses another interpreter, VENV=dir another place, PIP="uv pip" another installer.
-# torch goes first and from its pin in constraints.txt; a build of torch that is in .venv already is left as it is.
+# PYTHON=python3.12 chooses another interpreter, VENV=dir another folder, PIP="uv pip" another installer, JOBS=4 the number
+# of processes that run tests. torch is installed first, in the version of constraints.txt; if .venv already has a build of
+# that version (for a CPU, for instance), it is kept.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP ?= $(BIN)/python -m pip
 PYTEST ?= $(BIN)/python -m pytest
+JOBS ?= 2
 INSTALL = $(PIP) install --quiet -c constraints.txt
 
-# Small matrices gain nothing from many threads, and containers often show more cores than they may use.
+# Small matrices gain nothing from many threads, and a container often shows more cores than it may use.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export GPTQMODEL_CPU_WORKERS ?= 2  # it does not start on two cores otherwise
+export GPTQMODEL_CPU_WORKERS ?= 2  # gptqmodel 7.6 does not start on two cores otherwise
 export PIP_NO_INPUT = 1
 
 .PHONY: demo test clean
@@ -29,7 +31,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile
 	$(PYTEST) -m slow
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -40,7 +42,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
-	-$(PIP) install --quiet --no-deps --only-binary :all: auto-gptq==0.7.1  # an oracle; wheels for Python 3.8 to 3.11
+	-$(PIP) install --quiet --no-deps --only-binary :all: auto-gptq==0.7.1  # tests compare with it; it has wheels for Python 3.8 to 3.11
 	touch $@
 
 clean:
