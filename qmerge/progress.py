@@ -1,43 +1,30 @@
-"""Progress of long work: what the terminal, a notebook or nobody is shown."""
+"""Progress of long work, as shown on a terminal, in a notebook, or nowhere."""
 
 from __future__ import annotations
 
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Who is told how far the work is (the terminal, a notebook, nobody)."""
+class Progress:
+    """Takes what long work reports. This base class shows nothing; a subclass overrides the methods that it shows."""
 
     def stage(self, label: str, total: int) -> None:
-        """A new stage of ``total`` bytes."""
+        """Begin a stage of ``total`` bytes."""
 
     def advance(self, nbytes: int, label: str = "") -> None:
-        """So many bytes more are done. With none, ``label`` says where work is that is not counted in bytes."""
+        """So many more bytes of the stage are done. ``label`` names the last part that was done."""
 
-    def say(self, line: str) -> None:
-        """What the user should know."""
+    def report(self, line: str) -> None:
+        """Where work is that is not counted in bytes: which layer, which token."""
+        self.advance(0, line)
 
-    def warn(self, line: str) -> None:
-        """A warning in plain words."""
-
-    def end(self) -> None:
-        """No more stages."""
-
-
-class NoProgress:
-    """Reports to nobody."""
-
-    def stage(self, label: str, total: int) -> None:
-        pass
-
-    def advance(self, nbytes: int, label: str = "") -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
+    def note(self, line: str) -> None:
+        """Show something that the user should know."""
 
     def warn(self, line: str) -> None:
-        pass
+        """Show a warning."""
 
     def end(self) -> None:
-        pass
+        """The last stage is over."""
+
+
+class NoProgress(Progress):
+    """Shows nothing."""

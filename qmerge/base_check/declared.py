@@ -1,7 +1,7 @@
-"""What an adapter says it was trained on, against the base that is given: names, revisions, quantization, architecture.
+"""The base that an adapter declares, against the base that is given: name, revision, quantization, architecture.
 
-adapter_config.json names its base, and little else. What does not fit is a warning, never an error: names are given by
-people. Where nothing can be concluded (a folder that someone called ``base``), nothing is said.
+adapter_config.json names the base, and little else. A difference is a warning and never an error, because people choose these
+names. A name that allows no conclusion (a folder called ``base``) gives no warning.
 
 Sources: PEFT 0.21 (``base_model_name_or_path``, ``revision``, ``auto_mapping``, ``peft_version``); Unsloth Studio
 (``unsloth_training_method``), and Unsloth's names of checkpoints (``…-bnb-4bit``).
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmerge.adapters.combining.chain import adapter_at, is_held
-from qmerge.base_check.model_names import Origin, marks_of, origin_of, same_model
+from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
 from qmerge.hub import Source
@@ -27,7 +27,7 @@ from qmerge.schema import merged_into
 
 Verdict = Literal["fits", "differs", "unknown"]
 
-SEEN = {
+FORMATS_BY_MARK = {
     "bnb-4bit": {"nf4", "fp4"},
     "nf4": {"nf4"},
     "bnb-8bit": {"int8"},
@@ -38,14 +38,24 @@ SEEN = {
 """End of a checkpoint's name → formats that its weights are stored in."""
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
-FAMILY = re.compile(r"transformers\.models\.(\w+)\.")
+TRANSFORMERS_MODULE = re.compile(r"transformers\.models\.(\w+)\.")
 
 
-@dataclass(frozen=True)
-class Given:
-    """The base that is given, and what the run does with it. ``formats``: the quantized ones that its weights are stored
-    in; ``adapters``: folders of all adapters of the run; ``in_order``: each is applied to what those before
-    it made."""
+@dataclass(frozen=True, kw_only=True)
+class GivenBase:
+    """The base of a run, and what the run does with it.
+
+    folder           its files
+    config           its config.json
+    formats          quantized formats that its weights are stored in
+    id               its id, where it comes from the Hub
+    commit           its commit on the Hub
+    revision         the revision that the recipe asks for
+    training_format  how training quantized it, by the recipe (``--trained-on``)
+    merge_onto       ``dequantized`` or ``original``
+    adapters         folders of all adapters of the run
+    in_order         each adapter is applied to the result of those before it (``--combine chain``)
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -53,19 +63,27 @@ class Given:
     id: str | None = None
     commit: str | None = None
     revision: str | None = None
-    trained_on: str | None = None
+    training_format: str | None = None
     merge_onto: str = "dequantized"
     adapters: tuple[Path, ...] = ()
     in_order: bool = False
 
     @property
     def name(self) -> str:
+        """The Hub id, or the name of the folder."""
         return self.id or self.folder.name
 
 
 @dataclass(frozen=True)
 class Remark:
-    """One thing compared. ``warning``: what a difference does to the result, and the way out; empty where there is none."""
+    """One topic compared. The field names are those of ``qmerge inspect --json``.
+
+    topic    what is compared
+    said     what the adapter declares
+    given    what the base is
+    verdict  whether they fit together
+    warning  what a difference does to the result, and the way out; empty where there is no difference
+    """
 
     topic: str
     said: str
@@ -75,203 +93,285 @@ class Remark:
 
 
 def declared_warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
-    """What does not fit, of every adapter of a run."""
-    base, lines = given(inputs.base_source, inputs.base, recipe, inputs.adapter_sources), list[str]()
+    """Every difference between the adapters' declarations and the base, a line each."""
+    base = given_base(inputs.base_source, inputs.base, recipe, inputs.adapter_sources)
+    lines: list[str] = []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
-        said = [remark.warning for remark in compare(adapter.config, base) if remark.warning]
-        lines += said if len(inputs.adapter_sources) == 1 else [f"{source.name}: {line}" for line in said]
+        prefix = f"{source.name}: " if len(inputs.adapters) > 1 else ""
+        for remark in compare(adapter.config, base):
+            if remark.warning:
+                lines.append(prefix + remark.warning)
     return list(dict.fromkeys(lines))
 
 
-def given(source: Source, base: Checkpoint, recipe: Recipe, adapters: Sequence[Source]) -> Given:
-    quantized = frozenset(name for name in base.formats() if get_format(name).info.is_quantized)
-    return Given(
-        source.folder, base.config, quantized, source.id, source.commit, recipe.revision, recipe.trained_on,
-        recipe.merge_onto, tuple(adapter.folder for adapter in adapters), recipe.combine == CHAIN,
-    )  # fmt: skip
+def given_base(source: Source, base: Checkpoint, recipe: Recipe, adapters: Sequence[Source]) -> GivenBase:
+    """The base of a run, for ``compare``."""
+    return GivenBase(
+        folder=source.folder,
+        config=base.config,
+        formats=frozenset(name for name in base.formats() if get_format(name).info.is_quantized),
+        id=source.id,
+        commit=source.commit,
+        revision=recipe.revision,
+        training_format=recipe.trained_on,
+        merge_onto=recipe.merge_onto,
+        adapters=tuple(adapter.folder for adapter in adapters),
+        in_order=recipe.combine == CHAIN,
+    )
 
 
-def compare(config: Mapping[str, Any], base: Given) -> list[Remark]:
-    """An adapter's config against a base; one remark per topic, always the same topics in the same order."""
-    said = origin_of(text(config, "base_model_name_or_path"))
-    which = chain(said, base) or model(said, base)
+def compare(config: Mapping[str, Any], base: GivenBase) -> list[Remark]:
+    """An adapter's config against a base: one remark per topic, always the same topics in the same order."""
+    declared = origin_of(_text(config, "base_model_name_or_path"))
     return [
-        which,
-        revision(said, text(config, "revision"), base),
-        quantization(said, config, base),
-        architecture(config, base),
-        saved_by(config),
+        _compare_adapter_chain(declared, base) or _compare_model(declared, base),
+        _compare_revision(declared, _text(config, "revision"), base),
+        _compare_quantization(declared, config, base),
+        _compare_architecture(config, base),
+        _compare_peft_version(config),
     ]
 
 
-def text(config: Mapping[str, Any], name: str) -> str:
-    """A setting that should be text; other things count as not said."""
+def _text(config: Mapping[str, Any], name: str) -> str:
+    """A setting that should be text; empty where it is missing or something else."""
     value = config.get(name)
     return value.strip() if isinstance(value, str) else ""
 
 
-# --- which model -------------------------------------------------------------------------------------------------------
+# --- which model -----------------------------------------------------------------------------------------------------
 
 
-def chain(said: Origin, base: Given) -> Remark | None:
-    """An adapter that was trained on top of another one, where that is a folder that is there."""
-    first = adapter_at(said.text)
+def _compare_adapter_chain(declared: Origin, base: GivenBase) -> Remark | None:
+    """For an adapter that was trained on top of another adapter, in a folder that exists; None for all others."""
+    first = adapter_at(declared.text)
     if first is None:
         return None
     if first in base.adapters and base.in_order:
-        return Remark("base", said.text, "an adapter of this run", "fits")
+        return Remark("base", declared.text, "an adapter of this run", "fits")
     if is_held(first, merged_into(base.folder)):
-        return Remark("base", said.text, f"{base.name}, which that adapter is merged into", "fits")
+        return Remark("base", declared.text, f"{base.name}, which that adapter is merged into", "fits")
     return Remark(
-        "base", said.text, base.name, "differs",
-        f"the adapter was trained on top of another one ({said.text}), not on a plain base: merged otherwise, it "
-        f"corrects what is not there. Give both in order, with --combine chain",
-    )  # fmt: skip
-
-
-def model(said: Origin, base: Given) -> Remark:
-    """Is it the same model, by name? Copies (``unsloth/…``), quantized siblings and local folders of it count as the same;
-    folders have any name, so that a difference means something between Hub ids alone."""
-    if not said.text:
-        return Remark("base", "nothing", base.name, "unknown")
-    if said.folder and Path(said.text).expanduser().resolve() == base.folder:
-        return Remark("base", said.text, base.name, "fits")
-    names = [
-        origin_of(base.id) if base.id else origin_of(str(base.folder)),
-        origin_of(text(base.config, "_name_or_path")),
-    ]
-    if any(same_model(said, name) for name in names):
-        return Remark("base", said.text, base.name, "fits")
-    known = next((name for name in names if name.id), None)
-    if not said.id or known is None:
-        return Remark("base", said.text, base.name, "unknown")
-    given = known.text if known is names[0] else f"{base.name} (its config.json says that it comes from {known.text})"
-    return Remark(
-        "base", said.text, given, "differs",
-        f"the adapter names {said.id} as the base that it was trained on, this base is {given}: unless they are copies of one "
-        f"model, the delta is added to weights that it was not fitted to, and the result is worse than either, though it "
-        f"loads and answers. Give --base {said.id}",
-    )  # fmt: skip
-
-
-def revision(said: Origin, named: str, base: Given) -> Remark:
-    """Revisions of one repository; those of copies and siblings are not comparable."""
-    wanted = said.commit or named
-    here = base.commit or base.revision or "a local folder"
-    if not wanted or not base.id or (said.id or "").lower() != base.id.lower() or wanted == "main":
-        return Remark("revision", wanted or "nothing", here, "unknown")
-    if wanted == base.revision or (base.commit or "").startswith(wanted):
-        return Remark("revision", wanted, here, "fits")
-    pinned = base.revision and COMMIT.fullmatch(base.revision)
-    if not base.commit or (pinned and not COMMIT.fullmatch(wanted)):
-        return Remark("revision", wanted, here, "unknown")  # a tag against a commit: they may be one
-    return Remark(
-        "revision", wanted, here, "differs",
-        f"the adapter was trained on revision {wanted[:12]} of {base.id}, this is {here[:12]}: if the weights differ, the "
-        f"delta does not fit them. Give --revision {wanted}",
-    )  # fmt: skip
-
-
-# --- how it was quantized in training ----------------------------------------------------------------------------------
-
-
-def trained_quantized(said: Origin, config: Mapping[str, Any]) -> tuple[set[str] | None, str]:
-    """(formats that the base had in training, empty for a dense one, None where nothing says so; what says so)."""
-    method = text(config, "unsloth_training_method").lower()
-    mark = next((mark for mark in marks_of(said) if mark in SEEN), None)
-    if mark and method == "lora":
-        return None, f"{said.text}, and unsloth_training_method=lora: they contradict each other"
-    if mark:
-        return SEEN[mark], said.text
-    if method == "qlora":
-        return SEEN["bnb-4bit"], "unsloth_training_method=qlora"
-    if method == "lora":
-        return set(), "unsloth_training_method=lora"
-    return None, "nothing"
-
-
-def quantization(said: Origin, config: Mapping[str, Any], base: Given) -> Remark:
-    """Was the base in training quantized as this one is? ``--trained-on`` and ``--merge-onto original`` are the user's own
-    words, and end the question."""
-    seen, because = trained_quantized(said, config)
-    formats = base.formats or ({base.trained_on.removesuffix("-dq")} if base.trained_on else set())
-    here = " and ".join(sorted(formats)) or "16- or 32-bit"
-    if seen is None or base.trained_on or base.merge_onto == "original":
-        return Remark("quantization", because, here, "unknown")
-    if (formats & seen) if seen else not formats:
-        return Remark("quantization", because, here, "fits")
-    kind = f"on a base in {' or '.join(sorted(seen, reverse=True))}" if seen else "on a 16-bit base"
-    return Remark(
-        "quantization", because, here, "differs",
-        f"the adapter was trained {kind} ({because}), this one is {here}: {consequence(seen, formats)}",
-    )  # fmt: skip
-
-
-def consequence(seen: set[str], formats: frozenset[str] | set[str]) -> str:
-    if not formats:
-        way = (
-            "or pass --trained-on nf4-dq (as Unsloth quantizes; nf4 without double quantization), "
-            if "nf4" in seen
-            else ""
-        )
-        way = "or pass --trained-on int8, " if "int8" in seen else way
-        return (
-            f"the delta was fitted to weights with a quantization error that this base has not. Give the quantized "
-            f"checkpoint as --base, {way}so that it is merged into what it saw; --merge-onto original says that it is meant so"
-        )
-    if not seen:
-        return (
-            "the base's own quantization error, which the adapter never saw, stays in the result. Give the 16-bit model as "
-            "--base (it can be written in any format), or as --original with --merge-onto original"
-        )
-    return (
-        "their quantization errors differ, and the adapter learned to live with the other one. Give the checkpoint that "
-        "it was trained on as --base"
+        topic="base",
+        said=declared.text,
+        given=base.name,
+        verdict="differs",
+        warning=(
+            f"the adapter was trained on top of another one ({declared.text}), not on a plain base: merged without it, it "
+            f"corrects something that is missing. Give both in order, with --combine chain"
+        ),
     )
 
 
-# --- what kind of model, and who saved it ------------------------------------------------------------------------------
+def _compare_model(declared: Origin, base: GivenBase) -> Remark:
+    """Is it the same model, by name?
 
-
-def architecture(config: Mapping[str, Any], base: Given) -> Remark:
-    """``auto_mapping`` (which PEFT writes where no task_type was given) against the base's config."""
-    mapping = config.get("auto_mapping")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    said, family = text(mapping, "base_model_class"), FAMILY.match(text(mapping, "parent_library"))
-    classes = [name for name in base.config.get("architectures") or [] if isinstance(name, str)]
-    inner = base.config.get("text_config")
-    types = [text(part, "model_type") for part in (base.config, inner) if isinstance(part, dict)]
-    here = ", ".join(classes) or ", ".join(filter(None, types)) or "nothing"
-    types = [kind.replace("-", "_") for kind in types if kind]
-    if not family or not types:
-        return Remark("architecture", said or "nothing", here, "unknown")
-    if said in classes or any(kind.startswith(family[1]) or family[1].startswith(kind) for kind in types):
-        return Remark("architecture", said, here, "fits")
+    Copies (``unsloth/…``), quantized siblings and local folders of a model count as the same. A folder may have any name, so only
+    two Hub ids can differ.
+    """
+    if not declared.text:
+        return Remark("base", "nothing", base.name, "unknown")
+    if declared.is_folder and Path(declared.text).expanduser().resolve() == base.folder:
+        return Remark("base", declared.text, base.name, "fits")
+    own_name = origin_of(base.id or str(base.folder))
+    config_name = origin_of(_text(base.config, "_name_or_path"))
+    if is_same_model(declared, own_name) or is_same_model(declared, config_name):
+        return Remark("base", declared.text, base.name, "fits")
+    if own_name.id:
+        given = own_name.text
+    elif config_name.id:
+        given = f"{base.name} (its config.json says that it comes from {config_name.text})"
+    else:
+        given = ""
+    if not declared.id or not given:
+        return Remark("base", declared.text, base.name, "unknown")
     return Remark(
-        "architecture", said, here, "differs",
-        f"the adapter was trained on a {said}, this base is a {here}: layers of the same name and shape may do something "
-        f"else there, and the result would load and be wrong. Give the model that it was trained on as --base",
-    )  # fmt: skip
+        topic="base",
+        said=declared.text,
+        given=given,
+        verdict="differs",
+        warning=(
+            f"the adapter names {declared.id} as the base that it was trained on, but this base is {given}: unless they are copies "
+            f"of one model, the delta does not fit these weights; the result loads and answers, but worse than either model. Give "
+            f"--base {declared.id}"
+        ),
+    )
 
 
-def saved_by(config: Mapping[str, Any]) -> Remark:
-    """The version of PEFT that saved it; options that are newer than what is installed may change the arithmetic."""
-    said, here = text(config, "peft_version"), version("peft")
-    newer = release(said) > release(here)
-    verdict: Verdict = "unknown" if not said else "differs" if newer else "fits"
-    unknown = {name: value for name, value in other_options(config).items() if value} if newer else {}
+def _compare_revision(declared: Origin, named: str, base: GivenBase) -> Remark:
+    """Revisions of the same repository. Those of copies and siblings cannot be compared."""
+    wanted = declared.commit or named
+    given = base.commit or base.revision or "a local folder"
+    is_same_repository = bool(base.id) and (declared.id or "").lower() == (base.id or "").lower()
+    if not wanted or not is_same_repository or wanted == "main":
+        return Remark("revision", wanted or "nothing", given, "unknown")
+    if wanted == base.revision or (base.commit or "").startswith(wanted):
+        return Remark("revision", wanted, given, "fits")
+    asks_for_commit = bool(base.revision) and COMMIT.fullmatch(base.revision or "")
+    if not base.commit or (asks_for_commit and not COMMIT.fullmatch(wanted)):
+        return Remark("revision", wanted, given, "unknown")  # a tag against a commit: they may be the same
+    return Remark(
+        topic="revision",
+        said=wanted,
+        given=given,
+        verdict="differs",
+        warning=(
+            f"the adapter was trained on revision {wanted[:12]} of {base.id}, but this is {given[:12]}: if the weights differ, the "
+            f"delta does not fit them. Give --revision {wanted}"
+        ),
+    )
+
+
+# --- how it was quantized in training --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DeclaredQuantization:
+    """How the base was quantized in training.
+
+    formats  formats of its weights, empty for a dense base; None where nothing tells
+    source   what tells
+    """
+
+    formats: frozenset[str] | None
+    source: str
+
+
+def _declared_quantization(declared: Origin, config: Mapping[str, Any]) -> _DeclaredQuantization:
+    method = _text(config, "unsloth_training_method").lower()
+    marks = [mark for mark in storage_marks(declared) if mark in FORMATS_BY_MARK]
+    if marks and method == "lora":
+        contradiction = f"{declared.text}, and unsloth_training_method=lora: they contradict each other"
+        return _DeclaredQuantization(None, contradiction)
+    if marks:
+        return _DeclaredQuantization(frozenset(FORMATS_BY_MARK[marks[0]]), declared.text)
+    if method == "qlora":
+        return _DeclaredQuantization(frozenset(FORMATS_BY_MARK["bnb-4bit"]), "unsloth_training_method=qlora")
+    if method == "lora":
+        return _DeclaredQuantization(frozenset(), "unsloth_training_method=lora")
+    return _DeclaredQuantization(None, "nothing")
+
+
+def _compare_quantization(declared: Origin, config: Mapping[str, Any], base: GivenBase) -> Remark:
+    """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user has answered
+    the question."""
+    training = _declared_quantization(declared, config)
+    formats = base.formats
+    if not formats and base.training_format:
+        formats = frozenset({base.training_format.removesuffix("-dq")})
+    given = " and ".join(sorted(formats)) or "16- or 32-bit"
+    if training.formats is None or base.training_format or base.merge_onto == "original":
+        return Remark("quantization", training.source, given, "unknown")
+    both_dense = not training.formats and not formats
+    if both_dense or formats & training.formats:
+        return Remark("quantization", training.source, given, "fits")
+    kind = "a 16-bit base"
+    if training.formats:
+        kind = f"a base in {' or '.join(sorted(training.formats, reverse=True))}"
+    return Remark(
+        topic="quantization",
+        said=training.source,
+        given=given,
+        verdict="differs",
+        warning=(
+            f"the adapter was trained on {kind} ({training.source}), but this one is {given}: "
+            f"{_quantization_consequence(training.formats, formats)}"
+        ),
+    )
+
+
+def _quantization_consequence(training_formats: frozenset[str], formats: frozenset[str]) -> str:
+    """What the difference does to the result, and the way out."""
+    if formats and training_formats:
+        return (
+            "their quantization errors differ, and the adapter learned to live with the other one. Give the checkpoint that "
+            "it was trained on as --base"
+        )
+    if formats:
+        return (
+            "the base's quantization error, which the adapter never saw, stays in the result. Give the 16-bit model as "
+            "--base (it can be written in any format), or as --original with --merge-onto original"
+        )
+    on_the_fly = ""
+    if "int8" in training_formats:
+        on_the_fly = "or pass --trained-on int8, "
+    elif "nf4" in training_formats:
+        on_the_fly = "or pass --trained-on nf4-dq (as Unsloth quantizes; nf4 without double quantization), "
+    return (
+        f"the delta was fitted to weights with a quantization error that this base does not have. Give the quantized checkpoint as "
+        f"--base, {on_the_fly}so that it is merged into the weights that it was trained on; --merge-onto original confirms that "
+        f"the 16-bit weights are meant"
+    )
+
+
+# --- what kind of model, and who saved it ----------------------------------------------------------------------------
+
+
+def _compare_architecture(config: Mapping[str, Any], base: GivenBase) -> Remark:
+    """``auto_mapping``, which PEFT writes where no task_type was given, against the base's config."""
+    mapping = config.get("auto_mapping")
+    if not isinstance(mapping, dict):
+        mapping = {}
+    model_class = _text(mapping, "base_model_class")
+    family = TRANSFORMERS_MODULE.match(_text(mapping, "parent_library"))
+    classes = [name for name in base.config.get("architectures") or [] if isinstance(name, str)]
+    types = _model_types(base.config)
+    given = ", ".join(classes) or ", ".join(types) or "nothing"
+    if not family or not types:
+        return Remark("architecture", model_class or "nothing", given, "unknown")
+    if model_class in classes or _is_of_family(types, family[1]):
+        return Remark("architecture", model_class, given, "fits")
+    return Remark(
+        topic="architecture",
+        said=model_class,
+        given=given,
+        verdict="differs",
+        warning=(
+            f"the adapter was trained on a {model_class}, but this base is a {given}: layers of the same name and shape may do "
+            f"something else in it, and the result would load and be wrong. Give the model that it was trained on as --base"
+        ),
+    )
+
+
+def _model_types(config: Mapping[str, Any]) -> list[str]:
+    """``model_type`` of the model, and of its text part."""
+    parts = (config, config.get("text_config"))
+    types = [_text(part, "model_type") for part in parts if isinstance(part, dict)]
+    return [model_type for model_type in types if model_type]
+
+
+def _is_of_family(model_types: Sequence[str], family: str) -> bool:
+    """Whether a model type belongs to a folder of ``transformers.models``."""
+    names = [model_type.replace("-", "_") for model_type in model_types]
+    return any(name.startswith(family) or family.startswith(name) for name in names)
+
+
+def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
+    """The version of PEFT that saved the adapter. Options that the installed one does not have may change the arithmetic."""
+    saved_by = _text(config, "peft_version")
+    installed = version("peft")
+    given = f"peft {installed} is installed"
+    if not saved_by:
+        return Remark("saved by", "nothing", given, "unknown")
+    if release(saved_by) <= release(installed):
+        return Remark("saved by", f"peft {saved_by}", given, "fits")
+    unknown = {name: value for name, value in other_options(config).items() if value}
     if not unknown:
-        return Remark("saved by", f"peft {said}" if said else "nothing", f"peft {here} is installed", verdict)
+        return Remark("saved by", f"peft {saved_by}", given, "differs")
     options = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
     return Remark(
-        "saved by", f"peft {said}", f"peft {here} is installed", verdict,
-        f"the adapter was saved by peft {said} with options that peft {here} does not have ({options}): if one of them changes "
-        f"what the adapter computes, the merge is wrong. Ask for a qmerge that knows peft {said}",
-    )  # fmt: skip
+        topic="saved by",
+        said=f"peft {saved_by}",
+        given=given,
+        verdict="differs",
+        warning=(
+            f"the adapter was saved by peft {saved_by} with options that peft {installed} does not have ({options}): if one of "
+            f"them changes what the adapter computes, the merge is wrong. Use a version of qmerge that knows peft {saved_by}"
+        ),
+    )
 
 
 def release(name: str) -> tuple[int, ...]:
-    """``0.21.2.dev0@1a2b3c`` → (0, 21, 2); what begins with no number is of no release."""
+    """The numbers of a version: ``0.21.2.dev0@1a2b3c`` → (0, 21, 2). Empty where the text does not begin with a number."""
     match = re.match(r"\d+(?:\.\d+)*", name)
     return tuple(map(int, match[0].split("."))) if match else ()
 
@@ -285,22 +385,25 @@ LORA_OPTIONS = {
     "lora_bias", "target_parameters", "arrow_config", "ensure_weight_tying", "use_bdlora", "kasa_config",
     "monteclora_config", "velora_config", "alora_invocation_tokens",
 }  # fmt: skip
-"""Fields of PEFT 0.21's LoraConfig (a test compares them). Importing PEFT for them takes seconds."""
+"""Fields of PEFT 0.21's LoraConfig (a test compares them). Importing PEFT to read them takes seconds."""
 
 
 def other_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in adapter_config.json and is no option of PEFT: notes of training tools, or options of a newer PEFT."""
-    kind = text(config, "peft_type").upper()
-    known = LORA_OPTIONS if kind in ("LORA", "") else peft_options(kind)
-    return {name: value for name, value in config.items() if name not in known} if known else {}
+    """The settings in adapter_config.json that are not options of PEFT: notes of training tools, or options of a newer PEFT."""
+    kind = _text(config, "peft_type").upper()
+    known = LORA_OPTIONS if kind in ("LORA", "") else _peft_options(kind)
+    if not known:
+        return {}
+    return {name: value for name, value in config.items() if name not in known}
 
 
-def peft_options(kind: str) -> Sequence[str]:
+def _peft_options(kind: str) -> frozenset[str]:
+    """Options of a kind of adapter in the installed PEFT; empty for an unknown kind."""
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 
     if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return ()
-    return [field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]])]
+        return frozenset()
+    return frozenset(field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]))

@@ -1,20 +1,24 @@
-"""Was the adapter trained on these weights? What its deltas themselves say, whatever its config does.
+"""Was the adapter trained on these weights? Answered from its deltas, whatever its config declares.
 
-    cos(D, W P)            D = s B A, W the base, P the projection onto the rows of A: what D could be of W at all. A plain
-                           LoRA has 0.16 at most in trained ones. PiSSA, OLoRA and CorDA (ipm) begin with a part of W in B A,
-                           and train on W without it: 1 at the start, 0.7 after the factors moved by 60 %.
-    cos(D, (W − NF4(W)) P) 0.1 at most in plain ones. LoftQ begins with the best fit to this error: 1 at the start.
+    cos(D, W P)             D = s B A, W the base, P the projection onto the rows of A, which is the part of W that D can resemble.
+                            At most 0.16 in trained plain LoRAs. PiSSA, OLoRA and CorDA (ipm) initialize B A with a part of W, and
+                            train on W without that part: 1 at the start, 0.7 after the factors moved by 60 %.
+    cos(D, (W − NF4(W)) P)  At most 0.1 in plain LoRAs. LoftQ initializes B A with the best fit to this error: 1 at the start.
 
 (Without P, both fall with the size of the layer, as √(rank / width).) Measured on two trained Llamas of 2 and 4 million
-parameters, with peft's own initialisations of rank 4 to 16. What was taken out
-of X is a part of it, so ⟨D, X⟩ / ‖D‖² is about 1 where X still holds it, and 0 where it is gone: a delta much smaller than
-its projection is none, however well it is aligned, as one that makes a layer louder. A negative cosine (weight decay) is
-none. Methods: PiSSA, arXiv 2404.02948; OLoRA, 2406.01775; LoftQ, 2310.08659.
+parameters, with peft's own initializations of rank 4 to 16.
+
+B A was a part of X (X is W or W − NF4(W)). So ⟨D, X⟩ / ‖D‖² is about 1 where X still contains that part, and 0 where it was
+taken out. A delta that is much smaller than its projection was never a part of X, however well it is aligned: it makes the layer
+louder. Nor was one with a negative cosine, which weight decay gives.
+
+Methods: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters.lora import is_embedding
+from qmerge.adapters.reading.folder import Adapter
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
 from qmerge.formats import get_format, get_target
@@ -29,29 +34,46 @@ from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, dot
 from qmerge.weights.context import RunContext
 from qmerge.weights.rows import sampled_rows
-from qmerge.weights.values import open_weight
+from qmerge.weights.values import grid_of_rows, open_weight
 from qmerge.wording import module_names, percent, span
 
-MODULES, ENTRIES = 4, 2**18
-"""Weights of each adapter that are looked at, those with the largest delta; values in each of some groups of rows."""
+MODULES = 4
+"""Weights of each adapter that are examined: those with the largest deltas."""
 
-RELATED, DEVIATIONS = 0.3, 6.0
-"""A cosine above both the first, and so many standard deviations of what chance gives (1/√rows at most), is none of chance."""
+ENTRIES = 2**18
+"""Values in each of the groups of rows that are read of a weight."""
 
-BASE_SHARES, ERROR_SHARES = (0.25, 4.0), (0.1, 2.0)
-"""Between these lies ⟨D, X⟩ / ‖D‖² of what was taken out of X: training adds to D, and LoftQ's later steps (0.3 measured)."""
+RELATED_COSINE = 0.3
+"""A cosine above this is not chance, in matrices with many rows; see ``DEVIATIONS``."""
+
+DEVIATIONS = 6.0
+"""A cosine that is not chance is larger than this many standard deviations of a random cosine, 1/√rows at most."""
+
+BASE_SHARES = (0.25, 4.0)
+"""Range of ⟨D, W⟩ / ‖D‖² for a D that began as a part of W: training adds to D."""
+
+ERROR_SHARES = (0.1, 2.0)
+"""Range of ⟨D, E⟩ / ‖D‖² for a D that began as a fit to the quantization error E; 0.3 measured after several steps of LoftQ."""
 
 ORTHONORMAL = 0.5
-"""‖BᵀB − 1‖ / √R below which B is OLoRA's."""
+"""‖BᵀB − 1‖ / √R below which B is that of OLoRA."""
 
-LARGE = 0.3
-"""A delta of this size, against its weight, is warned about: 0.003 to 0.08 is usual."""
+LARGE_DELTA = 0.3
+"""A delta of more than this fraction of its weight is warned about. Fine-tuning changes weights by 0.0002 to 0.01 in short runs, by
+up to 0.08 in long ones."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """One LoRA against its weight. Cosines are None for a delta of zero, ``to_error`` also where the weights that are merged
-    onto are quantized themselves. ``base_share`` and ``error_share`` are ⟨D, X⟩ / ‖D‖²: 1 where X holds what D began as."""
+    """One LoRA against its weight. The field names are those of ``qmerge inspect --json``.
+
+    rows           rows of the weight that were read
+    relative_size  ‖D‖ / ‖W‖; None for a weight of zeros
+    to_base        cos(D, W P); None for a delta of zero
+    base_share     ⟨D, W⟩ / ‖D‖²: 1 where W contains what D began as; None for a delta of zero
+    to_error       cos(D, (W − NF4(W)) P); None for a delta of zero, and where the weights that the delta is added to are quantized
+    error_share    ⟨D, W − NF4(W)⟩ / ‖D‖²; None as ``to_error``
+    """
 
     module: str
     rows: int
@@ -63,150 +85,214 @@ class Alignment:
 
     @property
     def holds_base(self) -> bool:
-        return self._related(self.to_base, self.base_share, BASE_SHARES)
+        """Whether the delta began as a part of the base that the base still contains."""
+        return self._is_part(self.to_base, self.base_share, BASE_SHARES)
 
     @property
     def holds_error(self) -> bool:
-        return self._related(self.to_error, self.error_share, ERROR_SHARES)
+        """Whether the delta began as a fit to a quantization error that the base does not have."""
+        return self._is_part(self.to_error, self.error_share, ERROR_SHARES)
 
-    def _related(self, cosine: float | None, share: float | None, bounds: tuple[float, float]) -> bool:
+    def _is_part(self, cosine: float | None, share: float | None, bounds: tuple[float, float]) -> bool:
         if cosine is None or share is None:
             return False
-        return cosine > max(RELATED, DEVIATIONS / math.sqrt(self.rows)) and bounds[0] <= share <= bounds[1]
+        smallest, largest = bounds
+        chance = DEVIATIONS / math.sqrt(self.rows)
+        return cosine > max(RELATED_COSINE, chance) and smallest <= share <= largest
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
 
 
 def check_deltas(plan: Plan, context: RunContext) -> None:
-    """Look at some weights of every adapter.
+    """Examine some weights of every adapter.
 
     Raises:
-        AdapterError: most of them say that it was trained on other weights.
+        AdapterError: most of them show that the adapter was trained on other weights.
     """
     adapters = plan.inputs.adapters
-    for adapter, found in zip(adapters, look(plan, context), strict=True):
-        problem = verdict(found, plan.recipe.merge_onto)
+    for adapter, alignments in zip(adapters, measure_alignments(plan, context), strict=True):
+        problem = find_problem(alignments, plan.merge_onto)
         if problem:
             raise AdapterError(problem if len(adapters) == 1 else f"{adapter.folder}: {problem}")
 
 
-def look(plan: Plan, context: RunContext) -> list[list[Alignment]]:
-    """Of every adapter's plain LoRAs, a few; at most a million values of each weight are read."""
-    found = []
-    for adapter in plan.inputs.adapters:
-        loras = [
-            (lora, replace(step, update=lora))  # alone: what it becomes with other adapters may need all rows at once
-            for step in plan.merged
-            if isinstance(lora := adapter.updates.get(step.name), LoraUpdate) and is_linear(step)
-        ]
-        largest = sorted(loras, key=lambda pair: -rms(pair[0]))[:MODULES]
-        found.append([alignment(step, lora, context) for lora, step in largest])
-    return found
+def measure_alignments(plan: Plan, context: RunContext) -> list[list[Alignment]]:
+    """For every adapter, its plain LoRAs with the largest deltas against their weights.
+
+    At most a million values of each weight are read.
+    """
+    return [_alignments_of(adapter, plan, context) for adapter in plan.inputs.adapters]
+
+
+def _alignments_of(adapter: Adapter, plan: Plan, context: RunContext) -> list[Alignment]:
+    loras: list[tuple[LoraUpdate, Step]] = []
+    for step in plan.merged:
+        update = adapter.updates.get(step.name)
+        if isinstance(update, LoraUpdate) and is_linear(step):
+            # The step with this adapter alone: combined with others, it may need all rows at once.
+            loras.append((update, replace(step, update=update)))
+    largest = sorted(loras, key=lambda pair: -_rms(pair[0]))[:MODULES]
+    return [align(step, lora, context) for lora, step in largest]
 
 
 def is_linear(step: Step) -> bool:
+    """Whether the weight is that of a linear layer."""
     return step.weight.local == "weight" and len(step.weight.shape) == 2 and not is_embedding(step.name)
 
 
-def rms(lora: LoraUpdate) -> float:
+def _rms(lora: LoraUpdate) -> float:
     return math.sqrt(float(lora.row_norms().double().square().sum()) / math.prod(lora.shape))
 
 
-def alignment(step: Step, lora: LoraUpdate, context: RunContext) -> Alignment:
-    """Exact over the rows that are looked at."""
-    weight = step.source.base_weight
-    source, here = open_weight(weight, step, context), lora.to(context.device)
-    dense = get_format(weight.format).info.is_dense and not step.source.simulates_training
-    Q_IR, _ = torch.linalg.qr(here.A_RI.T)
-    sums = torch.zeros(6, dtype=torch.float64)  # ‖D‖², ‖W‖², ‖W P‖², ⟨D, W⟩, ‖E P‖², ⟨D, E⟩
-    count = 0
+def align(step: Step, lora: LoraUpdate, context: RunContext) -> Alignment:
+    """A LoRA against its weight, exact over the rows that are read."""
+    sums = _AlignmentSums(step, lora, context)
     for rows in sampled_rows(step, min(ENTRIES, context.block_entries)):
-        base_OI = source.values(rows)
-        delta_OI = here.apply(torch.zeros_like(base_OI), rows)
-        error_OI = base_OI - nf4(base_OI, rows, context) if dense else torch.zeros_like(base_OI)
-        base_OR, error_OR = base_OI @ Q_IR, error_OI @ Q_IR
-        pairs = (
-            (delta_OI, delta_OI), (base_OI, base_OI), (base_OR, base_OR), (delta_OI, base_OI), (error_OR, error_OR),
-            (delta_OI, error_OI),
-        )  # fmt: skip
-        sums += torch.tensor([dot(a, b) for a, b in pairs], dtype=torch.float64)
-        count += len(rows)
-    delta, whole, base, to_base, error, to_error = sums.tolist()
-    return Alignment(
-        step.label, count, math.sqrt(delta / whole) if whole else None,
-        cosine(to_base, delta, base), to_base / delta - left_by_olora(lora) if delta else None,
-        cosine(to_error, delta, error), to_error / delta if delta and error else None,
-    )  # fmt: skip
+        sums.add(rows)
+    return sums.alignment()
 
 
-def left_by_olora(lora: LoraUpdate) -> float:
-    """⟨D, W⟩ / ‖D‖² on the very base that OLoRA trained on: with W = Q R it takes s Q₁R₁ out (peft 0.21, ``olora_init``),
-    and leaves (1 − s) Q₁R₁ = (1/s − 1) D. Its B is Q₁, with orthonormal columns; 0 for all others."""
+class _AlignmentSums:
+    """Sums over rows of products of the delta D, the weight W and the quantization error E = W − NF4(W).
+
+    A factor P, the projection onto the rows of A, is an orthonormal basis Q of these rows: ‖W P‖ = ‖W Q‖.
+    """
+
+    def __init__(self, step: Step, lora: LoraUpdate, context: RunContext) -> None:
+        base = step.source.base_weight
+        self._step = step
+        self._lora = lora
+        self._lora_on_device = lora.to(context.device)
+        self._base = open_weight(base, step, context)
+        self._base_is_dense = get_format(base.format).info.is_dense and not step.source.simulates_training
+        self._Q_IR, _ = torch.linalg.qr(self._lora_on_device.A_RI.T)
+        self._rows = 0
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def add(self, rows: Rows) -> None:
+        base_OI = self._base.values(rows)
+        delta_OI = self._lora_on_device.apply(torch.zeros_like(base_OI), rows)
+        error_OI = torch.zeros_like(base_OI)
+        if self._base_is_dense:
+            error_OI = base_OI - nf4_values(base_OI)
+        base_OR = base_OI @ self._Q_IR
+        error_OR = error_OI @ self._Q_IR
+        self._sums["D D"] += dot(delta_OI, delta_OI)
+        self._sums["W W"] += dot(base_OI, base_OI)
+        self._sums["WP WP"] += dot(base_OR, base_OR)
+        self._sums["D W"] += dot(delta_OI, base_OI)
+        self._sums["EP EP"] += dot(error_OR, error_OR)
+        self._sums["D E"] += dot(delta_OI, error_OI)
+        self._rows += len(rows)
+
+    def alignment(self) -> Alignment:
+        sums = self._sums
+        relative_size = base_share = error_share = None
+        if sums["W W"]:
+            relative_size = math.sqrt(sums["D D"] / sums["W W"])
+        if sums["D D"]:
+            base_share = sums["D W"] / sums["D D"] - share_left_by_olora(self._lora)
+        if sums["D D"] and sums["EP EP"]:
+            error_share = sums["D E"] / sums["D D"]
+        return Alignment(
+            module=self._step.label,
+            rows=self._rows,
+            relative_size=relative_size,
+            to_base=_cosine(sums["D W"], sums["D D"], sums["WP WP"]),
+            base_share=base_share,
+            to_error=_cosine(sums["D E"], sums["D D"], sums["EP EP"]),
+            error_share=error_share,
+        )
+
+
+def share_left_by_olora(lora: LoraUpdate) -> float:
+    """⟨D, W⟩ / ‖D‖² on the very base that OLoRA trained on; 0 for other LoRAs.
+
+    With W = Q R, OLoRA takes s Q₁R₁ out of the base (peft 0.21, ``olora_init``) and leaves (1 − s) Q₁R₁ = (1/s − 1) D in it. Its B
+    is Q₁, with orthonormal columns.
+    """
     gram_RR = lora.B_OR.T @ lora.B_OR
-    one_RR = torch.eye(lora.rank, device=gram_RR.device)
-    olora = float((gram_RR - one_RR).norm()) < ORTHONORMAL * math.sqrt(lora.rank)
-    return 1 / lora.scale - 1 if olora and lora.scale else 0.0
+    identity_RR = torch.eye(lora.rank, device=gram_RR.device)
+    is_olora = float((gram_RR - identity_RR).norm()) < ORTHONORMAL * math.sqrt(lora.rank)
+    return 1 / lora.scale - 1 if is_olora and lora.scale else 0.0
 
 
-def cosine(product: float, one: float, other: float) -> float | None:
-    return product / math.sqrt(one * other) if one and other else None
+def _cosine(product: float, squared: float, other_squared: float) -> float | None:
+    if not squared or not other_squared:
+        return None
+    return product / math.sqrt(squared * other_squared)
 
 
-def nf4(base_OI: Tensor, rows: Rows, context: RunContext) -> Tensor:
-    """What bitsandbytes' NF4 makes of some rows: blocks of 64, which LoftQ has."""
-    form = get_target("nf4")
-    options = form.options({}, None, "F32")
-    grid = form.grid(form.scales(base_OI, options), (len(rows), base_OI.shape[1]), options)
-    return grid.decode(grid.nearest(base_OI))
+def nf4_values(values_OI: Tensor) -> Tensor:
+    """float32 [rows, I] as bitsandbytes' NF4 stores them, in blocks of 64, as LoftQ does."""
+    nf4 = get_target("nf4")
+    grid = grid_of_rows(values_OI, nf4, nf4.options({}, None, "F32"))
+    return grid.decode(grid.nearest(values_OI))
 
 
-def verdict(found: Sequence[Alignment], merge_onto: str) -> str | None:
-    """What is wrong, where more than half of the weights say so; None where nothing is."""
-    holding = {a.module: a.to_base for a in found if a.holds_base}
-    if 2 * len(holding) > len(found):
+# --- judged ----------------------------------------------------------------------------------------------------------
+
+
+def find_problem(alignments: Sequence[Alignment], merge_onto: str) -> str | None:
+    """What is wrong with the base, in words; None unless more than half of the weights show it."""
+    with_base = {a.module: a.to_base for a in alignments if a.holds_base}
+    if 2 * len(with_base) > len(alignments):
         return (
-            f"the adapter was trained on other weights than these: its delta lies along the base's own weights "
-            f"({evidence(holding)}), as when PiSSA, OLoRA or CorDA took it out of the base before training. Merged here, that "
-            f"part would be there twice. Give the residual model that it was trained on as --base; or save the adapter "
-            f"converted (peft: path_initial_model_for_weight_conversion; LLaMA-Factory: the folder pissa_converted). Where it "
-            f'was plain PiSSA or OLoRA, init_lora_weights: "pissa" or "olora" in adapter_config.json has the start repeated.'
+            f"the adapter was trained on other weights than these: its delta is aligned with the base's own weights "
+            f"({_evidence(with_base)}), as when PiSSA, OLoRA or CorDA took it out of the base before training. Merged into this "
+            f"base, that part would be counted twice. Give the residual model that the adapter was trained on as --base; or save "
+            f"the adapter converted (peft: path_initial_model_for_weight_conversion; LLaMA-Factory: the folder "
+            f'pissa_converted). For plain PiSSA or OLoRA, init_lora_weights: "pissa" or "olora" in adapter_config.json makes '
+            f"qmerge repeat the initialization."
         )
-    holding = {a.module: a.to_error for a in found if a.holds_error}
-    if 2 * len(holding) > len(found):
-        way = (
-            "Merge onto the quantized weights: leave --merge-onto original out."
-            if merge_onto == "original"
-            else "Give the quantized model that it was trained on as --base; or, where LoftQ took one step (loftq_iter=1), "
-            "pass --trained-on nf4."
+    with_error = {a.module: a.to_error for a in alignments if a.holds_error}
+    if 2 * len(with_error) > len(alignments):
+        way_out = (
+            "Give the quantized model that the adapter was trained on as --base; or, if LoftQ took one step (loftq_iter=1), pass "
+            "--trained-on nf4."
         )
+        if merge_onto == "original":
+            way_out = "Merge onto the quantized weights: leave --merge-onto original out."
         return (
-            f"the adapter corrects a quantization error that this base has not: its delta lies along W − NF4(W) "
-            f"({evidence(holding)}), as LoftQ begins, or as where it is merged into this base already. Merged here, the "
-            f"correction would be an error. {way}"
+            f"the adapter corrects a quantization error that this base does not have: its delta is aligned with W − NF4(W) "
+            f"({_evidence(with_error)}), as LoftQ initializes it, or as when it is merged into this base already. Merged into "
+            f"this base, the correction would be an error. {way_out}"
         )
     return None
 
 
-def evidence(cosines: Mapping[str, float | None]) -> str:
-    """``cosine 0.82 to 0.97 in … and 3 more``, of modules that are held against an adapter."""
-    known = sorted({f"{value:.2f}" for value in cosines.values() if value is not None})
-    span = known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
-    more = f" and {len(cosines) - 1} more" if len(cosines) > 1 else ""
-    return f"cosine {span} in {next(iter(cosines))}{more}; a plain LoRA's is under 0.2"
+def _evidence(cosines: Mapping[str, float | None]) -> str:
+    """``cosine 0.82 to 0.97 in … and 3 more``, for the modules that show the problem."""
+    known = sorted({f"{cosine:.2f}" for cosine in cosines.values() if cosine is not None})
+    text = known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
+    others = len(cosines) - 1
+    more = f" and {others} more" if others else ""
+    return f"cosine {text} in {next(iter(cosines))}{more}; a plain LoRA's is under 0.2"
 
 
 def delta_size_warnings(plan: Plan, relative_sizes: Mapping[str, float | None]) -> list[str]:
-    """LoRA deltas that are too large to be fine-tuning.
+    """LoRA deltas that are too large for fine-tuning.
 
     Args:
-        relative_sizes: module → rms(delta)/rms(weight).
+        relative_sizes: module → rms(delta) / rms(weight).
     """
-    loras = {name for a in plan.inputs.adapters for name, update in a.updates.items() if isinstance(update, LoraUpdate)}
+    loras = {
+        name
+        for adapter in plan.inputs.adapters
+        for name, update in adapter.updates.items()
+        if isinstance(update, LoraUpdate)
+    }
     linear = {step.label for step in plan.merged if step.name in loras and is_linear(step)}
-    large = {module: size for module, size in relative_sizes.items() if module in linear and (size or 0.0) > LARGE}
+    large = {
+        module: size for module, size in relative_sizes.items() if module in linear and (size or 0.0) > LARGE_DELTA
+    }
     if not large:
         return []
     line = (
-        f"{module_names(list(large))}: the delta is {span(percent, large.values())} of the weight, where "
-        f"fine-tuning usually changes 0.3 % to 8 %. Right on a residual model that PiSSA or OLoRA left as base; else look "
-        f"whether lora_alpha is what it was in training, and judge the result on held-out text (--verify)."
+        f"{module_names(list(large))}: the delta is {span(percent, large.values())} of the weight, where fine-tuning usually "
+        f"changes 0.02 % to 1 % in short runs, and up to 8 % in long ones. This is right on a residual model that PiSSA or "
+        f"OLoRA left as base; otherwise check that lora_alpha is that of training, and judge the result on held-out text "
+        f"(--verify)."
     )
     return [line]

@@ -1,4 +1,4 @@
-"""Names of models: what is a Hub id, what a folder, and which names mean one model."""
+"""Names of models: which ones are Hub ids or folders, and which ones mean the same model."""
 
 from __future__ import annotations
 
@@ -7,74 +7,91 @@ from dataclasses import dataclass
 
 from qmerge.hub import HUB_ID
 
-CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)(?:[/\\]snapshots[/\\]([0-9a-f]+))?")
+CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)(?:[/\\]snapshots[/\\]([0-9a-f]+))?")
 """A folder of the Hub's cache: owner, name, commit."""
 
 LOCAL_OWNERS = re.compile(
     r"\.{1,2}|models?|base|bases|outputs?|out|results?|runs?|saves?|saved|ckpts?|checkpoints?|data|work|workspace|content|"
     r"tmp|home|root|mnt|drive|exp|experiments?|train|training|trained|adapters?|lora|loras"
 )
-"""First parts of relative paths that look like a Hub id (``outputs/merged``) and are none."""
+"""First parts of relative paths that look like Hub ids (``outputs/merged``)."""
 
-MARK = re.compile(
+TRAINING_RUN = re.compile(r"(checkpoint|step|epoch|ckpt)[-_]?\d+")
+"""A name that a training run gives to a folder: ``checkpoint-500``."""
+
+STORAGE_MARK = re.compile(
     r"[-_.](?P<mark>(?:bnb[-_])?[48][-_]?bit|gptq|awq|fp8|nf4|fp4|nvfp4|mxfp4|int[48]|w4a16|w8a16|w8a8|hqq|bf16|fp16|fp32|"
     r"bfloat16|float16|16bit|dynamic|unsloth|quantized|\d+g)$"
 )
-"""What the name of a checkpoint ends in, that says how it is stored, and not which model it is."""
+"""The end of a checkpoint's name that tells how it is stored, not which model it is."""
 
-SMALL = re.compile(r"^meta-(?=llama)|-hf$|-v0\.1$")
-"""What copies of a model leave out: ``Meta-Llama-3`` and ``Llama-3``, ``Llama-2-7b-hf``, ``Mistral-7B-v0.1``."""
+OPTIONAL_PART = re.compile(r"^meta-(?=llama)|-hf$|-v0\.1$")
+"""Parts that copies of a model leave out: ``Meta-Llama-3`` and ``Llama-3``, ``Llama-2-7b-hf``, ``Mistral-7B-v0.1``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a model comes from, as someone wrote it. ``id`` and ``commit`` where it is on the Hub; ``folder`` where it is a
-    path on somebody's disk; ``last`` is the model's name by itself."""
+    """Where a model comes from, as somebody wrote it.
+
+    text       as written
+    last       the model's name without owner or folders
+    id         its id, where it is on the Hub
+    commit     its commit on the Hub, where the text names one
+    is_folder  it is a path on somebody's disk
+    """
 
     text: str
     last: str
     id: str | None = None
     commit: str | None = None
-    folder: bool = False
+    is_folder: bool = False
 
 
 def origin_of(text: str) -> Origin:
-    """``owner/name``, a path, or a folder of the Hub's cache."""
-    cached = CACHE.search(text)
+    """The origin that ``owner/name``, a path, or a folder of the Hub's cache stands for."""
+    cached = CACHE_FOLDER.search(text)
     if cached:
-        return Origin(text, cached[2], f"{cached[1]}/{cached[2]}", cached[3])
+        owner, name, commit = cached.groups()
+        return Origin(text=text, last=name, id=f"{owner}/{name}", commit=commit)
     parts = [part for part in re.split(r"[/\\]", text.strip()) if part]
     last = parts[-1] if parts else ""
-    if HUB_ID.fullmatch(text) and not LOCAL_OWNERS.fullmatch(parts[0].lower()) and not numbered(last):
-        return Origin(text, last, text)
-    return Origin(text, last, folder="/" in text or "\\" in text or text.startswith("."))
+    if _is_hub_id(text, parts):
+        return Origin(text=text, last=last, id=text)
+    return Origin(text=text, last=last, is_folder="/" in text or "\\" in text or text.startswith("."))
 
 
-def numbered(last: str) -> bool:
-    """``checkpoint-500``: a name that a training run gives."""
-    return re.fullmatch(r"(checkpoint|step|epoch|ckpt)[-_]?\d+", last.lower()) is not None
+def _is_hub_id(text: str, parts: list[str]) -> bool:
+    if not HUB_ID.fullmatch(text) or LOCAL_OWNERS.fullmatch(parts[0].lower()):
+        return False
+    return not TRAINING_RUN.fullmatch(parts[-1].lower())
 
 
-def marks_of(origin: Origin) -> list[str]:
-    """``Llama-3.1-8B-unsloth-bnb-4bit`` → [bnb-4bit, unsloth]: how it is stored, the last first."""
-    return peeled(origin)[1]
+def storage_marks(origin: Origin) -> list[str]:
+    """How the checkpoint is stored, by its name, the last mark first: ``Llama-3.1-8B-unsloth-bnb-4bit`` → [bnb-4bit, unsloth]."""
+    _, marks = _split_marks(origin)
+    return marks
 
 
-def peeled(origin: Origin) -> tuple[str, list[str]]:
-    """(the name without its marks, the marks, the last first)."""
-    rest, marks = origin.last.lower(), []
-    while match := MARK.search(rest):
-        marks.append(re.sub(r"(?<=[48])[-_]?bit", "bit", match["mark"].replace("_", "-")))
-        rest = rest[: match.start()]
-    return rest, marks
+def _split_marks(origin: Origin) -> tuple[str, list[str]]:
+    """The name without its storage marks; and the marks, the last one first."""
+    name = origin.last.lower()
+    marks: list[str] = []
+    while match := STORAGE_MARK.search(name):
+        mark = match["mark"].replace("_", "-")
+        marks.append(re.sub(r"(?<=[48])[-_]?bit", "bit", mark))
+        name = name[: match.start()]
+    return name, marks
 
 
-def same_model(one: Origin, other: Origin) -> bool:
-    """Whether two names mean one model, copies and quantized siblings included. Empty names mean nothing."""
-    first, second = stem(one), stem(other)
-    return bool(first) and first == second
+def is_same_model(a: Origin, b: Origin) -> bool:
+    """Whether two names mean the same model, copies and quantized siblings included. An empty name means no model."""
+    name = _plain_name(a)
+    return bool(name) and name == _plain_name(b)
 
 
-def stem(origin: Origin) -> str:
+def _plain_name(origin: Origin) -> str:
     """``unsloth/Meta-Llama-3.1-8B-bnb-4bit`` → ``llama-3.1-8b``."""
-    return SMALL.sub("", SMALL.sub("", peeled(origin)[0])).replace("_", "-")
+    name, _ = _split_marks(origin)
+    for _ in range(2):  # twice, because a name may have two optional parts at its end
+        name = OPTIONAL_PART.sub("", name)
+    return name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Every target for these inputs: how large the model would be, and what nearest rounding would leave; the best that fits.
+"""All targets for these inputs: size of the model, survival by nearest rounding; and the best target that fits a size.
 
 Reads headers, the adapter, and a few rows of each adapted weight.
 """
@@ -9,23 +9,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmerge.errors import CheckpointError, RecipeError, RoomError
-from qmerge.forecast.predict import predict, total_kept, total_noise
-from qmerge.forecast.preflight import NEAREST_IS_ENOUGH, with_roundings
+from qmerge.forecast.predict import Survival, predict, total_kept, total_noise
+from qmerge.forecast.roundings import NEAREST_IS_ENOUGH, with_roundings
 from qmerge.formats import all_targets, get_target
 from qmerge.planning.inputs import Inputs
-from qmerge.planning.plan import make_run_context, plan_from, retargeted
+from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe, parse_size
 from qmerge.safetensors_io.reader import Reader
+from qmerge.weights.context import RunContext
 
-NEGLIGIBLE = 0.02
-"""Noise, in deltas, below which more bits buy nothing."""
+NEGLIGIBLE_NOISE = 0.02
+"""Noise, in deltas, below which more bits gain nothing."""
+
+LISTED_TARGETS = 3
+"""Targets that fit, and are named after the best one."""
+
+LISTED_LARGER_TARGETS = 2
+"""Targets that are too large, and are named too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One target, with its defaults. ``kept``, ``noise`` and ``gap_to_delta`` are what nearest rounding would leave (None
-    for a delta of zero). ``disturbance``: noise, in deltas, of a rounding that keeps the delta. ``impossible`` says why the
-    target cannot be, and then the rest means nothing."""
+    """One target with its default options.
+
+    target        name of the format
+    loaders       programs that read it
+    impossible    why these inputs cannot be written so; None if they can. Otherwise the other fields mean nothing.
+    nbytes        size of the model
+    bits          bits per weight, scales included
+    kept          kept by nearest rounding, over all weights; None for a delta of zero
+    noise         noise by nearest rounding, in deltas; None for a delta of zero
+    gap_to_delta  median over weights of the gap between levels, in deltas
+    keeps_grid    the base's own scales are kept
+    disturbance   noise, in deltas, of a rounding that keeps the delta
+    """
 
     target: str
     loaders: str
@@ -40,74 +57,102 @@ class Candidate:
 
 
 def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candidate]:
-    """The smallest first; those that cannot be last."""
-    found = [candidate(recipe, name, inputs, reader) for name in all_targets()]
-    return sorted(found, key=lambda c: (c.impossible is not None, c.nbytes, c.target))
+    """Every target, the smallest model first; impossible ones last."""
+    candidates = [candidate(recipe, target, inputs, reader) for target in all_targets()]
+    return sorted(candidates, key=lambda c: (c.impossible is not None, c.nbytes, c.target))
 
 
-def candidate(recipe: Recipe, name: str, inputs: Inputs, reader: Reader) -> Candidate:
-    loaders = get_target(name).info.loaders
+def candidate(recipe: Recipe, target: str, inputs: Inputs, reader: Reader) -> Candidate:
+    """One target, for the inputs and the options of a recipe (as far as the target has them)."""
+    loaders = get_target(target).info.loaders
     try:
-        plan = plan_from(retargeted(recipe, name), inputs)
+        plan = plan_from(retargeted(recipe, target), inputs)
         context = make_run_context(plan, reader)
         survivals = predict(plan, context)
-        kept, noise = total_kept(survivals), total_noise(survivals)
-        keeps_grid = all(step.source.keeps_grid for step in plan.merged)
-        disturbance = noise
-        if keeps_grid and kept is not None and kept < NEAREST_IS_ENOUGH:  # nearest is quiet because nothing moves
-            at_random = dict.fromkeys((step.name for step in plan.merged), "stochastic")
-            disturbance = total_noise(predict(with_roundings(plan, at_random), context))
+        disturbance = _disturbance(plan, context, survivals)
     except (RecipeError, CheckpointError, RoomError) as error:
-        return Candidate(name, loaders, impossible=str(error))
-    gaps = sorted(s.gap_to_delta for s in survivals if s.gap_to_delta is not None)
+        return Candidate(target=target, loaders=loaders, impossible=str(error))
     return Candidate(
-        name, loaders, None, plan.bytes_out, plan.bits_per_weight, kept, noise, gaps[len(gaps) // 2] if gaps else None,
-        keeps_grid, disturbance or 0.0,
-    )  # fmt: skip
-
-
-def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe, str]:
-    """``--target auto``: the recipe with the target that is disturbed least among those that fit, and why it is that one.
-
-    The noise that it takes to keep the delta ranks formats as whole models are ranked (docs/choosing-a-target.md). What is
-    negligible counts alike, and then the smaller wins.
-
-    Raises:
-        RecipeError: nothing fits.
-    """
-    assert recipe.max_size is not None
-    found = all_candidates(recipe, inputs, reader)
-    possible = [
-        c
-        for c in found
-        if c.impossible is None and recipe.asked.keys() <= set(get_target(c.target).info.accepted_options)
-    ]
-    if not possible:
-        plan_from(
-            retargeted(recipe, found[0].target), inputs
-        )  # what is wrong with the inputs is said by whoever finds it
-        raise RecipeError(f"no target takes {' and '.join(f'--{n.replace(chr(95), chr(45))}' for n in recipe.asked)}")
-    fitting = [c for c in possible if c.nbytes <= parse_size(recipe.max_size)]
-    if not fitting:
-        smallest = min(possible, key=lambda c: c.nbytes)
-        raise RecipeError(
-            f"--max-size {recipe.max_size}: nothing fits; the smallest target is {_sized(smallest)}. A base with fewer "
-            f"bits, or --bits 3 with --target gptq, may"
-        )
-    best = min(fitting, key=lambda c: (max(NEGLIGIBLE, c.disturbance), c.nbytes))
-    return retargeted(recipe, best.target), _reason(best, fitting, possible, recipe.max_size)
-
-
-def _reason(best: Candidate, fitting: Sequence[Candidate], possible: Sequence[Candidate], limit: str) -> str:
-    others = sorted((c for c in fitting if c is not best), key=lambda c: c.disturbance)[:3]
-    larger = sorted((c for c in possible if c not in fitting), key=lambda c: c.nbytes)[:2]
-    beside = f"; next: {', '.join(f'{c.target} {c.disturbance:.2g}' for c in others)}" if others else ""
-    over = f"; too large: {', '.join(map(_sized, larger))}" if larger else ""
-    return (
-        f"Target {_sized(best)}: of what fits into {limit}, rounding to it disturbs least ({best.disturbance:.2g} deltas"
-        f"{beside}){over}."
+        target=target,
+        loaders=loaders,
+        nbytes=plan.bytes_out,
+        bits=plan.bits_per_weight,
+        kept=total_kept(survivals),
+        noise=total_noise(survivals),
+        gap_to_delta=_median_gap(survivals),
+        keeps_grid=_keeps_grid(plan),
+        disturbance=disturbance or 0.0,
     )
 
 
-def _sized(c: Candidate) -> str:
-    return f"{c.target} ({c.nbytes / 1e9:.2f} GB)" if c.nbytes >= 5e7 else f"{c.target} ({c.nbytes / 1e6:.2f} MB)"
+def _keeps_grid(plan: Plan) -> bool:
+    return all(step.source.keeps_grid for step in plan.merged)
+
+
+def _median_gap(survivals: Sequence[Survival]) -> float | None:
+    gaps = sorted(survival.gap_to_delta for survival in survivals if survival.gap_to_delta is not None)
+    return gaps[len(gaps) // 2] if gaps else None
+
+
+def _disturbance(plan: Plan, context: RunContext, survivals: Sequence[Survival]) -> float | None:
+    """Noise of a rounding that keeps the delta. Nearest rounding on the base's own grid may move nothing, and then it has no
+    noise either: stochastic rounding stands for ``preserve`` there."""
+    kept = total_kept(survivals)
+    if not _keeps_grid(plan) or kept is None or kept >= NEAREST_IS_ENOUGH:
+        return total_noise(survivals)
+    stochastic = dict.fromkeys((step.name for step in plan.merged), "stochastic")
+    return total_noise(predict(with_roundings(plan, stochastic), context))
+
+
+def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe, str]:
+    """``--target auto``: choose the target with the least disturbance among those that fit into ``max_size``.
+
+    Disturbance ranks formats as the quality of whole models does (docs/choosing-a-target.md). Of targets with negligible
+    disturbance the smallest one is chosen.
+
+    Returns:
+        The recipe for that target, and the reason in words.
+
+    Raises:
+        RecipeError: no target fits, or none has the options that the recipe asks for.
+    """
+    assert recipe.max_size is not None
+    limit = parse_size(recipe.max_size)
+    candidates = all_candidates(recipe, inputs, reader)
+    possible = [c for c in candidates if c.impossible is None and _accepts_options(c.target, recipe)]
+    if not possible:
+        # Where the inputs are the reason, planning for any target raises the error that names it.
+        plan_from(retargeted(recipe, candidates[0].target), inputs)
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in recipe.asked)
+        raise RecipeError(f"--target auto: no target has {flags}; leave one of them out, or name a target")
+    fitting = [c for c in possible if c.nbytes <= limit]
+    if not fitting:
+        smallest = min(possible, key=lambda c: c.nbytes)
+        raise RecipeError(
+            f"--max-size {recipe.max_size}: nothing fits; the smallest target is {_with_size(smallest)}. A base with fewer "
+            f"bits may fit, or --target gptq --bits 3"
+        )
+    best = min(fitting, key=lambda c: (max(NEGLIGIBLE_NOISE, c.disturbance), c.nbytes))
+    too_large = [c for c in possible if c.nbytes > limit]
+    return retargeted(recipe, best.target), _reason(best, fitting, too_large, recipe.max_size)
+
+
+def _accepts_options(target: str, recipe: Recipe) -> bool:
+    return recipe.asked.keys() <= set(get_target(target).info.accepted_options)
+
+
+def _reason(best: Candidate, fitting: Sequence[Candidate], too_large: Sequence[Candidate], limit: str) -> str:
+    reason = f"Target {_with_size(best)}: of what fits into {limit}, rounding to it disturbs least ({best.disturbance:.2g} deltas"
+    others = sorted((c for c in fitting if c is not best), key=lambda c: c.disturbance)[:LISTED_TARGETS]
+    if others:
+        reason += f"; next: {', '.join(f'{c.target} {c.disturbance:.2g}' for c in others)}"
+    reason += ")"
+    larger = sorted(too_large, key=lambda c: c.nbytes)[:LISTED_LARGER_TARGETS]
+    if larger:
+        reason += f"; too large: {', '.join(_with_size(c) for c in larger)}"
+    return f"{reason}."
+
+
+def _with_size(c: Candidate) -> str:
+    size = f"{c.nbytes / 1e9:.2f} GB" if c.nbytes >= 5e7 else f"{c.nbytes / 1e6:.2f} MB"
+    return f"{c.target} ({size})"

@@ -1,7 +1,8 @@
-"""Numbers → warnings in plain words: which modules, which ranks, how much survives, and what to do about it."""
+"""Warnings about what survives: which modules, how much, and what to do about it."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -9,143 +10,207 @@ from qmerge.forecast.predict import Survival, total_kept
 from qmerge.schema import ModulePairRecord, PairRecord
 from qmerge.wording import article, module_names, percent, span, times
 
-ENOUGH = 0.5
-"""A weight that keeps less of its delta than this is warned about."""
+ENOUGH_KEPT = 0.5
+"""A weight that keeps less than this fraction of its delta is warned about."""
 
-CLIPPED = 0.001
-"""Share of entries that may be cut off before it is said."""
+LOUD_NOISE = 2.0
+"""Rounding noise that is larger than this many deltas is warned about."""
 
-NEAR = 0.25
-"""Where original and dequantized base differ by less than this share of the delta, it does not matter which one it is."""
+LOUD_PRESERVED_NOISE = 5.0
+"""The same for ``preserve``, whose noise is measured in the outputs of the layers. A good part of it makes up for the rounding of
+earlier layers: noise of twice the delta went with a KL ratio of 0.013 (GPTQ, demo model)."""
 
-OPPOSED, CONFLICTING = -0.2, 0.6
-"""Deltas fight below this cosine (of two that are equally large, a sum then loses a fifth of their squares), or where more
-than this share of what both change has opposite signs (0.5 in adapters that have nothing to do with each other, 0.62 in
-normally distributed deltas of that cosine)."""
+MOST_CLIPPED = 0.001
+"""Clipping of more than this fraction of the entries is warned about."""
 
-ELECTING = ("ties", "dare_ties", "della", "sce")
-"""Ways to combine that settle on one sign per entry."""
+NEAR_ORIGINAL = 0.25
+"""Where original and dequantized base differ by less than this fraction of the delta, it does not matter which one the delta is
+added to."""
 
-LOUD, LOUD_PRESERVED = 2.0, 5.0
-"""So is rounding noise that is larger than this many times the delta. ``preserve`` is measured in the layers' output, where
-a good part of its noise makes up for earlier layers: twice the delta went with a KL ratio of 0.013 (GPTQ, demo model)."""
+OPPOSED_COSINE = -0.2
+"""Deltas work against each other below this cosine. (A sum of two deltas of the same size then loses a fifth of their squares.)"""
+
+CONFLICTING_SIGNS = 0.6
+"""They also do where more than this fraction of what both change has opposite signs. (Unrelated adapters have 0.5; normally
+distributed deltas of the cosine above have 0.62.)"""
+
+SIGN_ELECTING = ("ties", "dare_ties", "della", "sce")
+"""Combinations that settle on one sign per entry."""
+
+# --- survival --------------------------------------------------------------------------------------------------------
 
 
 def survival_warnings(survivals: Sequence[Survival], predicted: bool) -> list[str]:
-    """One line per kind of module, rank and trouble; the worst first.
+    """One line per rank and kind of trouble, the worst first.
 
     Args:
-        survivals: of every merged weight.
-        predicted: from the closed form, before the run; else measured on what was written.
+        survivals: of the merged weights.
+        predicted: before the run, from the closed form; else measured on what was written.
     """
-    lines = [_nothing_to_merge(survivals)] if not any(s.delta_squared for s in survivals) else []
-    lost = [s for s in survivals if s.kept is not None and s.kept < ENOUGH]
-    loud = [s for s in survivals if s.noise is not None and s.noise > _loud(s) and s not in lost]
+    lines = []
+    if not any(survival.delta_squared for survival in survivals):
+        lines.append(
+            f"the adapter changes nothing: the delta of all {len(survivals)} weights is zero (lora_B was never trained); "
+            f"check that this is the trained adapter"
+        )
+    lost = [survival for survival in survivals if _is_lost(survival)]
+    loud = [survival for survival in survivals if _is_loud(survival) and not _is_lost(survival)]
     lines += [_lost_line(group, predicted) for group in _by_rank(lost)]
     lines += [_loud_line(group, predicted) for group in _by_rank(loud)]
     total = total_kept(survivals)
-    if lost and total is not None and len(lost) > 1:
-        lines.append(_total_line(lost, survivals, total, predicted))
+    if total is not None and len(lost) > 1:
+        verb = "will be" if predicted else "was"
+        lines.append(
+            f"{len(lost)} of {len(survivals)} merged weights lose more than half of their delta; in all, {percent(total)} of "
+            f"the fine-tuning {verb} kept (each weight counted by the size of its delta)."
+        )
     return lines
 
 
-def original_warnings(merge_onto: str, gap: float | None) -> list[str]:
-    """What merging onto one base gives up against the other. ``gap``: ‖original − dequantized‖ / ‖delta‖."""
-    if gap is None or gap < NEAR:
-        return []
-    size = f"original and dequantized base differ by {times(gap)} the delta"
-    line = f"{size}: merging onto the dequantized one gives the model that was trained, with the base's quantization error. "
-    other = "--merge-onto original is without it; compare on held-out text (--verify)"
-    if merge_onto == "original":
-        line = f"{size}: the adapter was trained on the dequantized one, and what it learned to correct is gone in the original. "
-        other = "Compare on held-out text (--verify) with --merge-onto dequantized"
-    return [line + other]
+def is_same_warning(line: str, other: str) -> bool:
+    """Whether two lines warn about the same trouble with the same modules: once predicted, once measured."""
+    return _without_measurements(line) == _without_measurements(other)
 
 
-def clipping_warnings(share: float | None, keeps_grid: bool) -> list[str]:
-    """A delta that leads out of the base's own scales is cut off at their ends."""
-    if not keeps_grid or share is None or share < CLIPPED:
-        return []
-    return [
-        f"{percent(share)} of the merged values lie past the ends of the base's scales and were cut off: use --scales fresh"
-    ]
+def _without_measurements(line: str) -> str:
+    line = MEASURED_VALUE.sub("#", line)
+    for predicted, measured in (("will survive", "survived"), ("will be kept", "was kept"), ("will be", "is")):
+        line = line.replace(predicted, measured)
+    return line
 
 
-def interference_warnings(pairs: Sequence[PairRecord], combine: str) -> list[str]:
-    """Adapters that undo each other: where, how much, and what to do."""
-    return [_fight_line(pair, found, combine) for pair in pairs if (found := [m for m in pair.modules if _fights(m)])]
+MEASURED_VALUE = re.compile(
+    r"(?<=\s)(?:over a million times|(?:< )?-?\d[\d.]*(?: %|x))(?: to (?:over a million times|(?:< )?-?\d[\d.]*(?: %|x)))?"
+)
+"""A percentage or a factor, or a range of them (``wording.percent``, ``times`` and ``span``)."""
 
 
-def _fights(met: ModulePairRecord) -> bool:
-    opposed = met.cosine is not None and met.cosine < OPPOSED
-    return opposed or (met.sign_conflict is not None and met.sign_conflict > CONFLICTING)
+def _is_lost(survival: Survival) -> bool:
+    return survival.kept is not None and survival.kept < ENOUGH_KEPT
 
 
-def _fight_line(pair: PairRecord, found: Sequence[ModulePairRecord], combine: str) -> str:
-    conflicts = [m.sign_conflict for m in found if m.sign_conflict is not None]
-    signs = f", opposite signs in {span(percent, conflicts)} of what both change" if conflicts else ""
-    lower = "lower the weight of one of them, or leave one out"
-    way_out = (
-        lower if combine in ELECTING else f"use --combine ties or dare_ties, which elect one sign per entry, {lower}"
-    )
-    return (
-        f"{pair.one} and {pair.other} work against each other in {module_names([m.module for m in found])}: cosine "
-        f"{span('{:.2f}'.format, [m.cosine for m in found])}{signs}. To keep more of both, {way_out}."
-    )
-
-
-def _loud(s: Survival) -> float:
-    return LOUD_PRESERVED if s.rounding == "preserve" else LOUD
+def _is_loud(survival: Survival) -> bool:
+    limit = LOUD_PRESERVED_NOISE if survival.rounding == "preserve" else LOUD_NOISE
+    return survival.noise is not None and survival.noise > limit
 
 
 def _by_rank(survivals: Iterable[Survival]) -> list[list[Survival]]:
-    """One group per rank; the one that lost most delta first."""
+    """One group per rank; the group that loses most of its deltas first."""
     groups: dict[int, list[Survival]] = defaultdict(list)
-    for s in survivals:
-        groups[s.rank].append(s)
-    return sorted(groups.values(), key=lambda group: -sum(s.delta_squared * (1 - (s.kept or 0)) for s in group))
+    for survival in survivals:
+        groups[survival.rank].append(survival)
+    return sorted(groups.values(), key=_lost_squares, reverse=True)
 
 
-def _lost_line(group: list[Survival], predicted: bool) -> str:
+def _lost_squares(group: Sequence[Survival]) -> float:
+    return sum(survival.delta_squared * (1 - (survival.kept or 0)) for survival in group)
+
+
+def _lost_line(group: Sequence[Survival], predicted: bool) -> str:
+    first = group[0]
+    sizes = span(percent, [survival.relative_size for survival in group])
+    steps = span(times, [survival.gap_to_delta for survival in group])
+    kept = percent(total_kept(group) or 0.0)
     verb = "will survive" if predicted else "survived"
-    target, sizes = group[0].target, span(percent, [s.relative_size for s in group])
-    steps = span(times, [s.gap_to_delta for s in group])
     return (
-        f"{_modules(group)}: rank {group[0].rank}, delta is {sizes} of the weight, "
-        f"a{article(target)} {target.upper()} step is {steps} larger; "
-        f"{percent(total_kept(group) or 0.0)} {verb} {group[0].rounding} rounding. {_way_out(group[0])}"
+        f"{_modules(group)}: rank {first.rank}, delta is {sizes} of the weight, "
+        f"a{article(first.target)} {first.target.upper()} step is {steps} larger; "
+        f"{kept} {verb} {first.rounding} rounding. {_way_out(first)}"
     )
 
 
-def _loud_line(group: list[Survival], predicted: bool) -> str:
+def _loud_line(group: Sequence[Survival], predicted: bool) -> str:
+    first = group[0]
     verb = "will be" if predicted else "is"
-    noise = span(times, [s.noise for s in group])
+    noise = span(times, [survival.noise for survival in group])
     return (
-        f"{_modules(group)}: rank {group[0].rank}, the delta is kept on average, but {group[0].rounding} rounding noise {verb} "
-        f"{noise} its size. {_way_out(group[0])}"
+        f"{_modules(group)}: rank {first.rank}, the delta is kept on average, but {first.rounding} rounding noise {verb} "
+        f"{noise} its size. {_way_out(first)}"
     )
 
 
 def _modules(group: Sequence[Survival]) -> str:
-    return module_names([s.module for s in group])
+    return module_names([survival.module for survival in group])
 
 
-def _total_line(lost: list[Survival], survivals: Sequence[Survival], total: float, predicted: bool) -> str:
-    verb = "will be" if predicted else "was"
-    return (
-        f"{len(lost)} of {len(survivals)} merged weights lose more than half of their delta; in all, {percent(total)} of the "
-        f"fine-tuning {verb} kept (each weight counted by the size of its delta)."
-    )
-
-
-def _nothing_to_merge(survivals: Sequence[Survival]) -> str:
-    return f"the adapter changes nothing: the delta of all {len(survivals)} weights is zero (lora_B was never trained)."
-
-
-def _way_out(s: Survival) -> str:
-    better = {"bf16": "fp16", "fp16": "fp32"}.get(s.target, "bf16")
-    if s.rounding == "preserve":
-        first = ["--calibration with text of your training", "more --calibration-tokens"]
+def _way_out(survival: Survival) -> str:
+    if survival.rounding == "preserve":
+        ways = ["--calibration with text of your training", "more --calibration-tokens"]
     else:
-        first = ["--rounding preserve"]
-    return f"Use {', or '.join([*first, f'--target {better}', 'serve the adapter unmerged'])}."
+        ways = ["--rounding preserve"]
+    wider = {"bf16": "fp16", "fp16": "fp32"}.get(survival.target, "bf16")
+    ways += [f"--target {wider}", "serve the adapter unmerged"]
+    return f"Use {', or '.join(ways)}."
+
+
+# --- the base, the grid, other adapters ------------------------------------------------------------------------------
+
+
+def original_warnings(merge_onto: str, gap: float | None) -> list[str]:
+    """The price of merging onto the original or onto the dequantized base, where they differ much.
+
+    Args:
+        gap: ‖original − dequantized‖ / ‖delta‖; None without an original.
+    """
+    if gap is None or gap < NEAR_ORIGINAL:
+        return []
+    difference = f"original and dequantized base differ by {times(gap)} the delta"
+    line = (
+        f"{difference}: merging onto the dequantized one gives the model that was trained, with the base's quantization error. "
+        f"--merge-onto original is without it; compare on held-out text (--verify)"
+    )
+    if merge_onto == "original":
+        line = (
+            f"{difference}: the adapter was trained on the dequantized one, and what it learned to correct is gone in the "
+            f"original. Compare on held-out text (--verify) with --merge-onto dequantized"
+        )
+    return [line]
+
+
+def clipping_warnings(fraction: float | None, keeps_grid: bool) -> list[str]:
+    """Values past the ends of the base's own scales.
+
+    Args:
+        fraction: fraction of all merged values that were clipped.
+    """
+    if not keeps_grid or fraction is None or fraction < MOST_CLIPPED:
+        return []
+    return [
+        f"{percent(fraction)} of the merged values were past the ends of the base's scales and were clipped: use --scales fresh"
+    ]
+
+
+def interference_warnings(pairs: Sequence[PairRecord], combine: str) -> list[str]:
+    """Pairs of adapters that undo each other: in which modules, how much, and what to do.
+
+    Args:
+        combine: how the adapters are combined.
+    """
+    lines = []
+    for pair in pairs:
+        modules = [module for module in pair.modules if _work_against_each_other(module)]
+        if modules:
+            lines.append(_interference_line(pair, modules, combine))
+    return lines
+
+
+def _work_against_each_other(record: ModulePairRecord) -> bool:
+    if record.cosine is not None and record.cosine < OPPOSED_COSINE:
+        return True
+    return record.sign_conflict is not None and record.sign_conflict > CONFLICTING_SIGNS
+
+
+def _interference_line(pair: PairRecord, modules: Sequence[ModulePairRecord], combine: str) -> str:
+    names = module_names([module.module for module in modules])
+    cosines = span("{:.2f}".format, [module.cosine for module in modules])
+    conflicts = [module.sign_conflict for module in modules if module.sign_conflict is not None]
+    signs = ""
+    if conflicts:
+        signs = f", opposite signs in {span(percent, conflicts)} of what both change"
+    way_out = "lower the weight of one of them, or leave one out"
+    if combine not in SIGN_ELECTING:
+        way_out = f"use --combine ties or dare_ties, which elect one sign per entry, {way_out}"
+    return (
+        f"{pair.one} and {pair.other} work against each other in {names}: cosine {cosines}{signs}. "
+        f"To keep more of both, {way_out}."
+    )

@@ -14,7 +14,8 @@ import torch
 from qmerge.adapters.combining.interference import PairSums, cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
 from qmerge.forecast.predict import Survival, total_kept
-from qmerge.forecast.preflight import Preflight, input_warnings, rounding_name
+from qmerge.forecast.preflight import Preflight, input_warnings
+from qmerge.forecast.roundings import rounding_names
 from qmerge.forecast.warnings import clipping_warnings, interference_warnings, original_warnings, survival_warnings
 from qmerge.metrics.base import Sums, over_weights, values_of
 from qmerge.pipeline import Outcome
@@ -39,9 +40,15 @@ VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safeten
 
 
 def make_report(
-    plan: Plan, context: RunContext, records: list[InputRecord], outputs: list[FileRecord], outlook: Preflight,
-    outcomes: Mapping[str, Outcome], started: float,
-) -> ReportData:  # fmt: skip
+    plan: Plan,
+    context: RunContext,
+    *,
+    records: list[InputRecord],
+    outputs: list[FileRecord],
+    preflight: Preflight,
+    outcomes: Mapping[str, Outcome],
+    started: float,
+) -> ReportData:
     """The report of a run.
 
     Args:
@@ -49,7 +56,7 @@ def make_report(
         context: where it was computed.
         records: what was read.
         outputs: the weight files that were written; empty where nothing was.
-        outlook: what was predicted, and what was settled before the run.
+        preflight: what was predicted, and what was settled before the run.
         outcomes: name of a merged weight → its sums.
         started: ``time.monotonic()`` at the start of the run.
     """
@@ -60,24 +67,24 @@ def make_report(
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=_versions(),
         device=_device_name(context.device),
-        rounding=rounding_name(plan),
-        rounding_reason=outlook.reason,
-        calibration=outlook.calibration,
+        rounding=rounding_names(plan),
+        rounding_reason=preflight.rounding_reason,
+        calibration=preflight.calibration,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),
         inputs=records,
         outputs=outputs,
         actions=dict(Counter(step.action for step in plan.steps)),
-        predicted=_predicted_kept(outlook.predicted),
+        predicted=_predicted_kept(preflight.predicted),
         total=_group_record("all", weights, sums_of_weight),
         groups=_group_records(plan.merged, sums_of_weight),
         weights=list(weights.values()),
-        original_gap=outlook.original_gap,
+        original_gap=preflight.original_gap,
         bytes_out=plan.bytes_out,
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         interference=pairs,
-        warnings=_warnings(plan, outlook, weights, sums_of_weight, pairs),
+        warnings=_warnings(plan, preflight, weights, sums_of_weight, pairs),
     )
 
 
@@ -169,13 +176,13 @@ def _pair_records_of(
 
 def _warnings(
     plan: Plan,
-    outlook: Preflight,
+    preflight: Preflight,
     weights: Mapping[str, WeightRecord],
     sums_of_weight: Mapping[str, Sums],
     pairs: Sequence[PairRecord],
 ) -> list[str]:
     """About the inputs first, about what was measured last."""
-    relative_sizes = {survival.module: survival.relative_size for survival in outlook.predicted}
+    relative_sizes = {survival.module: survival.relative_size for survival in preflight.predicted}
     clipped = values_of(over_weights(sums_of_weight.values()))["clipped"]
     survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
     return [
@@ -183,7 +190,7 @@ def _warnings(
         *delta_size_warnings(plan, relative_sizes),
         *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
         *interference_warnings(pairs, plan.recipe.combine),
-        *original_warnings(plan.merge_onto, outlook.original_gap),
+        *original_warnings(plan.merge_onto, preflight.original_gap),
         *survival_warnings(survivals, predicted=False),
     ]
 

@@ -1,5 +1,6 @@
-"""A recipe becomes a finished folder: plan, check, walk the steps, publish; or the same without writing."""
+"""Runs a recipe: ``merge`` writes a model folder, ``measure`` does the same work without writing it."""
 
-from qmerge.run.merge_model import measure, merge
+from qmerge.run.measure_targets import measure
+from qmerge.run.merge_model import merge
 
 __all__ = ["measure", "merge"]

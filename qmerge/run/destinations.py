@@ -1,9 +1,12 @@
-"""Where steps go: into the shards of an output folder, or nowhere, when a run only measures."""
+"""Where the output of steps goes: into the files of an output folder, or nowhere, when a run only measures."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,90 +15,150 @@ from qmerge.pipeline import Outcome, run_step
 from qmerge.planning.plan import Plan
 from qmerge.progress import Progress
 from qmerge.rounding.base import InputStatistics
-from qmerge.run import residual
-from qmerge.run.workers import run_steps
+from qmerge.run.residual import Residual, fit_residual
+from qmerge.run.workers import run_parallel
 from qmerge.safetensors_io.writer import MemorySink, NullSink, ShardWriter
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
 from qmerge.weights.values import stored_values
 
 
-class Writing:
-    """Steps go to the shards that they belong to. What an earlier run left is kept where its bytes hash to what the
-    journal says; a shard is published when its last step is done."""
+class Destination(ABC):
+    """Runs steps and takes their output.
 
-    def __init__(
-        self, plan: Plan, context: RunContext, out: Path, resume: bool, journal: Journal, progress: Progress
-    ) -> None:
-        self.context, self.out, self.resume, self.journal, self.progress = context, out, resume, journal, progress
-        self.workers = plan.recipe.workers
-        self.shards = {step.name: shard for shard in plan.shards for step in shard.steps}
-        self.left = {shard.file: len(shard.steps) for shard in plan.shards}
-        self.writers: dict[str, ShardWriter] = {}
-        self.rank, self.residuals = plan.recipe.residual, dict[str, residual.Residual]()
+    outcomes: what was measured of every merged weight so far, by name of the weight.
+    """
+
+    def __init__(self, context: RunContext, workers: int, progress: Progress) -> None:
+        self.context = context
+        self.workers = workers
+        self.progress = progress
         self.outcomes: dict[str, Outcome] = {}
 
-    def do(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
-        by_shard: dict[str, list[Step]] = {}
+    @abstractmethod
+    def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
+        """Run steps, each once.
+
+        Args:
+            inputs: name of a weight → statistics of its inputs, for the weights that calibration reached.
+        """
+
+    @abstractmethod
+    def stored(self, step: Step) -> Tensor:
+        """float32 [O, I] that the finished model computes with, of a step that was run last or before."""
+
+
+class OutputFolder(Destination):
+    """Writes every step to the file that it belongs to.
+
+    A step of an earlier run is kept where its bytes still have the hashes in the journal. A file gets its final name when the last
+    of its steps is done.
+
+    residuals: LoRAs that compensate for the rounding of merged weights, by name of the weight; empty without ``residual_rank``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        context: RunContext,
+        out: Path,
+        journal: Journal,
+        *,
+        resume: bool,
+        residual_rank: int | None,
+        progress: Progress,
+    ) -> None:
+        super().__init__(context, plan.workers, progress)
+        self.out = out
+        self.journal = journal
+        self.resume = resume
+        self.residual_rank = residual_rank
+        self.residuals: dict[str, Residual] = {}
+        self.writers: dict[str, ShardWriter] = {}
+        self._shard_of = {step.name: shard for shard in plan.shards for step in shard.steps}
+        self._steps_left = {shard.file: len(shard.steps) for shard in plan.shards}
+
+    def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
+        steps_by_file: dict[str, list[Step]] = defaultdict(list)
         for step in steps:
-            by_shard.setdefault(self.shards[step.name].file, []).append(step)
-        for file, group in by_shard.items():
+            steps_by_file[self._shard_of[step.name].file].append(step)
+        for file, group in steps_by_file.items():
             if file not in self.writers:
-                layout = self.shards[group[0].name].layout
+                layout = self._shard_of[group[0].name].layout
                 self.writers[file] = ShardWriter(self.out / file, layout, self.resume)
-            run_steps(group, lambda step: self._step(step, inputs.get(step.name)), self.workers)
-            self.left[file] -= len(group)
-            if not self.left[file]:
+            run_parallel(group, lambda step: self._run_step(step, inputs.get(step.name)), self.workers)
+            self._steps_left[file] -= len(group)
+            if not self._steps_left[file]:
                 self.journal.file_done(file, self.writers[file].finish())
                 self.writers[file].publish()
 
-    def _step(self, step: Step, inputs: InputStatistics | None) -> None:
-        names, writer = tuple(step.outputs), self.writers[self.shards[step.name].file]
-        earlier = self.journal.steps.get(step.name)
-        if earlier and earlier["sha256"].keys() == writer.fixed(names) and writer.matches(earlier["sha256"]):
-            record = earlier
-        else:
-            sink = writer.step(names)
-            outcome = run_step(step, sink, self.context, inputs)
-            record = {"sha256": sink.finish(), "texts": sink.texts, "outcome": outcome and vars(outcome)}
-            self.journal.step_done(step.name, record)
-        writer.add_texts(record["texts"])
+    def _run_step(self, step: Step, inputs: InputStatistics | None) -> None:
+        record = self._earlier_record(step) or self._write_step(step, inputs)
+        self._writer(step).add_texts(record["texts"])
         if record["outcome"] is not None:
             self.outcomes[step.name] = Outcome(**record["outcome"])
-            if self.rank:
-                self.residuals[step.name] = residual.fit(step, self.stored(step), inputs, self.context, self.rank)
+            if self.residual_rank:
+                stored_OI = self.stored(step)
+                residual = fit_residual(step, stored_OI, inputs, context=self.context, rank=self.residual_rank)
+                self.residuals[step.name] = residual
         self.progress.advance(step.weight.nbytes, step.name)
 
+    def _earlier_record(self, step: Step) -> dict[str, Any] | None:
+        """What an earlier run has noted about a step, if the bytes on disk are still those that it wrote."""
+        record = self.journal.steps.get(step.name)
+        if record is None:
+            return None
+        writer = self._writer(step)
+        hashes = record["sha256"]
+        if hashes.keys() == writer.fixed(tuple(step.outputs)) and writer.matches(hashes):
+            return record
+        return None
+
+    def _write_step(self, step: Step, inputs: InputStatistics | None) -> dict[str, Any]:
+        """Run a step, and note it in the journal."""
+        sink = self._writer(step).step(tuple(step.outputs))
+        outcome = run_step(step, sink, self.context, inputs)
+        record = {
+            "sha256": sink.finish(),
+            "texts": sink.texts,
+            "outcome": None if outcome is None else vars(outcome),
+        }
+        self.journal.step_done(step.name, record)
+        return record
+
     def stored(self, step: Step) -> Tensor:
-        """float32 [O, I] of a step that is done, read back from what was written; with its residual, where one is
-        written beside it, because then the next layers see both."""
-        writer = self.writers[self.shards[step.name].file]
-        values_OI = stored_values(step, writer.read, self.context)
-        beside = self.residuals.get(step.name)
-        return values_OI if beside is None else values_OI + (beside.B_OR @ beside.A_RI).to(values_OI.device)
+        """As read back from the file; with the residual LoRA, which is loaded with the model."""
+        values_OI = stored_values(step, self._writer(step).read, self.context)
+        residual = self.residuals.get(step.name)
+        if residual is None:
+            return values_OI
+        return values_OI + (residual.B_OR @ residual.A_RI).to(values_OI.device)
 
     def close(self) -> None:
+        """Close all files."""
         for writer in self.writers.values():
             writer.close()
 
+    def _writer(self, step: Step) -> ShardWriter:
+        return self.writers[self._shard_of[step.name].file]
 
-class Measuring:
-    """Steps go nowhere; what the last ones would have written is there to be read back."""
+
+class MeasureOnly(Destination):
+    """Writes nothing. The outputs of the steps that were run last stay in memory where calibration needs them."""
 
     def __init__(self, context: RunContext, workers: int, progress: Progress) -> None:
-        self.context, self.workers, self.progress = context, workers, progress
-        self.outcomes: dict[str, Outcome] = {}
+        super().__init__(context, workers, progress)
         self._sinks: dict[str, MemorySink] = {}
 
-    def do(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
+    def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
         self._sinks.clear()
-        run_steps(steps, lambda step: self._step(step, inputs), self.workers)
+        run_parallel(steps, lambda step: self._run_step(step, inputs.get(step.name)), self.workers)
 
-    def _step(self, step: Step, inputs: Mapping[str, InputStatistics]) -> None:
-        sink = MemorySink() if step.name in inputs else NullSink()
-        if isinstance(sink, MemorySink):
-            self._sinks[step.name] = sink
-        outcome = run_step(step, sink, self.context, inputs.get(step.name))
+    def _run_step(self, step: Step, inputs: InputStatistics | None) -> None:
+        sink: MemorySink | NullSink = NullSink()
+        if inputs is not None:  # the next layers are calibrated on what this one stores
+            sink = self._sinks[step.name] = MemorySink()
+        outcome = run_step(step, sink, self.context, inputs)
         if outcome is not None:
             self.outcomes[step.name] = outcome
         self.progress.advance(step.weight.nbytes, step.name)

@@ -1,270 +1,255 @@
-"""A recipe → a finished folder: plan, check, walk the steps, publish. The same walk without writing is ``measure``."""
+"""A recipe → a finished model folder: plan, check, run the steps, publish."""
 
 from __future__ import annotations
 
-import math
-import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qmerge.calibration import texts
-from qmerge.calibration.statistics import calibrated_groups
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.evaluation.fidelity import fidelity
-from qmerge.forecast.preflight import Preflight, for_identity, run_preflight
+from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import resolve_auto
 from qmerge.formats import get_target
-from qmerge.metrics.base import Sums
 from qmerge.planning.inputs import Inputs, read_inputs
-from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
-from qmerge.planning.targets import DENSE_FORMATS
+from qmerge.planning.plan import Plan, make_run_context, plan_from
 from qmerge.progress import NoProgress, Progress
-from qmerge.recipe import JUDGED_TOKENS, Recipe, parse_size
+from qmerge.recipe import JUDGED_TOKENS, Recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.make import make_report
 from qmerge.report.records import input_records
-from qmerge.run import residual
-from qmerge.run.destinations import Measuring, Writing
+from qmerge.run.destinations import OutputFolder
+from qmerge.run.promote import plan_with_promoted
+from qmerge.run.residual import write_residuals
+from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import RECIPE_NAME, FileRecord, InputRecord, ReportData, numbered
-from qmerge.types import Step
 from qmerge.weights.context import RunContext
+
+IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
+"""Packages whose version may change an output byte, so that ``--resume`` needs the same one."""
 
 
 def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> ReportData:
     """Merge an adapter into a base and write the model.
 
+    Args:
+        resume: go on with an interrupted run in the same output folder.
+
+    Returns:
+        The content of qmerge.json.
+
     Raises:
-        RecipeError, InputError, NumbersError, RoomError: see ``errors.py``; nothing stays behind but what --resume needs.
+        RecipeError, InputError, NumbersError, RoomError: see ``errors.py``. Nothing is left behind except what --resume needs.
     """
-    progress, started = progress or NoProgress(), time.monotonic()
+    started = time.monotonic()
+    progress = progress or NoProgress()
     if recipe.out is None:
         raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
     out = Path(recipe.out).expanduser()
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
         if recipe.target == "auto":
-            recipe, why = resolve_auto(recipe, inputs, reader)
-            progress.say(why)
+            recipe, reason = resolve_auto(recipe, inputs, reader)
+            progress.note(reason)
         plan = plan_from(recipe, inputs)
         context = make_run_context(plan, reader)
-        folder.check_out(out, input_folders(plan.inputs), resume)
+        folder.check_out(out, input_folders(inputs), resume)
         if recipe.verify:
-            texts.read_texts(Path(recipe.verify).expanduser())  # now, not when all else is done
+            texts.read_texts(
+                Path(recipe.verify).expanduser()
+            )  # an unreadable text is an error now, not after the merge
         if recipe.promote:
-            plan = with_promoted(plan, context, progress)
-        folder.check_room(out, plan.bytes_out - reserved(out))
-        progress.stage("looking ahead", 1)
-        plan, outlook = run_preflight(plan, context, lambda at: progress.advance(0, at))
-        progress.end()
-        for line in outlook.says(plan):
-            progress.say(line)
-        for line in outlook.warnings(plan):
-            progress.warn(line)
-        existed = out.exists()
+            plan = plan_with_promoted(recipe, plan, context, progress)
+        folder.check_room(out, plan.bytes_out - bytes_written(out))
+        plan, preflight = show_preflight(plan, context, recipe.rounding, progress)
+        run = Run(
+            recipe=recipe,
+            plan=plan,
+            context=context,
+            out=out,
+            preflight=preflight,
+            progress=progress,
+            started=started,
+        )
+        out_existed = out.exists()
         with folder.locked(out):
-            try:
-                report = write_model(plan, context, out, resume, outlook, progress, started)
-            except (NumbersError, InputError):  # no --resume can mend these
-                folder.discard(out, made_by_us=not existed)
-                raise
-            finally:
-                progress.end()
-            try:
-                return judged(report, plan, context, out, progress) if recipe.verify else report
-            finally:
-                progress.end()
+            report = write_or_discard(run, resume=resume, out_existed=out_existed)
+            if recipe.verify:
+                report = add_fidelity(report, run, Path(recipe.verify).expanduser())
+            return report
 
 
-def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | None = None) -> list[ReportData]:
-    """The full run with a writer that throws away: what would survive, for one or several targets."""
-    progress, targets = progress or NoProgress(), list(targets or [recipe.target])
-    check_options(recipe, targets)
-    if recipe.verify:
-        return [judged_elsewhere(recipe, target, progress) for target in targets]
-    reports = []
-    with Reader() as reader:
-        inputs = read_inputs(recipe, reader)
-        records = input_records(inputs, progress)
-        for target in targets:
-            started = time.monotonic()
-            plan = plan_from(retargeted(recipe, target), inputs)
-            context = make_run_context(plan, reader)
-            plan, outlook = run_preflight(plan, context)
-            place = Measuring(context, recipe.workers, progress)
-            progress.stage(f"measuring {target}", sum(step.weight.nbytes for step in plan.rounded))
-            try:
-                walk(plan, plan.rounded, context, place, outlook.batches, progress)
-            finally:
-                progress.end()
-            reports.append(make_report(plan, context, records, [], outlook, place.outcomes, started))
-    return reports
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A merge that is ready to start.
+
+    out        folder to write to
+    preflight  what is known beforehand
+    started    ``time.monotonic()`` at the start
+    """
+
+    recipe: Recipe
+    plan: Plan
+    context: RunContext
+    out: Path
+    preflight: Preflight
+    progress: Progress
+    started: float
 
 
-def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
-    """An option that none of the targets takes is an error; one that some take is for those."""
-    for name in recipe.asked:
-        if not any(name in get_target(target).info.accepted_options for target in targets):
-            raise RecipeError(f"--{name.replace('_', '-')}: none of {', '.join(targets)} takes it")
+# --- before the first step -------------------------------------------------------------------------------------------
 
 
-def judged_elsewhere(recipe: Recipe, target: str, progress: Progress) -> ReportData:
-    """A whole merge into a temporary folder (TMPDIR says where), judged there and thrown away."""
-    with tempfile.TemporaryDirectory(prefix="qmerge-") as place:
-        there = retargeted(recipe, target).model_copy(update={"out": f"{place}/{target}"})
-        return merge(there, progress=progress).model_copy(update={"outputs": []})
+def show_preflight(plan: Plan, context: RunContext, rounding: str, progress: Progress) -> tuple[Plan, Preflight]:
+    """Run the preflight, and show its notes and warnings before the long work begins."""
+    progress.stage("looking ahead", 1)
+    plan, preflight = run_preflight(plan, context, rounding=rounding, report_progress=progress.report)
+    progress.end()
+    for line in preflight.notes:
+        progress.note(line)
+    for line in preflight.warnings(plan):
+        progress.warn(line)
+    return plan, preflight
 
 
-def with_promoted(plan: Plan, context: RunContext, progress: Progress) -> Plan:
-    """A first pass that writes nothing; the weights whose output is worst for each byte that 16 bits would cost are then
-    planned in the model's own dtype, as far as the budget goes."""
-    assert plan.recipe.promote is not None
-    rehearsed, outlook = run_preflight(plan, context)
-    place = Measuring(context, plan.recipe.workers, progress)
-    progress.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in rehearsed.rounded))
+def input_folders(inputs: Inputs) -> dict[str, Path]:
+    """What an input is, in words → its folder."""
+    folders = {"the base": inputs.base_source.folder}
+    for source in inputs.adapter_sources:
+        folders[f"the adapter {source.folder.name}"] = source.folder
+    if inputs.original_source:
+        folders["the original"] = inputs.original_source.folder
+    return folders
+
+
+def bytes_written(out: Path) -> int:
+    """Bytes of disk space that an unfinished run has taken already."""
+    if not out.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in out.glob("*.safetensors*"))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData:
+    """Write the model. After an error that --resume cannot mend, remove what was written."""
     try:
-        walk(rehearsed, rehearsed.rounded, context, place, outlook.batches, progress)
+        return write_model(run, resume=resume)
+    except (NumbersError, InputError):
+        folder.discard(run.out, made_by_us=not out_existed)
+        raise
     finally:
-        progress.end()
-    losses = {step.name: loss(place.outcomes[step.name].sums) for step in rehearsed.merged}
-    form = DENSE_FORMATS[plan.inputs.base.dtype]
-    width = 4 if form == "fp32" else 2
-    costs = {step.name: extra_bytes(step, width) for step in rehearsed.merged}
-    budget, chosen = parse_size(plan.recipe.promote), list[str]()
-    for name in sorted(losses, key=lambda name: -losses[name] / max(1, costs[name])):
-        if 0 < costs[name] <= budget and losses[name] > 0:
-            chosen, budget = [*chosen, name], budget - costs[name]
-    spent = sum(costs[name] for name in chosen)
-    progress.say(f"Promoted to {form}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
-    return plan_from(plan.recipe, plan.inputs, frozenset(chosen))
+        run.progress.end()
 
 
-def loss(sums: Sums) -> float:
-    """What rounding does to the layer's output (to the weight, where its inputs were not seen)."""
-    error = sums["output_noise"].get("error_error")
-    return float(sums["noise"]["error_error"] if error is None else error)
-
-
-def extra_bytes(step: Step, width: int) -> int:
-    """What the weight takes more when it is dense, ``width`` bytes per value, than as planned."""
-    return width * math.prod(step.shape) - sum(max(0, spec.nbytes) for spec in step.outputs.values())
-
-
-def write_model(
-    plan: Plan, context: RunContext, out: Path, resume: bool, outlook: Preflight, progress: Progress, started: float
-) -> ReportData:  # fmt: skip
-    """Every step, then every file; index, card and config last, so that an unfinished folder does not load."""
-    records = input_records(plan.inputs, progress)
-    journal = Journal(out, identity(plan, context, records, outlook), resume)
-    place = Writing(plan, context, out, resume, journal, progress)
-    progress.stage("merging", sum(step.weight.nbytes for step in plan.steps))
+def write_model(run: Run, *, resume: bool) -> ReportData:
+    """Run every step, then write the other files. The index, the card and the config come last, so that an unfinished folder does
+    not load as a model."""
+    plan = run.plan
+    records = input_records(plan.inputs, run.progress)
+    journal = Journal(run.out, run_identity(run, records), resume)
+    destination = OutputFolder(
+        plan,
+        run.context,
+        run.out,
+        journal,
+        resume=resume,
+        residual_rank=run.recipe.residual,
+        progress=run.progress,
+    )
+    run.progress.stage("merging", sum(step.weight.nbytes for step in plan.steps))
     try:
-        walk(plan, plan.steps, context, place, outlook.batches, progress)
+        run_steps(plan, plan.steps, destination, run.preflight.batches)
     finally:
-        place.close()
-    folder.write_index(out, place.writers)
-    folder.copy_side_files(out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
-    outputs = [FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)]
-    report = make_report(plan, context, records, outputs, outlook, place.outcomes, started)
-    if place.rank and place.residuals:
-        report.residual = residual.write(out, place.residuals, place.rank)
-    write_file(out / RECIPE_NAME, pinned(plan).to_yaml().encode())
-    write_faces(report, plan, out)
-    target = get_target(plan.recipe.target)
-    for name, content in target.side_files(plan.config.get("quantization_config") or {}).items():
-        folder.write_json(out / name, content)
-    folder.write_json(out / "config.json", plan.config, sort_keys=True)
+        destination.close()
+    folder.write_index(run.out, destination.writers)
+    folder.copy_side_files(run.out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
+    report = make_report(
+        plan,
+        run.context,
+        records=records,
+        outputs=[FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)],
+        preflight=run.preflight,
+        outcomes=destination.outcomes,
+        started=run.started,
+    )
+    if run.recipe.residual and destination.residuals:
+        report.residual = write_residuals(run.out, destination.residuals, run.recipe.residual)
+    write_file(run.out / RECIPE_NAME, with_commits(run.recipe, plan.inputs).to_yaml().encode())
+    write_reports(report, plan, run.out)
+    write_configs(plan, run.out)
     journal.remove()
     return report
 
 
-def judged(report: ReportData, plan: Plan, context: RunContext, out: Path, progress: Progress) -> ReportData:
-    """The report with the fidelity of the finished model; the model stays, whatever happens here."""
-    assert plan.recipe.verify is not None
-    progress.stage("judging", 1)
-    text, length = Path(plan.recipe.verify).expanduser(), plan.recipe.sequence_length
-    record = fidelity(
-        out,
-        plan.recipe,
-        text,
-        device=context.device,
-        tokens=JUDGED_TOKENS,
-        length=length,
-        report_progress=lambda line: progress.advance(0, line),
-    )
-    report = report.model_copy(update={"fidelity": record})
-    write_faces(report, plan, out)
-    return report
+def add_fidelity(report: ReportData, run: Run, text: Path) -> ReportData:
+    """Judge the finished model on a text, and write its reports again. The model stays, whatever happens."""
+    run.progress.stage("judging", 1)
+    try:
+        record = fidelity(
+            run.out,
+            run.recipe,
+            text,
+            device=run.context.device,
+            tokens=JUDGED_TOKENS,
+            length=run.recipe.sequence_length,
+            report_progress=run.progress.report,
+        )
+        report = report.model_copy(update={"fidelity": record})
+        write_reports(report, run.plan, run.out)
+        return report
+    finally:
+        run.progress.end()
 
 
-def write_faces(report: ReportData, plan: Plan, out: Path) -> None:
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def write_reports(report: ReportData, plan: Plan, out: Path) -> None:
+    """The report as JSON and as a page, and the model card."""
     write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
     write_file(out / html.NAME, html.html_report(report).encode())
     write_file(out / "README.md", model_card(report, plan).encode())
 
 
-def walk(
-    plan: Plan, steps: Sequence[Step], context: RunContext, place: Writing | Measuring,
-    batches: Sequence[Tensor] | None, progress: Progress,
-) -> None:  # fmt: skip
-    """Every step once: those that need no calibration as they come, the others group by group of the calibration."""
-    calibrated = {step.name for step in steps if step.rounding == "preserve"} if batches is not None else set()
-    place.do([step for step in steps if step.name not in calibrated], {})
-    if calibrated:
-        assert batches is not None
-        groups = calibrated_groups(
-            plan,
-            context,
-            batches,
-            stored_values=place.stored,
-            report_progress=lambda line: progress.advance(0, line),
-        )
-        for group in groups:
-            place.do(group.steps, group.statistics)
-    applied = {step.name for step in plan.merged}
-    assert place.outcomes.keys() == applied, "planned and applied updates differ"
+def write_configs(plan: Plan, out: Path) -> None:
+    """config.json, after other files that the target's loaders read."""
+    quantization = plan.config.get("quantization_config") or {}
+    for name, content in get_target(plan.target).side_files(quantization).items():
+        folder.write_json(out / name, content)
+    folder.write_json(out / "config.json", plan.config, sort_keys=True)
 
 
-def pinned(plan: Plan) -> Recipe:
-    """The recipe with the commits that its revisions stood for, so that it makes the same model again."""
-    inputs = plan.inputs
-    commits = {
-        "revision": inputs.base_source.commit,
-        "adapter_revision": inputs.adapter_source.commit if len(inputs.adapter_sources) == 1 else None,
-        "original_revision": inputs.original_source.commit if inputs.original_source else None,
-    }
-    return plan.recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
+def with_commits(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """The recipe with the commits that its revisions resolved to, so that it makes the same model again."""
+    commits = {"revision": inputs.base_source.commit}
+    if len(inputs.adapter_sources) == 1:
+        commits["adapter_revision"] = inputs.adapter_source.commit
+    if inputs.original_source:
+        commits["original_revision"] = inputs.original_source.commit
+    return recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
 
 
-def identity(plan: Plan, context: RunContext, records: Sequence[InputRecord], outlook: Preflight) -> dict[str, Any]:
-    """What a resumed run must share with the one it resumes."""
+def run_identity(run: Run, records: Sequence[InputRecord]) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that it resumes."""
+    plan, calibration = run.plan, run.preflight.calibration
     return {
-        **{name: version(name) for name in ("qmerge", "torch", "bitsandbytes", "transformers")},
-        "device": context.device.type,
-        "recipe": plan.recipe.identity(),
-        "input": {f"{role} {f.file}": f.sha256 for role, r in numbered(records) for f in r.files},
-        **for_identity(outlook),
+        **{name: version(name) for name in IDENTITY_PACKAGES},
+        "device": run.context.device.type,
+        "recipe": run.recipe.identity(),
+        "input": {f"{role} {file.file}": file.sha256 for role, record in numbered(records) for file in record.files},
+        "calibration": calibration.model_dump() if calibration else None,
         "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},
     }
-
-
-def input_folders(inputs: Inputs) -> dict[str, Path]:
-    folders = {"the base": inputs.base_source.folder}
-    folders |= {f"the adapter {source.folder.name}": source.folder for source in inputs.adapter_sources}
-    return {**folders, "the original": inputs.original_source.folder} if inputs.original_source else folders
-
-
-def reserved(out: Path) -> int:
-    """Bytes that an unfinished run in ``out`` has taken already."""
-    return sum(path.stat().st_size for path in out.glob("*.safetensors*")) if out.is_dir() else 0

@@ -1,4 +1,4 @@
-"""Threads of this process: torch, hashing and file reads leave Python's lock, so they overlap."""
+"""Several steps at once, in threads of this process: torch, hashing and file reads release Python's lock, so they overlap."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from qmerge.types import Step
 
 
-def run_steps(steps: Sequence[Step], do: Callable[[Step], None], workers: int) -> None:
-    """Every step once, in order for one worker, in any order for several; the first error ends it and is raised."""
+def run_parallel(steps: Sequence[Step], run: Callable[[Step], None], workers: int) -> None:
+    """Run every step once: in order with one worker, in any order with several.
+
+    Raises:
+        Whatever the first failing step raised; steps that have not started are dropped.
+    """
     if workers == 1:
         for step in steps:
-            do(step)
+            run(step)
         return
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(do, step) for step in steps]
+        futures = [pool.submit(run, step) for step in steps]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:

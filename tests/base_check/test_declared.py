@@ -14,8 +14,8 @@ from peft import LoraConfig, OFTConfig
 from safetensors.torch import load_file, save_file
 
 from qmerge.base_check import declared, deltas
-from qmerge.base_check.declared import Given, Remark
-from qmerge.base_check.model_names import marks_of, origin_of, same_model
+from qmerge.base_check.declared import GivenBase, Remark
+from qmerge.base_check.model_names import is_same_model, origin_of, storage_marks
 from qmerge.checkpoint.fingerprint import Fingerprint, fingerprint
 from qmerge.checkpoint.scan import scan
 from qmerge.safetensors_io.reader import Reader
@@ -47,7 +47,7 @@ HUB = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/"
     ],
 )
 def test_copies_and_siblings_are_one_model(one: str, other: str) -> None:
-    assert same_model(origin_of(one), origin_of(other))
+    assert is_same_model(origin_of(one), origin_of(other))
 
 
 @pytest.mark.parametrize(
@@ -61,20 +61,20 @@ def test_copies_and_siblings_are_one_model(one: str, other: str) -> None:
     ],
 )
 def test_other_models_are_not(one: str, other: str) -> None:
-    assert not same_model(origin_of(one), origin_of(other))
+    assert not is_same_model(origin_of(one), origin_of(other))
 
 
 def test_ids_paths_and_marks() -> None:
     assert origin_of(HUB).id == "meta-llama/Llama-3.1-8B" and origin_of(HUB).commit == COMMIT
     assert origin_of("outputs/merged").id is None and origin_of("me/checkpoint-500").id is None
     assert origin_of("me/llama-ft").id == "me/llama-ft" and origin_of("gpt2").id is None
-    assert marks_of(origin_of("unsloth/X-unsloth-bnb-4bit")) == ["bnb-4bit", "unsloth"]
-    assert marks_of(origin_of("Qwen/X-GPTQ-Int4")) == ["int4", "gptq"] and marks_of(origin_of("Qwen/X")) == []
+    assert storage_marks(origin_of("unsloth/X-unsloth-bnb-4bit")) == ["bnb-4bit", "unsloth"]
+    assert storage_marks(origin_of("Qwen/X-GPTQ-Int4")) == ["int4", "gptq"] and storage_marks(origin_of("Qwen/X")) == []
 
 
 # --- what both say -----------------------------------------------------------------------------------------------------
 
-HERE = Given(Path("/models/llama"), LLAMA)
+HERE = GivenBase(folder=Path("/models/llama"), config=LLAMA)
 ON_HUB = replace(HERE, id="meta-llama/Llama-3.1-8B", commit=COMMIT)
 SIBLING = replace(HERE, id="unsloth/Meta-Llama-3.1-8B-bnb-4bit", commit=COMMIT, formats=NF4)
 GPTQ = replace(HERE, id="me/Llama-3.1-8B-GPTQ", commit=COMMIT, formats=frozenset({"gptq"}))
@@ -85,7 +85,7 @@ QLORA, LORA, CPT = ({"unsloth_training_method": method} for method in ("qlora", 
 CLASS = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
 MISTRAL = {"base_model_class": "MistralForCausalLM", "parent_library": "transformers.models.mistral.modeling_mistral"}
 
-FINE: dict[str, tuple[dict[str, Any], Given]] = {
+FINE: dict[str, tuple[dict[str, Any], GivenBase]] = {
     "nothing said": ({}, HERE),
     "not text": ({"base_model_name_or_path": 5, "revision": [], "auto_mapping": "x"}, ON_HUB),
     "the same id": (LLAMA_31, ON_HUB),
@@ -103,8 +103,8 @@ FINE: dict[str, tuple[dict[str, Any], Given]] = {
     "qlora on a 4-bit base": ({**LLAMA_31, **QLORA}, SIBLING),
     "lora on a 16-bit base": ({**LLAMA_31, **LORA}, ON_HUB),
     "CPT says nothing of bits": ({**LLAMA_31, **CPT}, ON_HUB),
-    "qlora, --trained-on": ({**LLAMA_31, **QLORA}, replace(ON_HUB, trained_on="nf4-dq")),
-    "lora, --trained-on": ({**LLAMA_31, **LORA}, replace(ON_HUB, trained_on="nf4")),
+    "qlora, --trained-on": ({**LLAMA_31, **QLORA}, replace(ON_HUB, training_format="nf4-dq")),
+    "lora, --trained-on": ({**LLAMA_31, **LORA}, replace(ON_HUB, training_format="nf4")),
     "qlora, --merge-onto original": ({**LLAMA_31, **QLORA}, replace(ON_HUB, merge_onto="original")),
     "lora, the original beside": ({**LLAMA_31, **LORA}, replace(SIBLING, merge_onto="original")),
     "the name and the method disagree": ({**BNB, **LORA}, ON_HUB),
@@ -128,7 +128,7 @@ FINE: dict[str, tuple[dict[str, Any], Given]] = {
     "an odd version": ({"peft_version": "main@1234", "note": "x"}, HERE),
 }
 
-WARNED: dict[str, tuple[dict[str, Any], Given, str, str]] = {
+WARNED: dict[str, tuple[dict[str, Any], GivenBase, str, str]] = {
     "another id": ({"base_model_name_or_path": "Qwen/Qwen3-8B"}, ON_HUB, "base", "--base Qwen/Qwen3-8B"),
     "the instruct one": (LLAMA_31, NAMED, "base", "comes from meta-llama/Llama-3.1-8B-Instruct"),
     "another cached model": ({"base_model_name_or_path": HUB}, replace(ON_HUB, id="Qwen/Qwen3-8B"), "base", "meta-llama"),
@@ -185,18 +185,20 @@ def test_options_are_pefts() -> None:
 # --- chains ------------------------------------------------------------------------------------------------------------
 
 
-def of_chain(config: dict[str, Any], base: Given) -> Remark:
+def of_chain(config: dict[str, Any], base: GivenBase) -> Remark:
     return declared.compare(config, base)[0]
 
 
 def test_chain(lora: Path, dense: Path, tmp_path: Path) -> None:
     config = {"base_model_name_or_path": str(lora)}
-    found = of_chain(config, Given(dense, LLAMA))
+    found = of_chain(config, GivenBase(folder=dense, config=LLAMA))
     assert found.verdict == "differs" and "--combine chain" in found.warning
-    both = Given(dense, LLAMA, adapters=(lora.resolve(),), in_order=True)
+    both = GivenBase(folder=dense, config=LLAMA, adapters=(lora.resolve(),), in_order=True)
     assert not of_chain(config, both).warning
     assert of_chain(config, replace(both, in_order=False)).warning  # ties of the two, say
-    assert not of_chain({"base_model_name_or_path": str(dense)}, Given(dense, LLAMA)).warning  # a model, no adapter
+    assert not of_chain(
+        {"base_model_name_or_path": str(dense)}, GivenBase(folder=dense, config=LLAMA)
+    ).warning  # a model, no adapter
 
 
 def test_chain_merged_step_by_step_is_no_warning(cli: Cli, lora: Path, dense: Path, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_inspect_tells_what_it_was_trained_on(cli: Cli, unsloths: Path, dense: P
     assert found["changes"] == {"LoRA": 14} and found["config"]["unsloth_training_method"] == "qlora"
     assert found["other_options"] == {"note": {"run": 7}} and "base" not in found
     shown = cli("inspect", unsloths, "--base", dense)
-    assert shown.code == 0 and "also in adapter_config.json" in shown.out and "cos(D, W)" in shown.out
+    assert shown.code == 0 and "other keys of adapter_config.json" in shown.out and "cos(D, W)" in shown.out
     assert "unsloth_training_method=qlora" in shown.err
     assert max(map(len, shown.out.splitlines())) <= 80
     compared = json.loads(cli("inspect", unsloths, "--base", dense, "--json").out)

@@ -24,6 +24,7 @@ from qmerge.errors import AdapterError
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
+from qmerge.types import Rows
 
 from .. import models
 from ..conftest import NF4 as NF4_CONFIG
@@ -70,13 +71,13 @@ def look(base: Path, *adapters: object, **settings: Any) -> list[list[Alignment]
     )
     with Reader() as reader:
         plan = make_plan(recipe, reader)
-        return deltas.look(plan, make_run_context(plan, reader))
+        return deltas.measure_alignments(plan, make_run_context(plan, reader))
 
 
 def refused(base: Path, *adapters: object, **settings: Any) -> str:
     """What is wrong; empty where nothing is."""
     onto = settings.get("merge_onto", "dequantized")
-    return " ".join(deltas.verdict(found, onto) or "" for found in look(base, *adapters, **settings)).strip()
+    return " ".join(deltas.find_problem(found, onto) or "" for found in look(base, *adapters, **settings)).strip()
 
 
 @pytest.mark.parametrize(
@@ -179,14 +180,14 @@ def test_quantized_base_is_looked_at_too(base: Path, tmp_path: Path) -> None:
     _, pissa = initialised(base, tmp_path / "pissa", init_lora_weights="pissa")
     _, plain = initialised(base, tmp_path / "plain", target_modules=["up_proj"])
     _, other = initialised(base, tmp_path / "other", target_modules=["q_proj"], init_lora_weights="pissa")
-    assert [bool(deltas.verdict(found, "")) for found in look(quantized, plain, other)] == [False, True]
+    assert [bool(deltas.find_problem(found, "")) for found in look(quantized, plain, other)] == [False, True]
     assert "residual model" in refused(quantized, pissa) and not refused(quantized, plain)
     for settings in (
         {"adapter": [f"{plain}=0.5", f"{pissa}=0.5"]},
         {"adapter": [str(plain), str(pissa)], "combine": "chain"},
     ):
         both = look(quantized, **settings)  # type: ignore[arg-type]
-        assert [bool(deltas.verdict(found, "dequantized")) for found in both] == [False, True]
+        assert [bool(deltas.find_problem(found, "dequantized")) for found in both] == [False, True]
 
 
 def test_every_command_refuses_and_writes_nothing(cli: Cli, base: Path, tmp_path: Path) -> None:
@@ -223,21 +224,33 @@ def test_chance_stays_below_the_threshold() -> None:
     would go over the threshold without that bound."""
     torch.manual_seed(0)
     cosines = {rows: torch.tensor([chance(rows) for _ in range(500)]) for rows in (8, 512)}
-    assert float(cosines[512].std()) < 1.1 / 512**0.5 and float(cosines[512].max()) < deltas.RELATED
-    assert int((cosines[8] > deltas.RELATED).sum()) > 0
-    assert not any(Alignment("m", 8, 0.1, float(c), 1.0, None, None).holds_base for c in cosines[8])
+    assert float(cosines[512].std()) < 1.1 / 512**0.5 and float(cosines[512].max()) < deltas.RELATED_COSINE
+    assert int((cosines[8] > deltas.RELATED_COSINE).sum()) > 0
+    assert not any(alignment(rows=8, to_base=float(c), base_share=1.0).holds_base for c in cosines[8])
+
+
+def alignment(rows: int, to_base: float, base_share: float) -> Alignment:
+    return Alignment(
+        module="m",
+        rows=rows,
+        relative_size=0.02,
+        to_base=to_base,
+        base_share=base_share,
+        to_error=None,
+        error_share=None,
+    )
 
 
 def chance(rows: int) -> float:
     weight, lora = torch.randn(rows, 16), models.lora_update((rows, 16), seed=int(torch.randint(2**31, (1,))))
-    delta = lora.apply(torch.zeros(rows, 16), deltas.Rows(0, rows))
+    delta = lora.apply(torch.zeros(rows, 16), Rows(0, rows))
     projected = weight @ torch.linalg.qr(lora.A_RI.T)[0]
     return float((delta * weight).sum() / delta.norm() / projected.norm())
 
 
 def test_aligned_but_small_is_not_refused() -> None:
     """A layer that got a little louder: its delta is along the base, but no part that was taken out of it."""
-    louder = Alignment("m", 2**10, 0.02, 0.4, 0.4 / 0.02, 0.0, 0.0)
+    louder = alignment(rows=2**10, to_base=0.4, base_share=0.4 / 0.02)
     assert not louder.holds_base and replace(louder, base_share=1.0).holds_base
     assert not replace(louder, base_share=0.0).holds_base  # it was taken out
     assert not replace(louder, to_base=-0.4, base_share=-1.0).holds_base  # weight decay

@@ -98,7 +98,7 @@ def test_measure_judges_whole_models_and_leaves_nothing(
         "measure", *BASE, "--target", "int8", "--target", "fp16", "--verify", text, "--sequence-length", "64", "-q"
     )
     assert ran.code == 0, ran.err
-    for word in ("gain kept", "KL ratio", "bits", "fp16: read by everything", "int8: read by transformers"):
+    for word in ("gain kept", "KL ratio", "bits", "fp16: loaded by everything", "int8: loaded by transformers"):
         assert word in ran.out, ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
     assert list(tmp_path.iterdir()) == [text]
@@ -107,7 +107,7 @@ def test_measure_judges_whole_models_and_leaves_nothing(
 def test_plan_shows_every_target_in_80_columns(cli: Cli) -> None:
     ran = cli("plan", *BASE)
     assert ran.code == 0 and max(map(len, ran.out.splitlines())) <= 80
-    assert "w4a16" in ran.out and "read by vLLM" in ran.out
+    assert "w4a16" in ran.out and "loaded by vLLM" in ran.out
 
 
 @pytest.mark.parametrize(

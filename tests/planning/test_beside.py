@@ -19,7 +19,7 @@ from qmerge.errors import RecipeError
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.rounding.base import InputStatistics, make_objective
-from qmerge.run import residual
+from qmerge.run.residual import fit_residual
 from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import base_values, merged_values
 
@@ -50,7 +50,7 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
             0, -1, step.shape[1]
         )
         inputs = InputStatistics(x.T @ x / 400, None, 400)
-        found = residual.fit(step, stored_OI, inputs, context, 3)
+        found = fit_residual(step, stored_OI, inputs, context=context, rank=3)
         assert step.update is not None
         K = make_objective(inputs, step.update.directions(), step.shape[1], context.device).K_II.double().numpy()
         E = (merged_values(step, context) - stored_OI).double().numpy()

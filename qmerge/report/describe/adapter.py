@@ -194,7 +194,7 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
     with Reader() as reader:
         source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
         base = scan(source.folder, reader)
-        remarks = declared.compare(config, declared.given(source, base, recipe, [adapter]))
+        remarks = declared.compare(config, declared.given_base(source, base, recipe, [adapter]))
         fingerprint = fingerprint_record(base.folder).model_dump()
         described: dict[str, Any] = {
             "base": {**describe_storage(source, base), "fingerprint": fingerprint},
@@ -205,9 +205,9 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
             inputs = read_inputs(recipe, reader)
             described |= _describe_changes(inputs.adapter, config)
             plan = plan_from(recipe, inputs)
-            (alignments,) = deltas.look(plan, make_run_context(plan, reader))
+            (alignments,) = deltas.measure_alignments(plan, make_run_context(plan, reader))
             described["alignments"] = [asdict(alignment) for alignment in alignments]
-            described["problem"] = deltas.verdict(alignments, recipe.merge_onto)
+            described["problem"] = deltas.find_problem(alignments, recipe.merge_onto)
         except QmergeError as error:  # the adapter does not fit this base: what both declare still helps
             described["problem"] = str(error)
         return described

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 from rich import progress as rich_progress
 
+from qmerge.forecast.warnings import is_same_warning
+from qmerge.progress import Progress
 from qmerge.report.terminal.console import print_warning, safe, stderr
 from qmerge.wording import counted, size_text
 
@@ -17,8 +19,8 @@ UNKNOWN_TOTAL = 1
 """Stages of at most so many bytes are not counted in bytes: how much work they are is not known."""
 
 
-class TerminalProgress:
-    """Shows the progress of a run, its remarks and its warnings (``qmerge.progress.Progress``)."""
+class TerminalProgress(Progress):
+    """Shows the progress of a run, its notes and its warnings."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -58,7 +60,7 @@ class TerminalProgress:
             if line:
                 self.console.print(safe(line))
 
-    def say(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """A remark; not shown with --quiet."""
         if not self.quiet:
             self.console.print(safe(line))
@@ -76,10 +78,11 @@ class TerminalProgress:
             self._bar = None
 
     def warn_again(self, lines: Sequence[str]) -> None:
-        """After the run: warnings that are new are shown in full; those that were shown before it are counted."""
+        """After the run: warnings that are new are shown in full. Those that were shown before it, predicted, are counted."""
+        shown = list(self.warned)
         repeated = 0
         for line in lines:
-            if line in self.warned:
+            if any(is_same_warning(line, other) for other in shown):
                 repeated += 1
             else:
                 self.warn(line)

@@ -1,0 +1,124 @@
+"""``--rounding auto``: which rounding each weight gets, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qmerge.forecast.predict import Survival
+from qmerge.formats import get_target
+from qmerge.planning.plan import Plan, Shard
+from qmerge.types import Step
+from qmerge.wording import percent
+
+NEAREST_IS_ENOUGH = 0.95
+"""Nearest rounding is good enough for a weight that keeps at least this fraction of its delta."""
+
+FINE_ENOUGH = 0.015
+"""On a fresh grid, nearest rounding is good enough for an error of at most this fraction of the weight. (int8 has an error of
+about 0.01, 4 bits one of 0.1.)"""
+
+
+def choose_roundings(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
+    """A plan with ``nearest`` for the weights that it is good enough for and ``preserve`` for the others.
+
+    Args:
+        predicted: survival of every merged weight by nearest rounding.
+
+    Returns:
+        The plan, and the reason in words.
+    """
+    need = _need_for_preserve(plan, predicted)
+    roundings = {}
+    for step in plan.merged:
+        roundings[step.name] = "preserve" if step.label in need.modules else "nearest"
+    if need.too_coarse or need.act_order:
+        # Then other weights on fresh grids lose as much; preserve keeps the output of their layers.
+        roundings |= dict.fromkeys(_requantized_names(plan), "preserve")
+    return with_roundings(plan, roundings), _reason(need, predicted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """Modules that need ``preserve``, by reason.
+
+    lost        nearest rounding would lose too much of their delta
+    too_coarse  module → error of nearest rounding as a fraction of the weight, where that is too large
+    act_order   GPTQ groups their inputs by importance, which only calibration knows
+    """
+
+    lost: frozenset[str]
+    too_coarse: Mapping[str, float]
+    act_order: frozenset[str]
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return self.lost | self.too_coarse.keys() | self.act_order
+
+
+def _need_for_preserve(plan: Plan, predicted: Sequence[Survival]) -> _Need:
+    on_fresh_grid = {step.label: step for step in plan.merged if not step.source.keeps_grid}
+    too_coarse = {}
+    for survival in predicted:
+        error = (survival.noise or 0.0) * (survival.relative_size or 0.0)
+        if survival.module in on_fresh_grid and error > FINE_ENOUGH:
+            too_coarse[survival.module] = error
+    return _Need(
+        lost=frozenset(survival.module for survival in predicted if _kept(survival) < NEAREST_IS_ENOUGH),
+        too_coarse=too_coarse,
+        act_order=frozenset(
+            label for label, step in on_fresh_grid.items() if getattr(step.options, "act_order", False)
+        ),
+    )
+
+
+def _kept(survival: Survival) -> float:
+    """A delta of zero is kept by any rounding."""
+    return 1.0 if survival.kept is None else survival.kept
+
+
+def _reason(need: _Need, predicted: Sequence[Survival]) -> str:
+    least = percent(min(map(_kept, predicted), default=1.0))
+    if not need.modules:
+        if predicted and not any(survival.delta_squared for survival in predicted):
+            return "the adapter changes nothing, because the delta of every weight is zero"
+        return f"nearest rounding keeps {least} or more of every weight's delta (predicted)"
+    reason = f"nearest rounding would keep only {least} of a delta (predicted)"
+    if need.too_coarse and not need.lost:
+        worst = percent(max(need.too_coarse.values()))
+        reason = f"nearest rounding would change weights by {worst} of their size (predicted)"
+    count = len({survival.module for survival in predicted})
+    others = count - len(need.modules)
+    if others:
+        reason += f"; {others} of {count} weights keep enough and are rounded to nearest"
+    return reason
+
+
+def _requantized_names(plan: Plan) -> list[str]:
+    """Names of the weights without an update that come onto a fresh quantized grid."""
+    target = get_target(plan.target)
+    if not target.info.is_quantized:
+        return []
+    return [step.name for step in plan.steps if _is_converted_to(step, target.name) and not step.source.keeps_grid]
+
+
+def _is_converted_to(step: Step, target: str) -> bool:
+    return step.action == "convert" and step.target == target
+
+
+def with_roundings(plan: Plan, roundings: Mapping[str, str]) -> Plan:
+    """The plan with other roundings for some weights.
+
+    Args:
+        roundings: name of a weight → name of its rounding.
+    """
+    steps = {step.name: replace(step, rounding=roundings.get(step.name, step.rounding)) for step in plan.steps}
+    shards = tuple(Shard(shard.file, tuple(steps[step.name] for step in shard.steps)) for shard in plan.shards)
+    return replace(plan, steps=tuple(steps.values()), shards=shards)
+
+
+def rounding_names(plan: Plan) -> str:
+    """The roundings of the merged weights, the most frequent first: ``preserve``, or ``preserve and nearest``."""
+    counts = Counter(step.rounding for step in plan.merged)
+    return " and ".join(name for name, _ in counts.most_common())

@@ -1,0 +1,88 @@
+"""The whole merge without writing the model: what survives, for one or several targets."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+
+from qmerge.errors import RecipeError
+from qmerge.forecast.preflight import run_preflight
+from qmerge.formats import get_target
+from qmerge.planning.inputs import Inputs, read_inputs
+from qmerge.planning.plan import make_run_context, plan_from, retargeted
+from qmerge.progress import NoProgress, Progress
+from qmerge.recipe import Recipe
+from qmerge.report.make import make_report
+from qmerge.report.records import input_records
+from qmerge.run.destinations import MeasureOnly
+from qmerge.run.merge_model import merge
+from qmerge.run.walk import run_steps
+from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import InputRecord, ReportData
+
+
+def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | None = None) -> list[ReportData]:
+    """Measure what survives, without keeping a model.
+
+    Args:
+        targets: names of formats; none for the recipe's target.
+
+    Returns:
+        One report per target, without output files.
+
+    Raises:
+        RecipeError, InputError, NumbersError, RoomError: as for a merge.
+    """
+    progress = progress or NoProgress()
+    targets = list(targets) or [recipe.target]
+    check_options(recipe, targets)
+    if recipe.verify:
+        return [merge_and_judge(recipe, target, progress) for target in targets]
+    with Reader() as reader:
+        inputs = read_inputs(recipe, reader)
+        records = input_records(inputs, progress)
+        return [
+            measure_target(retargeted(recipe, target), inputs, records, reader=reader, progress=progress)
+            for target in targets
+        ]
+
+
+def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
+    """Raise RecipeError for an option that none of the targets has. An option that one of them has is for that one."""
+    for name in recipe.asked:
+        if not any(name in get_target(target).info.accepted_options for target in targets):
+            flag = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{flag} is not an option of --target {' or '.join(targets)}: leave it out")
+
+
+def measure_target(
+    recipe: Recipe, inputs: Inputs, records: list[InputRecord], *, reader: Reader, progress: Progress
+) -> ReportData:
+    """Run every step that changes or rounds something, and measure it."""
+    started = time.monotonic()
+    plan = plan_from(recipe, inputs)
+    context = make_run_context(plan, reader)
+    plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
+    destination = MeasureOnly(context, plan.workers, progress)
+    progress.stage(f"measuring {plan.target}", sum(step.weight.nbytes for step in plan.rounded))
+    try:
+        run_steps(plan, plan.rounded, destination, preflight.batches)
+    finally:
+        progress.end()
+    return make_report(
+        plan,
+        context,
+        records=records,
+        outputs=[],
+        preflight=preflight,
+        outcomes=destination.outcomes,
+        started=started,
+    )
+
+
+def merge_and_judge(recipe: Recipe, target: str, progress: Progress) -> ReportData:
+    """A whole merge into a temporary folder (in TMPDIR), judged on the recipe's text and removed."""
+    with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
+        whole = retargeted(recipe, target).model_copy(update={"out": f"{folder}/{target}"})
+        return merge(whole, progress=progress).model_copy(update={"outputs": []})

@@ -1,0 +1,70 @@
+"""``--promote``: keep the weights that survive worst dense, as far as a budget of bytes goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from qmerge.forecast.preflight import run_preflight
+from qmerge.formats import get_format
+from qmerge.metrics.base import Sums
+from qmerge.pipeline import Outcome
+from qmerge.planning.plan import Plan, output_bytes, plan_from
+from qmerge.planning.targets import DENSE_FORMATS
+from qmerge.progress import Progress
+from qmerge.recipe import Recipe, parse_size
+from qmerge.run.destinations import MeasureOnly
+from qmerge.run.walk import run_steps
+from qmerge.types import TORCH_DTYPES, Step
+from qmerge.weights.context import RunContext
+
+
+def plan_with_promoted(recipe: Recipe, plan: Plan, context: RunContext, progress: Progress) -> Plan:
+    """Measure the plan without writing, then plan again with the worst weights in the model's own dtype.
+
+    The worst weights are those that lose most for each byte that they would take more.
+    """
+    assert recipe.promote is not None
+    outcomes = _rehearse(recipe, plan, context, progress)
+    dense_format = DENSE_FORMATS[plan.inputs.base.dtype]
+    losses = {name: output_error(outcome.sums) for name, outcome in outcomes.items()}
+    costs = {step.name: extra_bytes(step, dense_format) for step in plan.merged}
+    chosen = choose_within_budget(losses, costs, budget=parse_size(recipe.promote))
+    spent = sum(costs[name] for name in chosen)
+    progress.note(f"Promoted to {dense_format}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
+    return plan_from(recipe, plan.inputs, frozenset(chosen))
+
+
+def _rehearse(recipe: Recipe, plan: Plan, context: RunContext, progress: Progress) -> dict[str, Outcome]:
+    """What the plan would do to every merged weight, in the order of the plan."""
+    plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
+    destination = MeasureOnly(context, plan.workers, progress)
+    progress.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.rounded))
+    try:
+        run_steps(plan, plan.rounded, destination, preflight.batches)
+    finally:
+        progress.end()
+    return {step.name: destination.outcomes[step.name] for step in plan.merged}
+
+
+def choose_within_budget(losses: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:
+    """Names with the largest loss per byte whose costs fit into the budget together; greedy, the worst first."""
+    chosen: list[str] = []
+    for name in sorted(losses, key=lambda name: -losses[name] / max(1, costs[name])):
+        if 0 < costs[name] <= budget and losses[name] > 0:
+            chosen.append(name)
+            budget -= costs[name]
+    return chosen
+
+
+def output_error(sums: Sums) -> float:
+    """‖error‖² of the layer's output; of the weight, where calibration did not see its inputs."""
+    error = sums["output_noise"].get("error_error")
+    return float(sums["noise"]["error_error"] if error is None else error)
+
+
+def extra_bytes(step: Step, dense_format: str) -> int:
+    """Bytes that a weight takes more in a dense format than as planned."""
+    dtype = get_format(dense_format).info.dense_dtype
+    assert dtype is not None
+    return TORCH_DTYPES[dtype].itemsize * math.prod(step.shape) - output_bytes(step)

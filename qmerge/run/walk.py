@@ -1,0 +1,37 @@
+"""Runs the steps of a plan, in the order that calibration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qmerge.calibration.statistics import calibrated_groups
+from qmerge.planning.plan import Plan
+from qmerge.run.destinations import Destination
+from qmerge.types import Step
+
+
+def run_steps(plan: Plan, steps: Sequence[Step], destination: Destination, batches: Sequence[Tensor] | None) -> None:
+    """Run every step once: first those that need no calibration, then the others group by group as calibration reaches them.
+
+    Args:
+        steps: all steps of the plan, or those that a measurement needs.
+        batches: token ids to calibrate on, int64 [sequences, length] each; None without calibration.
+    """
+    calibrated = set()
+    if batches is not None:
+        calibrated = {step.name for step in steps if step.rounding == "preserve"}
+    destination.run([step for step in steps if step.name not in calibrated], {})
+    if batches is not None and calibrated:
+        groups = calibrated_groups(
+            plan,
+            destination.context,
+            batches,
+            stored_values=destination.stored,
+            report_progress=destination.progress.report,
+        )
+        for group in groups:
+            destination.run(group.steps, group.statistics)
+    merged = {step.name for step in plan.merged}
+    assert destination.outcomes.keys() == merged, "planned and applied updates differ"
