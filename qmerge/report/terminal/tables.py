@@ -79,9 +79,9 @@ def measured_table(reports: Sequence[ReportData]) -> NotedTable:
         table.add_row(report.recipe["target"], *cells, report.rounding)
     notes = [
         ("bits", "per weight, scales included"),
-        ("kept", "share of the delta: in the layers' outputs, on the calibration text,"),
+        ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
         ("", "where rounding was calibrated (preserve); else in the weights"),
-        ("noise", "rounding error, measured where 'kept' is; 1 is as large as the delta"),
+        ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta"),
     ]
     if judged:
         notes += [GAIN_NOTE, KL_NOTE]
