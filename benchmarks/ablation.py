@@ -1,9 +1,11 @@
-"""What each part of ``preserve`` brings, on the demo model: gain kept and KL ratio on held-out text.
+"""How much each part of ``preserve`` contributes, on the demo model.
 
-    python benchmarks/ablation.py [--base DIR --adapter DIR --calibration FILE --text FILE]
+    python benchmarks/ablation.py [--base DIR] [--adapter DIR] [--calibration FILE] [--text FILE] [--rows N]
 
-Every row is a whole merge into the base's own format, judged by qmerge's fidelity (equal to transformers + peft to
-four digits, tests/test_fidelity.py). Rows add one part each; the last ones say what calibrates.
+Measures gain kept and KL ratio on held-out text, against the base and the unmerged adapter model, for ``nearest``,
+``stochastic``, and ``preserve`` with one more part in every row; the last rows compare calibration texts. Every row is a
+complete merge into NF4. The judge is ``qmerge.fidelity``, which agrees with transformers and peft to four digits
+(tests/evaluation/test_fidelity.py). Takes some minutes.
 """
 
 from __future__ import annotations
@@ -11,78 +13,110 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import qmerge
 import qmerge.demo
-from qmerge.rounding import _metric, preserve
+from qmerge.rounding import _objective, preserve
 
 DEMO = Path(qmerge.demo.__file__).parent
-PLAIN = {"sequential": False}
-ONE, ALONE = {"ORDERS": 1}, {"READ": 0.0, "SPAN": 0.0}
+HEADER = (
+    "| rounding | kept | output kept | gain kept | KL ratio | codes changed | seconds |\n|---|---|---|---|---|---|---|"
+)
 
 
-@contextmanager
-def changed(constants: dict[str, Any]) -> Iterator[None]:
-    """Constants of the two modules, for one merge."""
-    places = [(module, name) for module in (preserve, _metric) for name in constants if hasattr(module, name)]
-    before = [getattr(module, name) for module, name in places]
-    for module, name in places:
-        setattr(module, name, constants[name])
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+@dataclass(frozen=True)
+class Variant:
+    """One row: settings of the merge, and constants of ``preserve`` and its objective that are replaced for it."""
+
+    name: str
+    settings: Mapping[str, Any]
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
-def rows(text: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(name, settings of the recipe, constants) of every row."""
-    unchanged = {"compensate_delta_loss": lambda levels, *_: levels}
-    same = {"rounding": "preserve", "calibration": text, "sequence_length": 128}
+def variants(calibration: str) -> list[Variant]:
+    """All rows. A part is switched off by its constant: no sweeps, a factor of 0, a function that changes nothing."""
+    whole = {"rounding": "preserve", "calibration": calibration, "sequence_length": 128}
+    parallel = {**whole, "sequential": False}
+    one_order = {"ORDERS": 1}
+    no_read = {"READ": 0.0}
+    no_span = {"SPAN": 0.0}
+    no_compensation = {"compensate_delta_loss": lambda levels_IO, *_: levels_IO}
+    inputs_only = {**one_order, **no_read, **no_span, **no_compensation}
     return [
-        ("nearest", {"rounding": "nearest"}, {}),
-        ("stochastic", {"rounding": "stochastic"}, {}),
-        ("feedback in H (GPTQ's)", {**same, **PLAIN}, {**ONE, **ALONE, "SWEEPS": 0, **unchanged}),
-        ("+ descent", {**same, **PLAIN}, {**ONE, **ALONE, **unchanged}),
-        ("+ P: what the adapter reads", {**same, **PLAIN}, {**ONE, "SPAN": 0.0, **unchanged}),
-        ("+ S: errors along with it", {**same, **PLAIN}, {**ONE, **unchanged}),
-        ("+ 4 orders of the columns", {**same, **PLAIN}, unchanged),
-        ("+ aim past what is lost along the delta", {**same, **PLAIN}, {}),
-        ("+ sequential (all of preserve)", same, {}),
-        ("with 16 orders", same, {"ORDERS": 16}),
-        ("on text that the adapter model writes", {**same, "calibration": "generate"}, {}),
-        ("on random tokens (the default)", {**same, "calibration": "random"}, {}),
-        ("without calibration", {**same, "calibration": "none"}, {}),
+        Variant("nearest", {"rounding": "nearest"}),
+        Variant("stochastic", {"rounding": "stochastic"}),
+        Variant("feedback in H (GPTQ's)", parallel, {**inputs_only, "SWEEPS": 0}),
+        Variant("+ descent", parallel, inputs_only),
+        Variant("+ P: what the adapter reads", parallel, {**one_order, **no_span, **no_compensation}),
+        Variant("+ S: errors along with it", parallel, {**one_order, **no_compensation}),
+        Variant("+ 4 orders of the columns", parallel, no_compensation),
+        Variant("+ aim past what is lost along the delta", parallel),
+        Variant("+ sequential (all of preserve)", whole),
+        Variant("with 16 orders", whole, {"ORDERS": 16}),
+        Variant("on text that the adapter model writes", {**whole, "calibration": "generate"}),
+        Variant("on random tokens (the default)", {**whole, "calibration": "random"}),
+        Variant("without calibration", {**whole, "calibration": "none"}),
     ]
 
 
+@contextmanager
+def replaced(constants: Mapping[str, Any]) -> Iterator[None]:
+    """Other values for constants of the two modules, for one merge."""
+    before = []
+    for name, value in constants.items():
+        module = preserve if hasattr(preserve, name) else _objective
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def table_row(variant: Variant, given: argparse.Namespace) -> str:
+    """Merge, judge, and format one row."""
+    with tempfile.TemporaryDirectory() as folder, replaced(variant.constants):
+        out = f"{folder}/out"
+        started = time.monotonic()
+        report = qmerge.merge(
+            base=given.base, adapter=given.adapter, target="nf4", out=out, quiet=True, **variant.settings
+        )  # fmt: skip
+        seconds = time.monotonic() - started
+        fidelity = qmerge.fidelity(out=out, text=given.text, sequence_length=128, quiet=True)
+    values = report.data.total.values
+    output_kept = "–"  # not measured without calibration
+    if values["output_kept"] is not None:
+        output_kept = f"{values['output_kept']:.2f}"
+    cells = [
+        variant.name,
+        f"{values['kept']:.2f}",
+        output_kept,
+        f"{fidelity.gain_kept:.3f}",
+        f"{fidelity.kl_ratio:.4f}",
+        f"{values['codes_changed']:.1%}",
+        f"{seconds:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--base", default=str(DEMO / "base-nf4"))
-    asked.add_argument("--adapter", default=str(DEMO / "adapter"))
-    asked.add_argument("--calibration", default=str(DEMO / "calibration.txt"))
-    asked.add_argument("--text", default=str(DEMO / "heldout.txt"))
-    given = asked.parse_args()
-    inputs = {"base": given.base, "adapter": given.adapter, "target": "nf4", "quiet": True}
-    print(
-        "| rounding | kept | output kept | gain kept | KL ratio | codes changed | seconds |\n|---|---|---|---|---|---|---|"
-    )
-    for name, settings, constants in rows(given.calibration):
-        with tempfile.TemporaryDirectory() as folder, changed(constants):
-            started = time.monotonic()
-            report = qmerge.merge(**inputs, **settings, out=f"{folder}/out")
-            seconds = time.monotonic() - started
-            found = qmerge.fidelity(out=f"{folder}/out", text=given.text, sequence_length=128, quiet=True)
-        v = report.data.total.values
-        seen = "–" if v["output_kept"] is None else f"{v['output_kept']:.2f}"
-        judged = f"{found.gain_kept:.3f} | {found.kl_ratio:.4f}"
-        print(
-            f"| {name} | {v['kept']:.2f} | {seen} | {judged} | {v['codes_changed']:.1%} | {seconds:.0f} |", flush=True
-        )
+    """Print the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(DEMO / "base-nf4"))
+    parser.add_argument("--adapter", default=str(DEMO / "adapter"))
+    parser.add_argument("--calibration", default=str(DEMO / "calibration.txt"))
+    parser.add_argument("--text", default=str(DEMO / "heldout.txt"))
+    parser.add_argument("--rows", type=int, help="print the first rows only (default: all)")
+    given = parser.parse_args()
+    print(HEADER)
+    for variant in variants(given.calibration)[: given.rows]:
+        print(table_row(variant, given), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,93 +1,140 @@
-"""Time of ``preserve`` on one weight against the plain matrix products that it contains, on this machine.
+"""Time of ``preserve`` on one weight, compared with the matrix products that it consists of.
 
-    python benchmarks/rounding_speed.py [--size 4096] [--runs 3]
+    python benchmarks/rounding_speed.py [--size 4096] [--runs 1]
 
-Counts the multiplications of feedback, objectives and sweeps (as many as were really done), measures the machine's rate
-on a plain product of the same size right before, and prints the ratio. Factoring the objective is timed apart: it depends on
-the number of inputs alone.
+Measures the time to round a size × size weight to NF4, and the time that the same multiplications take in plain matrix
+products on this machine, measured right before; prints the ratio. Counted are the products of feedback, squared errors and
+sweeps, these as often as they were done. The time to make the objective is in its own column: it depends on the number of
+inputs alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 from qmerge.rounding import preserve
-from qmerge.rounding.base import InputStatistics, RoundingContext, make_objective
+from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
-
-def gflops(size: int) -> float:
-    """Rate of a plain float32 product, the best of three."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = min(timed(lambda: a @ b) for _ in range(3))
-    return 2 * size**3 / best / 1e9
+BLOCK_SIZE = 64
+RANK = 16
+HEADER = "| run | GFLOP/s | objective, s | rounding, s | its products, GFLOP | ratio |\n|---|---|---|---|---|---|"
 
 
-def timed(work: object) -> float:
+class Example:
+    """A random weight on the grid of NF4, a delta of rank 16, and inputs whose strength falls over the columns."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        inputs = torch.randn(2 * size, size) * torch.logspace(0, -1.5, size)
+        self.statistics = InputStatistics(inputs.T @ inputs / len(inputs), None, len(inputs))
+        values_OI = torch.randn(size, size)
+        absmax_B = values_OI.view(-1, BLOCK_SIZE).abs().amax(dim=1)
+        self.grid = Bnb4bitGrid("nf4", BLOCK_SIZE, size, absmax_B=absmax_B, rounding_absmax_B=absmax_B)
+        self.base_codes_OI = self.grid.nearest(values_OI)
+        u_OR = torch.linalg.qr(torch.randn(size, RANK)).Q
+        v_IR = torch.linalg.qr(torch.randn(size, RANK)).Q
+        s_R = 0.01 * size / 4 * torch.linspace(1, 0.3, RANK)
+        self.directions = (u_OR, s_R, v_IR)
+        self.delta_OI = (u_OR * s_R) @ v_IR.T
+
+    def make_objective(self) -> Objective:
+        """Which errors matter."""
+        return make_objective(self.statistics, self.directions, self.size, torch.device("cpu"))
+
+    def round(self, objective: Objective) -> None:
+        """The timed work."""
+        merged_OI = self.grid.decode(self.base_codes_OI) + self.delta_OI
+        context = RoundingContext(
+            name="example",
+            rows=Rows(0, self.size),
+            base_codes_OI=self.base_codes_OI,
+            objective=objective,
+            delta_OI=self.delta_OI,
+        )
+        preserve.ROUNDING.choose(merged_OI, self.grid, context)
+
+
+class SweptRows:
+    """Counts the rows that sweeps work on: fewer in every sweep, as rows that no longer change drop out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count while the block runs."""
+        sweep = preserve.sweep
+
+        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor]:
+            self.count += len(rows)
+            return sweep(levels_IO, rows, problem)
+
+        preserve.sweep = counted
+        try:
+            yield
+        finally:
+            preserve.sweep = sweep
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
     started = time.perf_counter()
-    work()  # type: ignore[operator]
+    work()
     return time.perf_counter() - started
 
 
-class Counting:
-    """Rows that took part in sweeps, so that only products that were done are counted."""
+def measure_rate(size: int) -> float:
+    """GFLOP/s of a plain float32 product, the best of three."""
+    left = torch.randn(size, size)
+    right = torch.randn(size, size)
+    seconds = min(seconds_of(lambda: left @ right) for _ in range(3))
+    return 2 * size**3 / seconds / 1e9
 
-    def __init__(self) -> None:
-        self.rows, self._real = 0, preserve.sweep
 
-    def __enter__(self) -> Counting:
-        def counted(
-            levels_IO: torch.Tensor, rows: torch.Tensor, problem: preserve.Problem
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            self.rows += len(rows)
-            return self._real(levels_IO, rows, problem)
+def products_done(swept_rows: int, size: int) -> float:
+    """Products of two size × size matrices that one rounding consists of."""
+    # For every order: feedback and three squared errors are half a product each, as the factor of K is triangular, and
+    # factoring K is a sixth of one (size³ / 3 multiplications and additions).
+    orders = preserve.ORDERS * (0.5 * 4 + 1 / 6)
+    sweeps = swept_rows / size
+    # Compensation for the loss along the delta: one product, and two squared errors.
+    compensation = 1 + 2 * 0.5
+    return orders + sweeps + compensation
 
-        preserve.sweep = counted
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        preserve.sweep = self._real
+def table_row(run: int, example: Example) -> str:
+    """Measure once, and format the row."""
+    rate = measure_rate(example.size)
+    started = time.perf_counter()
+    objective = example.make_objective()
+    objective_seconds = time.perf_counter() - started
+    swept = SweptRows()
+    with swept.counting():
+        seconds = seconds_of(lambda: example.round(objective))
+    gflop = 2 * example.size**3 * products_done(swept.count, example.size) / 1e9
+    ratio = seconds / (gflop / rate)
+    return f"| {run} | {rate:.0f} | {objective_seconds:.1f} | {seconds:.1f} | {gflop:.0f} | {ratio:.2f} |"
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--size", type=int, default=4096)
-    asked.add_argument("--runs", type=int, default=1)
-    given = asked.parse_args()
-    size = given.size
+    """Print the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096, help="inputs and outputs of the weight (default: 4096)")
+    parser.add_argument("--runs", type=int, default=1)
+    given = parser.parse_args()
     torch.manual_seed(0)
-    x = torch.randn(2 * size, size) * torch.logspace(0, -1.5, size)
-    statistics = InputStatistics(x.T @ x / len(x), None, len(x))
-    values_OI = torch.randn(size, size)
-    absmax_B = values_OI.view(-1, 64).abs().amax(dim=1)
-    grid = Bnb4bitGrid("nf4", 64, size, absmax_B, absmax_B)
-    near_OI = grid.nearest(values_OI)
-    u, v = torch.linalg.qr(torch.randn(size, 16))[0], torch.linalg.qr(torch.randn(size, 16))[0]
-    s = 0.01 * size / 4 * torch.linspace(1, 0.3, 16)
-    delta_OI = (u * s) @ v.T
-    print("| run | GFLOP/s | objective, s | rounding, s | its products, GFLOP | ratio |\n|---|---|---|---|---|---|")
-    for run in range(given.runs):
-        rate = gflops(size)
-        started = time.perf_counter()
-        objective = make_objective(statistics, (u, s, v), size, torch.device("cpu"))
-        made = time.perf_counter() - started
-        context = RoundingContext(
-            name="w", rows=Rows(0, size), base_codes_OI=near_OI, objective=objective, delta_OI=delta_OI
-        )
-        with Counting() as count:
-            seconds = timed(lambda: preserve.ROUNDING.choose(grid.decode(near_OI) + delta_OI, grid, context))  # noqa: B023
-        # Per order: feedback and three squared errors, half a product each (triangular), and a third of one to factor K;
-        # a product for every sweep over all rows; compensation for the loss along the delta: one product, two errors.
-        products = preserve.ORDERS * (0.5 * 4 + 1 / 6) + count.rows / size + 1 + 2 * 0.5
-        work = 2 * size**3 * products / 1e9
-        print(
-            f"| {run + 1} | {rate:.0f} | {made:.1f} | {seconds:.1f} | {work:.0f} | {seconds / (work / rate):.2f} |",
-            flush=True,
-        )
+    example = Example(given.size)
+    print(HEADER)
+    for run in range(1, given.runs + 1):
+        print(table_row(run, example), flush=True)
 
 
 if __name__ == "__main__":
