@@ -1,1 +1,6 @@
-"""Inputs of the unmerged adapter model: texts, a model run one decoder layer at a time, and the sums over inputs."""
+"""The inputs of every weight in the unmerged adapter model, on a calibration text.
+
+texts, generate                          token ids: from a text, random, or written by the model itself
+layered, forward, layerwise_run          a model that runs with one decoder layer in memory
+statistics, capture, sums, unmerged      the walk over the layers, and the sums that ``preserve`` needs
+"""

@@ -1,1 +1,6 @@
-"""Judge what was written: fidelity of the whole model, integrity of the folder, and whether stock loaders take it."""
+"""Evaluate a finished model.
+
+fidelity   the whole model on held-out text, next to the base and the unmerged adapter model
+verify     is the folder complete and unchanged?
+loaders    do stock loaders load it, and compute the right logits?
+"""
