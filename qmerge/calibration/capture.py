@@ -1,4 +1,4 @@
-"""Which inputs the weights of a decoder layer get: every matrix product with one of them is seen."""
+"""The inputs of the weights of a decoder layer: every matrix product with one of them is recorded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ProductCapture(TorchFunctionMode):
     A weight is recognized by the memory of its values, not by its module: so slices of stacked experts are recognized too.
 
     Args:
-        wanted: weights of decoder layer ``index``, which is loaded, by their names on disk.
+        wanted: weights of one decoder layer, which is loaded, by their names on disk.
         stop: raise ``AllInputsSeen`` as soon as every wanted weight has been seen.
     """
 
@@ -48,7 +48,7 @@ class ProductCapture(TorchFunctionMode):
         self.products: list[MatrixProduct] = []
         self._stop = stop
         self._missing = set(wanted)
-        # Slices have the storage of the whole, and an offset in it: (address of the storage, offset in it) → weights on disk
+        # (address of the storage, offset in it) → weights on disk. A slice shares the storage of the whole tensor.
         self._weights: dict[tuple[int, int], tuple[str, ...]] = {}
         for parameter, names in _by_parameter(model, wanted).items():
             values = model.model.get_parameter(parameter)
