@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The call of decoder layer ``index`` at which a forward pass has stopped: it waits for what the layer returns."""
+    """The call of decoder layer ``index`` at which a forward pass has stopped: it waits for the layer's output."""
 
     index: int
     args: tuple[Any, ...]
@@ -45,7 +45,7 @@ class ForwardPass:
         """Go on with the output of the layer at which it waits (None at the start).
 
         Returns:
-            The next ``LayerCall``, or what ``call`` returned.
+            The next ``LayerCall``, or the result of ``call``.
 
         Raises:
             BaseException: whatever the model's code raised.

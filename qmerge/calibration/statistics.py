@@ -2,7 +2,7 @@
 
 Decoder layer by decoder layer, the same text runs through two models: the unmerged adapter model, and the model as merged so
 far. Weights that share an input (q, k and v; gate and up) form a group. The groups of a layer are calibrated, rounded and
-loaded into the merged model one after the other, so that each can make up for what rounding did before it
+loaded into the merged model one after the other, so that each can compensate for the rounding before it
 (``InputStatistics.correction``). With ``sequential`` off, only the unmerged model runs, and a layer's weights are one group.
 Nothing of a layer stays in memory but the hidden states that go into the next.
 """
@@ -130,7 +130,7 @@ class _Calibration:
         return sums.statistics()
 
     def _load_stored(self, merged: LayeredModel, index: int, names: Sequence[str]) -> None:
-        """Load what was stored into the merged model."""
+        """Load the stored values of some weights into the merged model."""
         # A parameter that holds several weights (stacked experts) is made anew of all of them.
         changed = {merged.parameters[name] for name in names}
         parts = [name for name in merged.names(index) if merged.parameters[name] in changed]

@@ -41,7 +41,7 @@ class DiskBlock:
 
     @property
     def expert(self) -> int | None:
-        """The block's index in a stack [E, …] of matrices; None where it is no stack, or more than one matrix of it."""
+        """The block's index in a stack [E, …] of matrices; None where it is not in a stack, or in several matrices of it."""
         is_one_expert = len(self.region) == 3 and len(self.region[0]) == 1
         return self.region[0].start if is_one_expert else None
 

@@ -1,4 +1,4 @@
-"""The output folder: who may write to it, what a run leaves in it, and the files that complete a model."""
+"""The output folder: who may write to it, cleaning up after a run, and the files that complete a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
     """Check that a run may write to an output folder.
 
     Args:
-        inputs: folders that it must not be inside of, by what they are for messages ("the base").
+        inputs: name for messages ("the base") → a folder that it must not be inside of.
         resume: it must hold an unfinished run; else it must be new or empty.
 
     Raises:
@@ -81,7 +81,7 @@ def check_room(out: Path, needed: int) -> None:
     """Check that the disk has room for ``needed`` more bytes.
 
     Raises:
-        RoomError: it has not.
+        RoomError: it has less.
     """
     free = free_bytes(out)
     if free < needed + SLACK:
@@ -129,7 +129,7 @@ def acquire_lock(out: Path) -> FileLock:
 
 
 def discard(out: Path, made_by_us: bool) -> None:
-    """After an error that no resume can repair: delete what the run wrote, and the folder if the run created it."""
+    """After an error that no resume can repair: delete the run's files, and the folder if the run created it."""
     # All other files are written after the last step.
     for path in [*out.glob(f"*{PARTIAL}"), *out.glob("*.safetensors"), out / journal.NAME]:
         path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ class Journal:
     """Lines of JSON that are only appended. Threads may share one.
 
     Args:
-        identity: what must be equal for a run to be resumed.
+        identity: settings and inputs; a run can only be resumed with equal ones.
         resume: continue the journal of an earlier run, if there is one.
 
     Attributes:

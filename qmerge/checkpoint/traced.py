@@ -3,7 +3,7 @@
 Question: which entries of which weight on disk become entry (3, 5) of a parameter? transformers has the answer only as
 code that stacks, joins, splits and transposes tensors. So that code is run, on ``TracedTensor``: a subclass of torch's
 Tensor that has a shape but no memory. Instead of values it has ``pieces``: blocks that cover it exactly once, each with the
-name of a weight on disk, an offset and strides. They mean what they mean in ``torch.as_strided``.
+name of a weight on disk, an offset and strides. Both mean the same as in ``torch.as_strided``.
 
     traced_weight("w1", (48, 32))       one piece: start (0, 0), size (48, 32), offset 0, strides (32, 1) in w1
     torch.cat([w1, w3])                 two pieces: the second has start (48, 0), and offset 0 in w3
@@ -214,7 +214,7 @@ def _with_entry(values: Shape, axis: int, value: int) -> Shape:
 class Run(NamedTuple):
     """A piece along one axis: ``size`` entries from ``start`` on, which are ``stride`` apart on disk.
 
-    ``offset``: what to add to the piece's offset for the first of them.
+    ``offset``: added to the piece's offset, it gives the first of them.
     """
 
     start: int

@@ -247,7 +247,7 @@ class NullSink(TensorSink):
 
 
 class MemorySink(TensorSink):
-    """Keeps in memory what a step writes, so that it can be read back."""
+    """Keeps the tensors of a step in memory, so that they can be read back."""
 
     def __init__(self) -> None:
         self._data: dict[str, bytearray] = {}
