@@ -115,7 +115,7 @@ def test_measure_several_targets(dense: Path, lora: Path) -> None:
     assert [report.data.recipe["target"] for report in reports] == ["int8", "fp32"]
     (report,) = qmerge.measure(base=dense, adapter=lora, target="fp32", device="cpu", quiet=True)
     assert report.kept == reports[1].kept and report.noise == reports[1].noise
-    assert "What survived in fp32" in str(report) and "kept</b>" in report._repr_html_()
+    assert "What survived in fp32" in str(report) and "</b> of the adapter" in report._repr_html_()
 
 
 def test_inspect_is_the_json_of_the_command(dense: Path, lora: Path, cli: Cli) -> None:

@@ -6,14 +6,14 @@ from qmerge.schema import ReportData
 
 
 def kept_of_what(report: ReportData) -> str:
-    """What the share kept (``overall_kept``) is a share of: ``of the adapter's effect on …``.
+    """What ``overall_kept`` is a share of; goes into "97 % … is kept".
 
     In the layers' outputs it is measured on the text that rounding was calibrated on, and is about 100 % by construction:
     it must not be read as a result on other text.
     """
     if report.outputs_measured:
-        return f"of the adapter's effect on the layers' outputs, on {report.calibration_text}"
-    return "of the adapter's change, in the stored weights"
+        return f"of the adapter's effect on the layers' outputs on {report.calibration_text}"
+    return "of the adapter's change to the weights"
 
 
 def card_sentence(report: ReportData, kept: str) -> str:
