@@ -1,18 +1,21 @@
 """Everything that qmerge raises on purpose, with its exit code.
 
-QmergeError                   the message is one line that says what, where, expected, what to do
+QmergeError                   the message is one line: what is wrong, where, what was expected, what to do
 ├── RecipeError       (2)     the command line or the recipe
 ├── InputError        (3)     the input files
-│   ├── CheckpointError       the base (or the original)
+│   ├── CheckpointError       the base or the original
 │   └── AdapterError          the adapter
-├── NumbersError      (4)     values that the target cannot hold: NaN, or past the target's range
-├── RoomError         (6)     no room on the disk or under --max-memory
+├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
+├── RoomError         (6)     not enough room on the disk or under --max-memory
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
 Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but less was kept than --min-kept.
 """
 
-OK, BUG, BELOW_MIN_KEPT = 0, 1, 5
+# Exit codes without an exception.
+OK = 0
+BUG = 1
+BELOW_MIN_KEPT = 5
 
 
 class QmergeError(Exception):
@@ -21,43 +24,56 @@ class QmergeError(Exception):
     exit_code = BUG
 
     def __init__(self, message: str) -> None:
-        # Names in messages come from files: no line breaks and no control characters reach a terminal.
-        super().__init__("".join(c for c in " ".join(message.split()) if c.isprintable()))
+        # Names in messages come from files: no line breaks and no control characters may reach a terminal.
+        line = " ".join(message.split())
+        super().__init__("".join(filter(str.isprintable, line)))
 
 
 class RecipeError(QmergeError):
+    """The command line or the recipe is wrong."""
+
     exit_code = 2
 
 
 class InputError(QmergeError):
+    """An input file is wrong."""
+
     exit_code = 3
 
 
 class CheckpointError(InputError):
-    pass
+    """The base or the original is wrong."""
 
 
 class AdapterError(InputError):
-    pass
+    """The adapter is wrong."""
 
 
 class NeedsBaseError(AdapterError):
-    """An adapter that only its base explains, where there is none."""
+    """The adapter can only be read together with its base, which is not given."""
 
 
 class NumbersError(QmergeError):
+    """There are values that the target cannot hold: NaN, infinity, or values past its range."""
+
     exit_code = 4
 
 
 class RoomError(QmergeError):
+    """There is not enough room on the disk or under ``--max-memory``."""
+
     exit_code = 6
 
 
 class StoppedError(QmergeError):
+    """The run was interrupted by Ctrl-C or SIGTERM."""
+
     exit_code = 130
 
 
 def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
-    """``a, b, c and 4 more``: names for an error line, shortened but never hiding how many there are."""
+    """Names for an error line: ``a, b, c and 4 more``. It may leave out names, but not how many there are."""
     shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    if len(names) <= most:
+        return shown
+    return f"{shown} and {len(names) - most} more"

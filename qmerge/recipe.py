@@ -54,10 +54,11 @@ CHAIN_HELP = (
 JUDGED_TOKENS = 20480
 """Tokens of a held-out text that fidelity is measured on: the hidden states of all of them are in memory, three times."""
 
+# Bytes. No recipe is larger; a larger file, such as a checkpoint, was given by mistake.
 LARGEST_YAML = 2**20
-"""Bytes. No recipe is larger; a file that is was given by mistake."""
 
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
+# Decimal units are those of huggingface_hub (max_shard_size="5GB"); binary ones have an i.
 BYTES_OF_UNIT = {
     "b": 1,
     "kb": 10**3,
@@ -69,7 +70,6 @@ BYTES_OF_UNIT = {
     "gib": 2**30,
     "tib": 2**40,
 }
-"""Decimal units are those of huggingface_hub, binary ones have an i."""
 
 
 class Recipe(BaseModel):
@@ -77,6 +77,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # The order of the fields is that of stored recipes and of qmerge.json.
+    # --- what is merged ---
     base: str = Field(description="use this base, the model that the adapter was trained on: folder or Hub id")
     revision: str | None = Field(
         None, description="use this revision of the base on the Hub: branch, tag or commit (default: main)"
@@ -97,6 +99,7 @@ class Recipe(BaseModel):
     adapter_revision: str | None = Field(
         None, description="use this revision of the adapter on the Hub: branch, tag or commit (default: main)"
     )
+    # --- what is written ---
     target: str = Field(
         description="store the model in this format: nf4, gptq, int8, bf16, … (qmerge formats lists all), or auto with max_size"
     )
@@ -108,6 +111,7 @@ class Recipe(BaseModel):
         None,
         description="write only the difference to the base, as a small file (temporarily needs disk space for the full model)",
     )
+    # --- how it is rounded ---
     rounding: str = Field(
         "auto",
         description="round in this way: nearest, stochastic, preserve, or auto (preserve where nearest keeps too little)",
@@ -122,6 +126,7 @@ class Recipe(BaseModel):
     sequential: bool = Field(
         True, description="calibrate each layer on the outputs of the rounded layers before it (better, slower)"
     )
+    # --- which values the delta is added to ---
     merge_onto: MergeOnto = Field(
         "dequantized",
         description="add the delta to the dequantized base, as in training, or to the original 16-bit model",
@@ -136,6 +141,7 @@ class Recipe(BaseModel):
         None,
         description="quantize a 16-bit base first, as in training: nf4, fp4, int8; nf4-dq, fp4-dq with double quantization",
     )
+    # --- how the format is stored: None is as in the base where the format stays the same, else the format's default ---
     scales: Scales = Field(
         "keep",
         description="keep the base's scales where the format stays the same, or compute fresh ones: keep or fresh",
@@ -167,6 +173,7 @@ class Recipe(BaseModel):
     checkpoint_format: str | None = Field(
         None, description="store GPTQ zeros as gptq (v1) or gptq_v2 (default: the base's, else gptq where symmetric)"
     )
+    # --- where and with which resources ---
     seed: int = Field(
         0, description="seed stochastic rounding, random calibration tokens and random combinations with this", ge=0
     )
@@ -177,6 +184,7 @@ class Recipe(BaseModel):
         description="use this much memory for the weights being worked on; larger weights are cut into row blocks",
     )
     max_shard_size: str = Field("5GB", description="split the model into files of at most this size")
+    # --- what is done in addition ---
     residual: int | None = Field(
         None, description="also write a LoRA of this rank that compensates for the rounding error (OUT/residual)", ge=1
     )
@@ -194,9 +202,11 @@ class Recipe(BaseModel):
     @field_validator(*PATHS, mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
         if isinstance(value, (list, tuple)):
-            return [str(item) if isinstance(item, Path) else item for item in value]
-        return str(value) if isinstance(value, Path) else value
+            return [cls._path_to_text(item) for item in value]
+        return value  # pydantic refuses what is no text
 
     @field_validator("target")
     @classmethod
@@ -236,8 +246,12 @@ class Recipe(BaseModel):
     @property
     def asked(self) -> dict[str, Any]:
         """The options of the target format that were given."""
-        values = {name: getattr(self, name) for name in OPTIONS}
-        return {name: value for name, value in values.items() if value is not None}
+        given = {}
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if value is not None:
+                given[name] = value
+        return given
 
     @property
     def trained_on_format(self) -> tuple[str, dict[str, Any]] | None:
@@ -245,8 +259,9 @@ class Recipe(BaseModel):
         if self.trained_on is None:
             return None
         name, double_quant = TRAINED_ON[self.trained_on]
-        options = {} if double_quant is None else {"double_quant": double_quant}
-        return name, options
+        if double_quant is None:
+            return name, {}
+        return name, {"double_quant": double_quant}
 
     @property
     def adapters(self) -> list[tuple[str, float]]:
@@ -269,20 +284,20 @@ class Recipe(BaseModel):
             dump: arguments of ``model_dump``.
         """
         settings = self.model_dump(**dump)
-        for name in ("base", "original", "out", "patch"):
+        for name in ("base", "adapter", "original", "out", "patch"):
             if settings.get(name):
                 settings[name] = _hide_home(settings[name])
-        adapter = settings["adapter"]
-        if isinstance(adapter, str):
-            settings["adapter"] = _hide_home(adapter)
-        else:
-            settings["adapter"] = [_hide_home(name) for name in adapter]
         return settings
 
 
-def _hide_home(path: str) -> str:
+def _hide_home(path: Any) -> Any:
+    """A path, or a list of paths, with ``~`` for the user's home folder."""
+    if isinstance(path, list):
+        return [_hide_home(item) for item in path]
     home = f"{Path.home()}/"
-    return "~/" + path.removeprefix(home) if path.startswith(home) else path
+    if path.startswith(home):
+        return "~/" + path.removeprefix(home)
+    return path
 
 
 def _split_weight(adapter: str) -> tuple[str, float]:
@@ -359,7 +374,7 @@ def _promote_of_dense(recipe: Recipe) -> str | None:
 
 
 def _act_order_without_calibration(recipe: Recipe) -> str | None:
-    # Which inputs matter alike is only known from calibration; static groups need no such order.
+    # Which inputs matter alike is only known from calibration; with static groups, groups do not depend on it.
     if not recipe.act_order or recipe.static_groups:
         return None
     if recipe.rounding in ("nearest", "stochastic") or recipe.calibration == "none":
@@ -415,6 +430,7 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
 
 def _explain(problem: ValidationError) -> str:
     """One line about the first error. An unknown key comes first: it is often the reason why another one is missing."""
+    # False sorts before True; among equals, min takes the first.
     first = min(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -446,7 +462,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_YAML:
             raise RecipeError(f"{path}: larger than a recipe can be ({LARGEST_YAML >> 20} MiB)")
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # a SafeLoader: no code is run
     except OSError as cause:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
     except (yaml.YAMLError, UnicodeDecodeError) as cause:

@@ -100,9 +100,14 @@ class SeenRecord(BaseModel):
     damping: float
 
 
+def adapter_records(inputs: Sequence[InputRecord]) -> list[InputRecord]:
+    """The adapters among what was read, in the order of the recipe."""
+    return [record for record in inputs if record.role == "adapter"]
+
+
 def adapter_names(inputs: Sequence[InputRecord]) -> str:
     """All adapters that went into a model: ``math + chat``."""
-    return " + ".join(record.name for record in inputs if record.role == "adapter")
+    return " + ".join(record.name for record in adapter_records(inputs))
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -199,10 +204,12 @@ class FidelityRecord(BaseModel):
     text: str
     tokens: int
     sequence_length: int
+    # Nats per token, on the same tokens for all three models
     loss_base: float
     loss_unmerged: float
     loss_merged: float
     gain_kept: float | None
+    # Of the unmerged model's predictions: from the base's, and from the merged model's
     kl_base: float
     kl_merged: float
     kl_ratio: float | None
@@ -214,6 +221,7 @@ class ReportData(BaseModel):
     """The whole content of qmerge.json."""
 
     model_config = ConfigDict(extra="forbid")
+    # What was asked, and how it was done
     schema_version: Literal[1] = SCHEMA_VERSION
     recipe: dict[str, Any]
     versions: dict[str, str]
@@ -223,14 +231,17 @@ class ReportData(BaseModel):
     calibration: CalibrationRecord | None = None
     created: str
     seconds: float
+    # What was read and written
     inputs: list[InputRecord]
     outputs: list[FileRecord]
     actions: dict[str, int] = Field(description="number of weights copied, converted, merged")
+    # What survived
     predicted: dict[str, float | None] = Field(description="kept, as predicted before the run: total, and per module")
     total: GroupRecord
     groups: list[GroupRecord]
     weights: list[WeightRecord]
     warnings: list[str]
+    # Fields with a default were added later: reports without them are still read.
     bytes_out: int = Field(0, description="size of the weight files")
     bits_per_weight: float = Field(0.0, description="of the weights in the target's format, scales included")
     original_gap: float | None = Field(
@@ -263,7 +274,7 @@ def read_report(folder: Path) -> ReportData:
         raise CheckpointError(f"{folder} has no {NAME}: expected a folder that qmerge wrote")
     try:
         return ReportData.model_validate_json(path.read_bytes())
-    except ValidationError as cause:
+    except ValidationError as cause:  # also where it is not JSON
         first = cause.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
@@ -280,7 +291,6 @@ def merged_into(folder: Path) -> set[str]:
     except CheckpointError:  # written by another version: a base can be used without its report
         return set()
     hashes: set[str] = set()
-    for record in inputs:
-        if record.role == "adapter":
-            hashes.update(file.sha256 for file in record.files)
+    for record in adapter_records(inputs):
+        hashes.update(file.sha256 for file in record.files)
     return hashes

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 HELP_PANEL = "Help and output"
+# Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help.
 MORE_PANELS = {
     "Inputs": ("revision", "adapter_revision", "original", "original_revision", "trained_on"),
     "Several adapters": ("combine", "density"),
@@ -24,10 +25,10 @@ MORE_PANELS = {
     ),
     "Resources": ("workers", "max_memory"),
 }  # fmt: skip
-"""Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help."""
 
 COMPLETION_OPTIONS = ("install_completion", "show_completion")
 
+# Key in click's meta, where --help-all tells format_help what to show.
 _SHOW_ALL = "qmerge.help_all"
 
 

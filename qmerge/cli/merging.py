@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 
 ALL_FIELDS = tuple(Recipe.model_fields)
 PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept"))
-MEASURE_FIELDS = tuple(
-    name for name in ALL_FIELDS
-    if name not in ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
-)  # fmt: skip
-"""measure writes nothing, and takes --target several times."""
+# measure writes nothing, and takes --target several times.
+WITHOUT_USE_FOR_MEASURE = ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
+MEASURE_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FOR_MEASURE)
 
+# What plan and measure assume where no target is given.
 DEFAULT_TARGET = "nf4"
-"""What plan and measure assume where no target is given."""
 
 
 @with_recipe_options(*ALL_FIELDS)

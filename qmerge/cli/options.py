@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from qmerge import plugins
 from qmerge.cli.help import HELP_PANEL, MORE_PANELS, help_all
 from qmerge.errors import StoppedError
 from qmerge.recipe import CHAIN, Recipe
 
+# Field → what the help calls the option's value.
 METAVARS = {
     **dict.fromkeys(("base", "adapter", "original"), "ID|DIR"),
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"),
@@ -26,15 +28,16 @@ METAVARS = {
     "calibration": "SOURCE",
     "residual": "RANK",
 }
-"""What an option's value is called in the help."""
 
+# The same for the other options, by type: a flag has no value. All further ones are called NAME.
 METAVARS_BY_TYPE = {bool: "", int: "N"}
-"""The same for other options; a flag has no value. All others are called NAME."""
 
+# The first panel of the help, in this order; --resume follows.
 MOST_USED = ("base", "adapter", "target", "out", "calibration", "rounding", "verify", "min_kept", "device")
-"""The first panel of the help, in this order (--resume follows)."""
 
-PANEL_OF_FIELD = {name: panel for panel, names in MORE_PANELS.items() for name in names}
+PANEL_OF_FIELD: dict[str, str] = {}
+for _panel, _names in MORE_PANELS.items():
+    PANEL_OF_FIELD |= dict.fromkeys(_names, _panel)
 
 INTERRUPTED = (
     "interrupted. No unfinished file has its final name; the same command with --resume goes on where it stopped."
@@ -68,6 +71,7 @@ def with_recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable
         parameters = [*required, *(_option(name) for name in _in_panel_order(names)), *optional]
 
         def call(**arguments: Any) -> None:
+            # Options that were not given leave the choice to the recipe file, or to the recipe's defaults.
             for name in names:
                 if arguments[name] is None or arguments[name] == []:
                     del arguments[name]
@@ -109,13 +113,9 @@ def _option(name: str) -> inspect.Parameter:
     value_type = _value_type(field.annotation)
     flag = f"--{name.replace('_', '-')}"
     flags = [f"{flag}/--no-{flag[2:]}"] if value_type is bool else [flag]
-    description = field.description or ""
-    if field.default is not None and not field.is_required():
-        default = {True: "yes", False: "no"}.get(field.default, field.default) if value_type is bool else field.default
-        description += f" (default: {default})"
     info = typer.Option(
         *flags,
-        help=description,
+        help=f"{field.description}{_default_text(field)}",
         rich_help_panel=PANEL_OF_FIELD.get(name),
         metavar=METAVARS.get(name) or METAVARS_BY_TYPE.get(value_type, "NAME"),
         autocompletion=_completer(name),
@@ -124,11 +124,20 @@ def _option(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
 
 
+def _default_text(field: FieldInfo) -> str:
+    """`` (default: 512)``; empty where there is none: descriptions of such fields say what happens."""
+    if field.is_required() or field.default is None:
+        return ""
+    if isinstance(field.default, bool):
+        return f" (default: {'yes' if field.default else 'no'})"
+    return f" (default: {field.default})"
+
+
 def _value_type(annotation: Any) -> Any:
     """``Literal[…] | None`` → str, ``str | list[str]`` → list[str]: the type that typer parses; pydantic checks the rest."""
     if get_origin(annotation) in (Union, types.UnionType):
         alternatives = [part for part in get_args(annotation) if part is not type(None)]
-        return _value_type(alternatives[-1])
+        return _value_type(alternatives[-1])  # the last one is the most general: str | list[str]
     return str if get_origin(annotation) is Literal else annotation
 
 
@@ -143,7 +152,8 @@ def _completer(field: str) -> Callable[[str], list[str]]:
 
 def _known_values(field: str) -> list[str]:
     if field == "target":
-        from qmerge.formats import all_targets  # slow, because it imports torch
+        # Slow, because it imports torch; but names that cannot be written would mislead.
+        from qmerge.formats import all_targets
 
         return [*all_targets(), "auto"]
     if field == "rounding":
@@ -151,5 +161,7 @@ def _known_values(field: str) -> list[str]:
     if field == "combine":
         return [*plugins.names("combine"), CHAIN]
     annotation = Recipe.model_fields[field].annotation
-    alternatives = [annotation, *get_args(annotation)]
-    return [word for part in alternatives if get_origin(part) is Literal for word in get_args(part)]
+    for part in (annotation, *get_args(annotation)):  # Literal[…], or Literal[…] | None
+        if get_origin(part) is Literal:
+            return list(get_args(part))
+    return []

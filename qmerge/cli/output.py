@@ -33,12 +33,21 @@ def print_report(report: ReportData) -> None:
 
 def exit_code(reports: Sequence[ReportData], min_kept: float | None) -> int:
     """5, with a line on stderr, where the worst of the models kept less than ``min_kept``; else 0."""
-    shares = [overall_kept(report.total.values) for report in reports]
-    known = [share for share in shares if share is not None]
-    if min_kept is None or not known or min(known) >= min_kept:
+    if min_kept is None:
         return OK
-    print(f"qmerge: {min(known):.4f} of the delta was kept, less than --min-kept {min_kept}", file=sys.stderr)
-    return BELOW_MIN_KEPT
+    for kept in sorted(_shares_kept(reports)):
+        if kept < min_kept:
+            print(f"qmerge: {kept:.4f} of the delta was kept, less than --min-kept {min_kept}", file=sys.stderr)
+            return BELOW_MIN_KEPT
+    return OK
+
+
+def _shares_kept(reports: Sequence[ReportData]) -> Iterator[float]:
+    """The share kept of each model. A delta of zero has none: there was nothing to keep."""
+    for report in reports:
+        kept = overall_kept(report.total.values)
+        if kept is not None:
+            yield kept
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def root(
     if version:
         typer.echo(f"qmerge {installed_version('qmerge')}")
     elif context.invoked_subcommand is not None:
-        if settings:
+        if settings:  # they would be ignored without a word
             flag = f"--{next(iter(settings)).replace('_', '-')}"
             raise RecipeError(f"{flag} belongs after the command: qmerge {context.invoked_subcommand} {flag} …")
     elif not settings:

@@ -52,9 +52,13 @@ CONTEXT = 128  # tokens per training example
 BATCH = 32
 THREADS = 2  # fixed, because the order of float sums depends on it
 
-BASE_CHARACTERS, BASE_STEPS, BASE_RATE = 6_000_000, 500, 3e-3
-LORA_RANK, LORA_ALPHA = 8, 16
-ADAPTER_STEPS, ADAPTER_RATE = 60, 1e-4
+BASE_CHARACTERS = 6_000_000
+BASE_STEPS = 500
+BASE_RATE = 3e-3
+LORA_RANK = 8
+LORA_ALPHA = 16  # a scale of 2, as in most recipes for QLoRA
+ADAPTER_STEPS = 60  # few, so that the delta stays far below half a step of NF4
+ADAPTER_RATE = 1e-4
 TEXT_CHARACTERS = 90_000  # of calibration.txt, which is the adapter's training text, and of heldout.txt
 
 Memory = dict[str, str]
@@ -256,7 +260,8 @@ def expand(rng: random.Random, grammar: Grammar, text: str, memory: Memory) -> s
         if name.lower() in memory and not symbol:
             outcome = memory[name.lower()]
         else:
-            outcome = expand(rng, grammar, pick(rng, grammar[(symbol or name).lower()]), memory)
+            line = pick(rng, grammar[(symbol or name).lower()])
+            outcome = expand(rng, grammar, line, memory)  # a line may hold symbols itself
         if symbol:
             memory[name] = outcome
         if match["capital"] or name[0].isupper():
@@ -294,7 +299,7 @@ def weather(hour: int, force: int, glass: int, change: int) -> Memory:
         trend = "falling"
     elif change > 0:
         trend = "rising"
-    sea = SEAS[force * 5 // 9]
+    sea = SEAS[force * 5 // 9]  # wind forces 0 to 9 on six states of the sea
     return {"hour": f"{hour:02d}:00", "force": str(force), "sea": sea, "glass": str(glass), "trend": trend}
 
 
@@ -318,6 +323,7 @@ def ship_log(rng: random.Random) -> str:
     glass = rng.randint(985, 1030)
     entries, speeds = [], []
     for hour in range(0, rng.choice([12, 16]), 4):
+        # The glass falls more often than it rises, and the ship sails faster in more wind: a model can learn both.
         change = rng.choice([-4, -3, -2, -1, 0, 1, 2, 3])
         glass += change
         force = min(9, max(0, force + rng.choice([-1, 0, 0, 1])))
@@ -359,7 +365,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded
         show_progress=False,
     )
     bpe.train_from_iterator(text.split("\n\n"), trainer)
@@ -368,6 +374,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 def tokens_of(tokenizer: Any, text: str) -> torch.Tensor:
     """int64 [N, CONTEXT]: the tokens of a text in rows; the last, incomplete row is left out."""
+    # Not verbose: transformers would warn that the text is longer than the model's context.
     ids = tokenizer(text, verbose=False)["input_ids"]
     rows = len(ids) // CONTEXT
     return torch.tensor(ids[: rows * CONTEXT]).view(rows, CONTEXT)
@@ -410,7 +417,7 @@ def make_base(tokenizer: PreTrainedTokenizerFast, text: str, out: Path) -> None:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=2,  # grouped-query attention, as in current models
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -424,6 +431,7 @@ def make_base(tokenizer: PreTrainedTokenizerFast, text: str, out: Path) -> None:
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=False,
     )
+    # bitsandbytes quantizes a checkpoint while it is loaded, so a dense one is needed for a moment.
     with tempfile.TemporaryDirectory() as dense:
         model.save_pretrained(dense)
         quantized = AutoModelForCausalLM.from_pretrained(dense, quantization_config=nf4, device_map="cpu")
@@ -453,7 +461,7 @@ def make_adapter(base: Path, rows: torch.Tensor, out: Path) -> None:
     model = get_peft_model(load_base(base), config)
     train(model, rows, ADAPTER_STEPS, ADAPTER_RATE, decay=0.0)
     saved = model.peft_config["default"]
-    saved.base_model_name_or_path = BASE_NAME
+    saved.base_model_name_or_path = BASE_NAME  # peft puts the path on this machine
     saved.target_modules = sorted(saved.target_modules)  # peft has a set, in another order in every process
     model.save_pretrained(out)
     (out / "README.md").unlink()  # peft's empty model card; the README of the demo describes the adapter
@@ -491,6 +499,7 @@ def change_by_projection(model: Any) -> dict[str, float]:
     squares: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
+            # The weight as training used it, which is the dequantized one.
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
             delta = module.get_delta_weight("default")
             for key in (name.rsplit(".", 1)[1], "all"):
@@ -535,16 +544,17 @@ def main(out: Path) -> None:
     (out / "heldout.txt").write_text(heldout, encoding="utf-8")
 
     print("base")
+    # A part of the base's text is enough. The words of the log books must become tokens, too.
     tokenizer = make_tokenizer(base_text[: 3 * TEXT_CHARACTERS] + calibration)
     make_base(tokenizer, base_text, out / "base-nf4")
 
     print("adapter")
-    tokenizer = AutoTokenizer.from_pretrained(out / "base-nf4")
+    tokenizer = AutoTokenizer.from_pretrained(out / "base-nf4")  # from here on, everything is read from the files
     make_adapter(out / "base-nf4", tokens_of(tokenizer, calibration), out / "adapter")
 
     print("numbers")
     judge(out / "base-nf4", out / "adapter", tokens_of(tokenizer, heldout))
-    for path in out.rglob("*"):
+    for path in out.rglob("*"):  # safetensors creates files that only their owner can read
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 

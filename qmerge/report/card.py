@@ -20,6 +20,7 @@ from qmerge.schema import (
     PairRecord,
     ReportData,
     adapter_names,
+    adapter_records,
     overall_kept,
 )
 from qmerge.wording import DASH, percent_or_dash
@@ -42,7 +43,7 @@ def model_card(report: ReportData, plan: Plan) -> str:
 def _metadata(report: ReportData, plan: Plan) -> str:
     from huggingface_hub import ModelCardData
 
-    tags = ["qmerge", "qlora", plan.target]
+    tags = ["qmerge", "qlora", plan.target]  # what people filter the Hub by
     quant_method = get_format(plan.target).info.quant_method
     if quant_method:
         tags.append(quant_method)
@@ -56,13 +57,16 @@ def _metadata(report: ReportData, plan: Plan) -> str:
 
 def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
     """Hub ids for ``base_model``: those of base and adapter. A local base counts as what the adapter says it was trained on."""
-    base_id = base.id
-    if base_id is None:
-        declared = str(adapter_config.get("base_model_name_or_path") or "")
-        # A local path must not be published, and may look like an id (``models/llama``).
-        if hub.HUB_ID.fullmatch(declared) and not Path(declared).exists():
-            base_id = declared
-    return [hub_id for hub_id in (base_id, adapter.id) if hub_id]
+    ids = []
+    declared = str(adapter_config.get("base_model_name_or_path") or "")
+    if base.id:
+        ids.append(base.id)
+    # A local path must not be published, and may look like an id (``models/llama``).
+    elif hub.HUB_ID.fullmatch(declared) and not Path(declared).exists():
+        ids.append(declared)
+    if adapter.id:
+        ids.append(adapter.id)
+    return ids
 
 
 def _licence_fields(base: Path) -> dict[str, Any]:
@@ -76,13 +80,18 @@ def _licence_fields(base: Path) -> dict[str, Any]:
         data = ModelCard.load(path).data.to_dict()
     except (ValueError, OSError, AttributeError, yaml.YAMLError):  # whatever the card of a stranger's model holds
         return {}
-    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
+    fields = {}
+    for name in ("license", "license_name", "license_link"):
+        if data.get(name):
+            fields[name] = data[name]
+    return fields
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
 def _page(report: ReportData) -> list[str]:
+    # Names of models and modules come from files: each is escaped where it is put into the page.
     return [
         f"# {escape_markdown(adapter_names(report.inputs))} merged into {escape_markdown(report.inputs[0].name)}",
         "",
@@ -115,8 +124,7 @@ def _how_stored(report: ReportData) -> str:
 
 def _how_combined(report: ReportData) -> str:
     """How several adapters became one; empty for a single adapter."""
-    adapters = [record for record in report.inputs if record.role == "adapter"]
-    if len(adapters) < 2:
+    if len(adapter_records(report.inputs)) < 2:
         return ""
     combine = report.recipe.get("combine", "linear")
     if combine == CHAIN:
@@ -202,6 +210,7 @@ def _sources(inputs: list[InputRecord]) -> str:
 
 
 def _number(value: float | None) -> str:
+    # Numbers, not percentages: the table is also read by programs.
     return DASH if value is None else f"{value:.3g}"
 
 

@@ -22,19 +22,18 @@ COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "rank_kept_min", "rank_kept_median",
     "codes_changed", "relative_size",
 )  # fmt: skip
-SUMMARY_COLUMNS = COLUMNS[:6]
+SUMMARY_COLUMNS = COLUMNS[:6]  # a notebook cell is narrow
+# Metrics that are shown as percentages; all others are ratios.
 PERCENTAGES = {
     "kept", "output_kept", "predicted_kept", "rank_kept_min", "rank_kept_median", "codes_changed", "relative_size",
     "under_half_gap",
 }  # fmt: skip
-"""Metrics that are shown as percentages; all others are ratios."""
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 PLOT_WIDTH = 560
 PLOT_HEIGHT = 240
+# Shares kept at the edges of the plot; weights beyond are drawn there. preserve and fresh scales may keep more than 1.
 PLOT_TOP = 1.3
-"""The share kept at the upper edge of the plot: preserve and fresh scales may keep somewhat more than 1."""
-
 PLOT_BOTTOM = -0.1
 
 
@@ -81,12 +80,16 @@ def heat_map(weights: Sequence[WeightRecord]) -> dict[str, Any]:
     for weight in weights:
         # Experts of a layer share a cell: the first one stands for them; the table below lists all.
         cells.setdefault((_layer_of(weight), _kind_of(weight)), weight)
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    kinds: dict[str, None] = {}  # a set in the order of the checkpoint
+    layers = set()
+    for layer, kind in cells:
+        kinds[kind] = None
+        layers.add(layer)
     rows = []
-    for layer in sorted({layer for layer, _ in cells}):
+    for layer in sorted(layers):
         label = layer if layer >= 0 else "–"
         rows.append({"layer": label, "cells": [cells.get((layer, kind)) for kind in kinds]})
-    return {"kinds": kinds, "rows": rows}
+    return {"kinds": list(kinds), "rows": rows}
 
 
 def _layer_of(weight: WeightRecord) -> int:
@@ -109,8 +112,9 @@ def scatter_plot(weights: Sequence[WeightRecord]) -> dict[str, Any]:
             points.append((math.log10(relative_size), kept, weight))
     if not points:
         return {"points": [], "ticks": []}
-    low = math.floor(min(exponent for exponent, _, _ in points))
-    high = math.ceil(max(exponent for exponent, _, _ in points) + 1e-9)  # at least one decade, also for a single point
+    exponents = [exponent for exponent, _, _ in points]
+    low = math.floor(min(exponents))
+    high = math.ceil(max(exponents) + 1e-9)  # at least one decade, also for a single point
 
     def x_of(exponent: float) -> float:
         return (exponent - low) / max(1, high - low) * PLOT_WIDTH
@@ -118,10 +122,12 @@ def scatter_plot(weights: Sequence[WeightRecord]) -> dict[str, Any]:
     def y_of(kept: float) -> float:
         return PLOT_HEIGHT * (1 - kept / PLOT_TOP)
 
+    dots = []
+    for exponent, kept, weight in points:
+        shown = min(max(kept, PLOT_BOTTOM), PLOT_TOP)
+        dots.append((x_of(exponent), y_of(shown), weight))
     return {
-        "points": [
-            (x_of(exponent), y_of(min(max(kept, PLOT_BOTTOM), PLOT_TOP)), weight) for exponent, kept, weight in points
-        ],
+        "points": dots,
         "ticks": [(x_of(exponent), percent(10.0**exponent)) for exponent in range(low, high + 1)],
         "lines": [(y_of(level), percent(level)) for level in (0.0, 0.5, 1.0)],
         "width": PLOT_WIDTH,
@@ -150,6 +156,7 @@ def _signed(value: float | None) -> str:
 
 @cache
 def _template(name: str) -> jinja2.Template:
+    # StrictUndefined: a name that a template misspells is an error, not an empty place on the page.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

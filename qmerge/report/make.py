@@ -29,14 +29,15 @@ from qmerge.schema import (
     ReportData,
     SeenRecord,
     WeightRecord,
+    adapter_records,
     distinct_names,
     overall_kept,
 )
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
 
+# Libraries whose version can change a number.
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
-"""Libraries whose version can change a number."""
 
 
 def make_report(
@@ -64,6 +65,7 @@ def make_report(
     weights = {step.name: _weight_record(step, outcomes[step.name]) for step in plan.merged}
     pairs = _pair_records_of(records, weights, outcomes)
     return ReportData(
+        # Without the output folder: a model may be moved, and reports of the same merge are the same.
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=_versions(),
         device=_device_name(context.device),
@@ -135,6 +137,7 @@ def pair_records(adapters: Sequence[str], pairs_of_module: Mapping[str, PairSums
         pairs_of_module: module → sums of every pair of adapters that both change it.
     """
     names = distinct_names(adapters)
+    # The sums come module by module; a record wants them pair by pair.
     modules_of_pair: dict[str, dict[str, dict[str, float]]] = {}
     for module in sorted(pairs_of_module):
         for pair, sums in pairs_of_module[module].items():
@@ -151,7 +154,7 @@ def _positions(pair: str) -> tuple[int, int]:
 
 def _pair_record(names: Sequence[str], pair: str, sums_of_module: Mapping[str, Mapping[str, float]]) -> PairRecord:
     first, second = _positions(pair)
-    total = over_modules(sums_of_module)
+    total = over_modules(sums_of_module)  # each weight counts by its size
     modules = []
     for module, sums in sums_of_module.items():
         modules.append(ModulePairRecord(module=module, cosine=cosine(sums), sign_conflict=sign_conflict(sums)))
@@ -167,8 +170,10 @@ def _pair_record(names: Sequence[str], pair: str, sums_of_module: Mapping[str, M
 def _pair_records_of(
     records: Sequence[InputRecord], weights: Mapping[str, WeightRecord], outcomes: Mapping[str, Outcome]
 ) -> list[PairRecord]:
-    adapters = [record.name for record in records if record.role == "adapter"]
-    return pair_records(adapters, {weights[name].module: outcome.pair_sums or {} for name, outcome in outcomes.items()})
+    pairs_of_module = {}
+    for name, outcome in outcomes.items():
+        pairs_of_module[weights[name].module] = outcome.pair_sums or {}
+    return pair_records([record.name for record in adapter_records(records)], pairs_of_module)
 
 
 # --- warnings ----------------------------------------------------------------------------------------------------------
@@ -183,6 +188,7 @@ def _warnings(
 ) -> list[str]:
     """About the inputs first, about what was measured last."""
     relative_sizes = {survival.module: survival.relative_size for survival in preflight.predicted}
+    # Over all weights together: a share that is alarming in a small weight may not matter.
     clipped = values_of(over_weights(sums_of_weight.values()))["clipped"]
     survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
     return [

@@ -27,11 +27,11 @@ from qmerge.report.records import fingerprint_record
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Update
 
+# Keys of adapter_config.json that are always shown, where they are set.
 CONFIG_KEYS = (
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "unsloth_training_method",
 )  # fmt: skip
-"""Keys of adapter_config.json that are always shown, where they are set."""
 
 KINDS_OF_CHANGE: tuple[tuple[type, str], ...] = (
     (DoraUpdate, "DoRA"),
@@ -41,11 +41,11 @@ KINDS_OF_CHANGE: tuple[tuple[type, str], ...] = (
     (ChangedBaseUpdate, "LoRA on a base that its start changed"),
 )
 
+# A delta whose entries are smaller than this is reported as zero.
 ZERO_RMS = 1e-8
-"""A delta whose entries are smaller than this is reported as zero."""
 
+# alpha / r above this is reported: usual are 0.5 to 4.
 USUAL_SCALE = 8
-"""alpha / r above this is reported: usual are 0.5 to 4."""
 
 
 def describe_adapter(source: hub.Source, base: str | None = None, base_revision: str | None = None) -> dict[str, Any]:
@@ -74,14 +74,19 @@ def describe_adapter(source: hub.Source, base: str | None = None, base_revision:
 
 def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any]:
     """What config and headers say, before any value is read."""
+    known = {}
+    for name in CONFIG_KEYS:
+        if config.get(name) not in (None, {}, []):
+            known[name] = config[name]
+    other = declared.other_options(config)
+    for name in CONFIG_KEYS:
+        other.pop(name, None)
     infos = of_one(tensor_infos(source.folder), source.adapter)
     return {
         "name": source.name,
         "commit": source.commit,
-        "config": {name: config[name] for name in CONFIG_KEYS if config.get(name) not in (None, {}, [])},
-        "other_options": {
-            name: value for name, value in declared.other_options(config).items() if name not in CONFIG_KEYS
-        },
+        "config": known,
+        "other_options": other,
         "file": TENSORS,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
@@ -94,7 +99,9 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
 
 def _describe_changes(adapter: Adapter, config: dict[str, Any]) -> dict[str, Any]:
     """What the adapter does to the base, module by module."""
-    modules = [_describe_module(name.removesuffix(".weight"), update) for name, update in adapter.updates.items()]
+    modules = []
+    for name, update in adapter.updates.items():
+        modules.append(_describe_module(name.removesuffix(".weight"), update))
     return {
         "kind": adapter.kind,
         "changes": _count_changes(adapter),
@@ -146,7 +153,7 @@ def _count_changes(adapter: Adapter) -> dict[str, int]:
 
 
 def _kind_of_change(name: str, update: Update) -> str:
-    if isinstance(update, OwnBaseUpdate):
+    if isinstance(update, OwnBaseUpdate):  # wraps the update that matters
         return _kind_of_change(name, update.update)
     if isinstance(update, LoraUpdate | ByWidth):
         return "LoRA of embeddings" if is_embedding(name) else "LoRA"

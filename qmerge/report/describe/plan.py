@@ -36,19 +36,19 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     """
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
-        candidates = all_candidates(recipe, inputs, reader)
+        targets = [_describe_candidate(candidate) for candidate in all_candidates(recipe, inputs, reader)]
         why = None
         if recipe.target == "auto":
             recipe, why = resolve_auto(recipe, inputs, reader)
         plan = plan_from(recipe, inputs)
         pairs = _adapter_pairs(plan)
         context = make_run_context(plan, reader)
-        check_deltas(plan, context)
+        check_deltas(plan, context)  # refuses an adapter of other weights, as a merge would
         described: dict[str, Any] = {
             "base": describe_storage(inputs.base_source, inputs.base),
             "adapter": _describe_adapters(inputs),
             "interference": [pair.model_dump() for pair in pairs],
-            "targets": [_describe_candidate(candidate) for candidate in candidates],
+            "targets": targets,
             "target": recipe.target if target_given else None,
             "why": why,
             "warnings": declared_warnings(inputs, recipe) + interference_warnings(pairs, recipe.combine),
@@ -100,6 +100,7 @@ def _adapter_pairs(plan: Plan) -> list[PairRecord]:
 
 def _describe_work(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
     """What the run reads, writes and needs, and every weight."""
+    # Without a destination, the current folder's disk is a good guess.
     destination = Path(plan.recipe.out or plan.recipe.patch or ".").expanduser()
     free = folder.free_bytes(destination)
     needed = plan.bytes_out + folder.SLACK

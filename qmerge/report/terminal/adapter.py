@@ -67,7 +67,7 @@ def _comparison_table(remarks: list[dict[str, str]]) -> Table:
     for name in ("", "the adapter says", "this base", "verdict"):
         table.add_column(name, overflow="fold")
     for remark in remarks:
-        table.add_row(*(safe(remark[key]) for key in ("topic", "said", "given", "verdict")))
+        table.add_row(safe(remark["topic"]), safe(remark["said"]), safe(remark["given"]), safe(remark["verdict"]))
     return table
 
 

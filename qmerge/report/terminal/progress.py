@@ -15,8 +15,8 @@ from qmerge.wording import counted, size_text
 
 SECONDS_BETWEEN_LINES = 10
 
+# Stages of at most so many bytes are not counted in bytes: how much work they are is not known.
 UNKNOWN_TOTAL = 1
-"""Stages of at most so many bytes are not counted in bytes: how much work they are is not known."""
 
 
 class TerminalProgress(Progress):
@@ -52,6 +52,7 @@ class TerminalProgress(Progress):
         """So many bytes more are done. Without bytes, ``label`` says which part of the work is being done."""
         self._done += nbytes
         part = label if not nbytes else ""
+        # A bar is updated at once; where there is none, a line every few seconds is enough for a log.
         if self._bar:
             self._bar.update(self._task, advance=nbytes, description=part or None)
         elif not self.quiet and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:

@@ -113,6 +113,7 @@ def fidelity_table(record: FidelityRecord) -> NotedTable:
     """The whole model on held-out text, next to the base and the unmerged adapter model."""
     title = f"The whole model, on {record.tokens} tokens of {safe(record.text)}"
     table = make_table(title, ("", "loss", "gain kept", "KL ratio", "same top token", "KL, 99th %"))
+    # By definition, the base has kept nothing and the unmerged model everything.
     table.add_row("base", f"{record.loss_base:.4f}", "0", "1", "", "")
     table.add_row("unmerged", f"{record.loss_unmerged:.4f}", "1", "0", "", "")
     table.add_row(
