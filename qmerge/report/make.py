@@ -86,7 +86,7 @@ def make_report(
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         interference=pairs,
-        warnings=_warnings(plan, preflight, weights, sums_of_weight, pairs),
+        warnings=_warnings(plan, preflight, weights=weights, sums_of_weight=sums_of_weight, pairs=pairs),
     )
 
 
@@ -182,6 +182,7 @@ def _pair_records_of(
 def _warnings(
     plan: Plan,
     preflight: Preflight,
+    *,
     weights: Mapping[str, WeightRecord],
     sums_of_weight: Mapping[str, Sums],
     pairs: Sequence[PairRecord],

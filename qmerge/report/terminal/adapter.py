@@ -98,14 +98,15 @@ def _modules_table(modules: list[dict[str, Any]]) -> NotedTable:
         modules_of_kind[module["module"].rpartition(".")[2]].append(module)
     table = make_table("Deltas", ("modules", "number", "rank", "scale", "rms(delta)", "effective rank"))
     for kind, members in modules_of_kind.items():
-        table.add_row(
+        cells = [
             safe(kind),
             str(len(members)),
             _distinct(members, "rank", str),
             _distinct(members, "scale", "{:.3g}".format),
             _range(members, "rms", "{:.2e}".format),
             _range(members, "effective_rank", "{:.1f}".format),
-        )
+        ]
+        table.add_row(*cells)
     notes = [
         ("scale", "what the product of the factors is multiplied by (alpha / r)"),
         ("rms(delta)", "typical size of a change to one weight entry"),

@@ -114,16 +114,18 @@ def fidelity_table(record: FidelityRecord) -> NotedTable:
     title = f"The whole model, on {record.tokens} tokens of {safe(record.text)}"
     table = make_table(title, ("", "loss", "gain kept", "KL ratio", "same top token", "KL, 99th %"))
     # By definition, the base has kept nothing and the unmerged model everything.
-    table.add_row("base", f"{record.loss_base:.4f}", "0", "1", "", "")
-    table.add_row("unmerged", f"{record.loss_unmerged:.4f}", "1", "0", "", "")
-    table.add_row(
+    base = ["base", f"{record.loss_base:.4f}", "0", "1"]
+    unmerged = ["unmerged", f"{record.loss_unmerged:.4f}", "1", "0"]
+    merged = [
         "merged",
         f"{record.loss_merged:.4f}",
         fixed_or_dash(record.gain_kept, 3),
         fixed_or_dash(record.kl_ratio, 4),
         percent_or_dash(record.top1_agreement),
         f"{record.kl_p99:.2g}",
-    )
+    ]
+    for cells in (base, unmerged, merged):
+        table.add_row(*cells)
     notes = [GAIN_NOTE, KL_NOTE, ("same top token", "as the unmerged model, share of all positions")]
     if record.gain_kept is None:
         return with_notes(table, notes, ["The adapter does not lower the loss of this text: there is no gain to keep."])
