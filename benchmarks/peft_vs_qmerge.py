@@ -127,7 +127,9 @@ def median(costs: list[Cost]) -> Cost:
 
 def table_row(target: str, folder: Path, runs: int) -> str:
     """Medians of ``runs`` runs of both, in turn; a first run of each is not counted (it fills the disk cache)."""
-    base, adapter, out = str(folder / "base"), str(folder / "adapter"), str(folder / "out")
+    base = str(folder / "base")
+    adapter = str(folder / "adapter")
+    out = str(folder / "out")
     qmerge_arguments = ["--base", base, "--adapter", adapter, "--target", target, "--out", out, "--quiet", "--json"]
     commands = {
         "peft": [sys.executable, "-c", PEFT_SCRIPT, base, adapter, target, out],

@@ -17,7 +17,10 @@ from qmerge.formats import get_format
 from qmerge.safetensors_io.writer import PARTIAL, FileLayout, ShardWriter, no_room_is_an_error
 from qmerge.types import TensorSpec
 
-A_SUFFIX, B_SUFFIX, BIAS_SUFFIX = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+# Names after the module.
+A_SUFFIX = ".lora_A.weight"
+B_SUFFIX = ".lora_B.weight"
+BIAS_SUFFIX = ".lora_B.bias"
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def extract(
     merged: str,
     base: str,
     out: Path,
+    *,
     rank: int | None = None,
     energy: float | None = None,
     save_modules: bool = False,

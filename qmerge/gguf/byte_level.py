@@ -22,7 +22,12 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-SPLIT, DIGITS, BYTES, WORDS_AND_BYTES, UNKNOWN_STEP = "split ", "digits", "bytes", "words and bytes", ""
+# Steps of a pre-tokenizer, in a few words.
+SPLIT = "split "  # then the pattern
+DIGITS = "digits"
+BYTES = "bytes"
+WORDS_AND_BYTES = "words and bytes"
+UNKNOWN_STEP = ""
 
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((SPLIT + LLAMA3, BYTES), True): "llama-bpe",

@@ -44,8 +44,12 @@ PLANE_HEADER = struct.Struct("<BI")
 LARGEST_BLOCK = BLOCK + max(WIDTHS) * PLANE_HEADER.size + 1
 """Bytes that a packed block can take: every plane stored unchanged."""
 
-STORED, SPARSE, HUFFMAN, DEFLATE, LZMA = range(5)
-"""Encodings of a plane, as the file names them."""
+# Encodings of a plane, by their numbers in the file.
+STORED = 0
+SPARSE = 1
+HUFFMAN = 2
+DEFLATE = 3
+LZMA = 4
 
 BINARY_ENCODINGS = (SPARSE, HUFFMAN, DEFLATE)
 TEXT_ENCODINGS = (*BINARY_ENCODINGS, LZMA)
@@ -151,8 +155,8 @@ def _unpack_plane(block: bytes, position: int, size: int) -> tuple[NDArray[np.ui
 
 
 def _deflate_raw(data: bytes, strategy: int) -> bytes:
-    """DEFLATE without header and checksum (-15): the patch has its own SHA-256."""
-    packer = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    """DEFLATE without header and checksum (negative ``wbits``): the patch has its own SHA-256."""
+    packer = zlib.compressobj(level=6, wbits=-15, memLevel=9, strategy=strategy)
     return packer.compress(data) + packer.flush()
 
 

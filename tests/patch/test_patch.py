@@ -38,7 +38,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def write(path: Path, tensors: Tensors, padding: int = 0) -> None:
-    """A safetensors file with its tensors in the order given (aligned or not), and a header of another length."""
+    """A safetensors file with its tensors in this order (aligned or not); ``padding`` makes the header longer."""
     layout, position = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         layout[name] = (TensorSpec(dtype, shape), position)
@@ -57,14 +57,14 @@ def folder_of(path: Path, shards: dict[str, Tensors], files: dict[str, bytes], p
     return path
 
 
-def round_trip(base: Path, merged: Path, place: Path) -> int:
-    """Make, apply, unmerge; both must be there to the byte. Returns the patch's size."""
-    summary = make_patch(base, merged, place / "x.patch")
-    apply_patch(base, place / "x.patch", place / "applied")
-    unmerge(merged, place / "x.patch", place / "unmerged")
-    assert snapshot(place / "applied") == snapshot(merged)
-    assert snapshot(place / "unmerged") == snapshot(base)
-    assert summary.nbytes == (place / "x.patch").stat().st_size
+def round_trip(base: Path, merged: Path, folder: Path) -> int:
+    """Make a patch, apply it and unmerge; both results must be equal byte for byte. Returns the size of the patch."""
+    summary = make_patch(base, merged, folder / "x.patch")
+    apply_patch(base, folder / "x.patch", folder / "applied")
+    unmerge(merged, folder / "x.patch", folder / "unmerged")
+    assert snapshot(folder / "applied") == snapshot(merged)
+    assert snapshot(folder / "unmerged") == snapshot(base)
+    assert summary.nbytes == (folder / "x.patch").stat().st_size
     return summary.nbytes
 
 
@@ -73,7 +73,7 @@ def round_trip(base: Path, merged: Path, place: Path) -> int:
 
 @given(st.binary(max_size=3000), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.floats(0, 1))
 @example(b"\0\0\0\0\1\0\0\0\0\0\2\0\0", 1, False, 0.0)  # small, and the difference is nearly all zeros
-def test_blocks_come_back(data: bytes, width: int, text: bool, zeros: float) -> None:
+def test_unpack_inverts_pack(data: bytes, width: int, text: bool, zeros: float) -> None:
     data = data[: len(data) // width * width]
     keep = np.random.default_rng(len(data)).random(len(data)) >= zeros
     data = (np.frombuffer(data, np.uint8) * keep).astype(np.uint8).tobytes()
@@ -91,14 +91,14 @@ def test_gaps_of_every_length(gap: int) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 100))
-def test_no_garbage_makes_more_than_was_announced(garbage: bytes, size: int) -> None:
+def test_garbage_never_unpacks_to_more_than_was_announced(garbage: bytes, size: int) -> None:
     for unpack in codec.UNPACK.values():
         with contextlib.suppress(codec.DamagedError):
             assert len(unpack(garbage, size)) <= max(size, len(garbage)) + 1
 
 
 def test_bombs_are_not_unpacked() -> None:
-    """50 MB of zeros in some kilobytes, announced as ten bytes."""
+    """50 MB of zeros, packed into a few kilobytes and announced as ten bytes."""
     for encoding in (codec.HUFFMAN, codec.DEFLATE, codec.LZMA):
         bomb = codec.PACK[encoding](bytes(50 * 2**20))
         block = b"\x01" + struct.pack("<BI", encoding, len(bomb)) + bomb
@@ -111,7 +111,7 @@ def test_bombs_are_not_unpacked() -> None:
             tracemalloc.stop()
 
 
-def test_differences_go_both_ways() -> None:
+def test_differences_work_in_both_directions() -> None:
     a, b = bytearray(b"\x00\xff\x01\x80"), bytearray(b"\x01\x00\xff\x7f")
     for width in (1, 2, 4):
         change = codec.difference(b, a, width)
@@ -119,12 +119,12 @@ def test_differences_go_both_ways() -> None:
         assert codec.subtract_difference(b, change, width) == a
 
 
-# --- made-up checkpoints ---------------------------------------------------------------------------------------------
+# --- invented checkpoints --------------------------------------------------------------------------------------------
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Any, Any]:
-    """Base and merged: shards of tensors, and files; changed, equal, added, removed, retyped, moved to another shard."""
+    """Base and merged: shards and other files; tensors are changed, equal, added, removed, of another dtype, or moved."""
     names = [f"t{i}" for i in range(draw(st.integers(3, 8)))]
     sides: list[dict[str, Tensors]] = [{}, {}]
     counts = [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
@@ -159,13 +159,13 @@ def tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], bytes]:
 
 @settings(max_examples=40)
 @given(pairs())
-def test_every_byte_of_either_side_comes_back(pair: Any) -> None:
+def test_every_byte_of_both_folders_is_restored(pair: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        round_trip(folder_of(place / "base", *pair[0]), folder_of(place / "merged", *pair[1]), place)
+        folder = Path(name)
+        round_trip(folder_of(folder / "base", *pair[0]), folder_of(folder / "merged", *pair[1]), folder)
 
 
-def test_every_byte_of_tensors_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "BLOCK", 64)
     rng = np.random.default_rng(0)
     old = rng.integers(0, 256, 1000, np.uint8)
@@ -175,7 +175,7 @@ def test_every_byte_of_tensors_of_several_blocks(tmp_path: Path, monkeypatch: py
     round_trip(base, merged, tmp_path)
 
 
-def test_not_a_number_is_bytes_like_any(tmp_path: Path) -> None:
+def test_nan_is_restored_bit_for_bit(tmp_path: Path) -> None:
     old, new = (np.array([np.nan, 0.0, 1.0], "<f4") for _ in range(2))
     new.view("<u4")[0] |= 1  # another NaN
     new[1] = -0.0
@@ -194,7 +194,7 @@ def merge(base: Path, adapter: Path, target: str, out: Path, **more: Any) -> Pat
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model merged into NF4: two million parameters, 123 tensors."""
+    """The demo model merged into NF4: two million parameters in 123 tensors."""
     out = tmp_path_factory.mktemp("patch") / "merged"
     return merge(DEMO / "base-nf4", DEMO / "adapter", "nf4", out, rounding="stochastic")
 
@@ -203,8 +203,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_merge_from_nf4_to_nf4_is_small(rounding: str, tmp_path: Path) -> None:
     merged = merge(DEMO / "base-nf4", DEMO / "adapter", "nf4", tmp_path / "merged", rounding=rounding)
     size = round_trip(DEMO / "base-nf4", merged, tmp_path)
-    most = {"nearest": 0.01, "stochastic": 0.045}[rounding]  # measured: 0.5 % and 4.1 %, report and card included
-    assert size < most * sum(path.stat().st_size for path in merged.iterdir())
+    largest_share = {"nearest": 0.01, "stochastic": 0.045}[rounding]  # measured: 0.5 % and 4.1 %, with report and card
+    assert size < largest_share * sum(path.stat().st_size for path in merged.iterdir())
 
 
 @pytest.mark.slow
@@ -215,12 +215,12 @@ def test_a_calibrated_merge_is_small(tmp_path: Path) -> None:
     assert size < 0.065 * sum(path.stat().st_size for path in merged.iterdir())  # measured: 5.6 %
 
 
-def test_a_merge_into_another_format_holds_both_sides_or_one(tmp_path: Path) -> None:
+def test_a_merge_into_another_format_stores_both_sides_or_one(tmp_path: Path) -> None:
     merged = merge(DEMO / "base-nf4", DEMO / "adapter", "bf16", tmp_path / "merged")
     both = round_trip(DEMO / "base-nf4", merged, tmp_path)
     summary = make_patch(DEMO / "base-nf4", merged, tmp_path / "one.patch", reversible=False)
     assert summary.base_bytes == 0
-    assert summary.nbytes < both - 400_000  # the base's weights, half a megabyte that hardly packs
+    assert summary.nbytes < both - 400_000  # the weights of the base: half a megabyte that hardly compresses
     apply_patch(DEMO / "base-nf4", tmp_path / "one.patch", tmp_path / "again")
     assert snapshot(tmp_path / "again") == snapshot(merged)
     with pytest.raises(CheckpointError, match="made one way"):
@@ -248,15 +248,15 @@ def headers(folder: Path) -> dict[str, Any]:
     return patch_file.read_header(folder / "model.safetensors", CheckpointError)[0]
 
 
-def test_any_tool_lists_a_patch(demo: Path, tmp_path: Path) -> None:
+def test_safetensors_lists_a_patch(demo: Path, tmp_path: Path) -> None:
     make_patch(DEMO / "base-nf4", demo, tmp_path / "x.patch")
     with safe_open(tmp_path / "x.patch", framework="pt") as opened:
         assert "delta/model.safetensors:model.layers.0.mlp.up_proj.weight" in opened.keys()  # noqa: SIM118
         assert json.loads(opened.metadata()["manifest"])["base"]["name"] == "base-nf4"
 
 
-def test_the_difference_packs_better_than_xor_by_a_general_packer(demo: Path) -> None:
-    """What the codec is for; the control is the same bytes by LZMA."""
+def test_the_codec_packs_differences_better_than_lzma_packs_xor(demo: Path) -> None:
+    """The reason for a codec of qmerge's own."""
     import lzma
 
     ours = theirs = 0
@@ -269,12 +269,12 @@ def test_the_difference_packs_better_than_xor_by_a_general_packer(demo: Path) ->
     assert ours < 0.75 * theirs
 
 
-# --- what must be refused --------------------------------------------------------------------------------------------
+# --- refused ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Base, merged and their patch; a few hundred bytes each."""
+    """A base, a merged folder and their patch; a few hundred bytes each."""
     data = bytes(range(64))
     files = {"config.json": b"{}", "LICENSE": b"Do as you like.\n"}
     shards = {"model.safetensors": {"a": ("U8", (64,), data), "b": ("F32", (2,), bytes(8))}}
@@ -294,11 +294,11 @@ def refused(call: Callable[[], object], *, error: type[Exception], match: str, o
     assert not out.exists()
 
 
-def test_a_flipped_byte_is_seen_wherever_it_is(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_anywhere(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, _, patch = small
     whole = patch.read_bytes()
-    for place in (*range(16), *range(16, len(whole), 3), len(whole) - 1):
-        patch.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in (*range(16), *range(16, len(whole), 3), len(whole) - 1):
+        patch.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(CheckpointError):
             patch_file.read_patch(patch)
     patch.write_bytes(whole)
@@ -306,10 +306,10 @@ def test_a_flipped_byte_is_seen_wherever_it_is(small: tuple[Path, Path, Path], t
 
 
 @pytest.mark.parametrize(("old", "new"), [(b'"U8"', b'"I8"'), (b" ", b"\t")], ids=["dtype", "white-space"])
-def test_a_header_that_reads_the_same_is_not_the_same(
+def test_a_header_with_another_spelling_is_refused(
     old: bytes, new: bytes, small: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    """What the hash does not cover: types of no consequence, and the padding."""
+    """The hash does not cover dtypes and padding of the header, which change nothing for a reader."""
     base, _, patch = small
     while (length := struct.unpack("<Q", patch.read_bytes()[:8])[0]) and patch.read_bytes()[
         7 + length : 8 + length
@@ -323,7 +323,7 @@ def test_a_header_that_reads_the_same_is_not_the_same(
     )
 
 
-def test_a_patch_cut_short_or_with_more_is_seen(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_patch_with_fewer_or_more_bytes_is_refused(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, _, patch = small
     whole = patch.read_bytes()
     for data in (*(whole[:n] for n in range(0, len(whole), 37)), whole[:-1], whole + b"\x00"):
@@ -337,7 +337,7 @@ def test_a_patch_cut_short_or_with_more_is_seen(small: tuple[Path, Path, Path], 
 
 
 def forge(patch: Path, change: Callable[[dict[str, Any]], None], metadata: dict[str, str] | None = None) -> None:
-    """Another manifest in the same file, sealed as if it were genuine."""
+    """Put another manifest into the file, with a SHA-256 that fits."""
     opened = patch_file.read_patch(patch)
     manifest = json.loads(opened.manifest.model_dump_json())
     change(manifest)
@@ -370,10 +370,12 @@ def test_file_names_stay_inside(path: str, side: str, small: tuple[Path, Path, P
     )
 
 
-def set_first(how: str, place: int, value: object) -> Callable[[dict[str, Any]], None]:
+def set_first(how: str, index: int, value: object) -> Callable[[dict[str, Any]], None]:
+    """Change one entry of the first segment of this kind."""
+
     def change(manifest: dict[str, Any]) -> None:
         segments = [s for f in manifest["merged"]["files"] for s in f["segments"] if s[1] == how]
-        segments[0][place] = value
+        segments[0][index] = value
 
     return change
 
@@ -405,8 +407,8 @@ def test_a_forged_manifest_is_refused(case: str, small: tuple[Path, Path, Path],
     refused(lambda: apply_patch(base, patch, tmp_path / "out"), error=error, match=match, out=tmp_path / "out")
 
 
-def test_a_forgery_that_changes_nothing_is_taken(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """The control of all those above: they are refused for what was changed, not for being forged."""
+def test_a_forgery_that_changes_nothing_is_accepted(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The control: the forgeries above are refused for their changes, not because they are forged."""
     base, merged, patch = small
     forge(patch, lambda manifest: None)
     apply_patch(base, patch, tmp_path / "out")
@@ -415,9 +417,9 @@ def test_a_forgery_that_changes_nothing_is_taken(small: tuple[Path, Path, Path],
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(b"PK\x03\x04 no patch at all", "not a whole safetensors file"), (b"", "not a whole safetensors file")],
+    [(b"PK\x03\x04 not a patch", "not a whole safetensors file"), (b"", "not a whole safetensors file")],
 )
-def test_another_file_is_no_patch(content: bytes, match: str, small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_another_file_is_refused(content: bytes, match: str, small: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, _, patch = small
     patch.write_bytes(content)
     refused(
@@ -425,7 +427,7 @@ def test_another_file_is_no_patch(content: bytes, match: str, small: tuple[Path,
     )
 
 
-def test_a_model_and_a_newer_patch_are_named(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_messages_for_a_model_and_a_newer_patch(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, merged, patch = small
     model, out = merged / "model.safetensors", tmp_path / "out"
     refused(lambda: apply_patch(base, model, out), error=CheckpointError, match="not a patch", out=out)
@@ -464,7 +466,7 @@ def test_out_must_be_new_or_empty(small: tuple[Path, Path, Path], tmp_path: Path
     assert snapshot(tmp_path / "out") == before == snapshot(merged)
 
 
-def test_a_patch_goes_to_a_new_file_beside_the_folders(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_patch_is_a_new_file_outside_both_folders(small: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, merged, patch = small
     whole = patch.read_bytes()
     for file in (patch, base / "x.patch", merged / "x.patch", tmp_path / "no/x.patch"):
@@ -490,7 +492,7 @@ def test_links_that_lead_out_are_refused(small: tuple[Path, Path, Path], tmp_pat
     refused(lambda: make_patch(base, merged, out), error=CheckpointError, match="link", out=out)
 
 
-def test_a_folder_that_changes_meanwhile_is_seen(
+def test_a_folder_that_changes_during_the_run_is_refused(
     small: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, merged, _ = small
@@ -508,9 +510,7 @@ def test_a_folder_that_changes_meanwhile_is_seen(
 # --- room, interruption ----------------------------------------------------------------------------------------------
 
 
-def test_room_is_asked_for_first(
-    small: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_checked_first(small: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, merged, patch = small
     monkeypatch.setattr(folder_module, "free_bytes", lambda out: 1000)
     monkeypatch.setattr(patch_file, "free_bytes", lambda out: 10)
@@ -525,10 +525,10 @@ STRIKES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()
 
 @pytest.mark.parametrize("strike", STRIKES, ids=["no-room", "ctrl-c"])
 @pytest.mark.parametrize("way", ["make", "apply", "unmerge"])
-def test_whenever_it_ends_nothing_is_left(
+def test_an_interruption_leaves_nothing_behind(
     way: str, strike: BaseException, small: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Struck at every sync and every rename, one after the other, until a run comes through."""
+    """Interrupt every sync and every rename, one after the other, until a run is complete."""
     base, merged, patch = small
     out = tmp_path / "out"
     call = {
@@ -553,6 +553,7 @@ def test_whenever_it_ends_nothing_is_left(
 
 
 def install(monkeypatch: pytest.MonkeyPatch, at: int, strike: BaseException) -> Callable[[], bool]:
+    """Raise ``strike`` at the sync or rename number ``at``. The returned function tells whether that happened."""
     count, fsync, replace = iter(range(10**6)), os.fsync, Path.replace
     hit = []
 
@@ -568,7 +569,7 @@ def install(monkeypatch: pytest.MonkeyPatch, at: int, strike: BaseException) -> 
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """A tensor of 48 MB: the most that is allocated at a time, as Python and numpy count it."""
+    """The largest amount that Python and numpy have allocated at a time, for a tensor of 48 MB."""
     rng = np.random.default_rng(0)
     old = rng.integers(0, 256, 48 * 2**20, np.uint8)
     new = old + rng.choice(np.array([0, 1, 255], np.uint8), len(old), p=[0.95, 0.025, 0.025])

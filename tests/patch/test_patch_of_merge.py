@@ -1,4 +1,4 @@
-"""``--patch`` on a merge: with the base it gives what ``--out`` would have written; whatever happens, nothing else is left."""
+"""``--patch`` on a merge: base and patch give the files that ``--out`` would have written, and nothing else is left behind."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ def recipe(nf4: Path, lora: Path, **more: Any) -> Recipe:
 
 
 def timeless(folder: Path) -> dict[str, Any]:
-    """Every file's content, without the two times of a run, and without where it went."""
-    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in snapshot(folder)}
-    report = json.loads(found["qmerge.json"])
+    """The content of every file, without the time and duration of the run, and without the output path."""
+    contents: dict[str, Any] = {name: (folder / name).read_bytes() for name in snapshot(folder)}
+    report = json.loads(contents["qmerge.json"])
     created = report.pop("created")
     seconds = f"{report.pop('seconds'):.0f} s"
-    page = found["qmerge.html"].decode()
+    contents["qmerge.json"] = report
+    page = contents["qmerge.html"].decode()
     assert f"{created}, {seconds}" in page
-    written = yaml.safe_load(found["qmerge_recipe.yaml"])
-    assert ("out" in written) != ("patch" in written)
-    changes = {
-        "qmerge.json": report,
-        "qmerge.html": page.replace(f"{created}, {seconds}", ""),
-        "qmerge_recipe.yaml": {name: value for name, value in written.items() if name not in ("out", "patch")},
-    }
+    contents["qmerge.html"] = page.replace(f"{created}, {seconds}", "")
+    settings = yaml.safe_load(contents["qmerge_recipe.yaml"])
+    assert ("out" in settings) != ("patch" in settings)
+    settings.pop("out", None)
+    settings.pop("patch", None)
+    contents["qmerge_recipe.yaml"] = settings
     residual = "residual/adapter_config.json"
-    if residual in found:  # its base is the folder, by name
-        changes[residual] = {**json.loads(found[residual]), "base_model_name_or_path": None}
-    return {**found, **changes}
+    if residual in contents:  # it names the folder as its base
+        contents[residual] = {**json.loads(contents[residual]), "base_model_name_or_path": None}
+    return contents
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """What the merged folder held when the patch was made of it."""
-    found: list[dict[str, str]] = []
+    """Hashes of the temporary merged folders, taken when the patch is made."""
+    snapshots: list[dict[str, str]] = []
     make_patch = direct.make_patch
 
-    def looked(base: Path, merged: Path, *rest: Any, **more: Any) -> Any:
-        found.append(snapshot(merged))
+    def watched(base: Path, merged: Path, *rest: Any, **more: Any) -> Any:
+        snapshots.append(snapshot(merged))
         return make_patch(base, merged, *rest, **more)
 
-    monkeypatch.setattr(direct, "make_patch", looked)
-    return found
+    monkeypatch.setattr(direct, "make_patch", watched)
+    return snapshots
 
 
 @pytest.mark.parametrize("more", [{}, {"max_shard_size": "60kB", "residual": 2}, {"target": "bf16"}], ids=str)
 def test_apply_gives_what_out_would_have_been(
     nf4: Path, lora: Path, tmp_path: Path, seen: list[dict[str, str]], more: dict[str, Any]
 ) -> None:
-    """Bit for bit the folder that the patch was made of; but for times, that of a run with --out. unmerge goes back."""
+    """Bit for bit the folder that the patch was made from. Except for times, also that of a run with --out."""
     report, summary = direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch"), **more), False, NoProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["a.patch"]
     assert summary is not None and summary.nbytes == (tmp_path / "a.patch").stat().st_size
@@ -86,7 +86,7 @@ def test_apply_gives_what_out_would_have_been(
     assert snapshot(tmp_path / "base") == snapshot(nf4)
 
 
-def test_no_path_of_the_folder_meanwhile_stays(nf4: Path, lora: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_temporary_folder_stays(nf4: Path, lora: Path, tmp_path: Path) -> None:
     direct.merge(recipe(nf4, lora, patch=str(tmp_path / "a.patch")), False, NoProgress())
     apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
     for path in (tmp_path / "applied").iterdir():
@@ -96,15 +96,15 @@ def test_no_path_of_the_folder_meanwhile_stays(nf4: Path, lora: Path, tmp_path: 
 
 
 def test_command_recipe_and_python(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
-    """A patch by each; the command line wins over the file, out over patch and patch over out."""
+    """Each can make a patch. The command line wins over the recipe: --out over its patch, and --patch over its out."""
     common = ("--base", nf4, "--adapter", lora, "--target", "nf4", "--rounding", "nearest", "--device", "cpu")
     ran = cli(*common, "--patch", tmp_path / "a.patch", "--min-kept", "1")
     assert ran.code == 5 and (tmp_path / "a.patch").is_file(), ran.err
     assert f"qmerge apply {nf4} {tmp_path / 'a.patch'} --out DIR" in ran.out and "of the merged folder" in ran.out
     assert cli("apply", nf4, tmp_path / "a.patch", "--out", tmp_path / "applied").code == 0
-    asked = tmp_path / "applied/qmerge_recipe.yaml"
-    assert "exists" in cli("run", asked).err
-    assert cli("run", asked, "--out", tmp_path / "out", "--min-kept", "-1").code == 0
+    stored_recipe = tmp_path / "applied/qmerge_recipe.yaml"
+    assert "exists" in cli("run", stored_recipe).err
+    assert cli("run", stored_recipe, "--out", tmp_path / "out", "--min-kept", "-1").code == 0
     assert timeless(tmp_path / "out").keys() == timeless(tmp_path / "applied").keys()
     again = cli(
         "run", tmp_path / "out/qmerge_recipe.yaml", "--patch", tmp_path / "b.patch", "--json", "--min-kept", "-1"
@@ -124,11 +124,11 @@ def test_several_adapters(nf4: Path, lora: Path, tmp_path: Path, seen: list[dict
     assert [snapshot(tmp_path / "applied")] == seen
 
 
-# --- what is refused, before any work --------------------------------------------------------------------------------
+# --- refused before any work -----------------------------------------------------------------------------------------
 
 
 def test_out_and_patch_are_one_or_the_other() -> None:
-    with pytest.raises(RecipeError, match=r"out \(x\) and patch \(y\): a run writes one of them"):
+    with pytest.raises(RecipeError, match=r"out \(x\) and patch \(y\): a run writes only one of them"):
         make_recipe({"base": "a/b", "adapter": "c/d", "target": "nf4", "out": "x", "patch": "y"})
 
 
@@ -141,15 +141,15 @@ def test_resume_is_refused(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> N
     )
 
 
-PLACES: dict[str, tuple[Callable[[Path, Path, Path], Path], str]] = {
-    "there already": (lambda place, base, adapter: place / "taken", "exists"),
-    "in the base": (lambda place, base, adapter: base / "a.patch", "is inside the base"),
-    "in the adapter": (lambda place, base, adapter: adapter / "a.patch", "is inside the adapter"),
-    "in no folder": (lambda place, base, adapter: place / "no/a.patch", "does not exist; make it first"),
+BAD_PATHS: dict[str, tuple[Callable[[Path, Path, Path], Path], str]] = {
+    "an existing file": (lambda folder, base, adapter: folder / "taken", "exists"),
+    "in the base": (lambda folder, base, adapter: base / "a.patch", "is inside the base"),
+    "in the adapter": (lambda folder, base, adapter: adapter / "a.patch", "is inside the adapter"),
+    "in a missing folder": (lambda folder, base, adapter: folder / "no/a.patch", "does not exist; make it first"),
 }
 
 
-@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("case", BAD_PATHS)
 def test_where_a_patch_cannot_go(
     nf4: Path, lora: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -158,15 +158,15 @@ def test_where_a_patch_cannot_go(
 
     monkeypatch.setattr(run, "merge", no_work)
     (tmp_path / "taken").write_text("mine")
-    where, match = PLACES[case]
+    path_of, match = BAD_PATHS[case]
     before = [snapshot(folder) for folder in (tmp_path, nf4, lora)]
-    ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", where(tmp_path, nf4, lora))
+    ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", path_of(tmp_path, nf4, lora))
     assert ran.code == 2 and match in ran.err, ran.err
     assert [snapshot(folder) for folder in (tmp_path, nf4, lora)] == before
 
 
 def test_a_base_that_cannot_be_compared(nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before the merge, which would take it."""
+    """Refused before the merge, which would accept it."""
     base = shutil.copytree(nf4, tmp_path / "base")
     (tmp_path / "secret").write_text("mine")
     (base / "notes.txt").symlink_to(tmp_path / "secret")
@@ -181,7 +181,7 @@ def test_a_base_that_cannot_be_compared(nf4: Path, lora: Path, tmp_path: Path, m
 # --- room, interruption ----------------------------------------------------------------------------------------------
 
 
-def test_room_for_the_model_is_asked_for_first(
+def test_room_for_the_model_is_checked_first(
     nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "free_bytes", lambda out: 1000)
@@ -191,10 +191,10 @@ def test_room_for_the_model_is_asked_for_first(
 
 
 @pytest.mark.parametrize("strike", STRIKES, ids=["no-room", "ctrl-c"])
-def test_whenever_it_ends_nothing_is_left(
+def test_an_interruption_leaves_nothing_behind(
     nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike: BaseException
 ) -> None:
-    """Struck at every third sync or rename, in the merge and in the patch, until a run comes through."""
+    """Interrupt every third sync or rename, in the merge and in the patch, until a run is complete."""
     at = 0
     while True:
         with monkeypatch.context() as patched:
@@ -212,10 +212,10 @@ def test_whenever_it_ends_nothing_is_left(
     assert at >= 9 and [path.name for path in tmp_path.iterdir()] == ["a.patch"]
 
 
-def test_an_interruption_is_said(
+def test_the_message_of_an_interruption(
     nf4: Path, lora: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not that --resume goes on: there is nothing to go on from."""
+    """It does not offer --resume: there is nothing to resume from."""
     install(monkeypatch, 5, KeyboardInterrupt())
     ran = cli("--base", nf4, "--adapter", lora, "--target", "nf4", "--patch", tmp_path / "a.patch", "--device", "cpu")
     assert ran.code == 130 and isinstance(ran.error, StoppedError)
