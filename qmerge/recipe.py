@@ -244,7 +244,7 @@ class Recipe(BaseModel):
         return self
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def format_options(self) -> dict[str, Any]:
         """The options of the target format that were given."""
         given = {}
         for name in OPTIONS:

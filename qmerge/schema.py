@@ -52,7 +52,7 @@ class InputRecord(BaseModel):
     fingerprint: FingerprintRecord | None = None
 
 
-def numbered(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
+def numbered_roles(records: Sequence[InputRecord]) -> list[tuple[str, InputRecord]]:
     """Every input with a role of its own: ``base``, ``adapter``, ``adapter 2``."""
     count_of_role: Counter[str] = Counter()
     numbered_records = []
@@ -282,7 +282,7 @@ def read_report(folder: Path) -> ReportData:
         ) from cause
 
 
-def merged_into(folder: Path) -> set[str]:
+def merged_adapter_hashes(folder: Path) -> set[str]:
     """SHA-256 of the files of all adapters that were merged into a model; empty where qmerge did not make the model."""
     if not (folder / NAME).is_file():
         return set()

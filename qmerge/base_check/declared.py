@@ -23,7 +23,7 @@ from qmerge.formats import get_format
 from qmerge.hub import Source
 from qmerge.planning.inputs import Inputs
 from qmerge.recipe import CHAIN, Recipe
-from qmerge.schema import merged_into
+from qmerge.schema import merged_adapter_hashes
 
 Verdict = Literal["fits", "differs", "unknown"]
 
@@ -148,7 +148,7 @@ def _compare_adapter_chain(declared: Origin, base: GivenBase) -> Remark | None:
         return None
     if first in base.adapters and base.in_order:
         return Remark("base", declared.text, "an adapter of this run", "fits")
-    if is_held(first, merged_into(base.folder)):
+    if is_held(first, merged_adapter_hashes(base.folder)):
         return Remark("base", declared.text, f"{base.name}, which that adapter is merged into", "fits")
     return Remark(
         topic="base",

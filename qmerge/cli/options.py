@@ -45,7 +45,7 @@ INTERRUPTED = (
 
 
 def flag(*names: str, help: str, **more: Any) -> Any:
-    """An option without a value; in the help, nothing stands for one."""
+    """An option without a value; the help shows no placeholder for one."""
     return typer.Option(*names, help=help, metavar="", **more)
 
 

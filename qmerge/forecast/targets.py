@@ -123,7 +123,7 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe
     if not possible:
         # Where the inputs are the reason, planning for any target raises the error that names it.
         plan_from(retargeted(recipe, candidates[0].target), inputs)
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in recipe.asked)
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in recipe.format_options)
         raise RecipeError(f"--target auto: no target has {flags}; leave one of them out, or name a target")
     fitting = [c for c in possible if c.nbytes <= limit]
     if not fitting:
@@ -138,7 +138,7 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe
 
 
 def _accepts_options(target: str, recipe: Recipe) -> bool:
-    return recipe.asked.keys() <= set(get_target(target).info.accepted_options)
+    return recipe.format_options.keys() <= set(get_target(target).info.accepted_options)
 
 
 def _reason(best: Candidate, fitting: Sequence[Candidate], too_large: Sequence[Candidate], limit: str) -> str:

@@ -20,7 +20,7 @@ from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
-from qmerge.schema import merged_into
+from qmerge.schema import merged_adapter_hashes
 
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 """An adapter with one of these files brings a tokenizer of its own."""
@@ -95,7 +95,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         adapter_sources=adapter_sources,
         base=base,
         names=names,
-        adapter=as_one(recipe, adapters, merged_into(base.folder)),
+        adapter=as_one(recipe, adapters, merged_adapter_hashes(base.folder)),
         adapters=adapters,
         original_source=original_source,
         original=original,

@@ -211,7 +211,7 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
             f"--original {recipe.original} is quantized; expected the dense 16- or 32-bit model that the base was made from"
         )
     accepted = get_target(recipe.target).info.accepted_options
-    for name in recipe.asked.keys() - set(accepted):
+    for name in recipe.format_options.keys() - set(accepted):
         accepting = [known for known, fmt in all_targets().items() if name in fmt.info.accepted_options]
         raise RecipeError(
             f"--{name.replace('_', '-')} is for {', '.join(accepting)}, but the target is {recipe.target}: leave it out"
@@ -240,5 +240,5 @@ def _shard_name(number: int, count: int) -> str:
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without the options that the other target does not have."""
     accepted = get_target(target).info.accepted_options
-    dropped: dict[str, Any] = {name: None for name in recipe.asked if name not in accepted}
+    dropped: dict[str, Any] = {name: None for name in recipe.format_options if name not in accepted}
     return make_recipe({**recipe.model_dump(), "target": target, **dropped, "max_size": None})

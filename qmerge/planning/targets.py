@@ -109,13 +109,13 @@ class TargetChooser:
     def _asked_options(self) -> Mapping[str, Any]:
         """The recipe's options for the target; where the base is stored otherwise, with defaults that suit the model."""
         if not self.format.info.is_quantized or self.format.name in self.inputs.base.formats():
-            return self.recipe.asked
+            return self.recipe.format_options
         shapes = [
             weight.shape[::-1] if self.modules.is_dense_conv1d(weight) else weight.shape
             for weight in self.inputs.base.weights.values()
             if self.modules.is_quantizable(weight)
         ]
-        return self.format.options_for_model(self.recipe.asked, shapes)
+        return self.format.options_for_model(self.recipe.format_options, shapes)
 
     def _keeps_grid(
         self, weight: Weight, fmt: TargetFormat[Any], options: Options, training: TrainingFormat | None

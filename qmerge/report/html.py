@@ -78,7 +78,7 @@ def heat_map(weights: Sequence[WeightRecord]) -> dict[str, Any]:
     """One row per layer, one column per kind of module; a cell is the weight that is in both, or None."""
     cells: dict[tuple[int, str], WeightRecord] = {}
     for weight in weights:
-        # Experts of a layer share a cell: the first one stands for them; the table below lists all.
+        # Experts of a layer share a cell: the first one is shown, the table below lists all.
         cells.setdefault((_layer_of(weight), _kind_of(weight)), weight)
     kinds: dict[str, None] = {}  # a set in the order of the checkpoint
     layers = set()

@@ -50,7 +50,7 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
 
 def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
     """Raise RecipeError for an option that none of the targets has. An option that one of them has is for that one."""
-    for name in recipe.asked:
+    for name in recipe.format_options:
         if not any(name in get_target(target).info.accepted_options for target in targets):
             flag = f"--{name.replace('_', '-')}"
             raise RecipeError(f"{flag} is not an option of --target {' or '.join(targets)}: leave it out")

@@ -32,7 +32,7 @@ from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import RECIPE_NAME, FileRecord, InputRecord, ReportData, numbered
+from qmerge.schema import RECIPE_NAME, FileRecord, InputRecord, ReportData, numbered_roles
 from qmerge.weights.context import RunContext
 
 IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
@@ -248,7 +248,9 @@ def run_identity(run: Run, records: Sequence[InputRecord]) -> dict[str, Any]:
         **{name: version(name) for name in IDENTITY_PACKAGES},
         "device": run.context.device.type,
         "recipe": run.recipe.identity(),
-        "input": {f"{role} {file.file}": file.sha256 for role, record in numbered(records) for file in record.files},
+        "input": {
+            f"{role} {file.file}": file.sha256 for role, record in numbered_roles(records) for file in record.files
+        },
         "calibration": calibration.model_dump() if calibration else None,
         "promoted": sorted(plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in plan.shards},

@@ -10,7 +10,7 @@ from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.hub import Source
 from qmerge.report.records import fingerprint_record
 from qmerge.safetensors_io.reader import Reader
-from qmerge.schema import NAME, InputRecord, numbered, read_report
+from qmerge.schema import NAME, InputRecord, numbered_roles, read_report
 
 
 def is_model(folder: Path) -> bool:
@@ -49,7 +49,7 @@ def _inputs_of(folder: Path) -> dict[str, Any]:
     if not (folder / NAME).is_file():
         return {}
     report = read_report(folder)
-    return {role: _describe_input(record) for role, record in numbered(report.inputs)}
+    return {role: _describe_input(record) for role, record in numbered_roles(report.inputs)}
 
 
 def _describe_input(record: InputRecord) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def safe(text: str) -> str:
     return escape(printable(text))
 
 
-def print_warning(text: str) -> None:
-    """One warning on stderr."""
-    stderr().print(f"[yellow]warning:[/yellow] {safe(text)}")
+def print_warning(text: str, console: Console | None = None) -> None:
+    """One warning on stderr. ``console``: the one that shows a progress bar, so that the bar stays below the warning."""
+    (console or stderr()).print(f"[yellow]warning:[/yellow] {safe(text)}")
 
 
 def make_table(title: str, columns: Sequence[str]) -> Table:

@@ -62,17 +62,17 @@ class TerminalProgress(Progress):
                 self.console.print(safe(line))
 
     def note(self, line: str) -> None:
-        """A remark; not shown with --quiet."""
+        """Show a note; not with --quiet."""
         if not self.quiet:
             self.console.print(safe(line))
 
     def warn(self, line: str) -> None:
-        """A warning; shown with --quiet, too."""
+        """Show a warning; with --quiet, too."""
         self.warned.append(line)
-        print_warning(line)
+        print_warning(line, self.console)
 
     def end(self) -> None:
-        """The work is done: the bar goes."""
+        """The last stage is over: remove the bar."""
         if self._bar:
             with suppress(Exception):  # a broken terminal must not hide the error that ended the work
                 self._bar.stop()

@@ -1,0 +1,168 @@
+"""What the terminal shows: progress in fitting units, each warning once, tables whose columns are explained."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from qmerge.report.terminal import console, progress
+from qmerge.report.terminal.plan import targets_table
+from qmerge.report.terminal.progress import TerminalProgress
+from qmerge.report.terminal.tables import extra_lines, fidelity_table, measured_table, pair_line, survival_table
+
+from .reports import FIDELITY, PAIR, RESIDUAL, report
+
+WIDTH = 80
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, as the progress sees it."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "line"),
+    [
+        (2_000_000, "merging: 1.00 MB of 2.00 MB, 50.00 kB/s, 20 s left"),
+        (8_000_000_000, "merging: 4.00 GB of 8.00 GB, 200.00 MB/s, 20 s left"),
+        (600, "merging: 300 B of 600 B, 15 B/s, 20 s left"),
+    ],
+)
+def test_units_fit_the_size(total: int, line: str, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress()
+    shown.stage("merging", total)
+    shown.advance(total // 4)
+    clock[0] = 20.0
+    shown.advance(total // 4)
+    assert lines_of(capsys) == [line]
+
+
+def test_nothing_is_said_where_nothing_is_known(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress()
+    for total in (0, 1, 1000):
+        shown.stage("looking ahead", total)
+        clock[0] += 100
+        shown.advance(0)
+        shown.end()
+    assert lines_of(capsys) == []
+
+
+def test_parts_that_are_not_counted_in_bytes_are_named(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress()
+    shown.stage("looking ahead", 1)
+    shown.report("calibrating layer 1 of 4")  # too soon after the beginning
+    clock[0] = 20.0
+    shown.report("calibrating layer 2 of 4")
+    assert lines_of(capsys) == ["calibrating layer 2 of 4"]
+
+
+def test_quiet_shows_warnings_only(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress(quiet=True)
+    shown.stage("merging", 1000)
+    clock[0] = 100.0
+    shown.advance(500)
+    shown.note("a note")
+    shown.warn("a warning")
+    assert lines_of(capsys) == ["warning: a warning"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_warning_is_shown_once(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress(quiet)
+    for line in ("first", "second"):
+        shown.warn(line)
+    lines_of(capsys)
+    shown.warn_again(["first", "third", "second"])
+    assert lines_of(capsys) == ["warning: third", *([] if quiet else ["2 warnings above."])]
+    shown.warn_again([])
+    assert lines_of(capsys) == []
+
+
+def test_a_bar_shows_bytes_only_where_they_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for total, expected in ((2_000_000, True), (1, False)):
+        screen = io.StringIO()
+        monkeypatch.setattr(progress, "stderr", lambda s=screen: Console(file=s, force_terminal=True, width=WIDTH))
+        shown = TerminalProgress()
+        shown.stage("working", total)
+        shown.advance(total // 2, "part")
+        shown.end()
+        assert "working" in screen.getvalue()
+        assert bool(re.search(r"\d [kM]?B|bytes", screen.getvalue())) == expected
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def printed(table: object) -> str:
+    """The table as it is printed on a narrow terminal."""
+    screen = io.StringIO()
+    Console(file=screen, width=WIDTH, highlight=False).print(table)
+    return screen.getvalue()
+
+
+TARGETS = [
+    {
+        "target": "nf4", "bits_per_weight": 4.52, "bytes_out": 2_090_000, "predicted_kept": 0.0005, "predicted_noise": 1.0,
+        "gap_to_delta": 18.0,
+    },
+    {"target": "w4a16", "impossible": "a reason"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        survival_table(report()), survival_table(report(output_kept=1.0, calibration="train.txt")),
+        measured_table([report(), report(fidelity=FIDELITY)]), fidelity_table(FIDELITY),
+        fidelity_table(FIDELITY.model_copy(update={"gain_kept": None})), targets_table(TARGETS),
+    ],
+    ids=["survival", "outputs", "measured", "fidelity", "no gain", "targets"],
+)  # fmt: skip
+def test_every_column_is_explained_within_80_columns(table: console.NotedTable) -> None:
+    assert all(len(line) <= WIDTH for line in table.lines), table.lines
+    headers = [str(column.header) for column in table.table.columns]
+    explained = " ".join(table.lines)
+    plain = {"", "modules", "n", "target", "size", "loss", "rounding", "KL, 99th %"}
+    assert not [name for name in headers if name not in plain and name not in explained], explained
+    assert all(len(line) <= WIDTH for line in printed(table).splitlines())
+
+
+def test_outputs_are_said_to_be_those_on_the_calibration_text() -> None:
+    assert "in the layers' outputs, on the calibration text" in printed(
+        survival_table(report(output_kept=1.0, calibration="train.txt"))
+    )
+    assert "in the layers' outputs, on random tokens" in printed(
+        survival_table(report(output_kept=1.0, calibration="random"))
+    )
+    assert "outputs" not in printed(survival_table(report()))
+
+
+def test_lines_about_several_adapters_and_additions() -> None:
+    lines = extra_lines(report(interference=[PAIR], residual=RESIDUAL, promoted=["model.layers.0.q_proj\x1b[2J"]))
+    assert lines[0] == pair_line(PAIR)
+    assert lines[0] == (
+        "math and chat: cosine 0.01, opposite signs in 49 % of what both change; lowest cosine -0.08, in model.layers.0.q_proj"
+    )
+    assert lines[1] == "Left unquantized, because they kept least: model.layers.0.q_proj[2J."
+    assert "a LoRA of rank 8 (1.23 MB) that compensates for the rounding error" in lines[2]
+    assert "0.300 deltas instead of 0.900" in lines[2]
+
+
+def test_names_from_files_cannot_steer_the_terminal() -> None:
+    assert console.printable("a\x1b[2J\u202eb\nc") == "a[2Jb\nc"
+    assert console.safe("[red]x[/red]") == "\\[red]x\\[/red]"
