@@ -37,7 +37,13 @@ class Example:
         self.statistics = InputStatistics(inputs.T @ inputs / len(inputs), None, len(inputs))
         values_OI = torch.randn(size, size)
         absmax_B = values_OI.view(-1, BLOCK_SIZE).abs().amax(dim=1)
-        self.grid = Bnb4bitGrid("nf4", BLOCK_SIZE, size, absmax_B=absmax_B, rounding_absmax_B=absmax_B)
+        self.grid = Bnb4bitGrid(
+            quant_type="nf4",
+            block_size=BLOCK_SIZE,
+            columns=size,
+            absmax_B=absmax_B,
+            rounding_absmax_B=absmax_B,
+        )
         self.base_codes_OI = self.grid.nearest(values_OI)
         u_OR = torch.linalg.qr(torch.randn(size, RANK)).Q
         v_IR = torch.linalg.qr(torch.randn(size, RANK)).Q

@@ -1,8 +1,8 @@
-"""A grid: the values that a format can hold, one by one for every entry of a weight.
+"""A grid: the values that a format can store, for every entry of a weight.
 
-Every rounding works on every format through these few operations. Codes are whatever tensor the format finds handy
-(NF4: uint8 0 … 15 in the order of the levels; int8: int8; bf16: the bf16 numbers themselves): a rounding never looks
-inside, it asks the grid for the nearest code, the next level up or down, and the value of a code.
+Every rounding works on every format through the few operations of ``Grid``. Codes are whatever tensor suits the format (NF4:
+uint8 0 … 15 in ascending order of the levels; int8: int8; bf16: the bf16 numbers themselves). A rounding never looks inside a
+code. It asks the grid for the nearest code, for the next code up or down, and for the value of a code.
 """
 
 from __future__ import annotations
@@ -16,101 +16,138 @@ from torch import Tensor
 
 from qmerge.types import Rows
 
+# (i, float32 values of one column) → float32 values of the nearest levels. See ``Grid.column_rounder``.
 ColumnRounder = Callable[[int, Tensor], Tensor]
 
 UP, DOWN = 1, -1
-REACH, FAR = 16, 6.0
+
+# Most levels of a coarse grid: sums over all of its levels are exact. Of a finer grid, this many levels on either side of a
+# value are summed.
+FINE_LEVELS = 16
+
+# Standard deviations beyond which the density of a Gaussian is ignored (1e-8 of its peak).
+FAR = 6.0
+
+# Where this many gaps of the grid fit into one standard deviation, a sum over its levels is an integral.
+MUCH_FINER = 4
 
 
 class Grid(ABC):
-    """float32 levels with a scale for every entry, for a weight (or some rows of it).
-
-    ``levels_count`` is how many levels there are: up to 16, sums over all levels are exact.
-    """
+    """float32 levels with a scale for every entry, for a weight or for some rows of it."""
 
     levels_count: int
+    """Number of levels."""
 
     @property
     def row_step(self) -> int:
-        """Rows can be taken from multiples of this on (blocks that straddle rows stay whole)."""
+        """Rows can be taken from multiples of this on, so that blocks that span rows stay whole."""
         return 1
 
     @abstractmethod
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
-        """float32 [O, I] → the code of the nearest level, ties as the format's own library breaks them.
+        """Codes [O, I] of the nearest levels of float32 values; the format's own library decides ties.
 
-        ``near`` are codes that are mostly right already (the base's, when the grid is kept). They may make it faster,
-        and decide between codes of the same value; they never change the values.
+        Args:
+            near_OI: codes that are mostly right already (the base's, if its grid is kept). They may make the search faster,
+                and they decide between codes of the same value. They never change a value.
         """
 
     @abstractmethod
     def decode(self, codes_OI: Tensor) -> Tensor:
-        """Codes → float32 values, bit-identical to what the format's own library dequantizes to."""
+        """float32 values of codes, bit-identical to what the format's own library dequantizes to."""
 
     @abstractmethod
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
-        """The neighbouring codes: ``UP`` or ``DOWN`` to the next other value; the last level is its own neighbour."""
+        """The codes of the next other values, ``UP`` or ``DOWN``. The last level is its own neighbour."""
 
     @abstractmethod
     def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
-        """For methods that decide column by column: (i, float32 values [len(rows)]) → the values of the levels nearest
-        to them in column ``columns[i]``, as a loader knows them. ``columns``, ``rows``: int64 indices, in any order."""
+        """Nearest rounding of one column at a time, for methods that decide column by column.
+
+        Args:
+            columns: int64 indices of the columns in the order in which they are rounded.
+            rows: int64 indices of the rows, in any order.
+
+        Returns:
+            A function of i and the float32 values [len(rows)] of column ``columns[i]``. It returns the float32 values of the
+            nearest levels, as a loader dequantizes them.
+        """
 
     @abstractmethod
     def rows(self, rows: Rows) -> Grid:
-        """The same grid for some of the rows."""
+        """The grid of some of the rows."""
 
     def as_stored(self) -> Grid:
-        """The grid as a loader knows it: what later values are rounded to when the scales are kept."""
+        """The grid as a loader reads it: later values are rounded to it if the scales are kept."""
         return self
 
     def gap(self, codes_OI: Tensor, direction_OI: Tensor) -> Tensor:
-        """float32 [O, I]: distance from each level to its neighbour on the side that ``direction``'s sign names;
-        infinite at the ends of the grid."""
-        up = direction_OI > 0
-        next_OI = torch.where(up, self.step(codes_OI, UP), self.step(codes_OI, DOWN))
+        """float32 [O, I]: distance from each level to the next one on the side of ``direction_OI``'s sign.
+
+        Infinite at the ends of the grid.
+        """
+        above_OI, below_OI = self.step(codes_OI, UP), self.step(codes_OI, DOWN)
+        next_OI = torch.where(direction_OI > 0, above_OI, below_OI)
         gap_OI = (self.decode(next_OI) - self.decode(codes_OI)).abs_()
         return gap_OI.masked_fill_(gap_OI == 0, math.inf)
 
     def floor(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
-        """The highest codes whose value is not above ``values`` (the lowest code where there is none)."""
+        """The highest codes whose values are not above ``values_OI``; the lowest code if there are none."""
         codes_OI = self.nearest(values_OI, near_OI)
         return torch.where(self.decode(codes_OI) > values_OI, self.step(codes_OI, DOWN), codes_OI)
 
     def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
-        """float32 [O, I]: E[dQ(x + d)/dd] for d ~ N(0, sigma²): what nearest rounding keeps of a Gaussian delta.
+        """float32 [O, I]: E[dQ(x + d)/dd] for d ~ N(0, sigma²), the fraction of a Gaussian delta that nearest rounding keeps.
 
-        = Σ over thresholds t of gap(t)/sigma · φ((t − x)/sigma), by Stein's lemma E[Q(x + d) d] = sigma² E[Q'(x + d)].
-        The sum leaves out thresholds more than ``FAR`` sigma away. Where ``REACH`` levels of a fine grid do not reach
-        that far, its gaps are so narrow against sigma that the sum has become the integral of φ over the grid.
+        By Stein's lemma, E[Q(x + d) d] = sigma² E[Q'(x + d)]. Q' is a sum over the thresholds t between levels, so the result
+        is Σ gap(t)/sigma · φ((t − x)/sigma). Thresholds more than ``FAR`` sigma away are left out.
+
+        Args:
+            values_OI: float32, the values x.
+            sigma_O1: float32, standard deviation of the delta in each row.
         """
-        middle_OI = self.nearest(values_OI)
-        fine = self.levels_count > REACH
-        if fine and bool((self.gap(middle_OI, values_OI) * 4 < sigma_O1).all()):
-            return self._inside(values_OI, sigma_O1)
-        slope_OI, narrow = torch.zeros_like(values_OI), torch.zeros_like(values_OI, dtype=torch.bool)
-        for direction in (UP, DOWN):
-            codes_OI, level_OI = middle_OI, self.decode(middle_OI)
-            for _ in range(min(REACH, self.levels_count)):
-                codes_OI = self.step(codes_OI, direction)
-                next_OI = self.decode(codes_OI)
-                distance_OI = ((next_OI + level_OI) / 2 - values_OI) / sigma_O1
-                slope_OI += (next_OI - level_OI).abs_() / sigma_O1 * torch.exp(-0.5 * distance_OI.square())
-                near = (distance_OI.abs_() < FAR) & (next_OI != level_OI)
-                level_OI = next_OI
-                if not bool(near.any()):
-                    break
-            narrow |= near
+        nearest_OI = self.nearest(values_OI)
+        is_fine = self.levels_count > FINE_LEVELS
+        if is_fine and bool((self.gap(nearest_OI, values_OI) * MUCH_FINER < sigma_O1).all()):
+            return self._fraction_inside(values_OI, sigma_O1)
+        slope_OI = torch.zeros_like(values_OI)
+        incomplete_OI = self._add_thresholds(slope_OI, UP, nearest_OI, values_OI, sigma_O1=sigma_O1)
+        incomplete_OI |= self._add_thresholds(slope_OI, DOWN, nearest_OI, values_OI, sigma_O1=sigma_O1)
         slope_OI /= math.sqrt(2 * math.pi)
-        return torch.where(narrow, self._inside(values_OI, sigma_O1), slope_OI) if fine else slope_OI
+        if not is_fine:
+            return slope_OI
+        # The levels that were walked do not reach FAR sigma: the gaps are so narrow that the sum is an integral.
+        return torch.where(incomplete_OI, self._fraction_inside(values_OI, sigma_O1), slope_OI)
 
-    def _inside(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
-        """The part of N(x, sigma²) that lies between the ends of the grid."""
+    def _add_thresholds(
+        self, slope_OI: Tensor, direction: int, nearest_OI: Tensor, values_OI: Tensor, *, sigma_O1: Tensor
+    ) -> Tensor:
+        """Add the terms of the thresholds on one side to ``slope_OI``, without the factor 1/√(2π).
+
+        Returns:
+            bool [O, I]: whether more thresholds follow within ``FAR`` sigma.
+        """
+        codes_OI = nearest_OI
+        level_OI = self.decode(nearest_OI)
+        for _ in range(min(FINE_LEVELS, self.levels_count)):
+            codes_OI = self.step(codes_OI, direction)
+            next_OI = self.decode(codes_OI)
+            distance_OI = ((next_OI + level_OI) / 2 - values_OI) / sigma_O1
+            slope_OI += (next_OI - level_OI).abs_() / sigma_O1 * torch.exp(-0.5 * distance_OI.square())
+            goes_on_OI = (distance_OI.abs_() < FAR) & (next_OI != level_OI)
+            level_OI = next_OI
+            if not bool(goes_on_OI.any()):
+                break
+        return goes_on_OI
+
+    def _fraction_inside(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
+        """The fraction of N(x, sigma²) between the ends of the grid: values beyond them are clipped, and keep no delta."""
         low, high = self.ends()
-        below_OI, above_OI = (torch.special.ndtr((end - values_OI) / sigma_O1) for end in (low, high))
+        below_OI = torch.special.ndtr((low - values_OI) / sigma_O1)
+        above_OI = torch.special.ndtr((high - values_OI) / sigma_O1)
         inside_OI: Tensor = above_OI - below_OI
         return inside_OI
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        """float32, broadcast to [O, I]: lowest and highest value; values beyond are clipped. Infinite by default."""
+        """float32, broadcast to [O, I]: the lowest and the highest value, to which others are clipped. Infinite by default."""
         return torch.tensor(-math.inf), torch.tensor(math.inf)

@@ -1,7 +1,7 @@
 """Plug-ins: a module in a folder of ``KINDS`` is one, and its file name is its name.
 
-Adding one adds one file; its first docstring line is its help text. What is no plug-in: ``base.py`` (what a plug-in
-must define), folders, and helpers whose name starts with ``_``.
+Adding a plug-in adds one file. The first line of its docstring is its help text. Folders, ``base.py`` and modules whose names
+start with ``_`` are not plug-ins: they hold what a plug-in must define, and helpers.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
 from qmerge.errors import RecipeError
 
+# Folders of plug-ins.
 KINDS = ("formats", "adapters", "rounding", "metrics", "combine")
 
 
 @cache
 def names(kind: str) -> tuple[str, ...]:
-    """The plug-ins of one kind (``formats``, ``rounding``, …), sorted; nothing is imported but the empty package."""
+    """Sorted names of the plug-ins of one kind. No plug-in is imported, only its folder's ``__init__``."""
     package = importlib.import_module(f"qmerge.{kind}")
-    modules = [module for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
-    return tuple(sorted(m.name for m in modules if m.name != "base" and not m.name.startswith("_")))
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        is_helper = module.ispkg or module.name == "base" or module.name.startswith("_")
+        if not is_helper:
+            found.append(module.name)
+    return tuple(sorted(found))
 
 
 @cache
@@ -30,7 +36,7 @@ def load(kind: str, name: str) -> ModuleType:
     """The module ``qmerge.<kind>.<name>``.
 
     Raises:
-        RecipeError: there is none; the message says which there are and what was probably meant.
+        RecipeError: no plug-in has that name; the message lists those that exist and suggests the closest one.
     """
     if name not in names(kind):
         raise RecipeError(f"no {kind.rstrip('s')} is called {name!r}. {suggestion(name, names(kind))}")
@@ -43,10 +49,12 @@ def every(kind: str) -> dict[str, ModuleType]:
 
 
 def help_line(kind: str, name: str) -> str:
-    return (load(kind, name).__doc__ or "").strip().splitlines()[0]
+    """The first line of a plug-in's docstring."""
+    docstring = load(kind, name).__doc__ or ""
+    return docstring.strip().splitlines()[0]
 
 
-def suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
+def suggestion(word: str, known: Sequence[str]) -> str:
     """``Did you mean 'nf4'? There are: …`` for an unknown name."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     guess = f"Did you mean {close[0]!r}? " if close else ""

@@ -68,7 +68,7 @@ def _need_for_preserve(plan: Plan, predicted: Sequence[Survival]) -> _Need:
         lost=frozenset(survival.module for survival in predicted if _kept(survival) < NEAREST_IS_ENOUGH),
         too_coarse=too_coarse,
         act_order=frozenset(
-            label for label, step in on_fresh_grid.items() if getattr(step.options, "act_order", False)
+            label for label, step in on_fresh_grid.items() if get_target(step.target).uses_input_order(step.options)
         ),
     )
 

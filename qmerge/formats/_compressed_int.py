@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._affine import (
     GROUP_SIZES,
-    WORD,
+    WHOLE_ROW,
     AffineGrid,
-    dividing,
-    fit_scales,
-    pack_bits,
+    check_groups,
+    group_count,
+    largest_group_size,
     sequential_groups,
-    unpack_bits,
 )
-from qmerge.formats._compressed import (
-    SCALE_DTYPES,
-    TAKE_CONFIG,
-    Compressed,
-    CompressedOptions,
-    Scheme,
-    group_size_of,
-)
-from qmerge.formats.base import Stored
+from qmerge.formats._compressed import SCALE_DTYPES, Compressed, CompressedOptions
+from qmerge.formats._compressed_config import TAKE_CONFIG, Scheme, group_size_of
+from qmerge.formats._fit_scales import fit_scales, fitted_grid
+from qmerge.formats._packing import pack_padded, unpack_bits, words_for
+from qmerge.formats._tensors import check_dtype, check_finite, read_rows
+from qmerge.formats.base import Stored, with_asked
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -39,43 +33,52 @@ class StoredInt(Stored):
     """Codes on disk are words of a bit stream in every row, or int8; on the grid they are unsigned."""
 
     def __init__(
-        self, weight: Weight, options: CompressedOptions, reader: Reader, device: torch.device, bits: int
+        self, weight: Weight, options: CompressedOptions, reader: Reader, device: torch.device, *, bits: int
     ) -> None:
-        self._weight, self._reader, self._device, self._bits = weight, reader, device, bits
-        rows, columns = weight.shape
+        packed = weight.parts.get("weight_packed")
+        self._info = weight.parts["weight"] if packed is None else packed
+        self._reader = reader
+        self._device = device
+        self._bits = bits
+        rows, self._columns = weight.shape
         scale_OG = reader.tensor(weight.parts["weight_scale"]).float().reshape(rows, -1)
-        if not bool(scale_OG.isfinite().all()):
-            raise CheckpointError(f"{weight.module}.weight_scale holds NaN or infinity")
-        zero_OG = read_zeros(weight, options, scale_OG, reader, bits)
-        group_I = sequential_groups(columns, options.group_size)
+        check_finite(scale_OG, f"{weight.module}.weight_scale")
+        zero_OG = read_zeros(weight, options, scale_OG, reader, bits=bits)
+        group_I = sequential_groups(self._columns, options.group_size)
         if options.act_order:
             group_I = reader.tensor(weight.parts["weight_g_idx"]).long()
         self.grid: AffineGrid = AffineGrid(scale_OG.to(device), zero_OG.to(device), group_I.to(device), 2**bits)
 
     def codes(self, rows: Rows) -> Tensor:
-        info = self._weight.parts.get("weight_packed", self._weight.parts.get("weight"))
-        assert info is not None
-        width = info.shape[1]
-        flat = self._reader.elements(info, rows.start * width, rows.stop * width)
-        stored = flat.view(len(rows), width).to(self._device)
-        if info.dtype == "I8":
-            return (stored.short() + (1 << (self._bits - 1))).to(torch.uint8)
-        return unpack_bits(stored, self._bits)[:, : self._weight.shape[1]].contiguous()
-
-    def values(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).decode(self.codes(rows))
+        stored = read_rows(self._info, rows, self._reader).to(self._device)
+        if self._info.dtype == "I8":
+            return (stored.short() + middle_code(self._bits)).to(torch.uint8)
+        return unpack_bits(stored, self._bits)[:, : self._columns].contiguous()
 
 
-def read_zeros(weight: Weight, options: CompressedOptions, scale_OG: Tensor, reader: Reader, bits: int) -> Tensor:
-    """float32 [O, G], unsigned as the codes. Packed like the codes, but down the rows; as int8 in older files."""
-    middle = 1 << (bits - 1)
+def middle_code(bits: int) -> int:
+    """The unsigned code of the signed code 0."""
+    return 1 << (bits - 1)
+
+
+def read_zeros(
+    weight: Weight, options: CompressedOptions, scale_OG: Tensor, reader: Reader, *, bits: int
+) -> Tensor:  # fmt: skip
+    """float32 [O, G], unsigned as the codes.
+
+    Raises:
+        CheckpointError: the weight is symmetric, but a zero is not the middle code.
+    """
+    middle = middle_code(bits)
     if "weight_zero_point" not in weight.parts:
         return torch.full_like(scale_OG, middle)
     stored = reader.tensor(weight.parts["weight_zero_point"])
     if stored.dtype == torch.int32:
+        # Packed as the codes are, but down the rows.
         zero_GO = unpack_bits(stored.T.contiguous(), bits)[:, : len(scale_OG)]
         zero_OG: Tensor = zero_GO.T.contiguous().float()
     else:
+        # Older files have int8.
         zero_OG = stored.float().reshape(scale_OG.shape).add_(middle)
     if options.sym and bool((zero_OG != middle).any()):
         raise CheckpointError(
@@ -85,142 +88,188 @@ def read_zeros(weight: Weight, options: CompressedOptions, scale_OG: Tensor, rea
 
 
 class CompressedInt(Compressed):
-    """Parts: ``weight_packed`` int32 [O, I·bits/32], codes + 2**(bits − 1) as a stream of bits, ``weight_scale`` [O, G],
-    ``weight_shape`` int64 [2], and where asymmetric ``weight_zero_point`` int32 [O·bits/32, G]."""
+    """Integer codes with a scale, and where asymmetric a zero, for every row or group.
+
+    Tensors: ``weight_packed`` int32 [O, I·bits/32], codes + 2**(bits − 1) as a stream of bits, ``weight_scale`` [O, G],
+    ``weight_shape`` int64 [2], and where asymmetric ``weight_zero_point`` int32 [O·bits/32, G].
+    """
 
     bits: ClassVar[int]
 
-    def needed(self, scheme: Scheme) -> tuple[str, ...]:
-        zeros = () if scheme.weights.get("symmetric", True) else ("weight_zero_point",)
-        shape = ("weight_shape",) if self.codes == "weight_packed" else ()
-        order = ("weight_g_idx",) if scheme.weights.get("actorder") in ("group", True) else ()
-        return (self.codes, "weight_scale", *shape, *zeros, *order)
+    # --- read ---
 
-    def read_shape(
+    def required_parts(self, scheme: Scheme) -> tuple[str, ...]:
+        names = [self.codes_tensor, "weight_scale"]
+        if self.codes_tensor == "weight_packed":
+            names.append("weight_shape")
+        if not scheme.symmetric:
+            names.append("weight_zero_point")
+        if scheme.weights.get("actorder") in ("group", True):
+            names.append("weight_g_idx")
+        return tuple(names)
+
+    def shape_and_options(
         self, module: str, parts: Mapping[str, TensorInfo], scheme: Scheme, reader: Reader
     ) -> tuple[tuple[int, int], CompressedOptions]:
-        codes, scale = parts[self.codes], parts["weight_scale"]
-        if scale.dtype not in SCALE_DTYPES:
-            raise CheckpointError(f"{module}.weight_scale is {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}")
-        rows, columns = self._sizes(module, parts, reader)
-        words = -(-columns * self.bits // WORD) if codes.dtype == "I32" else columns
-        if codes.shape != (rows, words):
-            raise CheckpointError(
-                f"{module}.{self.codes} has shape {list(codes.shape)}, but {rows} x {columns} with {self.bits} bits, as "
-                f"config.json says, makes {[rows, words]}. {TAKE_CONFIG}"
-            )
-        size = group_size_of(module, columns, scheme)
-        groups = 1 if size == -1 else columns // size
-        if scale.shape != (rows, groups) and not (size == -1 and scale.shape == (rows,)):
-            raise CheckpointError(
-                f"{module}.weight_scale has shape {list(scale.shape)}, but {rows} x {columns} "
-                f"{'with a scale per row' if size == -1 else f'in groups of {size}'}, as config.json says, makes "
-                f"{[rows, groups]}. {TAKE_CONFIG}"
-            )
-        self._check_zeros(module, parts, (rows, groups))
-        ordered = self._is_ordered(module, parts, columns, groups, reader)
-        sym = bool(scheme.weights.get("symmetric", True))
-        return (rows, columns), CompressedOptions(self.name, size, sym, scale.dtype, ordered)
+        scale = parts["weight_scale"]
+        check_dtype(scale, SCALE_DTYPES)
+        rows, columns = self._read_shape(module, parts, reader)
+        self._check_codes(module, parts[self.codes_tensor], rows, columns)
+        group_size = group_size_of(module, columns, scheme)
+        groups = group_count(columns, group_size)
+        self._check_scale(module, scale, (rows, columns), group_size)
+        self._check_zeros(module, parts, rows, groups)
+        options = CompressedOptions(
+            format=self.name,
+            group_size=group_size,
+            sym=scheme.symmetric,
+            scale_dtype=scale.dtype,
+            act_order=self._has_column_order(parts, columns, groups, reader),
+        )
+        return (rows, columns), options
 
-    def _sizes(self, module: str, parts: Mapping[str, TensorInfo], reader: Reader) -> tuple[int, int]:
-        codes = parts[self.codes]
-        dtype = "I32" if self.codes == "weight_packed" else "I8"
+    def _read_shape(self, module: str, parts: Mapping[str, TensorInfo], reader: Reader) -> tuple[int, int]:
+        """[O, I]: ``weight_shape`` of packed codes, whose last word may not be full; otherwise the shape of the codes."""
+        codes = parts[self.codes_tensor]
+        is_packed = self.codes_tensor == "weight_packed"
+        dtype = "I32" if is_packed else "I8"
         if codes.dtype != dtype or len(codes.shape) != 2:
             raise CheckpointError(
-                f"{module}.{self.codes} is {codes.dtype} {list(codes.shape)}, expected {dtype} with two dimensions"
+                f"{codes.name} is {codes.dtype} {list(codes.shape)}, expected {dtype} with two dimensions. Download the model "
+                f"again"
             )
-        if self.codes == "weight":
+        if not is_packed:
             return codes.shape[0], codes.shape[1]
         shape = parts["weight_shape"]
         if shape.dtype not in ("I64", "I32") or shape.shape != (2,):
-            raise CheckpointError(f"{module}.weight_shape is {shape.dtype} {list(shape.shape)}, expected I64 [2]")
+            raise CheckpointError(
+                f"{module}.weight_shape is {shape.dtype} {list(shape.shape)}, expected I64 [2]. Download the model again"
+            )
         rows, columns = reader.tensor(shape).tolist()
         return int(rows), int(columns)
 
-    def _check_zeros(self, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> None:
+    def _check_codes(self, module: str, codes: TensorInfo, rows: int, columns: int) -> None:
+        width = words_for(columns, self.bits) if codes.dtype == "I32" else columns
+        if codes.shape != (rows, width):
+            raise CheckpointError(
+                f"{module}.{self.codes_tensor} has shape {list(codes.shape)}, but {rows} x {columns} with {self.bits} bits, as "
+                f"config.json says, makes {[rows, width]}. {TAKE_CONFIG}"
+            )
+
+    def _check_scale(self, module: str, scale: TensorInfo, shape: tuple[int, int], group_size: int) -> None:
+        rows, columns = shape
+        groups = group_count(columns, group_size)
+        is_flat = group_size == WHOLE_ROW and scale.shape == (rows,)
+        if scale.shape != (rows, groups) and not is_flat:
+            kind = "with a scale per row" if group_size == WHOLE_ROW else f"in groups of {group_size}"
+            raise CheckpointError(
+                f"{module}.weight_scale has shape {list(scale.shape)}, but {rows} x {columns} {kind}, as config.json says, makes "
+                f"{[rows, groups]}. {TAKE_CONFIG}"
+            )
+
+    def _check_zeros(self, module: str, parts: Mapping[str, TensorInfo], rows: int, groups: int) -> None:
         zeros = parts.get("weight_zero_point")
         if zeros is None:
             return
-        packed = (-(-shape[0] * self.bits // WORD), shape[1])
-        one = shape[1] == 1 and zeros.shape == shape[:1]
-        if (zeros.dtype, zeros.shape) not in (("I32", packed), ("I8", shape)) and not (zeros.dtype == "I8" and one):
+        packed_shape = (words_for(rows, self.bits), groups)
+        is_packed = zeros.dtype == "I32" and zeros.shape == packed_shape
+        is_flat = groups == 1 and zeros.shape == (rows,)
+        is_plain = zeros.dtype == "I8" and (zeros.shape == (rows, groups) or is_flat)
+        if not is_packed and not is_plain:
             raise CheckpointError(
-                f"{module}.weight_zero_point is {zeros.dtype} {list(zeros.shape)}, expected I32 {list(packed)} or "
-                f"I8 {list(shape)}"
+                f"{module}.weight_zero_point is {zeros.dtype} {list(zeros.shape)}, expected I32 {list(packed_shape)} or I8 "
+                f"{[rows, groups]}. Download the model again"
             )
 
-    def _is_ordered(
-        self, module: str, parts: Mapping[str, TensorInfo], columns: int, groups: int, reader: Reader
+    def _has_column_order(
+        self, parts: Mapping[str, TensorInfo], columns: int, groups: int, reader: Reader
     ) -> bool:  # fmt: skip
-        """Act-order of compressed-tensors before 0.20; vLLM still reads it."""
+        """Whether the weight has the act-order of compressed-tensors before 0.20, which vLLM still reads."""
         order = parts.get("weight_g_idx")
         if order is None:
             return False
         if order.dtype not in ("I32", "I64") or order.shape != (columns,):
             raise CheckpointError(
-                f"{module}.weight_g_idx is {order.dtype} {list(order.shape)}, expected I32 [{columns}], one for every input"
+                f"{order.name} is {order.dtype} {list(order.shape)}, expected I32 [{columns}], one for every input. Download the "
+                f"model again"
             )
-        group_I = reader.tensor(order)
-        if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
-            raise CheckpointError(
-                f"{module}.weight_g_idx holds {int(group_I.min())} to {int(group_I.max())}, but there are {groups} groups: "
-                f"expected 0 to {groups - 1}"
-            )
+        check_groups(reader.tensor(order), groups, order.name)
         return True
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
-        return StoredInt(weight, self.options_of(weight), reader, device, self.bits)
+        return StoredInt(weight, self.options_of(weight), reader, device, bits=self.bits)
+
+    # --- options ---
+
+    @property
+    def _has_groups(self) -> bool:
+        """Whether the group size can be chosen; otherwise there is a scale per row."""
+        return "group_size" in self.info.accepted_options
 
     def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> CompressedOptions:
-        like = self.like(source, dtype)
-        if like is not source and "group_size" in self.info.accepted_options:
-            like = replace(like, group_size=128)
-        options = replace(like, **{name: value for name, value in asked.items() if value is not None})
+        options = with_asked(self._default_options(source, dtype), asked)
         if "group_size" in asked and options.group_size not in GROUP_SIZES:
-            raise RecipeError(
-                f"group_size {options.group_size}: {self.name} has {', '.join(map(str, GROUP_SIZES))} (-1: a scale per row)"
-            )
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise RecipeError(f"--group-size {options.group_size}: {self.name} supports {sizes} (-1: a scale per row)")
         return options
 
+    def _default_options(self, source: Options | None, dtype: str) -> CompressedOptions:
+        """Those of the base if it is stored this way, otherwise llm-compressor's."""
+        if isinstance(source, CompressedOptions) and source.format == self.name:
+            return source
+        return CompressedOptions(
+            format=self.name,
+            group_size=128 if self._has_groups else WHOLE_ROW,
+            scale_dtype=dtype if dtype in SCALE_DTYPES else "BF16",
+        )
+
     def options_for_model(self, asked: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> Mapping[str, Any]:
-        """Groups of 128, or of the most that divides the inputs of every weight: the library takes no short last group."""
-        if "group_size" in asked or "group_size" not in self.info.accepted_options:
+        """Groups of 128, or as large as divides the inputs of every weight: the library has no short last group."""
+        if "group_size" in asked or not self._has_groups:
             return asked
-        return {**asked, "group_size": dividing(shape[1] for shape in shapes)}
+        return {**asked, "group_size": largest_group_size(shape[1] for shape in shapes)}
 
     def check(self, name: str, shape: tuple[int, int], options: CompressedOptions) -> None:
         super().check(name, shape, options)
         if ".experts." in name and not options.sym:
             raise RecipeError(
-                f"{name}: transformers 5.23 reads experts without zero points: use --sym, symmetric codes"
+                f"{name}: transformers 5.23 does not read zero points of experts: use --sym, symmetric codes"
             )
 
     def describe_options(self, options: CompressedOptions) -> str:
-        groups = "a scale per row" if options.group_size == -1 else f"groups of {options.group_size}"
-        order = ", act-order" if options.act_order else ""
-        return f"{self.bits} bits, {groups}, {'symmetric' if options.sym else 'asymmetric'}{order}"
+        groups = "a scale per row" if options.group_size == WHOLE_ROW else f"groups of {options.group_size}"
+        symmetry = "symmetric" if options.sym else "asymmetric"
+        text = f"{self.bits} bits, {groups}, {symmetry}"
+        return f"{text}, act-order" if options.act_order else text
 
     def target_warnings(self, options: CompressedOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         if options.act_order:
-            return ["weight_g_idx: vLLM reads it; compressed-tensors 0.20, and with it transformers, no longer does"]
+            warning = (
+                "weight_g_idx: vLLM reads it; compressed-tensors 0.20, and so transformers, no longer does. For transformers use "
+                "--target gptq"
+            )
+            return [warning]
         if options.sym:
             return []
-        line = (
+        warning = (
             f"{self.name}, asymmetric: vLLM reads it; transformers loads it only with "
-            f"CompressedTensorsConfig(dequantize=True) (compressed-tensors 0.20 expects zero points that are not packed)"
+            f"CompressedTensorsConfig(dequantize=True), because compressed-tensors 0.20 expects zero points that are not packed. "
+            f"For transformers use --sym"
         )
-        return [line]
+        return [warning]
+
+    # --- write ---
 
     def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
-        groups = 1 if options.group_size == -1 else columns // options.group_size
+        groups = group_count(columns, options.group_size)
         specs = {
-            "weight_packed": TensorSpec("I32", (rows, -(-columns * self.bits // WORD))),
+            "weight_packed": TensorSpec("I32", (rows, words_for(columns, self.bits))),
             "weight_scale": TensorSpec(options.scale_dtype, (rows, groups)),
             "weight_shape": TensorSpec("I64", (2,)),
         }
         if not options.sym:
-            specs["weight_zero_point"] = TensorSpec("I32", (-(-rows * self.bits // WORD), groups))
+            specs["weight_zero_point"] = TensorSpec("I32", (words_for(rows, self.bits), groups))
         if options.act_order:
             specs["weight_g_idx"] = TensorSpec("I32", (columns,))
         return specs
@@ -229,43 +278,39 @@ class CompressedInt(Compressed):
         """float32 [rows, G, 2]: scale and zero."""
         group_I = sequential_groups(values_OI.shape[1], options.group_size, values_OI.device)
         dtype = TORCH_DTYPES[options.scale_dtype]
-        return torch.stack(fit_scales(values_OI, group_I, self.bits, options.sym, dtype, inputs_I), dim=2)
+        return fit_scales(values_OI, group_I, bits=self.bits, sym=options.sym, dtype=dtype, inputs_I=inputs_I)
 
     def grid(
         self, scales: Tensor, shape: tuple[int, int], options: CompressedOptions, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        group_I = sequential_groups(shape[1], options.group_size, scales.device)
-        return AffineGrid(scales[..., 0].contiguous(), scales[..., 1].contiguous(), group_I, 2**self.bits)
+        return fitted_grid(scales, sequential_groups(shape[1], options.group_size), self.bits)
 
     def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
         return pack_padded(codes_OI, self.bits)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, AffineGrid)
-        parts = {
+        tensors = {
             "weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu(),
             "weight_shape": torch.tensor(shape),
         }
         if not options.sym:
-            zeros_GO = grid.zero_OG.T.to(torch.uint8)
-            parts["weight_zero_point"] = pack_padded(zeros_GO, self.bits).T.contiguous().cpu()
+            zero_GO = grid.zero_OG.T.to(torch.uint8)
+            tensors["weight_zero_point"] = pack_padded(zero_GO, self.bits).T.contiguous().cpu()
         if options.act_order:
-            parts["weight_g_idx"] = grid.group_I.int().cpu()
-        return parts
+            tensors["weight_g_idx"] = grid.group_I.int().cpu()
+        return tensors
 
     def weights_args(self, options: CompressedOptions) -> dict[str, Any]:
-        grouped = options.group_size != -1
-        return {
+        has_groups = options.group_size != WHOLE_ROW
+        args = {
             "num_bits": self.bits,
             "type": "int",
             "symmetric": options.sym,
-            "group_size": options.group_size if grouped else None,
-            "strategy": "group" if grouped else "channel",
+            "group_size": options.group_size if has_groups else None,
+            "strategy": "group" if has_groups else "channel",
             "dynamic": False,
-            **({"actorder": "group"} if options.act_order else {}),
         }
-
-
-def pack_padded(codes_XN: Tensor, bits: int) -> Tensor:
-    """uint8 [X, N] → int32 [X, N·bits/32], the last word filled up with zeros."""
-    return pack_bits(pad(codes_XN, (0, -codes_XN.shape[1] % (WORD // bits))), bits)
+        if options.act_order:
+            args["actorder"] = "group"
+        return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,14 @@ from qmerge.errors import NumbersError
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight
+from qmerge.types import TORCH_DTYPES, Options, Rows, TensorInfo, TensorSpec, Weight, as_matrix
 
 
 class FloatGrid(Grid):
     """The numbers of a float dtype. Codes are those numbers themselves; ties round to even, as IEEE 754 does."""
 
     levels_count = 2**16
+    """Of 16-bit floats; float32 has more, which makes no difference to a sum over levels."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -31,7 +33,9 @@ class FloatGrid(Grid):
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         if self.dtype is torch.float32:
-            return torch.nextafter(codes_OI, torch.full_like(codes_OI, direction * torch.inf)).clamp(*self._ends())
+            info = torch.finfo(self.dtype)
+            toward = torch.full_like(codes_OI, direction * torch.inf)
+            return torch.nextafter(codes_OI, toward).clamp(info.min, info.max)
         # torch.nextafter lacks float16: walk the integers that the bits are, negated below zero (so that -0 is 0).
         bits = codes_OI.view(torch.int16).int()
         ordered = torch.where(bits < 0, -(bits & 0x7FFF), bits) + direction
@@ -44,25 +48,21 @@ class FloatGrid(Grid):
     def rows(self, rows: Rows) -> FloatGrid:
         return self
 
-    def _ends(self) -> tuple[float, float]:
-        info = torch.finfo(self.dtype)
-        return info.min, info.max
-
 
 class StoredDense(Stored):
+    """A dense weight of any shape, read as a matrix: a vector is one row, a stack or convolution is flattened."""
+
     def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        self._info, self._reader, self._device = weight.parts[weight.local], reader, device
-        self._columns = (
-            max(1, weight.numel // (weight.shape[0] or 1)) if len(weight.shape) > 1 else max(1, weight.numel)
-        )
+        self._info = weight.parts[weight.local]
+        self._reader = reader
+        self._device = device
+        _, columns = as_matrix(weight.shape)
+        self._columns = max(1, columns)
         self.grid = FloatGrid(TORCH_DTYPES[self._info.dtype])
 
     def codes(self, rows: Rows) -> Tensor:
         flat = self._reader.elements(self._info, rows.start * self._columns, rows.stop * self._columns)
         return flat.view(len(rows), self._columns).to(self._device)
-
-    def values(self, rows: Rows) -> Tensor:
-        return self.codes(rows).float()
 
 
 class StoredValues(Stored):
@@ -73,9 +73,12 @@ class StoredValues(Stored):
     def codes(self, rows: Rows) -> Tensor:
         return self.values(rows)
 
+    @abstractmethod
+    def values(self, rows: Rows) -> Tensor: ...
+
 
 class Dense(TargetFormat[NoOptions]):
-    """Numbers in one float dtype, any shape."""
+    """Numbers in one float dtype, any shape. One tensor, which has the name of the weight."""
 
     def __init__(self, name: str, dtype: str) -> None:
         self.info = FormatInfo(name=name, dense_dtype=dtype, loaders="everything")
@@ -84,12 +87,7 @@ class Dense(TargetFormat[NoOptions]):
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        found = []
-        for name, info in tensors.items():
-            if info.dtype == self._dtype:
-                module, _, local = name.rpartition(".")
-                found.append(Weight(module, local, self.name, info.shape, {local: info}, NoOptions()))
-        return found
+        return [single_tensor(info, self.name) for info in tensors.values() if info.dtype == self._dtype]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredDense(weight, reader, device)
@@ -119,3 +117,11 @@ class Dense(TargetFormat[NoOptions]):
         raise NumbersError(
             f"{name} reaches {largest:.6g}, but {self.name} ends at {limit:.6g}. Use --target bf16 or fp32."
         )
+
+
+def single_tensor(info: TensorInfo, format_name: str) -> Weight:
+    """A weight that is stored as one tensor of its own name."""
+    module, _, local = info.name.rpartition(".")
+    return Weight(
+        module=module, local=local, format=format_name, shape=info.shape, parts={local: info}, options=NoOptions()
+    )

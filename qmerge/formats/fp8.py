@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,60 +10,70 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats._fp8_blocks import SQUARE, Block, block_of, blocks_of, describe_block, sizes_of
 from qmerge.formats._scaled_float import FLOAT8, LARGEST, ScaledFloatGrid
+from qmerge.formats._tensors import check_dtype, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
-Block = tuple[int | None, int | None]
-"""Rows and columns that share a scale; None: all of them."""
-
-MATRIX: Block = (None, None)
-ROW: Block = (1, None)
-SQUARE = (128, 128)
-
+# Names of the scale: DeepSeek's, which is multiplied by although it is called inverse, and everybody else's.
 SCALES = ("weight_scale_inv", "weight_scale")
+
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-BESIDE = ("activation_scale", "input_scale", "input_scale_ub")
-"""Scales of the layer's inputs: they go along with the weight."""
+# Powers of two, stored as their exponents. Some files call them U8.
+EXPONENT_DTYPES = ("F8_E8M0", "U8")
+
+# Scales of the layer's inputs: they are copied with the weight.
+INPUT_SCALES = ("activation_scale", "input_scale", "input_scale_ub")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fp8Options:
-    """``power_of_two``: scales are powers of two (``scale_fmt`` ue8m0), whatever they are stored as; ``beside``: further
-    parts. The defaults are how fresh weights are written; anything else is kept as the base has it."""
+    """How a weight is stored. The defaults are those of fresh weights; anything else is kept as the base has it."""
 
     block: Block = SQUARE
+    """Rows and columns that share a scale."""
+
     scale: str = "weight_scale_inv"
+    """Local name of the scale."""
+
     scale_dtype: str = "F32"
+
     power_of_two: bool = False
-    beside: tuple[str, ...] = ()
+    """Whether scales are powers of two (``scale_fmt`` ue8m0), in whatever dtype."""
+
+    input_scales: tuple[str, ...] = ()
+    """Local names of the scales of the inputs."""
 
 
 class StoredFp8(Stored):
+    """Codes on disk are those of the grid."""
+
     def __init__(self, weight: Weight, options: Fp8Options, reader: Reader, device: torch.device) -> None:
-        self._info, self._reader, self._device = weight.parts["weight"], reader, device
-        shape = (weight.shape[0], weight.shape[1])
+        self._info = weight.parts["weight"]
+        self._reader = reader
+        self._device = device
+        rows, columns = weight.shape
+        shape = (rows, columns)
         scale_RC = read_scales(weight.parts[options.scale], reader).view(blocks_of(shape, options.block))
         if not bool((scale_RC.isfinite() & (scale_RC >= 0)).all()):
             raise CheckpointError(
-                f"{weight.module}.{options.scale} holds NaN, infinity or negative numbers; it is damaged, download it again"
+                f"{weight.module}.{options.scale} holds NaN, infinity or negative numbers, so it is damaged. Download the model "
+                f"again"
             )
-        self.grid: ScaledFloatGrid = ScaledFloatGrid(scale_RC.to(device), shape, whole(options.block, shape))
+        self.grid: ScaledFloatGrid = ScaledFloatGrid(scale_RC.to(device), shape, sizes_of(options.block, shape))
 
     def codes(self, rows: Rows) -> Tensor:
-        columns = self._info.shape[1]
-        flat = self._reader.elements(self._info, rows.start * columns, rows.stop * columns)
-        return flat.view(torch.uint8).view(len(rows), columns).to(self._device)
-
-    def values(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).decode(self.codes(rows))
+        return read_rows(self._info, rows, self._reader).view(torch.uint8).to(self._device)
 
 
 class Fp8(TargetFormat[Fp8Options]):
-    """Parts: ``weight`` float8 [O, I], ``weight_scale_inv`` float32 [⌈O/128⌉, ⌈I/128⌉]; in bases also ``weight_scale`` or
-    other blocks, and scales of the inputs beside them. value = code · scale."""
+    """Tensors: ``weight`` float8 [O, I], ``weight_scale_inv`` float32 [⌈O/128⌉, ⌈I/128⌉]. value = code · scale.
+
+    Bases may also have ``weight_scale``, other blocks, and scales of the inputs.
+    """
 
     info = FormatInfo(
         name="fp8",
@@ -77,22 +87,27 @@ class Fp8(TargetFormat[Fp8Options]):
     ) -> list[Weight]:
         if quantization.get("quant_method", self.info.quant_method) not in self.info.read_methods:
             return []
-        found = []
+        weights = []
         for name, info in tensors.items():
             module = name.removesuffix(".weight")
-            scaled = any(f"{module}.{scale}" in tensors for scale in SCALES)
-            if module != name and info.dtype.startswith("F8") and (scaled or quantization):
-                found.append(_weight(module, tensors, quantization))
-        return found
+            if module == name or not info.dtype.startswith("F8"):
+                continue
+            # Without a scale it is an unscaled float8 tensor, unless the config says otherwise.
+            has_scale = any(f"{module}.{scale}" in tensors for scale in SCALES)
+            if has_scale or quantization:
+                weights.append(_weight(module, tensors, quantization))
+        return weights
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredFp8(weight, self.options_of(weight), reader, device)
+
+    # --- options ---
 
     def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> Fp8Options:
         return source if isinstance(source, Fp8Options) else Fp8Options()
 
     def describe_options(self, options: Fp8Options) -> str:
-        return f"a scale for every {_words(options.block)}"
+        return f"a scale for every {describe_block(options.block)}"
 
     def check(self, name: str, shape: tuple[int, int], options: Fp8Options) -> None:
         if options != Fp8Options():
@@ -101,16 +116,7 @@ class Fp8(TargetFormat[Fp8Options]):
                 f"others, which can be kept: use --scales keep"
             )
 
-    def target_warnings(self, options: Fp8Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-        odd = [name for name, shape in shapes.items() if any(size % 128 for size in shape)]
-        if options.block != SQUARE or options.scale != "weight_scale_inv" or not odd:
-            return []
-        rows, columns = shapes[odd[0]]
-        line = (
-            f"FP8: {len(odd)} weights are not made of whole blocks of 128 x 128, the first is {odd[0]} ({rows} x {columns}). "
-            f"transformers reads them wrongly where it dequantizes (without a GPU), and vLLM cannot split them over GPUs"
-        )
-        return [line]
+    # --- tensors ---
 
     def row_step(self, shape: tuple[int, int], options: Fp8Options) -> int:
         return options.block[0] or 1
@@ -122,21 +128,22 @@ class Fp8(TargetFormat[Fp8Options]):
         }
 
     def scales(self, values_OI: Tensor, options: Fp8Options, inputs_I: Tensor | None = None) -> Tensor:
-        """float32 [R, C]: what values are multiplied with; its reciprocal is stored.
+        """float32 [R, C]: the factors of values before rounding; their reciprocals are stored.
 
-        Both as transformers computes them, so that nearest rounding gives its bytes. A search over other scales gains 1 %
-        of the error (2 % where tails are heavy): the steps of floats grow with the numbers, wherever the scale puts them.
+        Both are computed as in transformers, so that nearest rounding gives its bytes. A search over other scales gains 1 % of
+        the error (2 % with heavy tails): the steps of floats grow with the numbers, wherever the scale puts them.
         """
         rows, columns = values_OI.shape
-        (height, width), (R, C) = SQUARE, blocks_of((rows, columns), SQUARE)
+        height, width = SQUARE
+        R, C = blocks_of((rows, columns), SQUARE)
         padded_OI = torch.nn.functional.pad(values_OI, (0, C * width - columns, 0, R * height - rows))
         inverse_RC = LARGEST / padded_OI.view(R, height, C, width).abs().amax(dim=(1, 3))
-        return torch.where(inverse_RC.isfinite(), inverse_RC, 1.0)  # a block of zeros
+        return torch.where(inverse_RC.isfinite(), inverse_RC, 1.0)  # infinite in a block of zeros
 
     def grid(
         self, scales: Tensor, shape: tuple[int, int], options: Fp8Options, inputs_I: Tensor | None = None
     ) -> Grid:  # fmt: skip
-        return ScaledFloatGrid(1.0 / scales, shape, SQUARE, scales)
+        return ScaledFloatGrid(1.0 / scales, shape, SQUARE, inverse_RC=scales)
 
     def pack(self, codes_OI: Tensor, options: Fp8Options) -> Tensor:
         return codes_OI.view(FLOAT8)
@@ -145,120 +152,83 @@ class Fp8(TargetFormat[Fp8Options]):
         assert isinstance(grid, ScaledFloatGrid)
         return {"weight_scale_inv": grid.scale_RC.cpu()}
 
+    # --- files, warnings ---
+
     def quantization_config(
         self, options: Fp8Options, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
     ) -> dict[str, Any] | None:
-        """A base's own config, where its weights keep their scales: the layout is the base's, whichever it is."""
-        fresh: dict[str, Any] = {
+        """The base's own config if it has one: the target then keeps the base's layout, whichever it is."""
+        config: dict[str, Any] = dict(base) or {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": list(SQUARE),
             "modules_to_not_convert": None,
         }
-        config = dict(base) or fresh
-        left = (*layout.dense, *layout.experts)
-        names = ("ignore", "ignored_layers", "modules_to_not_convert")
-        key = next((name for name in names if name in config), "modules_to_not_convert")
-        if left:
-            named = layout.skipped if config.get(key) is None else config[key]
-            config[key] = [*named, *(module for module in left if module not in named)]
+        dense = (*layout.dense, *layout.experts)
+        if dense:
+            key = _key_of_dense_modules(config)
+            listed = layout.skipped if config.get(key) is None else config[key]
+            config[key] = [*listed, *(module for module in dense if module not in listed)]
         return config
+
+    def target_warnings(self, options: Fp8Options, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        with_short_blocks = [name for name, shape in shapes.items() if shape[0] % 128 or shape[1] % 128]
+        is_fresh_layout = options.block == SQUARE and options.scale == "weight_scale_inv"
+        if not is_fresh_layout or not with_short_blocks:
+            return []
+        first = with_short_blocks[0]
+        rows, columns = shapes[first]
+        warning = (
+            f"FP8: {len(with_short_blocks)} weights are not made of whole blocks of 128 x 128, the first is {first} ({rows} x "
+            f"{columns}). transformers reads them wrongly where it dequantizes (without a GPU), and vLLM cannot split them over "
+            f"GPUs: use --target int8 or w8a16 for these loaders"
+        )
+        return [warning]
 
 
 FORMAT = Fp8()
 
 
-def whole(block: Block, shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a block in a weight of this shape."""
-    return block[0] or max(1, shape[0]), block[1] or max(1, shape[1])
-
-
-def blocks_of(shape: tuple[int, int], block: Block) -> tuple[int, int]:
-    """How many blocks there are, down and across; the last ones may be short."""
-    height, width = whole(block, shape)
-    return -(-shape[0] // height), -(-shape[1] // width)
+def _key_of_dense_modules(config: Mapping[str, Any]) -> str:
+    """The key under which a config lists the modules that stay dense: compressed-tensors', vLLM's or transformers'."""
+    for key in ("ignore", "ignored_layers"):
+        if key in config:
+            return key
+    return "modules_to_not_convert"
 
 
 def read_scales(info: TensorInfo, reader: Reader) -> Tensor:
-    """float32, in the tensor's own shape. E8M0 (which some files call U8) is an exponent: 2^(byte − 127), 255 is NaN."""
-    if info.dtype not in ("F8_E8M0", "U8"):
+    """float32, in the tensor's own shape. E8M0 is an exponent: 2^(byte − 127), and 255 is NaN."""
+    if info.dtype not in EXPONENT_DTYPES:
         return reader.tensor(info).float()
     exponents = torch.frombuffer(reader.bytes(info, 0, info.nbytes), dtype=torch.uint8)
     return exponents.view(torch.float8_e8m0fnu).float().view(info.shape)
 
 
 def _weight(module: str, tensors: Mapping[str, TensorInfo], quantization: Mapping[str, Any]) -> Weight:
-    codes = tensors[f"{module}.weight"]
-    scale = next((name for name in SCALES if f"{module}.{name}" in tensors), None)
-    if scale is None:
+    parts = parts_of(module, ("weight", *SCALES, *INPUT_SCALES), tensors)
+    codes = parts["weight"]
+    names = [name for name in SCALES if name in parts]
+    if not names:
         raise CheckpointError(
             f"{module}.weight is stored as {codes.dtype}, but its scale is missing: expected {module}.{SCALES[0]} or "
             f"{module}.{SCALES[1]}. Download the model again"
         )
     if codes.dtype != "F8_E4M3" or len(codes.shape) != 2:
         raise CheckpointError(
-            f"{module}.weight is {codes.dtype} {list(codes.shape)}, but FP8 weights are read as F8_E4M3 [O, I] only"
+            f"{module}.weight is {codes.dtype} {list(codes.shape)}, but qmerge reads FP8 weights only as F8_E4M3 [O, I]. Choose "
+            f"another variant of the model"
         )
-    beside = tuple(name for name in BESIDE if f"{module}.{name}" in tensors)
-    parts = {name: tensors[f"{module}.{name}"] for name in ("weight", scale, *beside)}
-    if parts[scale].dtype not in SCALE_DTYPES:
-        raise CheckpointError(f"{module}.{scale} is {parts[scale].dtype}, expected {' or '.join(SCALE_DTYPES)}")
-    block = _block(f"{module}.{scale}", parts[scale].shape, (codes.shape[0], codes.shape[1]), quantization)
-    power_of_two = quantization.get("scale_fmt") == "ue8m0" or parts[scale].dtype in ("F8_E8M0", "U8")
-    options = Fp8Options(block, scale, parts[scale].dtype, power_of_two, beside)
-    return Weight(module, "weight", "fp8", codes.shape, parts, options)
-
-
-def _block(name: str, found: tuple[int, ...], shape: tuple[int, int], quantization: Mapping[str, Any]) -> Block:
-    """The one of the config's blocks that makes so many scales of this weight."""
-    said = list(dict.fromkeys(_said(quantization)))
-    for block in said:
-        count = blocks_of(shape, block)
-        flat: dict[Block, list[tuple[int, ...]]] = {MATRIX: [(), (1,)], ROW: [count[:1]]}
-        if found in (count, *flat.get(block, [])):
-            return block
-    expected = " or ".join(f"{list(blocks_of(shape, block))} (a scale for every {_words(block)})" for block in said)
-    raise CheckpointError(
-        f"{name} has shape {list(found)}, but the config asks for {expected or 'no FP8 scales'} of a weight of {list(shape)}. "
-        f"Take the config.json that belongs to these files"
+    scale = names[0]
+    for unused in names[1:]:
+        del parts[unused]
+    check_dtype(parts[scale], SCALE_DTYPES)
+    options = Fp8Options(
+        block=block_of(parts[scale], (codes.shape[0], codes.shape[1]), quantization),
+        scale=scale,
+        scale_dtype=parts[scale].dtype,
+        power_of_two=quantization.get("scale_fmt") == "ue8m0" or parts[scale].dtype in EXPONENT_DTYPES,
+        input_scales=tuple(name for name in INPUT_SCALES if name in parts),
     )
-
-
-def _said(quantization: Mapping[str, Any]) -> Iterator[Block]:
-    """The blocks that a config speaks of (all that there are, where it is silent)."""
-    method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        yield from _strategies(quantization)
-    elif method == "fp8" and quantization.get("weight_block_size") is not None:
-        yield _pair(quantization["weight_block_size"])
-    else:
-        known: dict[str, list[Block]] = {"fp8": [MATRIX, ROW], "fbgemm_fp8": [ROW]}
-        yield from known.get(str(method), [SQUARE, MATRIX, ROW])
-
-
-def _strategies(quantization: Mapping[str, Any]) -> Iterator[Block]:
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
-        strategy = weights.get("strategy")
-        if strategy in ("tensor", "channel"):
-            yield MATRIX if strategy == "tensor" else ROW
-        elif strategy == "block":
-            yield _pair(weights.get("block_structure"))
-        elif strategy == "group":
-            yield _pair([1, weights.get("group_size")])
-
-
-def _pair(said: object) -> Block:
-    """[128, 128]; older files of compressed-tensors write "128x128"."""
-    numbers = [int(part) if part.isdigit() else 0 for part in said.split("x")] if isinstance(said, str) else said
-    if not isinstance(numbers, list) or len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers):
-        raise CheckpointError(f"quantization_config: blocks of {said!r}; expected two positive integers, as [128, 128]")
-    return numbers[0], numbers[1]
-
-
-def _words(block: Block) -> str:
-    if block in (MATRIX, ROW):
-        return "matrix" if block == MATRIX else "row"
-    return f"block of {block[0]} x {block[1]}"
+    return Weight(module=module, local="weight", format="fp8", shape=codes.shape, parts=parts, options=options)

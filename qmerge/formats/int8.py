@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats._bnb4bit import bitsandbytes_config
+from qmerge.formats._tensors import check_dtype, check_finite, modules_with, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.safetensors_io.reader import Reader
@@ -19,11 +20,14 @@ from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 # (bitsandbytes/backends/default/ops.py, int8_vectorwise_dequant).
 ONE_OVER_127 = 7.874015718698502e-3
 
+# Largest code; the smallest one is −127.
+LAST = 127
+
 
 class Int8Grid(Grid):
     """Levels −127 … 127 times SCB/127 of each row; codes are int8; ties round to even."""
 
-    levels_count = 255
+    levels_count = 2 * LAST + 1
 
     def __init__(self, scb_O: Tensor) -> None:
         self.scb_O = scb_O
@@ -31,18 +35,22 @@ class Int8Grid(Grid):
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
         # An all-zero row has SCB 0: every code is 0 there (bitsandbytes gets NaN, which its cast makes 0).
         scaled_OI = values_OI * (127.0 / self.scb_O)[:, None]
-        return scaled_OI.nan_to_num_(0.0).round_().clamp_(-127, 127).to(torch.int8)
+        return scaled_OI.nan_to_num_(0.0).round_().clamp_(-LAST, LAST).to(torch.int8)
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         return codes_OI * self.scb_O[:, None] * ONE_OVER_127
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
-        return (codes_OI.short() + direction).clamp_(-127, 127).to(torch.int8)
+        return (codes_OI.short() + direction).clamp_(-LAST, LAST).to(torch.int8)
 
     def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
         scale_O = self.scb_O[rows] * ONE_OVER_127
         inverse_O = torch.where(scale_O == 0, scale_O, 1.0 / scale_O)
-        return lambda _, values_O: (values_O * inverse_O).round_().clamp_(-127, 127) * scale_O
+
+        def nearest(_: int, values_O: Tensor) -> Tensor:
+            return (values_O * inverse_O).round_().clamp_(-LAST, LAST) * scale_O
+
+        return nearest
 
     def ends(self) -> tuple[Tensor, Tensor]:
         return -self.scb_O[:, None], self.scb_O[:, None]
@@ -52,31 +60,29 @@ class Int8Grid(Grid):
 
 
 class StoredInt8(Stored):
+    """Codes on disk are those of the grid."""
+
     def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
-        self._info, self._reader, self._device = weight.parts["weight"], reader, device
+        self._info = weight.parts["weight"]
+        self._reader = reader
+        self._device = device
         scb_O = reader.tensor(weight.parts["SCB"]).float().flatten().to(device)
-        if not bool(scb_O.isfinite().all()):
-            raise CheckpointError(f"{weight.module}.SCB holds NaN or infinity")
+        check_finite(scb_O, f"{weight.module}.SCB")
         self.grid: Int8Grid = Int8Grid(scb_O)
 
     def codes(self, rows: Rows) -> Tensor:
-        columns = self._info.shape[1]
-        flat = self._reader.elements(self._info, rows.start * columns, rows.stop * columns)
-        return flat.view(len(rows), columns).to(self._device)
-
-    def values(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).decode(self.codes(rows))
+        return read_rows(self._info, rows, self._reader).to(self._device)
 
 
 class Int8(TargetFormat[NoOptions]):
-    """Parts: ``weight`` int8 [O, I], ``SCB`` float32 [O], ``weight_format`` uint8 (0: row-major)."""
+    """Tensors: ``weight`` int8 [O, I], ``SCB`` float32 [O], ``weight_format`` uint8 (0: row-major)."""
 
     info = FormatInfo(name="int8", quant_method="bitsandbytes", loaders="transformers, vLLM (CUDA)", takes_conv1d=True)
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        return [_weight(name.removesuffix(".SCB"), tensors, reader) for name in tensors if name.endswith(".SCB")]
+        return [_weight(module, tensors, reader) for module in modules_with("SCB", tensors)]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredInt8(weight, reader, device)
@@ -92,6 +98,7 @@ class Int8(TargetFormat[NoOptions]):
         }
 
     def scales(self, values_OI: Tensor, options: NoOptions, inputs_I: Tensor | None = None) -> Tensor:
+        """float32 [rows]: the largest magnitude of every row."""
         return values_OI.abs().amax(dim=1)
 
     def grid(
@@ -116,26 +123,29 @@ class Int8(TargetFormat[NoOptions]):
         return bitsandbytes_config(base, layout, load_in_8bit=True)
 
 
+FORMAT = Int8()
+
+
 def _weight(module: str, tensors: Mapping[str, TensorInfo], reader: Reader) -> Weight:
-    parts = {
-        local: tensors[f"{module}.{local}"]
-        for local in ("weight", "SCB", "weight_format")
-        if f"{module}.{local}" in tensors
-    }
+    parts = parts_of(module, ("weight", "SCB", "weight_format"), tensors)
     codes = parts.get("weight")
     if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
         found = f"{codes.dtype} {list(codes.shape)}" if codes else "nothing"
-        raise CheckpointError(f"{module}.SCB needs {module}.weight as int8 [O, I], found {found}")
-    if parts["SCB"].dtype != "F32":
-        raise CheckpointError(f"{module}.SCB is {parts['SCB'].dtype}, expected F32")
-    if parts["SCB"].shape not in ((codes.shape[0],), (codes.shape[0], 1)):
         raise CheckpointError(
-            f"{module}.SCB has shape {list(parts['SCB'].shape)}, expected [{codes.shape[0]}], one per row of the weight"
+            f"{module}.SCB needs {module}.weight as int8 [O, I], found {found}. Download the model again"
         )
-    layout = parts.get("weight_format")
-    if layout is not None and int(reader.tensor(layout).flatten()[0]) != 0:
-        raise CheckpointError(f"{module}.weight_format is not 0 (row-major): such old GPU layouts are not read")
-    return Weight(module, "weight", "int8", codes.shape, parts, NoOptions())
-
-
-FORMAT = Int8()
+    scb = parts["SCB"]
+    check_dtype(scb, ("F32",))
+    rows = codes.shape[0]
+    if scb.shape not in ((rows,), (rows, 1)):
+        raise CheckpointError(
+            f"{module}.SCB has shape {list(scb.shape)}, expected [{rows}], one for every row of the weight. Download the model "
+            f"again"
+        )
+    weight_format = parts.get("weight_format")
+    if weight_format is not None and int(reader.tensor(weight_format).flatten()[0]) != 0:
+        raise CheckpointError(
+            f"{module}.weight_format is not 0 (row-major): old versions of bitsandbytes wrote such layouts, which are "
+            f"not read. Save the model with a newer version"
+        )
+    return Weight(module=module, local="weight", format="int8", shape=codes.shape, parts=parts, options=NoOptions())

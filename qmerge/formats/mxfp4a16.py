@@ -6,45 +6,44 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats._compressed import QUANT_METHOD, CompressedOptions, Scheme
+from qmerge.formats._compressed import CompressedOptions
+from qmerge.formats._compressed_config import QUANT_METHOD
+from qmerge.formats._fp4 import CompressedFp4, StoredFp4
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import FormatInfo, Stored
-from qmerge.formats.nvfp4 import Nvfp4, StoredFp4
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Parts, TensorSpec, Weight
+from qmerge.types import Parts, Weight
 
+# Added to the exponents of two before they are stored.
 BIAS = 127
 
 
-class Mxfp4a16(Nvfp4):
-    """Parts: ``weight_packed`` uint8 [O, I/2], ``weight_scale`` uint8 [O, I/32], exponents of two plus 127."""
+class Mxfp4a16(CompressedFp4):
+    """Tensors: ``weight_packed`` uint8 [O, I/2], ``weight_scale`` uint8 [O, I/32], exponents of two plus 127."""
 
     info = FormatInfo(
         name="mxfp4a16",
         quant_method=QUANT_METHOD,
         loaders="vLLM, transformers (dequantizes)",
-        required_dtype="bfloat16",
+        required_dtype="bfloat16",  # as for nvfp4
     )
     kinds = (("mxfp4-pack-quantized", "float", 4),)
     group_size = 32
     strategy = "group"
     scale_dtype = "U8"
-
-    def needed(self, scheme: Scheme) -> tuple[str, ...]:
-        return ("weight_packed", "weight_scale")
+    torch_scale_dtype = "torch.uint8"
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         exponents_OG = reader.tensor(weight.parts["weight_scale"])
         if bool((exponents_OG == 255).any()):
-            raise CheckpointError(f"{weight.module}.weight_scale holds 255, which is NaN")
-        return StoredFp4(weight, reader, device, powers_of_two(exponents_OG.int()), self.group_size)
+            raise CheckpointError(
+                f"{weight.module}.weight_scale holds 255, which is NaN, so it is damaged. Download the model again"
+            )
+        scale_OG = powers_of_two(exponents_OG.int())
+        return StoredFp4(weight, scale_OG, reader, device, group_size=self.group_size)
 
-    def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
-        specs = super().outputs(local, shape, options)
-        return {name: spec for name, spec in specs.items() if name != "weight_global_scale"}
-
-    def offers(self, largest_OG: Tensor) -> list[Tensor]:
+    def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         """The power that makes the largest value a 4 or more, and its neighbours."""
         exponent_OG = torch.frexp(largest_OG).exponent - 3 + BIAS
         return [powers_of_two((exponent_OG + step).clamp(1, 254)) for step in (0, 1, -1)]
@@ -56,12 +55,18 @@ class Mxfp4a16(Nvfp4):
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, LevelsGrid)
-        return {"weight_scale": (torch.frexp(grid.scale_OG).exponent - 1 + BIAS).to(torch.uint8).cpu()}
+        exponents_OG = torch.frexp(grid.scale_OG).exponent - 1 + BIAS
+        return {"weight_scale": exponents_OG.to(torch.uint8).cpu()}
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
-    """2 ** (exponents − 127), exactly; int32 0 … 254 → float32. The least one is below float32's normal numbers."""
-    return torch.where(exponents == 0, 1 << 22, exponents << 23).to(torch.int32).view(torch.float32)
+    """2 ** (exponents − 127), exactly; int32 0 … 254 → float32.
+
+    The bits are put together: the exponent is above the 23 bits of the mantissa. The least power is below float32's normal
+    numbers.
+    """
+    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 FORMAT = Mxfp4a16()

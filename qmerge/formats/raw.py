@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from qmerge.errors import CheckpointError
+from qmerge.formats._dense import single_tensor
 from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, NoOptions, Stored
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
-# Parts that only quantized weights have: left over, they mean a weight whose other parts are missing.
+# Ends of the names of tensors that only quantized weights have. Left over, they mean that other tensors of one are missing.
 ORPHANS = (
     ".absmax",
     ".quant_map",
@@ -35,25 +36,26 @@ ORPHANS = (
 
 
 class Raw(Format[NoOptions]):
-    """Bytes that are passed on."""
+    """Bytes that are copied. One tensor, which has the name of the weight."""
 
     info = FormatInfo(name="raw")
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        found = []
+        weights = []
         for name, info in tensors.items():
-            if info.dtype in ("F32", "F16", "BF16") and not name.endswith(ORPHANS):
-                continue
-            if name.endswith(ORPHANS) or (info.dtype in ("U8", "I8") and name.endswith(".weight")):
+            is_orphan = name.endswith(ORPHANS)
+            if info.dtype in ("F32", "F16", "BF16") and not is_orphan:
+                continue  # the dense formats find it
+            is_codes = info.dtype in ("U8", "I8") and name.endswith(".weight")
+            if is_orphan or is_codes:
                 raise CheckpointError(
-                    f"{name} ({info.dtype}) is part of a quantized weight, but the parts that tell how it is quantized "
-                    f"are missing. Download the model again."
+                    f"{name} ({info.dtype}) is part of a quantized weight, but the parts that tell how it is quantized are "
+                    f"missing. Download the model again."
                 )
-            module, _, local = name.rpartition(".")
-            found.append(Weight(module, local, self.name, info.shape, {local: info}, NoOptions()))
-        return found
+            weights.append(single_tensor(info, self.name))
+        return weights
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         raise CheckpointError(

@@ -15,59 +15,78 @@ from torch import Tensor
 from qmerge.errors import CheckpointError
 from qmerge.formats._affine import AffineGrid, sequential_groups
 from qmerge.formats._scaled_float import ScaledFloatGrid
+from qmerge.formats._tensors import check_finite, modules_with, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, Stored
 from qmerge.grids import Grid
 from qmerge.safetensors_io.header import read_header, strict_json
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows, TensorInfo, Weight
 
+# torchao's classes with one code in a byte → dtype of the codes.
 KINDS = {"Int8Tensor": "I8", "IntxUnpackedToInt8Tensor": "I8", "Float8Tensor": "F8_E4M3"}
-"""torchao's classes whose codes lie one in a byte → dtype of the codes."""
 
-CODES, SCALE, ZERO, PRE_SCALE = "_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_act_pre_scale"
+# Local names of the parts of a torchao tensor, which is flattened for safetensors.
+CODES = "_weight_qdata"
+SCALE = "_weight_scale"
+ZERO = "_weight_zero_point"
+PRE_SCALE = "_weight_act_pre_scale"
+
+# int8 codes are counted from 0 in qmerge's grid.
 MIDDLE = 128
-"""int8 codes are counted from 0 here."""
 
 
 @dataclass(frozen=True)
 class TorchaoOptions:
-    """``block``: rows and columns that share a scale."""
+    """How a weight is stored."""
 
     kind: str
+    """torchao's class, one of ``KINDS``."""
+
     block: tuple[int, int]
+    """Rows and columns that share a scale."""
 
 
 class StoredTorchao(Stored):
+    """Codes on disk are one to a byte."""
+
     def __init__(self, weight: Weight, options: TorchaoOptions, reader: Reader, device: torch.device) -> None:
-        self._info, self._reader, self._device = weight.parts[CODES], reader, device
-        scale_OG = reader.tensor(weight.parts[SCALE]).float()
-        if not bool(scale_OG.isfinite().all()):
-            raise CheckpointError(f"{weight.module}.{SCALE} holds NaN or infinity; it is damaged, download it again")
-        shape, (height, width) = (weight.shape[0], weight.shape[1]), options.block
-        counts = (shape[0] // height, shape[1] // width)
+        self._info = weight.parts[CODES]
+        self._reader = reader
+        self._device = device
+        scale_RC = reader.tensor(weight.parts[SCALE]).float()
+        check_finite(scale_RC, f"{weight.module}.{SCALE}")
+        rows, columns = weight.shape
+        height, width = options.block
+        counts = (rows // height, columns // width)
         self.grid: Grid
         if options.kind == "Float8Tensor":
-            self.grid = ScaledFloatGrid(scale_OG.view(counts).to(device), shape, options.block)
+            self.grid = ScaledFloatGrid(scale_RC.view(counts).to(device), (rows, columns), options.block)
             return
-        zero_OG = reader.tensor(weight.parts[ZERO]).float() if ZERO in weight.parts else torch.zeros_like(scale_OG)
-        scale_OG, zero_OG = (
-            part.view(counts).expand(shape[0], -1).contiguous().to(device) for part in (scale_OG, zero_OG + MIDDLE)
+        zero_RC = torch.zeros_like(scale_RC)
+        if ZERO in weight.parts:
+            zero_RC = reader.tensor(weight.parts[ZERO]).float()
+        # A scale for each row, also where a block has all rows.
+        scale_OG = scale_RC.view(counts).expand(rows, -1).contiguous()
+        zero_OG = (zero_RC + MIDDLE).view(counts).expand(rows, -1).contiguous()
+        self.grid = AffineGrid(
+            scale_OG.to(device),
+            zero_OG.to(device),
+            sequential_groups(columns, width, device),
+            levels_count=2 * MIDDLE,
         )
-        self.grid = AffineGrid(scale_OG, zero_OG, sequential_groups(shape[1], width, device), 2 * MIDDLE)
 
     def codes(self, rows: Rows) -> Tensor:
-        columns = self._info.shape[1]
-        flat = self._reader.elements(self._info, rows.start * columns, rows.stop * columns)
-        bytes_OI = flat.view(torch.uint8).view(len(rows), columns).to(self._device)
-        return bytes_OI if self._info.dtype != "I8" else bytes_OI ^ MIDDLE
-
-    def values(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).decode(self.codes(rows))
+        bytes_OI = read_rows(self._info, rows, self._reader).view(torch.uint8).to(self._device)
+        if self._info.dtype == "I8":
+            return bytes_OI ^ MIDDLE  # flips the sign bit, which adds 128
+        return bytes_OI
 
 
 class Torchao(Format[TorchaoOptions]):
-    """Parts: ``_weight_qdata`` int8 or float8 [O, I], ``_weight_scale`` [O, G], ``_weight_zero_point`` int8 [O, G]. Which class
-    they belong to stands in the metadata of the file."""
+    """Tensors: ``_weight_qdata`` int8 or float8 [O, I], ``_weight_scale`` [O, G], ``_weight_zero_point`` int8 [O, G].
+
+    The metadata of the file says which class they belong to.
+    """
 
     info = FormatInfo(name="torchao", quant_method="torchao")
 
@@ -78,11 +97,14 @@ class Torchao(Format[TorchaoOptions]):
             return []
 
         @cache
-        def metadata(file: Path) -> dict[str, str]:
+        def metadata_of(file: Path) -> dict[str, str]:
             return read_header(file, CheckpointError)[1]
 
-        modules = [name.removesuffix(f".{CODES}") for name in tensors if name.endswith(f".{CODES}")]
-        return [_weight(module, tensors, metadata(tensors[f"{module}.{CODES}"].file)) for module in modules]
+        weights = []
+        for module in modules_with(CODES, tensors):
+            metadata = metadata_of(tensors[f"{module}.{CODES}"].file)
+            weights.append(_weight(module, tensors, metadata))
+        return weights
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredTorchao(weight, self.options_of(weight), reader, device)
@@ -91,63 +113,90 @@ class Torchao(Format[TorchaoOptions]):
 FORMAT = Torchao()
 
 
+@dataclass(frozen=True)
+class _Declared:
+    """What the metadata of a file says about a weight."""
+
+    options: TorchaoOptions
+    parts: tuple[str, ...]
+    """Local names of its tensors."""
+
+
 def _weight(module: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Weight:
-    kind, block, names = _described(module, metadata)
-    named = {
-        local: tensors.get(f"{module}.{local}") for local in (CODES, SCALE, *(f"_weight_{name}" for name in names))
-    }
-    parts = {local: info for local, info in named.items() if info is not None}
-    if len(parts) < len(named):
-        missing = next(local for local in named if local not in parts)
-        raise CheckpointError(f"{module}.{CODES} needs {module}.{missing}, which is missing. Download the model again")
+    declared = _read_metadata(module, metadata)
+    names = dict.fromkeys((CODES, SCALE, *declared.parts))
+    parts = parts_of(module, names, tensors)
+    for local in names:
+        if local not in parts:
+            raise CheckpointError(
+                f"{module}.{CODES} needs {module}.{local}, which is missing. Download the model again"
+            )
     if PRE_SCALE in parts:
         raise CheckpointError(
-            f"{module}.{PRE_SCALE}: this layer scales its inputs, too, which a merged weight cannot say"
+            f"{module}.{PRE_SCALE}: this layer scales its inputs, too, which a merged weight cannot express. Choose another "
+            f"variant of the model"
         )
     codes, scale = parts[CODES], parts[SCALE]
-    if codes.dtype != KINDS[kind] or len(codes.shape) != 2 or scale.dtype not in ("F32", "BF16", "F16"):
+    options = declared.options
+    expected = KINDS[options.kind]
+    if codes.dtype != expected or len(codes.shape) != 2 or scale.dtype not in ("F32", "BF16", "F16"):
         raise CheckpointError(
-            f"{module}: codes {codes.dtype} {list(codes.shape)} and scale {scale.dtype}; expected {KINDS[kind]} [O, I] and a "
-            f"16- or 32-bit float for a {kind}"
+            f"{module}: codes {codes.dtype} {list(codes.shape)} and scale {scale.dtype}; expected {expected} [O, I] and a 16- or "
+            f"32-bit float for a {options.kind}. Download the model again"
         )
-    _check_groups(module, codes, scale, parts.get(ZERO), block)
-    return Weight(module, "weight", "torchao", codes.shape, parts, TorchaoOptions(kind, block))
+    _check_groups(module, parts, options.block)
+    return Weight(module=module, local="weight", format="torchao", shape=codes.shape, parts=parts, options=options)
 
 
-def _described(module: str, metadata: Mapping[str, str]) -> tuple[str, tuple[int, int], list[str]]:
-    """Class, block and names of the parts of a weight, from the metadata of the file."""
+def _read_metadata(module: str, metadata: Mapping[str, str]) -> _Declared:
     text = metadata.get(f"{module}.weight")
     if text is None:
         raise CheckpointError(
-            f"the metadata of the file does not say which of torchao's classes {module}.weight is: was the file written anew "
+            f"the metadata of the file does not say which of torchao's classes {module}.weight is: was the file written again "
             f"without it? Download the model again"
         )
-    said = strict_json(text.encode(), f"metadata of {module}.weight", CheckpointError)
-    kind, data = str(said.get("_type")), said.get("_data")
+    declared = strict_json(text.encode(), f"metadata of {module}.weight", CheckpointError)
+    kind = str(declared.get("_type"))
     if kind not in KINDS:
-        raise CheckpointError(f"{module}.weight is torchao's {kind}, which is not read; these are: {', '.join(KINDS)}")
+        raise CheckpointError(
+            f"{module}.weight is torchao's {kind}, which is not read; qmerge reads {', '.join(KINDS)}. Choose another variant of "
+            f"the model"
+        )
+    data = declared.get("_data")
     block = data.get("block_size") if isinstance(data, dict) else None
     if not isinstance(block, list) or len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
         raise CheckpointError(
-            f"{module}.weight: torchao's block_size is {json.dumps(block)}, expected two positive integers"
+            f"{module}.weight: torchao's block_size is {json.dumps(block)}, expected two positive integers. Download the model "
+            f"again"
         )
-    names = said.get("_tensor_data_names")
-    return kind, (block[0], block[1]), [str(name) for name in names] if isinstance(names, list) else []
+    names = declared.get("_tensor_data_names")
+    parts = [f"_weight_{name}" for name in names] if isinstance(names, list) else []
+    return _Declared(TorchaoOptions(kind, (block[0], block[1])), tuple(parts))
 
 
-def _check_groups(
-    module: str, codes: TensorInfo, scale: TensorInfo, zero: TensorInfo | None, block: tuple[int, int]
-) -> None:  # fmt: skip
-    (rows, columns), (height, width) = codes.shape, block
-    if rows % height or columns % width or (height not in (1, rows) and codes.dtype == "I8"):
-        raise CheckpointError(f"{module}: blocks of {height} x {width} do not divide a weight of {rows} x {columns}")
+def _check_groups(module: str, parts: Mapping[str, TensorInfo], block: tuple[int, int]) -> None:
+    """Check that blocks divide the weight, and that there is a scale (and a zero) for each."""
+    codes, zero = parts[CODES], parts.get(ZERO)
+    rows, columns = codes.shape
+    height, width = block
+    is_row_or_column = height in (1, rows)
+    if rows % height or columns % width or (codes.dtype == "I8" and not is_row_or_column):
+        raise CheckpointError(
+            f"{module}: blocks of {height} x {width} do not divide a weight of {rows} x {columns}. Download the model again"
+        )
     counts = (rows // height, columns // width)
-    fits = (counts, (), (1,)) if counts == (1, 1) else (counts, *([counts[:1]] if counts[1] == 1 else []))
-    for part in (scale, *([zero] if zero else [])):
-        if part.shape not in fits:
+    # A single scale may have no axes, and one for every row only one axis.
+    allowed: list[tuple[int, ...]] = [counts]
+    if counts == (1, 1):
+        allowed += [(), (1,)]
+    elif counts[1] == 1:
+        allowed.append((counts[0],))
+    for local in (SCALE, ZERO):
+        part = parts.get(local)
+        if part is not None and part.shape not in allowed:
             raise CheckpointError(
                 f"{part.name} has shape {list(part.shape)}, expected {list(counts)}: one for every block of {height} x {width} in "
-                f"a weight of {rows} x {columns}"
+                f"a weight of {rows} x {columns}. Download the model again"
             )
     if zero is not None and zero.dtype not in ("I8", "I32", "I64", "F32"):
-        raise CheckpointError(f"{zero.name} is {zero.dtype}, expected I8")
+        raise CheckpointError(f"{zero.name} is {zero.dtype}, expected I8. Download the model again")

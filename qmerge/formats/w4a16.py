@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from qmerge.formats._compressed import QUANT_METHOD
+from qmerge.formats._compressed_config import QUANT_METHOD
 from qmerge.formats._compressed_int import CompressedInt
 from qmerge.formats.base import FormatInfo
 
 
 class W4a16(CompressedInt):
+    """int4, eight codes in a word."""
+
     info = FormatInfo(
         name="w4a16",
         quant_method=QUANT_METHOD,

@@ -8,40 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.formats._affine import AffineGrid
-from qmerge.formats._compressed import QUANT_METHOD, CompressedOptions
-from qmerge.formats._compressed_int import CompressedInt
+from qmerge.formats._affine import AffineGrid, group_count
+from qmerge.formats._compressed import CompressedOptions
+from qmerge.formats._compressed_config import QUANT_METHOD
+from qmerge.formats._compressed_int import CompressedInt, middle_code
 from qmerge.formats.base import FormatInfo
 from qmerge.grids import Grid
 from qmerge.types import TORCH_DTYPES, Parts, TensorSpec
 
 
 class W8a8(CompressedInt):
-    """Parts: ``weight`` int8 [O, I], ``weight_scale`` [O, 1], and where asymmetric ``weight_zero_point`` int8 [O, 1]."""
+    """Tensors: ``weight`` int8 [O, I], ``weight_scale`` [O, 1], and where asymmetric ``weight_zero_point`` int8 [O, 1]."""
 
     info = FormatInfo(name="w8a8", quant_method=QUANT_METHOD, loaders="vLLM, SGLang, transformers")
     kinds = (("int-quantized", "int", 8), ("naive-quantized", "int", 8))
     bits = 8
-    codes = "weight"
+    codes_tensor = "weight"
 
     def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         rows, columns = shape
-        groups = 1 if options.group_size == -1 else columns // options.group_size
+        groups = group_count(columns, options.group_size)
         specs = {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec(options.scale_dtype, (rows, groups))}
         if not options.sym:
             specs["weight_zero_point"] = TensorSpec("I8", (rows, groups))
         return specs
 
     def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
-        return (codes_OI.short() - 128).to(torch.int8)
+        return (codes_OI.short() - middle_code(self.bits)).to(torch.int8)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, AffineGrid)
-        scale = {"weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu()}
-        return scale if options.sym else {**scale, "weight_zero_point": (grid.zero_OG - 128).to(torch.int8).cpu()}
+        tensors = {"weight_scale": grid.scale_OG.to(TORCH_DTYPES[options.scale_dtype]).cpu()}
+        if not options.sym:
+            tensors["weight_zero_point"] = (grid.zero_OG - middle_code(self.bits)).to(torch.int8).cpu()
+        return tensors
 
     def target_warnings(self, options: CompressedOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-        return []
+        return []  # zero points are not packed here, so all loaders read them
 
     def inputs_args(self) -> dict[str, Any] | None:
         return {

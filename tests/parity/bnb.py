@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats import get_target
-from qmerge.formats._bnb4bit import Bnb4bitOptions
+from qmerge.formats._bnb4bit_find import Bnb4bitOptions
 from qmerge.formats.base import ModuleLayout, Stored, TargetFormat
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import awq
-from qmerge.formats._affine import pack_bits
+from qmerge.formats._packing import pack_bits
 from qmerge.formats.awq import FORMAT, AwqOptions
 from qmerge.formats.base import ModuleLayout
 from qmerge.safetensors_io.reader import Reader
@@ -81,7 +81,7 @@ def test_codes_are_those_that_gptqmodel_unpacks(kind: str, folders: dict[str, Pa
 
 def test_control_another_order_of_fields_differs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = bases.oracle(folders["awq"])
-    monkeypatch.setattr(awq, "FIELD", list(range(8)))
+    monkeypatch.setattr(awq, "FIELD_OF_ROW", list(range(8)))
     assert not all_same(values_of(folders["awq"]), oracle)
 
 
@@ -243,7 +243,7 @@ def test_bad_bases(edit: Any, config: dict[str, Any], message: str, folders: dic
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"group_size": 48}, "group_size 48: AWQ has 32, 64, 128, -1"),
+        ({"group_size": 48}, "--group-size 48: awq supports 32, 64, 128, -1"),
         ({"bits": 8}, "--bits is for .*, but the target is awq"),
         ({"sym": True}, "--sym is for"),
     ],
@@ -255,7 +255,9 @@ def test_bad_recipes(asked: dict[str, Any], message: str, folders: dict[str, Pat
 
 
 def test_shapes_that_do_not_fit() -> None:
-    with pytest.raises(RecipeError, match=r"x.weight has 96 inputs, no multiple of .* 64: use --group-size 32"):
+    with pytest.raises(
+        RecipeError, match=r"x.weight has 96 inputs, which is not a multiple of .* 64: use --group-size 32"
+    ):
         FORMAT.check("x.weight", (64, 96), AwqOptions(64))
     with pytest.raises(RecipeError, match=r"x.weight has 63 outputs.*multiple of 8; use --target w4a16 or nf4"):
         FORMAT.check("x.weight", (63, 64), AwqOptions(64))

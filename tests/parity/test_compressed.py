@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats import _compressed_int, get_target, nvfp4
-from qmerge.formats._compressed import CompressedOptions, scheme_of
+from qmerge.formats import _compressed_int, _fp4, get_target
+from qmerge.formats._compressed import CompressedOptions
+from qmerge.formats._compressed_config import scheme_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.formats.mxfp4a16 import powers_of_two
@@ -127,11 +128,11 @@ def test_codes_are_those_that_the_library_unpacks(kind: str, folder: Callable[[s
 
 
 def test_control_the_other_nibble_first_differs(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack, unpack_fp4 = _compressed_int.unpack_bits, nvfp4.unpack_fp4
+    unpack, unpack_fp4 = _compressed_int.unpack_bits, _fp4.unpack_fp4
     monkeypatch.setattr(
         _compressed_int, "unpack_bits", lambda words, bits: unpack(words, bits).unflatten(1, (-1, 2)).flip(2).flatten(1)
     )
-    monkeypatch.setattr(nvfp4, "unpack_fp4", lambda packed: unpack_fp4((packed << 4) | (packed >> 4)))
+    monkeypatch.setattr(_fp4, "unpack_fp4", lambda packed: unpack_fp4((packed << 4) | (packed >> 4)))
     for kind in ("ct-int4", "ct-int4-asym", "ct-nvfp4", "ct-mxfp4"):
         assert not all_same(values_of(folder(kind)), bases.oracle(folder(kind)))
 
@@ -318,7 +319,7 @@ def test_from_one_layout_to_another(folder: Callable[[str], Path], tmp_path: Pat
 @pytest.mark.parametrize("name", ["w4a16", "w8a16", "w8a8"])
 def test_words_that_are_not_full(name: str, sym: bool, tmp_path: Path) -> None:
     """33 columns, 7 rows: codes and zero points end in the middle of a word."""
-    options = CompressedOptions(name, -1, sym)
+    options = CompressedOptions(format=name, sym=sym)
     parts = fresh(gaussian(1, (7, 33)), name, options)
     config = form(name).quantization_config(options, {}, "bfloat16", ModuleLayout())
     assert config is not None
@@ -377,7 +378,7 @@ def test_the_two_zeros() -> None:
         assert bool((grid.decode(grid.step(zero, DOWN)) < 0).all())
         assert torch.equal(grid.nearest(torch.zeros(2, 7), zero), zero)
     low, high = grid.ends()
-    assert bool((low[:, :7] == -6 * grid._of(grid.scale_OG, minus).abs()).all()) and bool((high == -low).all())
+    assert bool((low[:, :7] == -6 * grid._per_column(grid.scale_OG, minus).abs()).all()) and bool((high == -low).all())
 
 
 def test_columns_one_by_one_are_rounded_alike() -> None:
@@ -479,7 +480,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("ct-int4", None, {"config_groups": {}}, "has no config_groups"),
     ("ct-int4", None, {"transform_config": {"config_groups": {"a": {}}}}, "transform_config: the weights are stored rotated"),
     ("ct-int4", None, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "stored as 'sparse-24-bitmask' are not read"),
-    ("ct-int4", None, {"targets": ["re:("]}, "no regular expression"),
+    ("ct-int4", None, {"targets": ["re:("]}, "is not a regular expression"),
 ]  # fmt: skip
 
 
@@ -510,7 +511,7 @@ def test_without_a_config(folder: Callable[[str], Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("target", "asked", "message"),
     [
-        ("w4a16", {"group_size": 48}, "group_size 48: w4a16 has 32, 64, 128, -1"),
+        ("w4a16", {"group_size": 48}, "--group-size 48: w4a16 supports 32, 64, 128, -1"),
         ("w8a8", {"group_size": 64}, "--group-size is for .*, but the target is w8a8"),
         ("nvfp4", {"sym": True}, "--sym is for"),
         ("w4a16", {"bits": 8}, "--bits is for"),
@@ -525,17 +526,21 @@ def test_bad_recipes(
 
 
 def test_shapes_that_do_not_fit() -> None:
-    with pytest.raises(RecipeError, match=r"x.weight has 96 inputs, no multiple of .* 64: use --group-size 32"):
-        form("w4a16").check("x.weight", (64, 96), CompressedOptions("w4a16", 64))
-    with pytest.raises(RecipeError, match=r"x.weight has 24 inputs, no multiple of .* 16: use --target w4a16 or nf4"):
-        form("nvfp4").check("x.weight", (64, 24), CompressedOptions("nvfp4", 16))
+    with pytest.raises(
+        RecipeError, match=r"x.weight has 96 inputs, which is not a multiple of .* 64: use --group-size 32"
+    ):
+        form("w4a16").check("x.weight", (64, 96), CompressedOptions(format="w4a16", group_size=64))
+    with pytest.raises(
+        RecipeError, match=r"x.weight has 24 inputs, which is not a multiple of .* 16: use --target w4a16 or nf4"
+    ):
+        form("nvfp4").check("x.weight", (64, 24), CompressedOptions(format="nvfp4", group_size=16))
     assert form("w4a16").options_for_model({}, [(64, 96), (64, 128)]) == {"group_size": 32}
     assert form("w8a8").options_for_model({}, [(64, 96)]) == {}
 
 
 def test_dense_modules_are_ignored_once() -> None:
     layout = ModuleLayout(("a.q",), ("a.k", "a.v"), ("lm_head",), ("a.experts",))
-    options = CompressedOptions("w4a16", 128)
+    options = CompressedOptions(format="w4a16", group_size=128)
     fresh = form("w4a16").quantization_config(options, {}, "bfloat16", layout)
     assert fresh is not None and fresh["ignore"] == ["lm_head", "a.k", "a.v", r"re:a\.experts"]
     kept = form("w4a16").quantization_config(
@@ -545,7 +550,7 @@ def test_dense_modules_are_ignored_once() -> None:
 
 
 def test_cautions_are_for_what_few_loaders_read() -> None:
-    assert not form("w4a16").target_warnings(CompressedOptions("w4a16", 128), {})
-    (asymmetric,) = form("w4a16").target_warnings(CompressedOptions("w4a16", 128, False), {})
-    (ordered,) = form("w4a16").target_warnings(CompressedOptions("w4a16", 128, act_order=True), {})
+    assert not form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128), {})
+    (asymmetric,) = form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128, sym=False), {})
+    (ordered,) = form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128, act_order=True), {})
     assert "dequantize=True" in asymmetric and "weight_g_idx" in ordered

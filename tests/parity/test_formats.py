@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.formats._bnb4bit import BLOCK_SIZES, Bnb4bitOptions
+from qmerge.formats._bnb4bit_find import BLOCK_SIZES, Bnb4bitOptions
 from qmerge.formats.base import NoOptions
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.reader import Reader
@@ -219,7 +219,7 @@ def test_quant_state_text(dtype: str, double_quant: bool) -> None:
 
 def test_storage_that_does_not_fit_is_refused() -> None:
     options = Bnb4bitOptions(64, quant_storage="float32")
-    with pytest.raises(RecipeError, match="no whole number of float32"):
+    with pytest.raises(RecipeError, match="do not fill whole float32 numbers"):
         parity.form("nf4").outputs("weight", (3, 3), options)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError
 from qmerge.formats import get_format
+from qmerge.formats._fp8_blocks import ROW
 from qmerge.formats._scaled_float import ScaledFloatGrid
 from qmerge.formats.base import ModuleLayout
-from qmerge.formats.fp8 import FORMAT, ROW, Fp8Options, read_scales
+from qmerge.formats.fp8 import FORMAT, Fp8Options, read_scales
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
@@ -486,7 +487,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "no_block": ("fp8", said(weight_block_size=None), ("[2, 3]", "[1, 1]", "every row", "config.json")),
     "block_as_text": ("fp8", said(weight_block_size="big"), ("'big'", "two positive integers")),
     "block_of_zero": ("fp8", said(weight_block_size=[0, 128]), ("[0, 128]", "two positive integers")),
-    "scale_of_nan": ("fp8", put("weight_scale_inv", lambda t: t * torch.nan), ("weight_scale_inv holds NaN", "download")),
+    "scale_of_nan": ("fp8", put("weight_scale_inv", lambda t: t * torch.nan), ("weight_scale_inv holds NaN", "Download")),
     "scale_below_zero": ("fp8", put("weight_scale_inv", lambda t: -t), ("negative",)),
     "exponent_of_nan": (
         "fp8-ue8m0",
@@ -528,4 +529,4 @@ def test_rows_may_lie_flat() -> None:
         "a.weight_scale": TensorInfo("F32", (6,), "a.weight_scale", Path(), 0),
     }
     (weight,) = FORMAT.find(info, Reader(), {"quant_method": "fbgemm_fp8"})
-    assert weight.options == Fp8Options(ROW, "weight_scale", "F32") and weight.shape == (6, 4)
+    assert weight.options == Fp8Options(block=ROW, scale="weight_scale", scale_dtype="F32") and weight.shape == (6, 4)

@@ -20,8 +20,11 @@ import qmerge
 import qmerge.demo
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.formats._affine import AffineGrid, fit_scales, pack_bits, sequential_groups, unpack_bits
-from qmerge.formats.gptq import FORMAT, GptqOptions
+from qmerge.formats._affine import AffineGrid, sequential_groups
+from qmerge.formats._fit_scales import fit_scales
+from qmerge.formats._gptq_find import GptqOptions
+from qmerge.formats._packing import pack_bits, unpack_bits
+from qmerge.formats.gptq import FORMAT
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
@@ -219,7 +222,8 @@ def test_scales_are_better_than_the_range() -> None:
     weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     group_I = sequential_groups(256, 64)
     for sym in (True, False):
-        scale_OG, zero_OG = fit_scales(weight_OI, group_I, 4, sym, torch.float16, least_zero=1)
+        fitted = fit_scales(weight_OI, group_I, bits=4, sym=sym, dtype=torch.float16, least_zero=1)
+        scale_OG, zero_OG = fitted.unbind(dim=2)
         assert torch.equal(scale_OG, scale_OG.half().float()) and int(zero_OG.min()) >= 1 and int(zero_OG.max()) <= 15
         grid = AffineGrid(scale_OG, zero_OG, group_I, 16)
         groups_OGN = weight_OI.view(64, 4, 64)
@@ -240,7 +244,10 @@ def test_scales_weigh_by_the_inputs() -> None:
     inputs_I = torch.ones(64)
     inputs_I[0] = 0
     group_I = sequential_groups(64, 64)
-    seen, blind = (fit_scales(weight_OI, group_I, 4, True, torch.float16, weights)[0] for weights in (inputs_I, None))
+    seen, blind = (
+        fit_scales(weight_OI, group_I, bits=4, sym=True, dtype=torch.float16, inputs_I=weights)[..., 0]
+        for weights in (inputs_I, None)
+    )
     assert bool((seen < 0.6 * blind).all())
 
 
@@ -456,10 +463,10 @@ def test_damaged_bases_are_refused(base: Made, adapter: Path, tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--bits", "5"), ("bits 5", "2, 3, 4, 8")),
-        (("--group-size", "100"), ("group_size 100", "32, 64, 128, -1")),
+        (("--bits", "5"), ("--bits 5", "2, 3, 4, 8")),
+        (("--group-size", "100"), ("--group-size 100", "32, 64, 128, -1")),
         (("--checkpoint-format", "v3"), ("gptq_v2",)),
-        (("--static-groups",), ("act_order",)),
+        (("--static-groups",), ("--act-order",)),
         (("--block-size", "64"), ("--block-size is for fp4, nf4", "gptq")),
     ],
 )
@@ -478,7 +485,7 @@ def test_groups_must_divide(adapter: Path, tmp_path: Path, cli: Cli) -> None:
     lora = models.adapter(models.llama(torch.float32, hidden_size=192, intermediate_size=320), tmp_path / "lora")
     run = ("--base", base, "--adapter", lora, "--target", "gptq", "--rounding", "nearest")
     ran = cli(*run, "--group-size", "128", "--out", tmp_path / "out")
-    assert ran.code == 2 and "inputs, no multiple of the group size 128: use --group-size 64" in ran.err
+    assert ran.code == 2 and "inputs, which is not a multiple of the group size 128: use --group-size 64" in ran.err
     assert not (tmp_path / "out").exists()
     ran = cli(*run, "--out", tmp_path / "out")
     assert ran.code == 0 and "4 bits, groups of 64, symmetric" in ran.err

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qmerge.errors import AdapterError, CheckpointError
-from qmerge.formats._bnb4bit import Bnb4bitOptions
+from qmerge.formats._bnb4bit_find import Bnb4bitOptions
 from qmerge.planning import plan as plan_module
 
 from .. import models

@@ -282,7 +282,7 @@ def test_an_absmax_of_zero_and_a_negative_one() -> None:
     from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 
     absmax_B = torch.tensor([0.0, -0.5, 1.0])
-    grid = Bnb4bitGrid("nf4", 64, 96, absmax_B, absmax_B)
+    grid = Bnb4bitGrid(quant_type="nf4", block_size=64, columns=96, absmax_B=absmax_B, rounding_absmax_B=absmax_B)
     goal_OI = 0.3 * gaussian(1, (2, 96))
     nearest = grid.column_rounder(torch.arange(96), torch.arange(2))
     found_OI = torch.stack([nearest(j, goal_OI[:, j]) for j in range(96)], dim=1)

@@ -4,7 +4,7 @@ from qmerge.formats.base.format import NOT_QUANTIZED, Format, NoOptions, Options
 from qmerge.formats.base.info import FormatInfo
 from qmerge.formats.base.on_the_fly import OnTheFly
 from qmerge.formats.base.stored import Stored, Transposed
-from qmerge.formats.base.target import ModuleLayout, TargetFormat
+from qmerge.formats.base.target import ModuleLayout, TargetFormat, with_asked
 
 __all__ = [
     "NOT_QUANTIZED",
@@ -17,4 +17,5 @@ __all__ = [
     "Stored",
     "TargetFormat",
     "Transposed",
+    "with_asked",
 ]

@@ -36,8 +36,5 @@ class OnTheFly(Stored):
     def codes(self, rows: Rows) -> Tensor:
         return self._fresh_grid.rows(rows).nearest(self._loaded(rows))
 
-    def values(self, rows: Rows) -> Tensor:
-        return self.grid.rows(rows).decode(self.codes(rows))
-
     def _loaded(self, rows: Rows) -> Tensor:
         return self._target_format.as_loaded(self._dense.values(rows))

@@ -20,9 +20,9 @@ class Stored(ABC):
     def codes(self, rows: Rows) -> Tensor:
         """Codes on ``grid``, [rows, I]."""
 
-    @abstractmethod
     def values(self, rows: Rows) -> Tensor:
         """float32 [rows, I], bit-identical to the format's own library when it dequantizes to float32."""
+        return self.grid.rows(rows).decode(self.codes(rows))
 
 
 class Transposed(Stored):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class ModuleLayout:
 
     others: tuple[tuple[str, Options], ...] = ()
     """Stored in the target format, with other options than most modules."""
+
+
+def with_asked(options: OptionsT, asked: Mapping[str, Any]) -> OptionsT:
+    """The options, changed to those of the recipe; None in ``asked`` means not asked for."""
+    changes = {name: value for name, value in asked.items() if value is not None}
+    changed: OptionsT = replace(cast(Any, options), **changes)  # options are dataclasses, which a Protocol cannot say
+    return changed
 
 
 class TargetFormat(Format[OptionsT]):
@@ -120,6 +127,10 @@ class TargetFormat(Format[OptionsT]):
     def describe_options(self, options: OptionsT) -> str:
         """The options in a few words, for reports; empty if every weight is stored in the same way."""
         return ""
+
+    def uses_input_order(self, options: OptionsT) -> bool:
+        """Whether a fresh grid with these options depends on which inputs of the layer are the largest."""
+        return False
 
     def check(self, name: str, shape: tuple[int, int], options: OptionsT) -> None:
         """Check that a weight can be stored on a fresh grid.
