@@ -1,4 +1,4 @@
-"""``qmerge extract``: the LoRA that comes back, against the one that was merged, peft, and float64 decompositions."""
+"""``qmerge extract``: the extracted LoRA, compared with the merged one, with peft, and with decompositions in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8}
 
 
 def products(folder: Path) -> dict[str, Tensor]:
-    """Weight name → B A, float32, as they stand in the file. (The scale is 1: ``test_peft`` sees that.)"""
+    """Weight name → float32 B A of the factors in the file. (The scale is 1, which peft's logits check.)"""
     found = load_file(folder / ADAPTER)
     return {
         name.removeprefix("base_model.model.").replace("lora_A.weight", "weight"): found[name.replace("_A", "_B")]
@@ -56,8 +56,8 @@ def config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / CONFIG).read_text()))
 
 
-def beside(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter, as peft loads it; a warning is an error here (not that peft calls what is deprecated)."""
+def unmerged(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the unmerged adapter, loaded by peft; warnings are errors, except those about deprecated functions."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
@@ -65,12 +65,12 @@ def beside(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def distance(model: PreTrainedModel, folder: Path, merged: PreTrainedModel) -> float:
-    """Of the logits: BASE with the adapter against MERGED."""
-    return stock.distance(models.logits(beside(model, folder)), models.logits(merged))
+    """Distance of the logits of BASE with the adapter to those of MERGED."""
+    return stock.distance(models.logits(unmerged(model, folder)), models.logits(merged))
 
 
 def changed(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """A copy of a one-file checkpoint with other tensors."""
+    """A copy of a checkpoint of one file with changed tensors."""
     shutil.copytree(folder, out)
     tensors = load_file(out / MODEL)
     change(tensors)
@@ -79,7 +79,7 @@ def changed(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], objec
 
 
 def nudged(*names: str, size: float = 0.01) -> Callable[[dict[str, Tensor]], None]:
-    """Adds noise to tensors whose name holds one of these words (all, where there is none)."""
+    """Add noise to the tensors whose name contains one of these words; to all tensors without a word."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -97,20 +97,20 @@ def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(float32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every weight of it changed by full-rank noise, as a full fine-tuning does."""
+    """Every weight changed by noise of full rank, as by full fine-tuning."""
     return changed(float32, tmp_path_factory.mktemp("extract") / "tuned", nudged())
 
 
-# --- a LoRA that was merged comes back -------------------------------------------------------------------------------
+# --- a merged LoRA is extracted again --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["float32", "dense", "nf4"])
 @pytest.mark.parametrize("target", ["fp32", "bf16"])
-def test_merged_lora_comes_back(
+def test_a_merged_lora_is_extracted(
     kind: str, target: str, lora: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """With N = MERGED − BASE − Δ, the rounding, the best fit of the rank of Δ leaves no more than Δ itself does, so
-    ‖B A − Δ‖ ≤ 2 ‖N‖ ≤ 2 u ‖MERGED‖; and BASE + B A is within u ‖MERGED‖ of MERGED."""
+    """N = MERGED − BASE − Δ is the rounding of the merge. The best fit of the rank of Δ is at least as close to Δ + N as Δ is,
+    so ‖B A − Δ‖ ≤ 2 ‖N‖ ≤ 2 u ‖MERGED‖, and BASE + B A is within u ‖MERGED‖ of MERGED."""
     base: Path = request.getfixturevalue(kind)
     merged = stock.merged(tmp_path / "merged", base, lora, target)
     found = extract(str(merged), str(base), tmp_path / "out", rank=4, device="cpu")
@@ -134,8 +134,8 @@ def test_merged_lora_comes_back(
     assert distance(model, tmp_path / "out", stock.float_model(merged)) < bound < alone / 5
 
 
-def test_ranks_past_that_of_the_delta_are_not_taken(float32: Path, lora: Path, tmp_path: Path) -> None:
-    """Float32 rounding of the merge is no direction of the delta."""
+def test_no_rank_above_that_of_the_delta_is_used(float32: Path, lora: Path, tmp_path: Path) -> None:
+    """Float32 rounding of the merge adds no direction."""
     merged = stock.merged(tmp_path / "merged", float32, lora, "fp32")
     found = extract(str(merged), str(float32), tmp_path / "out", rank=32)
     assert {fit.rank for fit in found.fits} == {4}
@@ -143,7 +143,7 @@ def test_ranks_past_that_of_the_delta_are_not_taken(float32: Path, lora: Path, t
 
 
 def test_gpt2(tmp_path: Path) -> None:
-    """Dense Conv1D lies as [I, O]; lora_A is [R, I] all the same. Names in BASE may lack ``transformer.``, as on the Hub."""
+    """A dense Conv1D is stored as [I, O]; lora_A is [R, I] as always. Names in BASE may lack ``transformer.``, as on the Hub."""
     base = models.save(models.gpt2(), tmp_path / "base")
     layers = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
     lora = models.adapter(models.gpt2(), tmp_path / "lora", **layers)
@@ -164,7 +164,7 @@ def rename(tensors: dict[str, Tensor], prefix: str) -> None:
 
 
 def test_gpt2_in_nf4(tmp_path: Path) -> None:
-    """Quantized Conv1D lies as [O, I], and the merged dense one as [I, O]; bitsandbytes makes it a plain linear layer."""
+    """A quantized Conv1D is stored as [O, I], the merged dense one as [I, O]; bitsandbytes makes it a linear layer."""
     dense = models.save(models.gpt2(), tmp_path / "dense")
     base = models.quantize(dense, tmp_path / "base", torch.float32, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     lora = models.adapter(models.gpt2(), tmp_path / "lora", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
@@ -176,7 +176,7 @@ def test_gpt2_in_nf4(tmp_path: Path) -> None:
 
 
 def test_quantized_on_both_sides(nf4: Path, tmp_path: Path) -> None:
-    """MERGED − BASE is then what survived, rounding noise and all: it has full rank, which is said."""
+    """MERGED − BASE contains the rounding noise, which has full rank: a warning."""
     lora = stock.fresh_adapter(tmp_path / "lora", size=0.001)
     merged = stock.merged(tmp_path / "merged", nf4, lora, "nf4", rounding="stochastic")
     found = extract(str(merged), str(nf4), tmp_path / "out", rank=4)
@@ -186,14 +186,14 @@ def test_quantized_on_both_sides(nf4: Path, tmp_path: Path) -> None:
     assert any("rank 4 keeps only" in line for line in found.warnings)
 
 
-def test_another_format_is_said(dense: Path, nf4: Path, tmp_path: Path) -> None:
+def test_warning_about_another_format(dense: Path, nf4: Path, tmp_path: Path) -> None:
     found = extract(str(nf4), str(dense), tmp_path / "out", rank=4)
     assert any("the difference also contains the rounding error of nf4" in line for line in found.warnings)
 
 
 @pytest.mark.parametrize("kind", ["gptq-act-order", "awq", "fp8", "ct-int4-asym", "hqq"])
 def test_other_formats(kind: str, tmp_path: Path) -> None:
-    """BASE as its own library wrote it; values are those that the library reads."""
+    """BASE is written by the format's own library; the expected values are those that the library reads."""
     pytest.importorskip(bases.needs(kind))
     base = bases.make(kind, tmp_path / "base")
     lora = models.adapter(models.llama(torch.float32, **bases.LLAMA), tmp_path / "lora", size=0.002)
@@ -205,7 +205,7 @@ def test_other_formats(kind: str, tmp_path: Path) -> None:
         assert stock.distance(delta_OI, theirs[name] - ours[name]) < 1e-5
 
 
-# --- what a rank keeps -----------------------------------------------------------------------------------------------
+# --- rank and kept share ---------------------------------------------------------------------------------------------
 
 
 def exact(merged: Path, base: Path) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ def exact(merged: Path, base: Path) -> dict[str, Tensor]:
     return {name: torch.linalg.svdvals((theirs[name] - ours[name]).double()).square() for name in linear}
 
 
-def test_a_lower_rank_keeps_what_the_singular_values_say(float32: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_lower_rank_keeps_the_share_of_its_singular_values(float32: Path, lora: Path, tmp_path: Path) -> None:
     merged = stock.merged(tmp_path / "merged", float32, lora, "fp32")
     found, squares = extract(str(merged), str(float32), tmp_path / "out", rank=2), exact(merged, float32)
     assert found.fits and found.fits[0].rank == 2
@@ -230,9 +230,7 @@ def test_a_lower_rank_keeps_what_the_singular_values_say(float32: Path, lora: Pa
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.95, 1.0])
-def test_energy_takes_the_smallest_rank_that_keeps_it(
-    energy: float, float32: Path, tuned: Path, tmp_path: Path
-) -> None:
+def test_energy_uses_the_smallest_sufficient_rank(energy: float, float32: Path, tuned: Path, tmp_path: Path) -> None:
     found, squares = extract(str(tuned), str(float32), tmp_path / "out", energy=energy), exact(tuned, float32)
     ranks, pattern = {fit.module: fit.rank for fit in found.fits}, config(tmp_path / "out")["rank_pattern"]
     for fit in found.fits:
@@ -241,10 +239,10 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(
     usual = config(tmp_path / "out")["r"]
     assert {name: pattern.get(name, usual) for name in ranks} == ranks
     assert config(tmp_path / "out")["alpha_pattern"] == pattern, "the scale is 1 everywhere"
-    beside(stock.float_model(float32), tmp_path / "out")
+    unmerged(stock.float_model(float32), tmp_path / "out")
 
 
-def test_rank_for_90_percent_is_that_of_all_weights_together(float32: Path, tuned: Path, tmp_path: Path) -> None:
+def test_rank_for_90_percent_of_all_weights_together(float32: Path, tuned: Path, tmp_path: Path) -> None:
     found, squares = extract(str(tuned), str(float32), tmp_path / "out", rank=4), exact(tuned, float32)
     total = sum(float(s.sum()) for s in squares.values())
     shares = [sum(float(s[:rank].sum()) for s in squares.values()) / total for rank in range(1, 65)]
@@ -259,13 +257,13 @@ def test_rank_for_90_percent_is_that_of_all_weights_together(float32: Path, tune
 
 @pytest.fixture(scope="module")
 def noise_OI() -> Tensor:
-    """No structure at all: the hardest case for a randomised method."""
+    """Noise without structure: the hardest case for a randomised method."""
     return torch.randn(1400, 1200, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)], ids=str)
-def test_exact_is_exact(shape: tuple[int, int]) -> None:
-    """Against LAPACK in float64, down to singular values of a millionth of the largest."""
+def test_exact_decomposition(shape: tuple[int, int]) -> None:
+    """Compared with LAPACK in float64, down to singular values of a millionth of the largest."""
     generator = torch.Generator().manual_seed(1)
     u_OK, v_IK = (torch.linalg.qr(torch.randn(n, 60, generator=generator, dtype=torch.float64)).Q for n in shape)
     delta_OI = (u_OK * torch.logspace(0, -6, 60, dtype=torch.float64) @ v_IK.T).float()
@@ -289,7 +287,7 @@ def test_randomised_is_as_good_as_exact(rank: int, noise_OI: Tensor) -> None:
     assert best * (1 - 1e-6) <= left <= best * 1.001
 
 
-def test_control_without_power_iterations_it_is_not(noise_OI: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_without_power_iterations_it_is_worse(noise_OI: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompose, "POWER_ITERATIONS", 0)
     A_RI, B_OR = lora_factors(decompose.decompose(noise_OI, 64), 64)
     best = float(torch.linalg.svdvals(noise_OI.double())[64:].square().sum().sqrt())
@@ -306,7 +304,7 @@ def test_randomised_finds_a_low_rank_to_float32_precision() -> None:
 
 
 def test_large_matrices_end_to_end(float32: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same result where the randomised method does it, and a lower bound where the spectrum is not known."""
+    """The randomised method gives the same result; a rank beyond the computed singular values is a lower bound."""
     squares = exact(tuned, float32)
     monkeypatch.setattr(decompose, "EXACT_SIDE", 8)
     monkeypatch.setattr(decompose, "OVERSAMPLING", 8)
@@ -324,10 +322,10 @@ def test_large_matrices_end_to_end(float32: Path, tuned: Path, tmp_path: Path, m
         assert squares[fit.name][: fit.rank].sum() >= 0.5 * squares[fit.name].sum() * (1 - 1e-5)
 
 
-# --- what is no linear layer -----------------------------------------------------------------------------------------
+# --- outside linear layers -------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_linear_layer_is_said_and_left_out(float32: Path, tuned: Path, tmp_path: Path) -> None:
+def test_differences_outside_linear_layers_are_named_and_left_out(float32: Path, tuned: Path, tmp_path: Path) -> None:
     found = extract(str(tuned), str(float32), tmp_path / "out", rank=4)
     assert {other.name for other in found.others} == {
         "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
@@ -339,7 +337,7 @@ def test_what_is_no_linear_layer_is_said_and_left_out(float32: Path, tuned: Path
     assert all("lora_" in name for name in load_file(tmp_path / "out" / ADAPTER))
 
 
-def test_saved_modules_make_it_whole(float32: Path, tuned: Path, tmp_path: Path) -> None:
+def test_saved_modules_complete_the_adapter(float32: Path, tuned: Path, tmp_path: Path) -> None:
     found = extract(str(tuned), str(float32), tmp_path / "out", energy=1.0, save_modules=True)
     assert all(other.saved == "modules_to_save" for other in found.others) and len(found.others) == 7
     assert distance(stock.float_model(float32), tmp_path / "out", stock.float_model(tuned)) < DEPTH * 2.0**-18
@@ -347,7 +345,7 @@ def test_saved_modules_make_it_whole(float32: Path, tuned: Path, tmp_path: Path)
     assert lost.others and distance(stock.float_model(float32), tmp_path / "lost", stock.float_model(tuned)) > 0.01
 
 
-def test_saved_modules_beside_a_quantized_base(nf4: Path, lora: Path, tmp_path: Path) -> None:
+def test_saved_modules_with_a_quantized_base(nf4: Path, lora: Path, tmp_path: Path) -> None:
     """The norms keep the dtype that they have in MERGED."""
     merged = stock.merged(tmp_path / "merged", nf4, lora, "fp32")
     tuned = changed(merged, tmp_path / "tuned", nudged("norm", "embed", "lm_head", size=0.1))
@@ -360,7 +358,7 @@ def test_saved_modules_beside_a_quantized_base(nf4: Path, lora: Path, tmp_path: 
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_tied_embedding(copy: bool, tmp_path: Path) -> None:
-    """Stored once, and tied again by peft; a tied copy in the file is not a weight of its own."""
+    """Stored once, and tied again by peft; a copy of the tied weight in the file is ignored."""
     base = models.save(models.llama(torch.float32, tie_word_embeddings=True), tmp_path / "base")
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -380,7 +378,7 @@ def tied(folder: Path) -> PreTrainedModel:
 
 
 def test_biases_of_linear_layers(tmp_path: Path) -> None:
-    """peft has a place for them beside the LoRA. One layer changes in its bias alone."""
+    """peft stores them as ``lora_bias``. In one layer only the bias changes."""
     base = models.save(models.gpt2(), tmp_path / "base")
     merged = changed(base, tmp_path / "merged", nudged("c_attn", "h.1.mlp.c_fc.bias", "ln_f"))
     lost = extract(str(merged), str(base), tmp_path / "lost", energy=1.0)
@@ -395,7 +393,7 @@ def test_biases_of_linear_layers(tmp_path: Path) -> None:
 
 
 def test_biases_where_not_every_layer_has_one(tmp_path: Path) -> None:
-    """peft warns that it could not merge; the model beside it is right."""
+    """peft warns that it cannot merge the adapter; unmerged, the model is right."""
     torch.manual_seed(0)
     base = models.save(Qwen2ForCausalLM(Qwen2Config(**models.LLAMA)).float().eval(), tmp_path / "base")
     merged = changed(base, tmp_path / "merged", nudged("proj"))
@@ -408,18 +406,18 @@ def test_biases_where_not_every_layer_has_one(tmp_path: Path) -> None:
     assert stock.distance(models.logits(model), whole) < DEPTH * 2.0**-18
 
 
-def test_a_layer_that_is_the_same_gets_no_lora(float32: Path, tmp_path: Path) -> None:
-    """Names are then whole where their ends would mean more layers."""
+def test_an_equal_layer_gets_no_lora(float32: Path, tmp_path: Path) -> None:
+    """target_modules has whole names where the last parts would match more layers."""
     merged = changed(float32, tmp_path / "merged", nudged("layers.0.self_attn.q_proj", "v_proj"))
     found = extract(str(merged), str(float32), tmp_path / "out", rank=4)
     wanted = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
     assert config(tmp_path / "out")["target_modules"] == wanted and found.identical == 11
-    model = beside(stock.float_model(float32), tmp_path / "out")
+    model = unmerged(stock.float_model(float32), tmp_path / "out")
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 3
 
 
 def test_unknown_architecture(float32: Path, tmp_path: Path) -> None:
-    """Told from names and shapes."""
+    """Linear layers are guessed from names and shapes."""
     merged = changed(float32, tmp_path / "merged", nudged())
     base = shutil.copytree(float32, tmp_path / "base")
     for folder in (base, merged):
@@ -429,11 +427,11 @@ def test_unknown_architecture(float32: Path, tmp_path: Path) -> None:
     assert config(tmp_path / "out")["target_modules"] == sorted(models.LINEAR)
 
 
-# --- what is refused, and what is said -------------------------------------------------------------------------------
+# --- errors and warnings ---------------------------------------------------------------------------------------------
 
 
 def spoiled(kind: str, float32: Path, tmp_path: Path) -> Path:
-    """A MERGED that cannot be one."""
+    """A MERGED that must be refused."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         q = "model.layers.0.self_attn.q_proj.weight"
@@ -484,7 +482,7 @@ def test_refused(kind: str, error: type[QmergeError], words: str, float32: Path,
 
 
 def test_a_weight_that_only_merged_has_is_refused(float32: Path, tmp_path: Path) -> None:
-    """By the names of the loaded model: what is none of its parameters (an old mask) is no weight."""
+    """By the names of the loaded model; a tensor that is not one of its parameters (an old mask) is ignored."""
     merged = changed(float32, tmp_path / "merged", nudged("q_proj"))
     mask = changed(merged, tmp_path / "mask", lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(8)}))
     assert extract(str(mask), str(float32), tmp_path / "out", rank=4).fits
@@ -495,8 +493,8 @@ def test_a_weight_that_only_merged_has_is_refused(float32: Path, tmp_path: Path)
         extract(str(deeper), str(float32), tmp_path / "no", rank=4)
 
 
-def test_another_base_is_said(float32: Path, tmp_path: Path) -> None:
-    """The control: two models of one architecture that have nothing to do with each other."""
+def test_warning_about_another_base(float32: Path, tmp_path: Path) -> None:
+    """Two unrelated models of one architecture."""
     other = models.save(models.llama(torch.float32, seed=9), tmp_path / "other")
     found = extract(str(other), str(float32), tmp_path / "out", rank=4)
     assert found.to_json()["total"]["relative_size"] == pytest.approx(math.sqrt(2), rel=0.05)
@@ -504,7 +502,7 @@ def test_another_base_is_said(float32: Path, tmp_path: Path) -> None:
     assert any("keep MERGED" in line for line in found.warnings)
 
 
-def test_config_that_differs_is_said(float32: Path, tuned: Path, tmp_path: Path) -> None:
+def test_warning_about_another_config(float32: Path, tuned: Path, tmp_path: Path) -> None:
     merged = shutil.copytree(tuned, tmp_path / "merged")
     models.edit_json(merged / "config.json", rms_norm_eps=1e-3)
     found = extract(str(merged), str(float32), tmp_path / "out", rank=4)
@@ -535,10 +533,10 @@ def test_out_must_be_new_or_empty(float32: Path, tuned: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "kind", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["stop", "full"]
 )
-def test_nothing_half_written_stays(
+def test_an_interruption_leaves_nothing_behind(
     when: str, kind: BaseException, float32: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever happens, and whenever: no file, and no folder that was not there before."""
+    """At every stage: no file and no new folder."""
 
     def fail(*_: object, **__: object) -> None:
         raise kind
@@ -565,7 +563,7 @@ def within_room(folder: Path, fail: Callable[[], None]) -> None:
 
 
 def test_one_weight_at_a_time(float32: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block of a large weight is larger than was asked for, but for the delta of the one that is worked on."""
+    """Weights are read in blocks of at most BLOCK_ENTRIES values; only the delta of one weight is in memory as a whole."""
     largest = 0
     real = Reader.elements
 
@@ -611,7 +609,7 @@ def test_command_refuses(arguments: tuple[Any, ...], code: int, cli: Cli, float3
 
 
 def test_the_adapter_can_be_merged_again(cli: Cli, float32: Path, lora: Path, tmp_path: Path) -> None:
-    """There and back: qmerge reads what it extracted, and makes the same model of it."""
+    """qmerge merges the extracted adapter into the same model again."""
     merged = stock.merged(tmp_path / "merged", float32, lora, "fp32")
     assert cli("extract", merged, float32, "--rank", 4, "--out", tmp_path / "out", "--quiet").code == 0
     again = stock.merged(tmp_path / "again", float32, tmp_path / "out", "fp32")
@@ -621,8 +619,8 @@ def test_the_adapter_can_be_merged_again(cli: Cli, float32: Path, lora: Path, tm
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "tied"])
-def test_what_is_stored_beside_the_loras_can_be_merged_again(kind: str, tmp_path: Path) -> None:
-    """``lora_bias``, and ``modules_to_save``, by which a tied embedding has two names in the adapter."""
+def test_other_stored_differences_can_be_merged_again(kind: str, tmp_path: Path) -> None:
+    """``lora_bias`` and ``modules_to_save``, with a tied embedding under both of its names."""
     model = models.gpt2() if kind == "gpt2" else models.llama(torch.float32, tie_word_embeddings=True)
     base = models.save(model, tmp_path / "base")
     merged = changed(base, tmp_path / "merged", nudged())
@@ -634,6 +632,6 @@ def test_what_is_stored_beside_the_loras_can_be_merged_again(kind: str, tmp_path
     assert max(stock.distance(again[name], values) for name, values in theirs.items()) < 1e-6
 
 
-def test_described_is_plain(float32: Path, tuned: Path, tmp_path: Path) -> None:
+def test_to_json_is_json(float32: Path, tuned: Path, tmp_path: Path) -> None:
     found: Extraction = extract(str(tuned), str(float32), tmp_path / "out", rank=4)
     assert json.loads(json.dumps(found.to_json())) == found.to_json()

@@ -1,4 +1,4 @@
-"""GGUF export, against transformers' GGUF loader, the gguf package, and llama.cpp itself where xllamacpp is installed."""
+"""GGUF export, compared with transformers' GGUF loader and the gguf package."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 
 def make(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A random model of some architecture, with no weight at its usual start, and the demo model's tokenizer."""
+    """A random model of this architecture, norms included, with the tokenizer of the demo model."""
     config, more = KINDS[kind]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(**{**SMALL, **more, **changes}))
@@ -69,9 +69,9 @@ def make(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, 
 
 
 def logits(folder: Path, file: Path | None = None) -> torch.Tensor:
-    """float32 [2, 20, V], of a folder or of a GGUF file, by transformers."""
-    place = {"gguf_file": file.name} if file else {}
-    model = AutoModelForCausalLM.from_pretrained(file.parent if file else folder, dtype=torch.float32, **place).eval()
+    """float32 [2, 20, V]: logits of a folder or of a GGUF file, by transformers."""
+    source, settings = (file.parent, {"gguf_file": file.name}) if file else (folder, {})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **settings).eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(40).view(2, 20) * 7).logits
 
@@ -108,7 +108,7 @@ def test_transformers_computes_the_same_from_the_file(kind: str, tmp_path: Path)
         ("gemma3", {"norm_shift": 0.0}),
     ],
 )
-def test_another_rule_would_be_seen(
+def test_control_another_rule_changes_the_logits(
     kind: str, wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make(tmp_path / "model", kind)
@@ -143,7 +143,7 @@ def test_bytes_are_those_of_the_gguf_package(type: str, dtype: torch.dtype, tmp_
 
 
 def test_q8_0_is_within_its_bound_and_computes_as_its_values(tmp_path: Path) -> None:
-    """Half a step, and the float16 scale's relative error of 2^-11 on up to 127 steps; no less would do."""
+    """The bound is half a step, and the relative error of the float16 scale, 2^-11, on up to 127 steps. It is tight."""
     folder = make(tmp_path / "model")
     file = export(folder, tmp_path / "model.gguf", "q8_0").file
     source, rounded, worst = load_file(folder / "model.safetensors"), {}, 0.0
@@ -163,7 +163,7 @@ def test_q8_0_is_within_its_bound_and_computes_as_its_values(tmp_path: Path) -> 
     assert distance(exact, logits(folder, file)) > 1e-3
 
 
-def test_a_row_that_is_no_multiple_of_32_becomes_f16_and_is_named(tmp_path: Path) -> None:
+def test_rows_that_are_not_whole_blocks_become_f16_with_a_note(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", intermediate_size=72)
     written = export(folder, tmp_path / "model.gguf", "q8_0")
     assert (written.tensors["f16"], written.tensors["q8_0"]) == (2, 14)
@@ -233,7 +233,7 @@ def test_other_scalings_are_keys(rope: dict[str, Any], tmp_path: Path) -> None:
     assert scaling == original
 
 
-def test_a_sliding_window_that_llama_cpp_lacks_is_said(tmp_path: Path) -> None:
+def test_note_about_a_sliding_window_that_llama_cpp_lacks(tmp_path: Path) -> None:
     written = export(make(tmp_path / "model", "mistral", sliding_window=32), tmp_path / "m.gguf", "f16")
     assert "past 32 tokens" in written.notes[0]
 
@@ -254,8 +254,8 @@ def test_the_demo_model_by_the_command(demo: Path, cli: Cli, tmp_path: Path) -> 
     before, file = snapshot(demo), tmp_path / "demo.gguf"
     ran = cli("gguf", demo, "--out", file, "--type", "f32", "--json")
     assert (ran.code, ran.err) == (0, "")
-    told = json.loads(ran.out)
-    assert told["tokenizer"] == "gpt2, smollm, 768 tokens" and told["nbytes"] == file.stat().st_size
+    printed = json.loads(ran.out)
+    assert printed["tokenizer"] == "gpt2, smollm, 768 tokens" and printed["nbytes"] == file.stat().st_size
     assert snapshot(demo) == before and sorted(tmp_path.iterdir()) == [file]
     assert distance(logits(demo), logits(demo, file)) <= 1e-5
     text = (DEMO / "heldout.txt").read_text()
@@ -266,7 +266,7 @@ def test_the_demo_model_by_the_command(demo: Path, cli: Cli, tmp_path: Path) -> 
     assert cli("gguf", demo, "--out", file, "--type", "f32").code == 2
 
 
-# --- what is refused, and what is left behind ------------------------------------------------------------------------
+# --- errors, and files that are left behind --------------------------------------------------------------------------
 
 
 def no_file(name: str) -> Callable[[Path], None]:
@@ -315,7 +315,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[QmergeError], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), REFUSED, ids=[message[:30] for _, _, message in REFUSED])
-def test_refused_without_a_trace(
+def test_refused_models_leave_no_file(
     spoil: Callable[[Path], object], error: type[QmergeError], message: str, tmp_path: Path
 ) -> None:
     folder, out = make(tmp_path / "model"), tmp_path / "out"
@@ -326,16 +326,16 @@ def test_refused_without_a_trace(
     assert not list(out.iterdir())
 
 
-def test_requests_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model")
-    (tmp_path / "there.gguf").write_text("mine")
+    (tmp_path / "taken.gguf").write_text("mine")
     for out, type, message in [
         (tmp_path / "a.gguf", "q4_k_m", "expected one of f16, bf16, f32, q8_0"), (tmp_path, "f16", "is a folder"),
-        (tmp_path / "there.gguf", "f16", "exists: delete it"), (tmp_path / "no/a.gguf", "f16", "does not exist; make it first"),
+        (tmp_path / "taken.gguf", "f16", "exists: delete it"), (tmp_path / "no/a.gguf", "f16", "does not exist; make it first"),
     ]:  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             export(folder, out, type)
-    assert (tmp_path / "there.gguf").read_text() == "mine"
+    assert (tmp_path / "taken.gguf").read_text() == "mine"
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RecipeError, match=r'pip install "qmerge\[gguf\]"'):
         export(folder, tmp_path / "a.gguf", "f16")
@@ -349,21 +349,22 @@ def test_requests_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (OSError(errno.EROFS, "Read-only file system"), RecipeError),
     ],
 )
-def test_nothing_is_left_of_an_unfinished_file(
+def test_an_interruption_leaves_nothing_behind(
     raised: BaseException, seen: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = make(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
     (out / "model.gguf.partial").write_text("of a run that was killed")
-    write, there = export_module.write_tensor, []
+    write = export_module.write_tensor
+    names_meanwhile: list[str] = []
 
     def stop(package: Any, tensor: Any, *rest: Any) -> None:
         if tensor.name == "blk.1.ffn_up.weight":
-            there.extend(path.name for path in out.iterdir())
+            names_meanwhile.extend(path.name for path in out.iterdir())
             raise raised
         write(package, tensor, *rest)
 
     monkeypatch.setattr(export_module, "write_tensor", stop)
     with pytest.raises(seen):
         export(folder, out / "model.gguf", "f16")
-    assert there == ["model.gguf.partial"] and not list(out.iterdir())
+    assert names_meanwhile == ["model.gguf.partial"] and not list(out.iterdir())

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF: text becomes the same ids with transformers' GGUF loader, and with llama.cpp where it is there."""
+"""Tokenizers in GGUF: the same ids with transformers' GGUF loader, and with llama.cpp where xllamacpp is installed."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def byte_level(folder: Path, pre: str) -> Tokenizer:
 
 
 def sentencepiece(folder: Path, by_id: bool = False) -> Tokenizer:
-    """A tokenizer as transformers makes it from a SentencePiece model; ``by_id``: merges by the ids of what they make, as
-    transformers 5 does, else by score, where runs of spaces have one score, the lowest (Llama 2, Mistral)."""
+    """A tokenizer as transformers makes it from a SentencePiece model. ``by_id``: merges in the order of the ids that they make,
+    as in transformers 5; else by score, where all runs of spaces have the lowest one (Llama 2, Mistral)."""
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
     trainer = trainers.BpeTrainer(vocab_size=480, show_progress=False)
@@ -125,14 +125,14 @@ def test_byte_level_ids_are_the_same(pre: str, tmp_path: Path) -> None:
     assert ids_from(export(folder, tmp_path / "other.gguf", "q8_0", pre=other).file) != expected
 
 
-def test_the_ways_of_splitting_are_those_of_transformers() -> None:
+def test_the_patterns_are_those_of_transformers() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as THEIRS
 
     for name, ours in {"llama-bpe": patterns.LLAMA3, "qwen2": patterns.QWEN2, "tekken": patterns.TEKKEN}.items():
         assert THEIRS[name] == ours
 
 
-def test_what_is_not_known_needs_a_name(tmp_path: Path) -> None:
+def test_an_unknown_pre_tokenizer_needs_a_name(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     for change in ("Lowercase", "NFKC"):
         models.edit_json(folder / "tokenizer.json", normalizer={"type": change})
@@ -163,7 +163,7 @@ def test_special_tokens_types_template_and_padding(tmp_path: Path) -> None:
     assert len(tokens) == SIZE and "<|tool|> strips the spaces" in written.notes[0]
 
 
-def test_a_token_before_the_text_that_is_not_the_first_token_is_refused(tmp_path: Path) -> None:
+def test_a_token_before_the_text_must_be_the_bos_token(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     tokenizer = byte_level(folder, "llama-bpe")
     assert fields(export(folder, tmp_path / "a.gguf", "q8_0").file)["tokenizer.ggml.add_bos_token"] is True
@@ -192,7 +192,7 @@ def test_sentencepiece_ids_are_the_same(tmp_path: Path) -> None:
     assert len({tuple(ids) for ids in plain}) > 50
 
 
-def test_scores_are_places_and_runs_of_spaces_share_one(tmp_path: Path) -> None:
+def test_scores_are_positions_and_runs_of_spaces_share_one(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     sentencepiece(folder)
     found = fields(export(folder, tmp_path / "model.gguf", "q8_0").file)
@@ -204,7 +204,7 @@ def test_scores_are_places_and_runs_of_spaces_share_one(tmp_path: Path) -> None:
     assert scores["<s>"] == -1000 and scores["<0x0A>"] == 0
 
 
-def test_merges_that_no_scores_express_are_refused(tmp_path: Path) -> None:
+def test_merges_without_scores_that_give_the_same_are_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     sentencepiece(folder, by_id=True)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -249,7 +249,7 @@ needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="lla
 
 
 def llama_cpp(file: Path, ids: list[int], texts: list[str]) -> tuple[dict[int, float], list[list[int]]]:
-    """Log probabilities of the ten likeliest tokens after ``ids``, and the ids of texts."""
+    """Log probabilities of the ten most likely tokens after ``ids``, and the ids of texts."""
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, "-c", LLAMA_CPP, str(file), port]
     done = subprocess.run(command, input=json.dumps([ids, texts]), capture_output=True, text=True, timeout=120)
@@ -269,7 +269,7 @@ def llama_cpp(file: Path, ids: list[int], texts: list[str]) -> tuple[dict[int, f
     ids=["llama", "llama3", "linear", "yarn", "qwen3", "gemma2", "gemma3"],
 )  # fmt: skip
 def test_llama_cpp_computes_the_same(kind: str, changes: dict[str, Any], within: float, tmp_path: Path) -> None:
-    """Gemma's activation is looked up in a table of float16 there."""
+    """llama.cpp reads Gemma's activation from a float16 table, so the bound is wider."""
     folder = make(tmp_path / "model", kind, **changes)
     ids = (torch.arange(100) * 7 % 760 + 2).tolist()
     with torch.no_grad():
