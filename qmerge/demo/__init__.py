@@ -34,9 +34,8 @@ def run_demo(keep: Path | None) -> None:
     """
     with as_file(files("qmerge.demo")) as demo, _output_folder(keep) as folder:
         inputs = {"base": str(demo / "base-nf4"), "adapter": str(demo / "adapter"), "target": "nf4"}
-        typer.echo(
-            "A small Llama in NF4, and a QLoRA adapter trained on it. What a merge with nearest rounding keeps:\n"
-        )
+        typer.echo("A small Llama in NF4, and a QLoRA adapter that was trained on it.")
+        typer.echo("What merges with nearest rounding keep:\n")
         nearest = make_recipe({**inputs, "rounding": "nearest"})
         stdout().print(measured_table(run.measure(nearest, TARGETS, TerminalProgress(quiet=True))))
         fidelity_of_rounding = {}

@@ -23,6 +23,7 @@ from qmerge.formats import get_format
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import ReportData, read_report
+from qmerge.wording import counted
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def check_hashes(folder: Path, report: ReportData) -> str:
             raise CheckpointError(
                 f"{record.file} has changed since it was written: its size or SHA-256 differs from qmerge.json"
             )
-    return f"{len(report.outputs)} files as written"
+    return f"{counted(len(report.outputs), 'file')} as written"
 
 
 def check_headers(folder: Path) -> str:
@@ -114,7 +115,7 @@ def check_headers(folder: Path) -> str:
             raise CheckpointError(f"{file.name}: the safetensors library sees other tensors than its header lists")
         count += len(library_names)
     formats = ", ".join(f"{weights} {name}" for name, weights in checkpoint.formats().items())
-    return f"{count} tensors in {len(checkpoint.files)} files, {formats}"
+    return f"{count} tensors in {counted(len(checkpoint.files), 'file')}, {formats}"
 
 
 def _tensor_names(checkpoint: Checkpoint, file: Path) -> set[str]:

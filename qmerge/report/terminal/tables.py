@@ -9,13 +9,18 @@ from qmerge.report.terminal.console import NotedTable, make_table, printable, sa
 from qmerge.schema import FidelityRecord, GroupRecord, PairRecord, ReportData, overall_kept
 from qmerge.wording import DASH, decimal_or_dash, fixed_or_dash, percent, percent_or_dash, size_text
 
+BITS_NOTE = ("bits", "per weight, scales included")
 DELTA_NOTE = ("delta", "size of the change, relative to the weights")
+KEPT_NOTE = ("kept", "share of the delta that is in the stored weights")
+NOISE_NOTE = ("noise", "rounding error of the weights; 1 is as large as the delta")
 CODES_NOTE = ("codes", "share of the stored numbers that changed")
+GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
+KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
 
 
 def survival_table(report: ReportData) -> NotedTable:
     """What survived, by kind of module. With calibration, what survived in the layers' outputs is shown as well."""
-    outputs_seen = report.total.values["output_kept"] is not None
+    outputs_seen = report.outputs_measured
     predicted = _predicted_name(report.rounding)
     measured = ("kept", "output kept", "output noise") if outputs_seen else ("kept", "worst rank", "noise")
     title = f"What survived in {report.recipe['target']} ({report.rounding})"
@@ -51,7 +56,7 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
     notes = [
         DELTA_NOTE,
         (predicted, "share of the delta that nearest rounding keeps, by a formula"),
-        ("kept", "share of the delta that is in the stored weights"),
+        KEPT_NOTE,
     ]
     if outputs_seen:
         notes += [
@@ -61,7 +66,7 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
     else:
         notes += [
             ("worst rank", "share kept of that rank of the delta which lost most"),
-            ("noise", "rounding error of the weights; 1 is as large as the delta"),
+            NOISE_NOTE,
         ]
     return [*notes, CODES_NOTE]
 
@@ -77,12 +82,15 @@ def measured_table(reports: Sequence[ReportData]) -> NotedTable:
         if judged:
             cells += _fidelity_cells(report.fidelity)
         table.add_row(report.recipe["target"], *cells, report.rounding)
-    notes = [
-        ("bits", "per weight, scales included"),
-        ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
-        ("", "where rounding was calibrated (preserve); else in the weights"),
-        ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta"),
-    ]
+    notes = [BITS_NOTE]
+    if any(report.outputs_measured for report in reports):
+        notes += [
+            ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
+            ("", "where rounding was calibrated (preserve); else in the weights"),
+            ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta"),
+        ]
+    else:
+        notes += [KEPT_NOTE, NOISE_NOTE]
     if judged:
         notes += [GAIN_NOTE, KL_NOTE]
     return with_notes(table, notes, loader_lines([report.recipe["target"] for report in reports]))
@@ -103,10 +111,6 @@ def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
     if fidelity is None:
         return [DASH, DASH]
     return [decimal_or_dash(fidelity.gain_kept), fixed_or_dash(fidelity.kl_ratio, 4)]
-
-
-GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
-KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
 
 
 def fidelity_table(record: FidelityRecord) -> NotedTable:
