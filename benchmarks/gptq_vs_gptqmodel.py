@@ -3,10 +3,10 @@
     GPTQMODEL_CPU_WORKERS=2 python benchmarks/gptq_vs_gptqmodel.py [--base DIR] [--adapter DIR] [--calibration FILE]
         [--text FILE] [--bits 4] [--group-size 64] [--asym] [--act-order] [--length 128] [--tokens 16384]
 
-Compares a merge by qmerge into GPTQ with what a user does without it: merge into 16 bits, then quantize with gptqmodel.
+Compares a merge by qmerge into GPTQ with the way without it: merge into 16 bits, then quantize with gptqmodel.
 ``qmerge.fidelity`` judges both against the unmerged adapter model, on held-out text; it reads GPTQ bit for bit as gptqmodel
 does (tests/parity/test_gptq.py). Seconds per layer are the time of the whole run, divided by the number of decoder layers:
-both run the model, collect inputs and round; qmerge also measures what survived. Needs gptqmodel, and some minutes.
+both run the model, collect inputs and round; qmerge also measures survival. Needs gptqmodel, and some minutes.
 """
 
 from __future__ import annotations

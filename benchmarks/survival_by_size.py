@@ -71,7 +71,7 @@ def measure(folder: Path, factor: float, rounding: str) -> Point:
 
 
 def measure_all(factors: list[float]) -> dict[str, list[Point]]:
-    """Every rounding with every factor; prints the table meanwhile."""
+    """Every rounding with every factor; also prints the table."""
     points: dict[str, list[Point]] = {rounding: [] for rounding in LEGEND}
     print(f"| delta | {' | '.join(LEGEND)} |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -220,7 +220,7 @@ def rank_for_all(fits: Sequence[LoraFit], energy: float) -> tuple[int, bool]:
     """
     wanted = energy * SquareSums.of(fits).delta
     cumulated = [fit.singular_squares.cumsum(0).tolist() for fit in fits]
-    # What is kept grows with the rank, so the smallest sufficient rank is found by bisection.
+    # A higher rank keeps more, so bisection finds the smallest sufficient rank.
     low = 1
     high = max(min(fit.shape) for fit in fits)
     while low < high:

@@ -1,4 +1,4 @@
-"""An extraction on the terminal: a table by kind of module, and what else was stored."""
+"""An extraction on the terminal: a table by kind of module, and the other stored weights."""
 
 from __future__ import annotations
 

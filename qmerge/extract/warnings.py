@@ -21,14 +21,14 @@ MAY_DIFFER = (
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version",
     "use_cache", "unsloth_version", "unsloth_fixed",
 )  # fmt: skip
-"""Keys of config.json that do not change what a model computes, or that an adapter's base has for itself."""
+"""Keys of config.json that may differ: they do not change the results of a model, or are about how it is stored."""
 
 MOST_NAMES = 5
 """Names in a warning; further ones are counted."""
 
 
 def result_warnings(result: Extraction, save_modules: bool) -> Iterator[str]:
-    """Warnings about what was extracted, the worst first."""
+    """Warnings about the LoRAs and the lost differences, the worst first."""
     total = FitStatistics.of(result.fits)
     if total.relative_size is None:
         yield unrelated_warning("all")

@@ -15,7 +15,7 @@ from qmerge.errors import CheckpointError
 from qmerge.gguf.hyperparameters import head_size, rope_parameters
 
 OTHER_WAY = "use --target bf16, then llama.cpp's convert_hf_to_gguf.py on that folder"
-"""What to do with a model that cannot be exported."""
+"""The advice for a model that cannot be exported."""
 
 LONGEST_VALUE = 60
 """Characters of a setting in an error message: a list of layer types has hundreds."""

@@ -169,7 +169,7 @@ def _huffman(data: bytes) -> bytes:
 
 
 def _inflate(payload: bytes, size: int) -> bytes:
-    """What ``_deflate`` and ``_huffman`` packed: at most ``size`` bytes, and nothing after them."""
+    """Undo ``_deflate`` and ``_huffman``; at most ``size`` bytes, and nothing after them."""
     unpacker = zlib.decompressobj(-15)
     try:
         data = unpacker.decompress(payload, size + 1)

@@ -68,7 +68,7 @@ class Patch:
                 block = self._read(info, position + LENGTH.size, length, reader)
                 yield codec.unpack(block, min(codec.BLOCK, size - start))
                 position += LENGTH.size + length
-            # Bytes that no block reads would be a place to hide something in.
+            # Bytes that no block reads could hide anything.
             if position != info.nbytes:
                 raise codec.DamagedError("bytes after the last block")
         except codec.DamagedError as cause:
@@ -170,7 +170,7 @@ def write_patch(path: Path, manifest: Manifest, sizes: Mapping[str, int], blobs:
 
 
 def read_patch(path: Path) -> Patch:
-    """Open a patch and check all of it: no byte may differ from what was written, and no instruction may reach outside
+    """Open a patch and check all of it: no byte may have changed since it was written, and no instruction may reach outside
     the folder, its files or its data.
 
     Raises:

@@ -84,7 +84,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def byte_span(path: Path, offset: int, nbytes: int, name: str = HEADER) -> TensorInfo:
-    """Some bytes of a file, as a section that is not a tensor; ``name`` is what read errors call it."""
+    """Some bytes of a file, as a section that is not a tensor; ``name`` is its name in read errors."""
     return TensorInfo(dtype="U8", shape=(nbytes,), name=name, file=path, offset=offset)
 
 
@@ -108,7 +108,7 @@ class FolderState:
         return sum(size for size, _ in self._stats)
 
     def hash_files(self, name: str, progress: Progress) -> Side:
-        """Every file with its size and SHA-256, without segments; ``name`` is what messages call the folder."""
+        """Every file with its size and SHA-256, without segments; ``name`` is the name of the folder in messages."""
         files = []
         for path, (size, _) in zip(self.names, self._stats, strict=True):
             files.append(PatchFile(path=path, bytes=size, sha256=hash_of(self.path / path)))

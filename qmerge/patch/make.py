@@ -22,7 +22,7 @@ from qmerge.safetensors_io.reader import Reader
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was written; sizes in bytes.
+    """The written patch; sizes in bytes.
 
     ``equal``, ``changed``, ``replaced`` count tensors of the merged model: the base has them; they differ; they have another
     dtype or shape, or the base has none of that name. ``delta_bytes``, ``merged_bytes`` and ``base_bytes`` are parts of
@@ -69,8 +69,8 @@ def make_patch(
     Args:
         base: a model's folder; weights in forms that qmerge does not read are left out.
         merged: a finished folder; every file counts.
-        reversible: also store what only ``unmerge`` needs.
-        base_name: what messages call the base (its Hub id); default: the name of its folder.
+        reversible: also store the data that only ``unmerge`` needs.
+        base_name: the name of the base in messages (its Hub id); default: the name of its folder.
 
     Raises:
         CheckpointError: a folder is unfinished, damaged, changed during the run, or has a file that cannot be stored.

@@ -83,7 +83,7 @@ class Manifest(BaseModel):
 
 
 def manifest_problems(manifest: Manifest, blobs: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """What is wrong with a manifest that ``make_patch`` did not write, one line each."""
+    """Everything wrong with a manifest, one line each; nothing for one that ``make_patch`` wrote."""
     yield from path_problems([file.path for file in manifest.merged.files])
     yield from _segment_problems(manifest.merged, manifest.base, blobs)
     yield from path_problems([file.path for file in manifest.base.files])

@@ -29,7 +29,7 @@ from qmerge.safetensors_io.writer import PARTIAL
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written: number of files and their bytes."""
+    """The written folder: number of files and their bytes."""
 
     out: Path
     files: int

@@ -115,11 +115,9 @@ def test_a_merged_lora_is_extracted(
     merged = stock.merged(tmp_path / "merged", base, lora, target)
     found = extract(str(merged), str(base), tmp_path / "out", rank=4, device="cpu")
 
-    wanted, made, weights = (
-        stock.deltas(models.llama(torch.float32), lora),
-        products(tmp_path / "out"),
-        stock.values(merged),
-    )
+    wanted = stock.deltas(models.llama(torch.float32), lora)
+    made = products(tmp_path / "out")
+    weights = stock.values(merged)
     assert made.keys() == wanted.keys()
     for name, delta_OI in wanted.items():
         bound = 2 * UNIT[target] * float(weights[name].norm()) + 1e-6 * float(delta_OI.norm())
@@ -200,7 +198,9 @@ def test_other_formats(kind: str, tmp_path: Path) -> None:
     merged = stock.merged(tmp_path / "merged", base, lora, "fp32")
     found = extract(str(merged), str(base), tmp_path / "out", rank=4)
     assert len(found.fits) == 14 and not found.warnings
-    made, theirs, ours = products(tmp_path / "out"), stock.values(merged), bases.values(base)
+    made = products(tmp_path / "out")
+    theirs = stock.values(merged)
+    ours = bases.values(base)
     for name, delta_OI in made.items():
         assert stock.distance(delta_OI, theirs[name] - ours[name]) < 1e-5
 
@@ -217,7 +217,8 @@ def exact(merged: Path, base: Path) -> dict[str, Tensor]:
 
 def test_a_lower_rank_keeps_the_share_of_its_singular_values(float32: Path, lora: Path, tmp_path: Path) -> None:
     merged = stock.merged(tmp_path / "merged", float32, lora, "fp32")
-    found, squares = extract(str(merged), str(float32), tmp_path / "out", rank=2), exact(merged, float32)
+    found = extract(str(merged), str(float32), tmp_path / "out", rank=2)
+    squares = exact(merged, float32)
     assert found.fits and found.fits[0].rank == 2
     made = products(tmp_path / "out")
     for fit in found.fits:
@@ -231,8 +232,10 @@ def test_a_lower_rank_keeps_the_share_of_its_singular_values(float32: Path, lora
 
 @pytest.mark.parametrize("energy", [0.5, 0.95, 1.0])
 def test_energy_uses_the_smallest_sufficient_rank(energy: float, float32: Path, tuned: Path, tmp_path: Path) -> None:
-    found, squares = extract(str(tuned), str(float32), tmp_path / "out", energy=energy), exact(tuned, float32)
-    ranks, pattern = {fit.module: fit.rank for fit in found.fits}, config(tmp_path / "out")["rank_pattern"]
+    found = extract(str(tuned), str(float32), tmp_path / "out", energy=energy)
+    squares = exact(tuned, float32)
+    ranks = {fit.module: fit.rank for fit in found.fits}
+    pattern = config(tmp_path / "out")["rank_pattern"]
     for fit in found.fits:
         shares = squares[fit.name].cumsum(0) / squares[fit.name].sum()
         assert shares[fit.rank - 1] >= energy - 1e-6 and (fit.rank == 1 or shares[fit.rank - 2] < energy + 1e-6)
@@ -243,7 +246,8 @@ def test_energy_uses_the_smallest_sufficient_rank(energy: float, float32: Path, 
 
 
 def test_rank_for_90_percent_of_all_weights_together(float32: Path, tuned: Path, tmp_path: Path) -> None:
-    found, squares = extract(str(tuned), str(float32), tmp_path / "out", rank=4), exact(tuned, float32)
+    found = extract(str(tuned), str(float32), tmp_path / "out", rank=4)
+    squares = exact(tuned, float32)
     total = sum(float(s.sum()) for s in squares.values())
     shares = [sum(float(s[:rank].sum()) for s in squares.values()) / total for rank in range(1, 65)]
     smallest = next(rank for rank, share in enumerate(shares, 1) if share >= 0.9)
@@ -267,7 +271,8 @@ def test_exact_decomposition(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     u_OK, v_IK = (torch.linalg.qr(torch.randn(n, 60, generator=generator, dtype=torch.float64)).Q for n in shape)
     delta_OI = (u_OK * torch.logspace(0, -6, 60, dtype=torch.float64) @ v_IK.T).float()
-    found, s_K = decompose.decompose(delta_OI, 4), torch.linalg.svdvals(delta_OI.double())
+    found = decompose.decompose(delta_OI, 4)
+    s_K = torch.linalg.svdvals(delta_OI.double())
     assert found.complete and float((found.s_K - s_K[: len(found.s_K)]).abs().max()) < 2.0**-24
     for rank in (1, 20, 60):
         A_RI, B_OR = lora_factors(found, rank)
@@ -627,7 +632,8 @@ def test_other_stored_differences_can_be_merged_again(kind: str, tmp_path: Path)
     found = extract(str(merged), str(base), tmp_path / "out", energy=1.0, save_modules=True)
     saved = {other.saved for other in found.others}
     assert saved == ({"modules_to_save", "lora_bias"} if kind == "gpt2" else {"modules_to_save"})
-    again, theirs = stock.values(stock.merged(tmp_path / "again", base, tmp_path / "out", "fp32")), stock.values(merged)
+    again = stock.values(stock.merged(tmp_path / "again", base, tmp_path / "out", "fp32"))
+    theirs = stock.values(merged)
     assert again.keys() == theirs.keys()
     assert max(stock.distance(again[name], values) for name, values in theirs.items()) < 1e-6
 

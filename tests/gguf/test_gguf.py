@@ -61,7 +61,12 @@ def make(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, 
     model = AutoModelForCausalLM.from_config(config(**{**SMALL, **more, **changes}))
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
-        parameter.data = parameter + noise * 0.2 if "norm" in name else noise * (0.5 if "embed" in name else 0.15)
+        if "norm" in name:
+            parameter.data = parameter + noise * 0.2
+        elif "embed" in name:
+            parameter.data = noise * 0.5
+        else:
+            parameter.data = noise * 0.15
     model.to(dtype).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "base-nf4" / name, folder)
@@ -146,7 +151,9 @@ def test_q8_0_is_within_its_bound_and_computes_as_its_values(tmp_path: Path) -> 
     """The bound is half a step, and the relative error of the float16 scale, 2^-11, on up to 127 steps. It is tight."""
     folder = make(tmp_path / "model")
     file = export(folder, tmp_path / "model.gguf", "q8_0").file
-    source, rounded, worst = load_file(folder / "model.safetensors"), {}, 0.0
+    source = load_file(folder / "model.safetensors")
+    rounded = {}
+    worst = 0.0
     for name, tensor in source.items():
         rounded[name] = tensor
         if tensor.ndim > 1:
@@ -259,7 +266,8 @@ def test_the_demo_model_by_the_command(demo: Path, cli: Cli, tmp_path: Path) -> 
     assert snapshot(demo) == before and sorted(tmp_path.iterdir()) == [file]
     assert distance(logits(demo), logits(demo, file)) <= 1e-5
     text = (DEMO / "heldout.txt").read_text()
-    ours, theirs = AutoTokenizer.from_pretrained(demo), AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    ours = AutoTokenizer.from_pretrained(demo)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.eos_token_id == theirs.eos_token_id == 1
     assert "q8_0" in cli("gguf", demo, "--out", tmp_path / "q.gguf", "--type", "q8_0").out

@@ -152,7 +152,8 @@ def pairs(draw: st.DrawFn) -> tuple[Any, Any]:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], bytes]:
-    dtype, shape = draw(st.sampled_from(DTYPES)), tuple(draw(st.lists(st.sampled_from([3, 1, 5, 2, 0]), max_size=3)))
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = tuple(draw(st.lists(st.sampled_from([3, 1, 5, 2, 0]), max_size=3)))
     size = int(np.prod(shape, dtype=int)) * BITS[dtype] // 8
     return dtype, shape, np.random.default_rng(draw(st.integers(0, 99))).bytes(size)
 
@@ -554,7 +555,9 @@ def test_an_interruption_leaves_nothing_behind(
 
 def install(monkeypatch: pytest.MonkeyPatch, at: int, strike: BaseException) -> Callable[[], bool]:
     """Raise ``strike`` at the sync or rename number ``at``. The returned function tells whether that happened."""
-    count, fsync, replace = iter(range(10**6)), os.fsync, Path.replace
+    count = iter(range(10**6))
+    fsync = os.fsync
+    replace = Path.replace
     hit = []
 
     def around(change: Callable[[], Any]) -> Any:
