@@ -4,13 +4,13 @@
         copy                       # bytes are copied
         replace                    # the adapter's own values → bytes
         convert                    # base → the target's grid → codes → bytes
-        merge                      # base → + delta → the target's grid → codes → bytes; base, merged and stored are compared
+        merge                      # base → + delta → the target's grid → codes → bytes, and measured
 
 float32 values exist for some rows of one weight at a time, so memory grows neither with the model nor with its largest
 weight. (``preserve`` also holds a few [I, I] matrices of statistics of the layer's inputs, and one decoder layer while
-``calibration/`` collects them.) ``planning/`` makes the steps; ``run/`` runs them and publishes the files; ``weights/`` reads
-float32 values; ``checkpoint/`` and ``safetensors_io/`` read and write files; ``formats/``, ``adapters/``, ``rounding/`` and
-``metrics/`` hold one plug-in per file.
+``calibration/`` collects them.) ``planning/`` makes the steps; ``run/`` runs them and publishes the files; ``weights/``
+reads float32 values; ``checkpoint/`` and ``safetensors_io/`` read and write files; ``formats/``, ``adapters/``,
+``rounding/`` and ``metrics/`` hold one plug-in per file.
 """
 
 from __future__ import annotations
@@ -108,8 +108,11 @@ def convert_or_merge(
     codes_sink = CodesSink(step, work.target, sink)
     measurement = Measurement(work)
     for rows in row_blocks(step, entries_per_block(step, context)):
+        # Dequantize, and add the delta in float32.
         block = read_block(work, rows)
+        # Round. This happens once, however many adapters there are.
         codes_OI = choose_codes(work, block)
+        # Decode what was rounded, so that the measured values are those that a loader will read.
         stored_OI = block.grid.decode(codes_OI)
         work.target.check_range(stored_OI, block.merged_OI, step.name)
         codes_sink.append(codes_OI)
@@ -159,17 +162,18 @@ def open_step(step: Step, context: RunContext, inputs: InputStatistics | None) -
     """Open the source, and settle the grid and the objective for the whole weight."""
     source = open_source(step, context)
     update = step.update.to(context.device) if step.update else None
-    grid = choose_grid(step, source, update, context=context, inputs=inputs)
+    rounding = step.rounding
     objective = objective_for(step, update, inputs, context)
-    # preserve needs to know which errors matter; where nothing tells, nearest makes the smallest ones.
-    rounding = "nearest" if update is None and objective is None else step.rounding
+    if update is None and objective is None:
+        # Nothing tells preserve which errors matter, and no delta can get lost: nearest makes the smallest errors.
+        rounding = "nearest"
     return Work(
         step=step,
         context=context,
         source=source,
         target=get_target(step.target),
         update=update,
-        grid=grid,
+        grid=choose_grid(step, source, update, context=context, inputs=inputs),
         objective=objective,
         rounding=rounding,
     )
@@ -178,12 +182,15 @@ def open_step(step: Step, context: RunContext, inputs: InputStatistics | None) -
 def read_block(work: Work, rows: Rows) -> Block:
     """Dequantize some rows and add the delta."""
     base_OI = work.source.base.values(rows)
+    kept_codes_OI = None
+    if work.step.source.keeps_grid:
+        kept_codes_OI = work.source.stored.codes(rows)
     return Block(
         rows=rows,
         grid=work.grid.rows(rows),
         base_OI=base_OI,
         merged_OI=add_delta(work.step, base_OI, work.update, rows),
-        kept_codes_OI=work.source.stored.codes(rows) if work.step.source.keeps_grid else None,
+        kept_codes_OI=kept_codes_OI,
     )
 
 
@@ -207,8 +214,8 @@ def add_delta(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) ->
 
 
 def entries_per_block(step: Step, context: RunContext) -> int:
-    """Values per row block. ``preserve`` factors its objective once per block: it gets fewer and larger ones, unless memory is
-    short."""
+    """Values per row block. ``preserve`` factors its objective once per block: it gets fewer and larger ones, unless
+    memory is short."""
     if step.rounding == "preserve" and context.block_entries >= AMPLE_ENTRIES:
         return 4 * context.block_entries
     return context.block_entries
@@ -222,15 +229,18 @@ def choose_grid(
 ) -> Grid:
     """The grid of the whole weight: the base's where it is kept, else a fresh one.
 
-    The scales of a fresh grid fit the merged values. They are chosen as the format's own library chooses them, or better: some
-    formats weight errors by the mean squares of the inputs that calibration saw.
+    The scales of a fresh grid fit the merged values. They are chosen as the format's own library chooses them, or
+    better: some formats weight errors by the mean squares of the inputs that calibration saw.
     """
     if step.source.keeps_grid:
         return source.stored.grid
     target = get_target(step.target)
-    inputs_I = inputs.hessian_II.diagonal().to(context.device) if inputs else None
-    scales = [torch.empty(0, device=context.device)]
+    inputs_I = None
+    if inputs is not None:
+        inputs_I = inputs.hessian_II.diagonal().to(context.device)
+    scales = [torch.empty(0, device=context.device)]  # a dense target has no scales
     if target.info.is_quantized:
+        # The scales come from all rows, so the weight is read twice; keeping it would take the memory of a whole weight.
         for rows in row_blocks(step, context.block_entries):
             merged_OI = add_delta(step, source.base.values(rows), update, rows)
             scales.append(target.scales(merged_OI, step.options, inputs_I))
@@ -240,15 +250,17 @@ def choose_grid(
 def objective_for(
     step: Step, update: Update | None, inputs: InputStatistics | None, context: RunContext
 ) -> Objective | None:
-    """The objective that ``preserve`` minimizes; None for other roundings, and where neither an adapter nor calibration tells
-    which errors matter."""
+    """The objective that ``preserve`` minimizes.
+
+    None for other roundings, and where neither an adapter nor calibration tells which errors matter.
+    """
     if step.rounding != "preserve":
         return None
     if update is None and inputs is None:
         return None
     directions = None
-    # On a fresh grid with calibration, errors do not add up along the delta, so the directions that the adapter reads get no
-    # extra weight: the KL is an eighth lower without (benchmarks/gptq_vs_gptqmodel.py).
+    # On a fresh grid with calibration, errors do not add up along the delta. There the directions that the adapter reads
+    # get no extra weight: the KL is an eighth lower without (benchmarks/gptq_vs_gptqmodel.py).
     if update is not None and (step.source.keeps_grid or inputs is None):
         directions = update.directions()
     return make_objective(inputs, directions, step.shape[1], context.device)
@@ -257,7 +269,7 @@ def objective_for(
 def choose_codes(work: Work, block: Block) -> Tensor:
     """Codes on the block's grid, [rows, I], by the step's rounding."""
     delta_OI = None
-    if work.rounding == "preserve" and work.update is not None:
+    if work.rounding == "preserve" and work.update is not None:  # the other roundings do not use it
         delta_OI = block.merged_OI - block.base_OI
     context = RoundingContext(
         name=work.step.name,
@@ -274,7 +286,9 @@ def choose_codes(work: Work, block: Block) -> Tensor:
 def original_with_delta(work: Work, rows: Rows) -> Tensor | None:
     """The 16-bit weight with the delta, where it is known while the delta is added to the quantized one."""
     source = work.step.source
-    if work.update is None or source.original_weight is None or source.merges_onto_original:
+    if source.merges_onto_original:
+        return None  # then the base is the original
+    if work.update is None or source.original_weight is None:
         return None
     original_OI = open_weight(source.original_weight, work.step, work.context).values(rows)
     return work.update.apply(original_OI, rows)
@@ -299,6 +313,7 @@ class Measurement:
             return
         base_codes_OI = block.kept_codes_OI
         if base_codes_OI is None:
+            # A fresh grid is that of the merged values: the base's codes on it are compared to count changed codes.
             base_codes_OI = block.grid.nearest(block.base_OI)
         merged_rows = MergedRows(
             base_OI=block.base_OI,
@@ -319,7 +334,9 @@ class Measurement:
         """The sums over all rows; None without an update."""
         if self._sums is None:
             return None
-        pair_sums = self._pairs.sums() if self._pairs else None
+        pair_sums = None
+        if self._pairs:
+            pair_sums = self._pairs.sums()
         return Outcome(plain(self._sums), self._input_stats(inputs), pair_sums)
 
     def _input_stats(self, inputs: InputStatistics | None) -> dict[str, float] | None:
@@ -338,18 +355,22 @@ class CodesSink:
     """Writes the codes of a step, row block by row block."""
 
     def __init__(self, step: Step, target: TargetFormat[Any], sink: TensorSink) -> None:
-        self._step, self._target, self._sink = step, target, sink
+        self._step = step
+        self._target = target
+        self._sink = sink
         self._name = codes_name(step, target)
         self._waiting: list[Tensor] = []
 
     def append(self, codes_OI: Tensor) -> None:
         """The codes of the next rows."""
-        turned = self._step.source.conv1d and self._target.info.is_dense
-        codes = codes_OI.T if turned else codes_OI
+        codes = codes_OI
+        if self._step.source.conv1d and self._target.info.is_dense:
+            codes = codes_OI.T  # a dense Conv1D is stored as [I, O]; its one block has all rows
         packed = self._target.pack(codes, self._step.options)
         if self._target.info.row_axis == 0:
             self._sink.append(self._name, packed)
-        else:  # rows are columns on disk: they can be written when all of them are packed
+        else:
+            # The rows of the weight are columns on disk (GPTQ): they can be written when all of them are packed.
             self._waiting.append(packed)
 
     def finish(self) -> None:
@@ -359,9 +380,10 @@ class CodesSink:
 
 
 def write_scales(work: Work, sink: TensorSink) -> None:
-    """The other parts: copied from the base where its grid is kept (with those that it lacks), else made from the grid."""
+    """The other parts: copied from the base where its grid is kept (with those that it lacks), else those of the grid."""
     step, target = work.step, work.target
     kept: Mapping[str, TensorInfo] = {}
+    # A grid that was made as in training has no scales on disk to copy.
     if step.source.keeps_grid and step.source.training_format is None:
         kept = step.weight.parts
     for info in kept.values():
@@ -369,7 +391,7 @@ def write_scales(work: Work, sink: TensorSink) -> None:
             sink.append_bytes(info.name, work.context.reader.bytes(info, 0, info.nbytes))
     kept_names = {info.name for info in kept.values()}
     if kept_names >= step.outputs.keys():
-        return
+        return  # the base has every part that the target's loaders look for
     for local, tensor in target.scale_tensors(work.grid, step.weight.local, step.shape, step.options).items():
         name = step.weight.prefix + local
         if name not in kept_names:

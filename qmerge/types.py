@@ -1,4 +1,5 @@
-"""The data types of a merge: tensors on disk, weights, and the steps that are planned for them. Nothing here opens a file.
+"""The data types of a merge: tensors on disk, weights, and the steps that are planned for them. Nothing here opens a
+file.
 
 Names carry shapes as suffixes: O out features, I in features, R rank, B blocks (NF4) or groups (GPTQ), L levels.
 ``base_OI`` is a float32 tensor [out features, in features].
@@ -33,7 +34,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors dtype → torch dtype, for the dtypes that qmerge computes with. Tensors of other dtypes are copied as bytes."""
+"""safetensors dtype → torch dtype, for the dtypes that qmerge computes with. Tensors of other dtypes are copied as
+bytes."""
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -126,7 +128,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``start`` to ``stop`` of a matrix: weights that are larger than the memory budget are worked on in such blocks."""
+    """Rows ``start`` to ``stop`` of a matrix: weights that are larger than the memory budget are worked on in such
+    blocks."""
 
     start: int
     stop: int
@@ -138,7 +141,8 @@ class Rows:
 class Update(ABC):
     """What one adapter, or several together, do to one weight. Pure arithmetic in float32: knows no files and no names.
 
-    A subclass defines ``rank``, ``shape``, ``apply`` and ``to``; it overrides the rest where the default is wrong for it.
+    A subclass defines ``rank``, ``shape``, ``apply`` and ``to``; it overrides the rest where the default is wrong for
+    it.
     """
 
     @property
@@ -186,7 +190,8 @@ class Update(ABC):
 
     @property
     def members(self) -> tuple[Update, ...]:
-        """The updates of single adapters that this one is made of: itself, unless several adapters change the weight."""
+        """The updates of single adapters that this one is made of: itself, unless several adapters change the
+        weight."""
         return (self,)
 
     def fitted(self, shape: tuple[int, int]) -> Update:
@@ -198,7 +203,8 @@ class Update(ABC):
         return None
 
     def directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """float32 u [O, R], s [R], v [I, R] of the delta's singular value decomposition; None where no small factors give it."""
+        """float32 u [O, R], s [R], v [I, R] of the delta's singular value decomposition; None where no small factors
+        give it."""
         return None
 
 
@@ -314,6 +320,7 @@ class Step:
     def shape(self) -> tuple[int, int]:
         """(O, I) of the values while they are worked on; a vector is one row."""
         rows, columns = as_matrix(self.weight.shape)
+        # A quantized Conv1D is stored as [O, I] already.
         if self.source.conv1d and self.source_is_dense:
             return columns, rows
         return rows, columns
@@ -325,12 +332,14 @@ class Step:
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a weight as a matrix: the first axis of a stack or a convolution gives the rows, a vector is one row."""
+    """(rows, columns) of a weight as a matrix: the first axis of a stack or a convolution gives the rows, a vector is
+    one row."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
 
 
 def dot(a_OI: Tensor, b_OI: Tensor) -> float:
-    """⟨a, b⟩, summed in float32 within a row and in float64 across rows, so that it does not depend on the row blocks."""
+    """⟨a, b⟩, summed in float32 within a row and in float64 across rows, so that it does not depend on the row
+    blocks."""
     return float(torch.linalg.vecdot(a_OI, b_OI, dim=-1).double().sum())

@@ -1,7 +1,7 @@
 """The base that an adapter declares, against the base that is given: name, revision, quantization, architecture.
 
-adapter_config.json names the base, and little else. A difference is a warning and never an error, because people choose these
-names. A name that allows no conclusion (a folder called ``base``) gives no warning.
+adapter_config.json names the base, and little else. A difference is a warning and never an error, because people choose
+these names. A name that allows no conclusion (a folder called ``base``) gives no warning.
 
 Sources: PEFT 0.21 (``base_model_name_or_path``, ``revision``, ``auto_mapping``, ``peft_version``); Unsloth Studio
 (``unsloth_training_method``), and Unsloth's names of checkpoints (``…-bnb-4bit``).
@@ -97,10 +97,12 @@ def declared_warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
     base = given_base(inputs.base_source, inputs.base, recipe, inputs.adapter_sources)
     lines: list[str] = []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
-        prefix = f"{source.name}: " if len(inputs.adapters) > 1 else ""
         for remark in compare(adapter.config, base):
-            if remark.warning:
-                lines.append(prefix + remark.warning)
+            if remark.warning and len(inputs.adapters) > 1:
+                lines.append(f"{source.name}: {remark.warning}")
+            elif remark.warning:
+                lines.append(remark.warning)
+    # The same adapter may be given twice, with two weights.
     return list(dict.fromkeys(lines))
 
 
@@ -146,6 +148,7 @@ def _compare_adapter_chain(declared: Origin, base: GivenBase) -> Remark | None:
     first = adapter_at(declared.text)
     if first is None:
         return None
+    # Without --combine chain, the deltas are added to the plain base, which is another model than the one in training.
     if first in base.adapters and base.in_order:
         return Remark("base", declared.text, "an adapter of this run", "fits")
     if is_held(first, merged_adapter_hashes(base.folder)):
@@ -165,14 +168,15 @@ def _compare_adapter_chain(declared: Origin, base: GivenBase) -> Remark | None:
 def _compare_model(declared: Origin, base: GivenBase) -> Remark:
     """Is it the same model, by name?
 
-    Copies (``unsloth/…``), quantized siblings and local folders of a model count as the same. A folder may have any name, so only
-    two Hub ids can differ.
+    Copies (``unsloth/…``), quantized siblings and local folders of a model count as the same. A folder may have any
+    name, so only two Hub ids can differ.
     """
     if not declared.text:
         return Remark("base", "nothing", base.name, "unknown")
     if declared.is_folder and Path(declared.text).expanduser().resolve() == base.folder:
         return Remark("base", declared.text, base.name, "fits")
     own_name = origin_of(base.id or str(base.folder))
+    # transformers writes the name that a model was loaded by into its config when it saves it.
     config_name = origin_of(_text(base.config, "_name_or_path"))
     if is_same_model(declared, own_name) or is_same_model(declared, config_name):
         return Remark("base", declared.text, base.name, "fits")
@@ -201,14 +205,17 @@ def _compare_revision(declared: Origin, named: str, base: GivenBase) -> Remark:
     """Revisions of the same repository. Those of copies and siblings cannot be compared."""
     wanted = declared.commit or named
     given = base.commit or base.revision or "a local folder"
+    # Two ids on the Hub never differ in upper and lower case alone.
     is_same_repository = bool(base.id) and (declared.id or "").lower() == (base.id or "").lower()
+    # "main" has moved since, maybe: it names no revision.
     if not wanted or not is_same_repository or wanted == "main":
         return Remark("revision", wanted or "nothing", given, "unknown")
     if wanted == base.revision or (base.commit or "").startswith(wanted):
         return Remark("revision", wanted, given, "fits")
-    asks_for_commit = bool(base.revision) and COMMIT.fullmatch(base.revision or "")
+    # A tag and a commit cannot be compared: they may be the same revision.
+    asks_for_commit = COMMIT.fullmatch(base.revision or "")
     if not base.commit or (asks_for_commit and not COMMIT.fullmatch(wanted)):
-        return Remark("revision", wanted, given, "unknown")  # a tag against a commit: they may be the same
+        return Remark("revision", wanted, given, "unknown")
     return Remark(
         topic="revision",
         said=wanted,
@@ -244,6 +251,7 @@ def _declared_quantization(declared: Origin, config: Mapping[str, Any]) -> _Decl
         return _DeclaredQuantization(None, contradiction)
     if marks:
         return _DeclaredQuantization(frozenset(FORMATS_BY_MARK[marks[0]]), declared.text)
+    # Unsloth trains qlora in 4 bits of bitsandbytes, and lora in 16 bits; other methods (CPT) do not tell.
     if method == "qlora":
         return _DeclaredQuantization(frozenset(FORMATS_BY_MARK["bnb-4bit"]), "unsloth_training_method=qlora")
     if method == "lora":
@@ -252,16 +260,17 @@ def _declared_quantization(declared: Origin, config: Mapping[str, Any]) -> _Decl
 
 
 def _compare_quantization(declared: Origin, config: Mapping[str, Any], base: GivenBase) -> Remark:
-    """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user has answered
-    the question."""
+    """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user
+    has answered the question."""
     training = _declared_quantization(declared, config)
     formats = base.formats
     if not formats and base.training_format:
-        formats = frozenset({base.training_format.removesuffix("-dq")})
+        formats = frozenset({base.training_format.removesuffix("-dq")})  # -dq: with double quantization
     given = " and ".join(sorted(formats)) or "16- or 32-bit"
     if training.formats is None or base.training_format or base.merge_onto == "original":
         return Remark("quantization", training.source, given, "unknown")
     both_dense = not training.formats and not formats
+    # One format in common is enough: a name like bnb-4bit may mean nf4 or fp4.
     if both_dense or formats & training.formats:
         return Remark("quantization", training.source, given, "fits")
     kind = "a 16-bit base"
@@ -315,6 +324,7 @@ def _compare_architecture(config: Mapping[str, Any], base: GivenBase) -> Remark:
     family = TRANSFORMERS_MODULE.match(_text(mapping, "parent_library"))
     classes = [name for name in base.config.get("architectures") or [] if isinstance(name, str)]
     types = _model_types(base.config)
+    # Code of its own (trust_remote_code) has no family in transformers.
     given = ", ".join(classes) or ", ".join(types) or "nothing"
     if not family or not types:
         return Remark("architecture", model_class or "nothing", given, "unknown")
@@ -334,19 +344,26 @@ def _compare_architecture(config: Mapping[str, Any], base: GivenBase) -> Remark:
 
 def _model_types(config: Mapping[str, Any]) -> list[str]:
     """``model_type`` of the model, and of its text part."""
-    parts = (config, config.get("text_config"))
-    types = [_text(part, "model_type") for part in parts if isinstance(part, dict)]
-    return [model_type for model_type in types if model_type]
+    types = []
+    for part in (config, config.get("text_config")):
+        model_type = _text(part, "model_type") if isinstance(part, dict) else ""
+        if model_type:
+            types.append(model_type)
+    return types
 
 
 def _is_of_family(model_types: Sequence[str], family: str) -> bool:
     """Whether a model type belongs to a folder of ``transformers.models``."""
-    names = [model_type.replace("-", "_") for model_type in model_types]
-    return any(name.startswith(family) or family.startswith(name) for name in names)
+    for model_type in model_types:
+        folder = model_type.replace("-", "_")
+        # Several types may be in one folder: qwen3_vl_text is a part of qwen3_vl.
+        if folder.startswith(family) or family.startswith(folder):
+            return True
+    return False
 
 
 def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
-    """The version of PEFT that saved the adapter. Options that the installed one does not have may change the arithmetic."""
+    """The version of PEFT that saved the adapter. Options that the installed one lacks may change the arithmetic."""
     saved_by = _text(config, "peft_version")
     installed = version("peft")
     given = f"peft {installed} is installed"
@@ -354,6 +371,7 @@ def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
         return Remark("saved by", "nothing", given, "unknown")
     if release(saved_by) <= release(installed):
         return Remark("saved by", f"peft {saved_by}", given, "fits")
+    # An option that is off does what peft did before it existed.
     unknown = {name: value for name, value in other_options(config).items() if value}
     if not unknown:
         return Remark("saved by", f"peft {saved_by}", given, "differs")
@@ -371,7 +389,7 @@ def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
 
 
 def release(name: str) -> tuple[int, ...]:
-    """The numbers of a version: ``0.21.2.dev0@1a2b3c`` → (0, 21, 2). Empty where the text does not begin with a number."""
+    """The numbers that a version begins with: ``0.21.2.dev0@1a2b3c`` → (0, 21, 2). Empty where it begins with text."""
     match = re.match(r"\d+(?:\.\d+)*", name)
     return tuple(map(int, match[0].split("."))) if match else ()
 
@@ -389,7 +407,7 @@ LORA_OPTIONS = {
 
 
 def other_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in adapter_config.json that are not options of PEFT: notes of training tools, or options of a newer PEFT."""
+    """The settings that are not options of the installed PEFT: notes of training tools, or options of a newer PEFT."""
     kind = _text(config, "peft_type").upper()
     known = LORA_OPTIONS if kind in ("LORA", "") else _peft_options(kind)
     if not known:

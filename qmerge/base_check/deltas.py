@@ -1,16 +1,18 @@
 """Was the adapter trained on these weights? Answered from its deltas, whatever its config declares.
 
-    cos(D, W P)             D = s B A, W the base, P the projection onto the rows of A, which is the part of W that D can resemble.
-                            At most 0.16 in trained plain LoRAs. PiSSA, OLoRA and CorDA (ipm) initialize B A with a part of W, and
-                            train on W without that part: 1 at the start, 0.7 after the factors moved by 60 %.
-    cos(D, (W − NF4(W)) P)  At most 0.1 in plain LoRAs. LoftQ initializes B A with the best fit to this error: 1 at the start.
+    cos(D, W P)             D = s B A, W the base, P the projection onto the rows of A: the part of W that D can
+                            resemble. At most 0.16 in trained plain LoRAs. PiSSA, OLoRA and CorDA (ipm) initialize B A
+                            with a part of W, and train on W without that part: 1 at the start, 0.7 after the factors
+                            moved by 60 %.
+    cos(D, (W − NF4(W)) P)  At most 0.1 in plain LoRAs. LoftQ initializes B A with the best fit to this error: 1 at the
+                            start.
 
 (Without P, both fall with the size of the layer, as √(rank / width).) Measured on two trained Llamas of 2 and 4 million
 parameters, with peft's own initializations of rank 4 to 16.
 
-B A was a part of X (X is W or W − NF4(W)). So ⟨D, X⟩ / ‖D‖² is about 1 where X still contains that part, and 0 where it was
-taken out. A delta that is much smaller than its projection was never a part of X, however well it is aligned: it makes the layer
-louder. Nor was one with a negative cosine, which weight decay gives.
+B A was a part of X (X is W or W − NF4(W)). So ⟨D, X⟩ / ‖D‖² is about 1 where X still contains that part, and 0 where it
+was taken out. A delta that is much smaller than its projection was never a part of X, however well it is aligned: it
+makes the layer louder. Nor was one with a negative cosine, which weight decay gives.
 
 Methods: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659.
 """
@@ -53,14 +55,15 @@ BASE_SHARES = (0.25, 4.0)
 """Range of ⟨D, W⟩ / ‖D‖² for a D that began as a part of W: training adds to D."""
 
 ERROR_SHARES = (0.1, 2.0)
-"""Range of ⟨D, E⟩ / ‖D‖² for a D that began as a fit to the quantization error E; 0.3 measured after several steps of LoftQ."""
+"""Range of ⟨D, E⟩ / ‖D‖² for a D that began as a fit to the quantization error E; 0.3 measured after several steps of
+LoftQ."""
 
 ORTHONORMAL = 0.5
 """‖BᵀB − 1‖ / √R below which B is that of OLoRA."""
 
 LARGE_DELTA = 0.3
-"""A delta of more than this fraction of its weight is warned about. Fine-tuning changes weights by 0.0002 to 0.01 in short runs, by
-up to 0.08 in long ones."""
+"""A delta of more than this fraction of its weight is warned about. Fine-tuning changes weights by 0.0002 to 0.01 in
+short runs, by up to 0.08 in long ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class Alignment:
     relative_size  ‖D‖ / ‖W‖; None for a weight of zeros
     to_base        cos(D, W P); None for a delta of zero
     base_share     ⟨D, W⟩ / ‖D‖²: 1 where W contains what D began as; None for a delta of zero
-    to_error       cos(D, (W − NF4(W)) P); None for a delta of zero, and where the weights that the delta is added to are quantized
+    to_error       cos(D, (W − NF4(W)) P); None for a delta of zero, and where the delta is added to a quantized weight
     error_share    ⟨D, W − NF4(W)⟩ / ‖D‖²; None as ``to_error``
     """
 
@@ -114,7 +117,8 @@ def check_deltas(plan: Plan, context: RunContext) -> None:
     for adapter, alignments in zip(adapters, measure_alignments(plan, context), strict=True):
         problem = find_problem(alignments, plan.merge_onto)
         if problem:
-            raise AdapterError(problem if len(adapters) == 1 else f"{adapter.folder}: {problem}")
+            which = f"{adapter.folder}: " if len(adapters) > 1 else ""
+            raise AdapterError(which + problem)
 
 
 def measure_alignments(plan: Plan, context: RunContext) -> list[list[Alignment]]:
@@ -122,18 +126,22 @@ def measure_alignments(plan: Plan, context: RunContext) -> list[list[Alignment]]
 
     At most a million values of each weight are read.
     """
-    return [_alignments_of(adapter, plan, context) for adapter in plan.inputs.adapters]
+    alignments = []
+    for adapter in plan.inputs.adapters:
+        largest = _largest_loras(adapter, plan)[:MODULES]
+        alignments.append([align(step, lora, context) for lora, step in largest])
+    return alignments
 
 
-def _alignments_of(adapter: Adapter, plan: Plan, context: RunContext) -> list[Alignment]:
+def _largest_loras(adapter: Adapter, plan: Plan) -> list[tuple[LoraUpdate, Step]]:
+    """The plain LoRAs of linear layers, the largest delta first; each with a step that applies it alone."""
     loras: list[tuple[LoraUpdate, Step]] = []
     for step in plan.merged:
         update = adapter.updates.get(step.name)
         if isinstance(update, LoraUpdate) and is_linear(step):
-            # The step with this adapter alone: combined with others, it may need all rows at once.
+            # Combined with others, the step may need all rows at once.
             loras.append((update, replace(step, update=update)))
-    largest = sorted(loras, key=lambda pair: -_rms(pair[0]))[:MODULES]
-    return [align(step, lora, context) for lora, step in largest]
+    return sorted(loras, key=lambda pair: -_rms(pair[0]))
 
 
 def is_linear(step: Step) -> bool:
@@ -173,6 +181,7 @@ class _AlignmentSums:
     def add(self, rows: Rows) -> None:
         base_OI = self._base.values(rows)
         delta_OI = self._lora_on_device.apply(torch.zeros_like(base_OI), rows)
+        # A quantized base has the error already: an adapter that corrects it is merged onto the right weights.
         error_OI = torch.zeros_like(base_OI)
         if self._base_is_dense:
             error_OI = base_OI - nf4_values(base_OI)
@@ -209,13 +218,15 @@ class _AlignmentSums:
 def share_left_by_olora(lora: LoraUpdate) -> float:
     """⟨D, W⟩ / ‖D‖² on the very base that OLoRA trained on; 0 for other LoRAs.
 
-    With W = Q R, OLoRA takes s Q₁R₁ out of the base (peft 0.21, ``olora_init``) and leaves (1 − s) Q₁R₁ = (1/s − 1) D in it. Its B
-    is Q₁, with orthonormal columns.
+    With W = Q R, OLoRA takes s Q₁R₁ out of the base (peft 0.21, ``olora_init``) and leaves (1 − s) Q₁R₁ = (1/s − 1) D
+    in it. Its B is Q₁, with orthonormal columns.
     """
     gram_RR = lora.B_OR.T @ lora.B_OR
     identity_RR = torch.eye(lora.rank, device=gram_RR.device)
     is_olora = float((gram_RR - identity_RR).norm()) < ORTHONORMAL * math.sqrt(lora.rank)
-    return 1 / lora.scale - 1 if is_olora and lora.scale else 0.0
+    if not is_olora or not lora.scale:
+        return 0.0
+    return 1 / lora.scale - 1
 
 
 def _cosine(product: float, squared: float, other_squared: float) -> float | None:
@@ -264,11 +275,11 @@ def find_problem(alignments: Sequence[Alignment], merge_onto: str) -> str | None
 
 def _evidence(cosines: Mapping[str, float | None]) -> str:
     """``cosine 0.82 to 0.97 in … and 3 more``, for the modules that show the problem."""
-    known = sorted({f"{cosine:.2f}" for cosine in cosines.values() if cosine is not None})
-    text = known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"
+    text = f"cosine {span('{:.2f}'.format, cosines.values())} in {next(iter(cosines))}"
     others = len(cosines) - 1
-    more = f" and {others} more" if others else ""
-    return f"cosine {text} in {next(iter(cosines))}{more}; a plain LoRA's is under 0.2"
+    if others:
+        text += f" and {others} more"
+    return f"{text}; a plain LoRA's is under 0.2"
 
 
 def delta_size_warnings(plan: Plan, relative_sizes: Mapping[str, float | None]) -> list[str]:
@@ -277,16 +288,12 @@ def delta_size_warnings(plan: Plan, relative_sizes: Mapping[str, float | None]) 
     Args:
         relative_sizes: module → rms(delta) / rms(weight).
     """
-    loras = {
-        name
-        for adapter in plan.inputs.adapters
-        for name, update in adapter.updates.items()
-        if isinstance(update, LoraUpdate)
-    }
-    linear = {step.label for step in plan.merged if step.name in loras and is_linear(step)}
-    large = {
-        module: size for module, size in relative_sizes.items() if module in linear and (size or 0.0) > LARGE_DELTA
-    }
+    large: dict[str, float] = {}
+    for step in plan.merged:
+        size = relative_sizes.get(step.label) or 0.0
+        # Embeddings and trained tokens may change much; DoRA and others have no plain size to compare.
+        if size > LARGE_DELTA and is_linear(step) and _has_lora(step.name, plan.inputs.adapters):
+            large[step.label] = size
     if not large:
         return []
     line = (
@@ -296,3 +303,8 @@ def delta_size_warnings(plan: Plan, relative_sizes: Mapping[str, float | None]) 
         f"(--verify)."
     )
     return [line]
+
+
+def _has_lora(name: str, adapters: Sequence[Adapter]) -> bool:
+    """Whether any adapter changes this weight by a plain LoRA."""
+    return any(isinstance(adapter.updates.get(name), LoraUpdate) for adapter in adapters)

@@ -57,6 +57,7 @@ def origin_of(text: str) -> Origin:
     last = parts[-1] if parts else ""
     if _is_hub_id(text, parts):
         return Origin(text=text, last=last, id=text)
+    # A name without slashes (gpt2) may be an old id of the Hub, or a folder.
     return Origin(text=text, last=last, is_folder="/" in text or "\\" in text or text.startswith("."))
 
 
@@ -67,7 +68,7 @@ def _is_hub_id(text: str, parts: list[str]) -> bool:
 
 
 def storage_marks(origin: Origin) -> list[str]:
-    """How the checkpoint is stored, by its name, the last mark first: ``Llama-3.1-8B-unsloth-bnb-4bit`` → [bnb-4bit, unsloth]."""
+    """How the checkpoint is stored, by its name: ``Llama-3.1-8B-unsloth-bnb-4bit`` → [bnb-4bit, unsloth]."""
     _, marks = _split_marks(origin)
     return marks
 
@@ -77,6 +78,7 @@ def _split_marks(origin: Origin) -> tuple[str, list[str]]:
     name = origin.last.lower()
     marks: list[str] = []
     while match := STORAGE_MARK.search(name):
+        # One spelling for all: bnb_4-bit, bnb-4_bit and bnb-4bit.
         mark = match["mark"].replace("_", "-")
         marks.append(re.sub(r"(?<=[48])[-_]?bit", "bit", mark))
         name = name[: match.start()]
@@ -92,6 +94,7 @@ def is_same_model(a: Origin, b: Origin) -> bool:
 def _plain_name(origin: Origin) -> str:
     """``unsloth/Meta-Llama-3.1-8B-bnb-4bit`` → ``llama-3.1-8b``."""
     name, _ = _split_marks(origin)
-    for _ in range(2):  # twice, because a name may have two optional parts at its end
+    # Twice, because a name may have two optional parts at its end: the pattern takes one at a time.
+    for _ in range(2):
         name = OPTIONAL_PART.sub("", name)
     return name.replace("_", "-")

@@ -27,18 +27,22 @@ BETTER_CALIBRATION = (
 class Calibration:
     """The calibration of a run.
 
-    record   what the report contains about it
+    record   what the report contains about it; None where no weight needs calibration
     batches  token ids, int64 [sequences, length] each; None without calibration
     note     what the user should know, or nothing
     """
 
-    record: CalibrationRecord
+    record: CalibrationRecord | None
     batches: list[Tensor] | None = None
     note: str = ""
 
 
+NO_CALIBRATION = Calibration(None)
+"""Of a run that rounds no weight with ``preserve``."""
+
+
 def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callable[[str], None]) -> Calibration:
-    """Read, generate or draw the tokens that the plan asks for. The default is random tokens, where the model can be run.
+    """Read, generate or draw the tokens that the plan asks for. The default is random tokens.
 
     Raises:
         RecipeError: the text cannot be used.
@@ -48,10 +52,11 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
     if settings.source == "none":
         return Calibration(CalibrationRecord(source="none"))
     try:
+        # Only to find out, before the long work, whether transformers can run the model.
         LayeredModel(plan.config, (), context.device)
     except CheckpointError as error:
         if settings.source:
-            raise
+            raise  # the user asked for calibration, and gets it or an error
         note = f"No calibration (as with --calibration none), because the model cannot be run: {error}"
         return Calibration(CalibrationRecord(source="none"), note=note)
     length = min(settings.sequence_length, texts.max_sequence_length(plan.config))
@@ -67,8 +72,10 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
 
 
 def _published_name(source: str) -> str:
-    """The source in the report: of a file its name only, not its folder."""
-    return source if source in ("random", "generate") else Path(source).name
+    """The source in the report. Reports are published: of a file they have the name, not the folder."""
+    if source in ("random", "generate"):
+        return source
+    return Path(source).name
 
 
 def _token_batches(

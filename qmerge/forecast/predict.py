@@ -1,8 +1,8 @@
 """Survival before the run: what nearest rounding will keep of each weight's delta, from a few rows of the base.
 
-The size of a delta comes from its small factors, ‖B A‖² = tr(BᵀB · A Aᵀ). How much of a delta of that size survives follows
-from the distances between the base's values and the target's levels, by a closed form (``Grid.expected_slope``). About 2**14
-values of each weight are read.
+The size of a delta comes from its small factors, ‖B A‖² = tr(BᵀB · A Aᵀ). How much of a delta of that size survives
+follows from the distances between the base's values and the target's levels, by a closed form
+(``Grid.expected_slope``). About 2**14 values of each weight are read.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def predict_step(step: Step, context: RunContext) -> Survival:
     weights = _open_weights(step, context)
     for rows in sampled_rows(step):
         base_OI, grid = base_and_grid(step, weights, rows)
+        # The base may be on another device than the adapter was read to.
         merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
         sample.add(base_OI, merged_OI, grid, rounding)
     numel = math.prod(step.shape)
@@ -72,7 +73,7 @@ def predict_step(step: Step, context: RunContext) -> Survival:
     rms_delta = math.sqrt(squared / numel)
     kept = sample.kept
     if rounding == "stochastic" and kept is not None:
-        kept = 1.0  # right on average, whatever the grid
+        kept = 1.0  # stochastic rounding is right on average, whatever the grid
     return Survival(
         module=step.label,
         target=step.target,
@@ -102,9 +103,11 @@ class _Sample:
         """Some rows, float32 [rows, I], and their grid."""
         norms_O = (merged_OI - base_OI).norm(dim=1)
         squared = float(norms_O.double().square().sum())
+        # Groups of rows count by their ‖delta‖², as weights do in totals.
         self._kept += squared * (expected_kept(base_OI, norms_O, grid) or 0.0)
         self.delta_squared += squared
         self._error_squared += rounding_error(merged_OI, grid, rounding)
+        # The gaps above the base's levels; the direction of a delta is as often up as down.
         gaps, gap_entries = gap_sum(grid, grid.nearest(base_OI), torch.ones_like(base_OI))
         self._gaps += gaps
         self._gap_entries += gap_entries
@@ -114,12 +117,16 @@ class _Sample:
     @property
     def kept(self) -> float | None:
         """Expected kept by nearest rounding."""
-        return self._kept / self.delta_squared if self.delta_squared else None
+        if not self.delta_squared:
+            return None
+        return self._kept / self.delta_squared
 
     @property
     def noise(self) -> float | None:
         """Expected noise."""
-        return math.sqrt(self._error_squared / self.delta_squared) if self.delta_squared else None
+        if not self.delta_squared:
+            return None
+        return math.sqrt(self._error_squared / self.delta_squared)
 
     def relative_size(self, rms_delta: float) -> float | None:
         """rms(delta) / rms(base)."""
@@ -163,6 +170,7 @@ def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor
         loaded_OI = training.as_loaded(base_OI)
         training_grid = grid_of_rows(loaded_OI, training, source.training_format.options)
         if source.simulates_training:
+            # The adapter was trained on these values, not on the dense ones.
             base_OI = training_grid.decode(training_grid.nearest(loaded_OI))
         if source.keeps_grid:
             return base_OI, training_grid
@@ -182,19 +190,20 @@ def delta_squared(update: Update, sampled: float, fraction: float) -> float:
     """
     norms_O = update.row_norms()
     if norms_O is None:
-        return sampled / fraction
+        return sampled / fraction  # the rest of the weight is taken to be like the sample
     return float(norms_O.double().square().sum())
 
 
 def original_gap(plan: Plan, predicted: Iterable[Survival], context: RunContext) -> float | None:
-    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a sample of their rows: the quantization error of the
-    base, in sizes of the delta. None without an original, or for a delta of zero."""
+    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a sample of their rows: the quantization error
+    of the base, in sizes of the delta. None without an original, or for a delta of zero."""
     original = plan.inputs.original
     if original is None:
         return None
     errors = 0.0
     deltas = sum(survival.delta_squared for survival in predicted)
     for step in plan.merged:
+        # Not step.weight, which is the original's where the delta is added to that.
         quantized_weight = open_weight(plan.inputs.base.weights[step.name], step, context)
         original_weight = open_weight(original.weights[step.name], step, context)
         blocks = sampled_rows(step)
@@ -210,7 +219,8 @@ def _squared_distance(a: Stored, b: Stored, rows: Rows) -> float:
 def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:
     """Expected ‖stored − merged‖² of some rows.
 
-    The error of nearest rounding is computed. Stochastic rounding has the variance (value − below)(above − value) in each entry.
+    The error of nearest rounding is computed. Stochastic rounding has the variance (value − below)(above − value) in
+    each entry.
     """
     if rounding == "nearest":
         return float((grid.decode(grid.nearest(merged_OI)) - merged_OI).double().square().sum())
@@ -223,12 +233,16 @@ def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:
 def total_kept(survivals: Iterable[Survival]) -> float | None:
     """kept of all weights together, each counted by its ‖delta‖²; None where all deltas are zero."""
     pairs = [(s.kept, s.delta_squared) for s in survivals if s.kept is not None]
-    weight = sum(squared for _, squared in pairs)
-    return sum(kept * squared for kept, squared in pairs) / weight if weight else None
+    total_squared = sum(squared for _, squared in pairs)
+    if not total_squared:
+        return None
+    return sum(kept * squared for kept, squared in pairs) / total_squared
 
 
 def total_noise(survivals: Iterable[Survival]) -> float | None:
     """noise of all weights together, √(Σ ‖stored − merged‖² / Σ ‖delta‖²); None where all deltas are zero."""
     pairs = [(s.noise, s.delta_squared) for s in survivals if s.noise is not None]
-    weight = sum(squared for _, squared in pairs)
-    return math.sqrt(sum(noise**2 * squared for noise, squared in pairs) / weight) if weight else None
+    total_squared = sum(squared for _, squared in pairs)
+    if not total_squared:
+        return None
+    return math.sqrt(sum(noise**2 * squared for noise, squared in pairs) / total_squared)

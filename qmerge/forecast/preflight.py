@@ -10,13 +10,14 @@ from torch import Tensor
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
-from qmerge.forecast.calibration import Calibration, prepare_calibration
+from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.predict import Survival, original_gap, predict
 from qmerge.forecast.roundings import choose_roundings, rounding_names
 from qmerge.forecast.warnings import original_warnings, survival_warnings
 from qmerge.formats import get_format, get_target
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
+from qmerge.types import Options
 from qmerge.weights.context import RunContext
 
 
@@ -24,7 +25,7 @@ from qmerge.weights.context import RunContext
 class Preflight:
     """What is known before the first step.
 
-    predicted        survival of every merged weight, by nearest rounding (by stochastic rounding where the recipe names it)
+    predicted        survival of every merged weight, by nearest rounding (by stochastic, where the recipe names it)
     rounding_reason  why the plan has its roundings
     original_gap     ‖original − dequantized‖ / ‖delta‖; None without an original
     batches          token ids to calibrate on, int64 [sequences, length] each; None without calibration
@@ -41,12 +42,15 @@ class Preflight:
 
     def warnings(self, plan: Plan) -> list[str]:
         """The warnings that need no run, a line each. ``preserve`` is judged by what it did, when the run is done."""
-        sizes = {survival.module: survival.relative_size for survival in self.predicted}
+        sizes: dict[str, float | None] = {}
+        for survival in self.predicted:
+            sizes[survival.module] = survival.relative_size
         lines = input_warnings(plan)
         lines += delta_size_warnings(plan, sizes)
         lines += original_warnings(plan.merge_onto, self.original_gap)
-        preserved = {step.label for step in plan.merged if step.rounding == "preserve"}
-        others = [survival for survival in self.predicted if survival.module not in preserved]
+        # The predictions are about nearest rounding: they mean nothing for weights that are rounded with preserve.
+        rounding_of = {step.label: step.rounding for step in plan.merged}
+        others = [survival for survival in self.predicted if rounding_of[survival.module] != "preserve"]
         if others:
             lines += survival_warnings(others, predicted=True)
         return lines
@@ -72,6 +76,7 @@ def run_preflight(
         RecipeError, CheckpointError: the calibration text cannot be used.
         AdapterError: the adapter's deltas show that it was trained on other weights.
     """
+    # A wrong base is an error, which comes before the predictions for it.
     check_deltas(plan, context)
     predicted = predict(plan, context)
     notes = target_notes(plan)
@@ -79,33 +84,39 @@ def run_preflight(
     if rounding == "auto":
         plan, reason = choose_roundings(plan, predicted)
         notes.append(f"Rounding {rounding_names(plan)}: {reason}.")
-    calibration: Calibration | None = None
+    calibration = NO_CALIBRATION
     if any(step.rounding == "preserve" for step in plan.rounded):
         calibration = prepare_calibration(plan, context, report_progress)
-        if calibration.note:
-            notes.append(calibration.note)
+    if calibration.note:
+        notes.append(calibration.note)
+    gap = None
+    # An adapter that is right on 16-bit values only is merged onto the original: there is nothing to compare.
+    if not any(step.update is not None and step.update.needs_dense for step in plan.merged):
+        gap = original_gap(plan, predicted, context)
     return plan, Preflight(
         predicted=predicted,
         rounding_reason=reason,
-        original_gap=None if _needs_original(plan) else original_gap(plan, predicted, context),
-        batches=calibration.batches if calibration else None,
-        calibration=calibration.record if calibration else None,
+        original_gap=gap,
+        batches=calibration.batches,
+        calibration=calibration.record,
         notes=tuple(notes),
     )
-
-
-def _needs_original(plan: Plan) -> bool:
-    """Whether the adapter is right on 16-bit values only. Then nothing is gained from a comparison with the original."""
-    return any(step.update is not None and step.update.needs_dense for step in plan.merged)
 
 
 def target_notes(plan: Plan) -> list[str]:
     """How the target is written, where it could be written in other ways."""
     target = get_target(plan.target)
-    options_used = dict.fromkeys(step.options for step in plan.steps if step.target == target.name)
-    descriptions = [target.describe_options(options) for options in options_used]
-    text = " and ".join(description for description in descriptions if description)
+    descriptions: dict[str, None] = {}
+    for options in _options_used(plan):
+        descriptions[target.describe_options(options)] = None
+    # Most formats have one way to be written, and describe nothing.
+    text = " and ".join(filter(None, descriptions))
     return [f"Target {target.name}: {text}."] if text else []
+
+
+def _options_used(plan: Plan) -> list[Options]:
+    """The options of the weights that are stored in the target format, each once."""
+    return list(dict.fromkeys(step.options for step in plan.steps if step.target == plan.target))
 
 
 def input_warnings(plan: Plan) -> list[str]:
@@ -120,8 +131,11 @@ def input_warnings(plan: Plan) -> list[str]:
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]
         lines += get_format(name).base_warnings(stored, base.quantization)
-    written = [step for step in plan.steps if step.target == plan.target]
-    for options in dict.fromkeys(step.options for step in written):
-        shapes = {step.name: step.shape for step in written if step.options == options}
-        lines += get_target(plan.target).target_warnings(options, shapes)
+    target = get_target(plan.target)
+    for options in _options_used(plan):
+        shapes: dict[str, tuple[int, int]] = {}
+        for step in plan.steps:
+            if step.target == plan.target and step.options == options:
+                shapes[step.name] = step.shape
+        lines += target.target_warnings(options, shapes)
     return lines

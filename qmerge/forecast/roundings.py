@@ -16,8 +16,8 @@ NEAREST_IS_ENOUGH = 0.95
 """Nearest rounding is good enough for a weight that keeps at least this fraction of its delta."""
 
 FINE_ENOUGH = 0.015
-"""On a fresh grid, nearest rounding is good enough for an error of at most this fraction of the weight. (int8 has an error of
-about 0.01, 4 bits one of 0.1.)"""
+"""On a fresh grid, nearest rounding is good enough for an error of at most this fraction of the weight. (int8 has an
+error of about 0.01, 4 bits one of 0.1.)"""
 
 
 def choose_roundings(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
@@ -30,9 +30,10 @@ def choose_roundings(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, s
         The plan, and the reason in words.
     """
     need = _need_for_preserve(plan, predicted)
-    roundings = {}
+    roundings = dict.fromkeys((step.name for step in plan.merged), "nearest")
     for step in plan.merged:
-        roundings[step.name] = "preserve" if step.label in need.modules else "nearest"
+        if step.label in need.modules:
+            roundings[step.name] = "preserve"
     if need.too_coarse or need.act_order:
         # Then other weights on fresh grids lose as much; preserve keeps the output of their layers.
         roundings |= dict.fromkeys(_requantized_names(plan), "preserve")
@@ -59,18 +60,20 @@ class _Need:
 
 def _need_for_preserve(plan: Plan, predicted: Sequence[Survival]) -> _Need:
     on_fresh_grid = {step.label: step for step in plan.merged if not step.source.keeps_grid}
+    lost = set()
     too_coarse = {}
     for survival in predicted:
+        if _kept(survival) < NEAREST_IS_ENOUGH:
+            lost.add(survival.module)
+        # On the base's own grid, the error of nearest rounding is that of the delta alone, and "lost" tells all about it.
         error = (survival.noise or 0.0) * (survival.relative_size or 0.0)
         if survival.module in on_fresh_grid and error > FINE_ENOUGH:
             too_coarse[survival.module] = error
-    return _Need(
-        lost=frozenset(survival.module for survival in predicted if _kept(survival) < NEAREST_IS_ENOUGH),
-        too_coarse=too_coarse,
-        act_order=frozenset(
-            label for label, step in on_fresh_grid.items() if get_target(step.target).uses_input_order(step.options)
-        ),
-    )
+    act_order = set()
+    for label, step in on_fresh_grid.items():
+        if get_target(step.target).uses_input_order(step.options):
+            act_order.add(label)
+    return _Need(lost=frozenset(lost), too_coarse=too_coarse, act_order=frozenset(act_order))
 
 
 def _kept(survival: Survival) -> float:
@@ -88,10 +91,9 @@ def _reason(need: _Need, predicted: Sequence[Survival]) -> str:
     if need.too_coarse and not need.lost:
         worst = percent(max(need.too_coarse.values()))
         reason = f"nearest rounding would change weights by {worst} of their size (predicted)"
-    count = len({survival.module for survival in predicted})
-    others = count - len(need.modules)
+    others = len(predicted) - len(need.modules)
     if others:
-        reason += f"; {others} of {count} weights keep enough and are rounded to nearest"
+        reason += f"; {others} of {len(predicted)} weights keep enough and are rounded to nearest"
     return reason
 
 
@@ -113,9 +115,14 @@ def with_roundings(plan: Plan, roundings: Mapping[str, str]) -> Plan:
     Args:
         roundings: name of a weight → name of its rounding.
     """
-    steps = {step.name: replace(step, rounding=roundings.get(step.name, step.rounding)) for step in plan.steps}
-    shards = tuple(Shard(shard.file, tuple(steps[step.name] for step in shard.steps)) for shard in plan.shards)
-    return replace(plan, steps=tuple(steps.values()), shards=shards)
+    steps: dict[str, Step] = {}
+    for step in plan.steps:
+        steps[step.name] = replace(step, rounding=roundings.get(step.name, step.rounding))
+    # The shards hold the same steps: both views of the plan must agree.
+    shards = []
+    for shard in plan.shards:
+        shards.append(Shard(shard.file, tuple(steps[step.name] for step in shard.steps)))
+    return replace(plan, steps=tuple(steps.values()), shards=tuple(shards))
 
 
 def rounding_names(plan: Plan) -> str:

@@ -66,6 +66,7 @@ def candidate(recipe: Recipe, target: str, inputs: Inputs, reader: Reader) -> Ca
     """One target, for the inputs and the options of a recipe (as far as the target has them)."""
     loaders = get_target(target).info.loaders
     try:
+        # Planning and predicting find out whether these inputs can be written so.
         plan = plan_from(retargeted(recipe, target), inputs)
         context = make_run_context(plan, reader)
         survivals = predict(plan, context)
@@ -91,12 +92,14 @@ def _keeps_grid(plan: Plan) -> bool:
 
 def _median_gap(survivals: Sequence[Survival]) -> float | None:
     gaps = sorted(survival.gap_to_delta for survival in survivals if survival.gap_to_delta is not None)
-    return gaps[len(gaps) // 2] if gaps else None
+    if not gaps:
+        return None
+    return gaps[len(gaps) // 2]  # of an even number, the upper one
 
 
 def _disturbance(plan: Plan, context: RunContext, survivals: Sequence[Survival]) -> float | None:
-    """Noise of a rounding that keeps the delta. Nearest rounding on the base's own grid may move nothing, and then it has no
-    noise either: stochastic rounding stands for ``preserve`` there."""
+    """Noise of a rounding that keeps the delta. Nearest rounding on the base's own grid may move nothing, and then it
+    has no noise either: stochastic rounding stands for ``preserve`` there."""
     kept = total_kept(survivals)
     if not _keeps_grid(plan) or kept is None or kept >= NEAREST_IS_ENOUGH:
         return total_noise(survivals)
@@ -107,8 +110,8 @@ def _disturbance(plan: Plan, context: RunContext, survivals: Sequence[Survival])
 def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe, str]:
     """``--target auto``: choose the target with the least disturbance among those that fit into ``max_size``.
 
-    Disturbance ranks formats as the quality of whole models does (docs/choosing-a-target.md). Of targets with negligible
-    disturbance the smallest one is chosen.
+    Disturbance ranks formats as the quality of whole models does (docs/choosing-a-target.md). Of targets with
+    negligible disturbance the smallest one is chosen.
 
     Returns:
         The recipe for that target, and the reason in words.
@@ -120,20 +123,21 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe
     limit = parse_size(recipe.max_size)
     candidates = all_candidates(recipe, inputs, reader)
     possible = [c for c in candidates if c.impossible is None and _accepts_options(c.target, recipe)]
+    fitting = [c for c in possible if c.nbytes <= limit]
+    too_large = [c for c in possible if c.nbytes > limit]
     if not possible:
         # Where the inputs are the reason, planning for any target raises the error that names it.
         plan_from(retargeted(recipe, candidates[0].target), inputs)
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in recipe.format_options)
         raise RecipeError(f"--target auto: no target has {flags}; leave one of them out, or name a target")
-    fitting = [c for c in possible if c.nbytes <= limit]
     if not fitting:
         smallest = min(possible, key=lambda c: c.nbytes)
         raise RecipeError(
             f"--max-size {recipe.max_size}: nothing fits; the smallest target is {_with_size(smallest)}. A base with fewer "
             f"bits may fit, or --target gptq --bits 3"
         )
+    # Of targets whose disturbance is negligible, the smallest counts as the best.
     best = min(fitting, key=lambda c: (max(NEGLIGIBLE_NOISE, c.disturbance), c.nbytes))
-    too_large = [c for c in possible if c.nbytes > limit]
     return retargeted(recipe, best.target), _reason(best, fitting, too_large, recipe.max_size)
 
 
@@ -142,17 +146,21 @@ def _accepts_options(target: str, recipe: Recipe) -> bool:
 
 
 def _reason(best: Candidate, fitting: Sequence[Candidate], too_large: Sequence[Candidate], limit: str) -> str:
-    reason = f"Target {_with_size(best)}: of what fits into {limit}, rounding to it disturbs least ({best.disturbance:.2g} deltas"
-    others = sorted((c for c in fitting if c is not best), key=lambda c: c.disturbance)[:LISTED_TARGETS]
+    reason = f"Target {_with_size(best)}: of what fits into {limit}, rounding to it disturbs least"
+    reason += f" ({best.disturbance:.2g} deltas"
+    ranked = sorted(fitting, key=lambda c: c.disturbance)
+    others = [f"{c.target} {c.disturbance:.2g}" for c in ranked if c is not best]
     if others:
-        reason += f"; next: {', '.join(f'{c.target} {c.disturbance:.2g}' for c in others)}"
+        reason += f"; next: {', '.join(others[:LISTED_TARGETS])}"
     reason += ")"
     larger = sorted(too_large, key=lambda c: c.nbytes)[:LISTED_LARGER_TARGETS]
     if larger:
-        reason += f"; too large: {', '.join(_with_size(c) for c in larger)}"
+        reason += f"; too large: {', '.join(map(_with_size, larger))}"
     return f"{reason}."
 
 
 def _with_size(c: Candidate) -> str:
-    size = f"{c.nbytes / 1e9:.2f} GB" if c.nbytes >= 5e7 else f"{c.nbytes / 1e6:.2f} MB"
-    return f"{c.target} ({size})"
+    # In gigabytes as far down as two decimals tell sizes apart.
+    if c.nbytes >= 5e7:
+        return f"{c.target} ({c.nbytes / 1e9:.2f} GB)"
+    return f"{c.target} ({c.nbytes / 1e6:.2f} MB)"

@@ -17,22 +17,23 @@ LOUD_NOISE = 2.0
 """Rounding noise that is larger than this many deltas is warned about."""
 
 LOUD_PRESERVED_NOISE = 5.0
-"""The same for ``preserve``, whose noise is measured in the outputs of the layers. A good part of it makes up for the rounding of
-earlier layers: noise of twice the delta went with a KL ratio of 0.013 (GPTQ, demo model)."""
+"""The same for ``preserve``, whose noise is measured in the outputs of the layers. A good part of it makes up for the
+rounding of earlier layers: noise of twice the delta went with a KL ratio of 0.013 (GPTQ, demo model)."""
 
 MOST_CLIPPED = 0.001
 """Clipping of more than this fraction of the entries is warned about."""
 
 NEAR_ORIGINAL = 0.25
-"""Where original and dequantized base differ by less than this fraction of the delta, it does not matter which one the delta is
-added to."""
+"""Where original and dequantized base differ by less than this fraction of the delta, it does not matter which one the
+delta is added to."""
 
 OPPOSED_COSINE = -0.2
-"""Deltas work against each other below this cosine. (A sum of two deltas of the same size then loses a fifth of their squares.)"""
+"""Deltas work against each other below this cosine. (A sum of two deltas of the same size then loses a fifth of their
+squares.)"""
 
 CONFLICTING_SIGNS = 0.6
-"""They also do where more than this fraction of what both change has opposite signs. (Unrelated adapters have 0.5; normally
-distributed deltas of the cosine above have 0.62.)"""
+"""They also do where more than this fraction of what both change has opposite signs. (Unrelated adapters have 0.5;
+normally distributed deltas of the cosine above have 0.62.)"""
 
 SIGN_ELECTING = ("ties", "dare_ties", "della", "sce")
 """Combinations that settle on one sign per entry."""
@@ -54,9 +55,13 @@ def survival_warnings(survivals: Sequence[Survival], predicted: bool) -> list[st
             f"check that this is the trained adapter"
         )
     lost = [survival for survival in survivals if _is_lost(survival)]
+    # A weight that lost its delta is warned about once, also where its noise is loud.
     loud = [survival for survival in survivals if _is_loud(survival) and not _is_lost(survival)]
-    lines += [_lost_line(group, predicted) for group in _by_rank(lost)]
-    lines += [_loud_line(group, predicted) for group in _by_rank(loud)]
+    for group in _by_rank(lost):
+        lines.append(_lost_line(group, predicted))
+    for group in _by_rank(loud):
+        lines.append(_loud_line(group, predicted))
+    # How bad it is in all: the lost weights may be the ones with small deltas.
     total = total_kept(survivals)
     if total is not None and len(lost) > 1:
         verb = "will be" if predicted else "was"
@@ -74,6 +79,7 @@ def is_same_warning(line: str, other: str) -> bool:
 
 def _without_measurements(line: str) -> str:
     line = MEASURED_VALUE.sub("#", line)
+    # The two tenses of _lost_line, of the line about all weights, and of _loud_line.
     for predicted, measured in (("will survive", "survived"), ("will be kept", "was kept"), ("will be", "is")):
         line = line.replace(predicted, measured)
     return line
@@ -138,6 +144,7 @@ def _way_out(survival: Survival) -> str:
         ways = ["--calibration with text of your training", "more --calibration-tokens"]
     else:
         ways = ["--rounding preserve"]
+    # bf16 itself loses small deltas: it has 8 bits of mantissa, fp16 has 11.
     wider = {"bf16": "fp16", "fp16": "fp32"}.get(survival.target, "bf16")
     ways += [f"--target {wider}", "serve the adapter unmerged"]
     return f"Use {', or '.join(ways)}."
@@ -201,9 +208,14 @@ def _work_against_each_other(record: ModulePairRecord) -> bool:
 
 
 def _interference_line(pair: PairRecord, modules: Sequence[ModulePairRecord], combine: str) -> str:
-    names = module_names([module.module for module in modules])
-    cosines = span("{:.2f}".format, [module.cosine for module in modules])
-    conflicts = [module.sign_conflict for module in modules if module.sign_conflict is not None]
+    names: list[str] = []
+    cosines: list[float | None] = []
+    conflicts: list[float] = []
+    for module in modules:
+        names.append(module.module)
+        cosines.append(module.cosine)
+        if module.sign_conflict is not None:  # None where no entry is changed by both
+            conflicts.append(module.sign_conflict)
     signs = ""
     if conflicts:
         signs = f", opposite signs in {span(percent, conflicts)} of what both change"
@@ -211,6 +223,6 @@ def _interference_line(pair: PairRecord, modules: Sequence[ModulePairRecord], co
     if combine not in SIGN_ELECTING:
         way_out = f"use --combine ties or dare_ties, which elect one sign per entry, {way_out}"
     return (
-        f"{pair.one} and {pair.other} work against each other in {names}: cosine {cosines}{signs}. "
-        f"To keep more of both, {way_out}."
+        f"{pair.one} and {pair.other} work against each other in {module_names(names)}: "
+        f"cosine {span('{:.2f}'.format, cosines)}{signs}. To keep more of both, {way_out}."
     )

@@ -40,6 +40,7 @@ class ChangeMatcher:
         changes: dict[str, Change] = {}
         unmatched: list[str] = []
         wanted: dict[str, Change] = {**adapter.updates, **adapter.replaced}
+        # Every tensor of the adapter is applied exactly once, or the run does not start.
         for name, change in wanted.items():
             weight = self.weights.get(name)
             if weight is not None:
@@ -61,7 +62,8 @@ class ChangeMatcher:
         return isinstance(change, Update) and change.optional
 
     def _fitting(self, weight: Weight, change: Change) -> Change:
-        """The change as it is applied to the weight; new values for a quantized target become an update, which is rounded."""
+        """The change as it is applied to the weight; new values for a quantized target become an update, which is
+        rounded."""
         if weight.format == "raw":
             dtype = weight.parts[weight.local].dtype
             raise CheckpointError(
@@ -71,10 +73,11 @@ class ChangeMatcher:
         if isinstance(change, Replacement):
             return self._fitting_replacement(weight, change)
         matrix = as_matrix(weight.shape)
+        # Where peft ignores a variant of LoRA in some layers, the shape of the weight tells which of the two it is.
         update = change.fitted(matrix)
         shapes = [update.shape]
         if self.modules.is_dense_conv1d(weight, update):
-            shapes.append(update.shape[::-1])
+            shapes.append(update.shape[::-1])  # the update is [O, I], the weight on disk [I, O]
         if not any(_is_shape(matrix, shape) for shape in shapes):
             raise _misfit(weight, update.shape)
         return update
@@ -82,6 +85,7 @@ class ChangeMatcher:
     def _fitting_replacement(self, weight: Weight, change: Replacement) -> Change:
         shape = tuple(change.values.shape)
         if shape == weight.shape and self.targets.format_of(weight, merged=True).info.is_quantized:
+            # An update of zero on the new values goes through rounding and measuring like any other.
             return OwnBaseUpdate(change.values, AddUpdate(torch.zeros_like(change.values)))
         if shape != weight.shape and not self._is_resized_embedding(weight, shape):
             raise _misfit(weight, shape)
@@ -107,6 +111,7 @@ def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:
 def _similar_module(tensor: str, weights: Mapping[str, Weight]) -> str:
     """A hint for the case that the base has the module under another prefix."""
     module = tensor.split(".lora_")[0]
+    # Layer number, block and projection, and the name before them: layers.0.self_attn.q_proj.
     tail = ".".join(module.split(".")[-4:])
     for weight in weights.values():
         if weight.local == "weight" and weight.module.endswith(tail) and not module.startswith(weight.module):

@@ -15,7 +15,8 @@ from qmerge.planning.inputs import Inputs
 from qmerge.types import Replacement, Update
 
 Pair = tuple[str, str]
-"""Names of the input and the output embedding, as on disk. (A tied output embedding is not on disk: its name in memory.)"""
+"""Names of the input and the output embedding, as on disk. (A tied output embedding is not on disk: its name in
+memory.)"""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,10 @@ class Embeddings:
 
     @cached_property
     def tied(self) -> Pair | None:
-        """Their names where the base ties them and the adapter changes anything outside the numbered layers.
-
-        Finding the names builds the model without weights, which takes seconds for an unknown gain in all other cases.
-        """
+        """Their names where the base ties them and the adapter changes anything outside the numbered layers."""
         adapter = self.inputs.adapter
         changed = (*adapter.updates, *adapter.replaced)
+        # Embeddings are outside the layers. Finding their names takes seconds, because the model is built without weights.
         if all(re.search(r"\.\d+\.", name) for name in changed):
             return None
         return self._on_disk(tied_embedding_weights(self.inputs.base.config))
@@ -52,9 +51,11 @@ class Embeddings:
         if tied is None or tied[0] not in self.inputs.base.weights:
             return None
         input_change, output_change = (self._change_of(name) for name in tied)
+        # Both stay as they are, and tied.
         if input_change is None and output_change is None:
             return None
         self._check_several(tied, input_change, output_change)
+        # The adapter may bring the same values for both.
         if _are_same_values(input_change, output_change):
             return None
         if output_change is None and self._change_is_shared(input_change):
@@ -78,7 +79,8 @@ class Embeddings:
         return adapter.replaced.get(name) or adapter.updates.get(name)
 
     def _change_is_shared(self, input_change: Update | Replacement | None) -> bool:
-        """Whether a change of the input embedding counts for the output embedding too: peft puts trained tokens into both."""
+        """Whether a change of the input embedding counts for the output embedding too."""
+        # peft puts trained tokens into both embeddings, and everything with ensure_weight_tying.
         return all(_trains_rows(input_change)) or bool(self.inputs.adapter.config.get("ensure_weight_tying"))
 
     def _check_several(

@@ -57,13 +57,15 @@ class Inputs:
     @property
     def tokenizer_folder(self) -> Path:
         """Folder of the tokenizer: the adapter's where it brings one, else the base's."""
-        folder = self.adapter_files_folder
-        return folder if _has_any(folder, OWN_TOKENIZER) else self.base.folder
+        # Training may have added tokens to it.
+        if _has_any(self.adapter_files_folder, OWN_TOKENIZER):
+            return self.adapter_files_folder
+        return self.base.folder
 
     @property
     def adapter_files_folder(self) -> Path:
-        """Folder of the adapter's tokenizer and chat template, if it has any: its own, or the one that holds several adapters
-        with a common tokenizer."""
+        """Folder of the adapter's tokenizer and chat template, if it has any: its own, or the one that holds several
+        adapters with a common tokenizer."""
         own, parent = self.adapter.folder, self.adapter_source.adapters_folder
         if parent is None or _has_any(own, TOKENIZER):
             return own
@@ -82,12 +84,13 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     """
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     adapter_sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
-    original_source = None
-    if recipe.original:
-        original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
+    # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
     ranges = layer_replication([source.folder for source in adapter_sources])
     base = read_checkpoint(base_source.folder, reader, ranges)
-    original = read_checkpoint(original_source.folder, reader, ranges) if original_source else None
+    original_source, original = None, None
+    if recipe.original:
+        original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
+        original = read_checkpoint(original_source.folder, reader, ranges)
     names = Names.of(base)
     adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
     return Inputs(
@@ -116,6 +119,7 @@ def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -
         return chained(adapters, held)
     weights = [weight for _, weight in recipe.adapters]
     if len(adapters) == 1:
+        # Where several adapters are combined, it is a warning (base_check.declared).
         check_order(adapters, held)
     if weights == [1.0]:
         return adapters[0]
@@ -138,10 +142,14 @@ def layer_replication(folders: Sequence[Path]) -> Any:
     Raises:
         AdapterError: it differs between the adapters.
     """
-    values = [read_json(config_file(folder), AdapterError).get("layer_replication") or None for folder in folders]
-    if any(ranges != values[0] for ranges in values):
-        by_folder = ", ".join(f"{ranges} in {folder}" for ranges, folder in zip(values, folders, strict=True))
-        raise AdapterError(
-            f"layer_replication is {by_folder}: these adapters were trained on different models; merge one of them"
-        )
+    values = []
+    for folder in folders:
+        config = read_json(config_file(folder), AdapterError)
+        values.append(config.get("layer_replication") or None)
+    for folder, ranges in zip(folders, values, strict=True):
+        if ranges != values[0]:
+            raise AdapterError(
+                f"layer_replication is {values[0]} in {folders[0]}, {ranges} in {folder}: these adapters were trained on "
+                f"different models; merge one of them"
+            )
     return values[0]

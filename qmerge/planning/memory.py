@@ -54,7 +54,7 @@ def step_memory(step: Step, entries: int) -> int:
     """Bytes of memory at a step's peak, with row blocks of about ``entries`` values."""
     if step.action == "copy":
         return COPY_BYTES
-    block = next(row_blocks(step, entries))
+    block = next(row_blocks(step, entries))  # the first block is the largest
     arrays = ARRAYS_PER_BLOCK * FLOAT32_BYTES * len(block) * step.shape[1]
     return arrays + SCALE_COPIES * _scale_bytes(step) + _whole_codes_bytes(step) + _factor_bytes(step)
 
@@ -76,10 +76,11 @@ def _scale_bytes(step: Step) -> int:
 
 
 def _whole_codes_bytes(step: Step) -> int:
-    """Codes that are held for the whole weight, because its rows are columns on disk: as read; twice as written, once in
-    blocks and once put together."""
+    """Codes that are held for the whole weight, because its rows are columns on disk: as read; twice as written, once
+    in blocks and once put together."""
     source, target = get_format(step.weight.format), get_format(step.target)
     target_codes = step.weight.prefix + target.codes_part(step.weight.local)
+    # row_axis is 1 where rows are columns on disk, and 0 otherwise, where nothing is held.
     nbytes = source.info.row_axis * step.weight.nbytes
     if target_codes in step.outputs:
         nbytes += 2 * target.info.row_axis * step.outputs[target_codes].nbytes

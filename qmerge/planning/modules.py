@@ -39,11 +39,13 @@ class Modules:
     def conv1d(self) -> frozenset[str]:
         """Modules whose dense weight is stored as [I, O].
 
-        Where transformers does not know the architecture, the adapter decides: peft sets ``fan_in_fan_out`` for such layers.
+        Where transformers does not know the architecture, the adapter decides: peft sets ``fan_in_fan_out`` for such
+        layers.
         """
         try:
             return self._module_kinds.conv1d
         except CheckpointError:
+            # An unknown architecture is an error only where nothing else gives the answer.
             adapter = self.inputs.adapter
             if not adapter.config.get("fan_in_fan_out"):
                 return frozenset()
@@ -74,6 +76,7 @@ class Modules:
             return False
         if not (self.target.info.is_quantized or self.simulates_training):
             return False
+        # In memory these experts are a stack, where transformers' rules find no linear layers.
         if self.target.info.takes_single_experts and self._is_single_expert(weight):
             return self.target.name not in self.inputs.base.formats()
         return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
@@ -84,7 +87,8 @@ class Modules:
 
     @cached_property
     def _quantizes_dense(self) -> bool:
-        """Whether dense weights become quantized. A quantized base leaves weights dense on purpose, and they stay dense.
+        """Whether dense weights become quantized. A quantized base leaves weights dense on purpose, and they stay
+        dense.
 
         The exception is a base none of whose quantized weights the target takes (gpt-oss: only the stacked experts are
         quantized, which are not linear layers for other formats).
@@ -99,8 +103,8 @@ class Modules:
     # --- the quantization config ---
 
     def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> ModuleLayout:
-        """Which linear layers are quantized in the output, and which stay dense although the loader expects them quantized:
-        promoted ones, and those that a base of another library left dense on purpose.
+        """Which linear layers are quantized in the output, and which stay dense although the loader expects them
+        quantized: promoted ones, and those that a base of another library left dense on purpose.
 
         Raises:
             RecipeError: the loader would drop a weight that stays dense.
@@ -108,21 +112,31 @@ class Modules:
         if not self.target.info.is_quantized:
             return ModuleLayout()
         self._check_experts(steps)
-        module_of = {step.name: self._loaded_module(step.weight) for step in steps}
-        stored = [step for step in steps if step.target == self.target.name]
-        quantized = [module_of[step.name] for step in stored]
-        dense = self._dense_modules(quantized) | {module_of[step.name] for step in steps if step.name in promoted}
+        modules: list[str] = []  # of all steps
+        quantized: list[str] = []
+        options: list[Options] = []  # of the quantized ones
+        promoted_modules = set()
+        for step in steps:
+            module = self._loaded_module(step.weight)
+            modules.append(module)
+            if step.target == self.target.name:
+                quantized.append(module)
+                options.append(step.options)
+            if step.name in promoted:
+                promoted_modules.add(module)
+        dense = self._dense_modules(quantized) | promoted_modules
         return ModuleLayout(
             quantized=tuple(quantized),
-            dense=tuple(dict.fromkeys(module for module in module_of.values() if module in dense)),
+            dense=tuple(dict.fromkeys(module for module in modules if module in dense)),
             skipped=self._default_module_kinds.skipped,
             experts=dense_experts(steps, self.target),
-            others=_with_other_options(stored, quantized),
+            others=_with_other_options(quantized, options),
         )
 
     def _dense_modules(self, quantized: list[str]) -> frozenset[str]:
         """Modules that stay dense although the loader expects them quantized."""
         dense = self._towers
+        # Where base and target are of the same library, the config of the base names already what is dense in it.
         library = shared_quantization_config(self.inputs.base, self.target)
         if self.inputs.base.quantization and (not library or self.target.info.lists_dense):
             dense |= self._default_module_kinds.quantizable
@@ -157,8 +171,8 @@ class Modules:
     def _towers(self) -> frozenset[str]:
         """Linear layers of a multimodal model outside its text model, where the target leaves them dense.
 
-        bitsandbytes quantizes them; the tools of the other formats do not, and some of their loaders fail on quantized ones
-        (Siglip and Gemma 3 in transformers 5.23).
+        bitsandbytes quantizes them; the tools of the other formats do not, and some of their loaders fail on quantized
+        ones (Siglip and Gemma 3 in transformers 5.23).
         """
         if self.target.info.quant_method in (None, "bitsandbytes") or self._keeps_names:
             return frozenset()
@@ -167,7 +181,8 @@ class Modules:
     # --- names ---
 
     def _module(self, weight: Weight) -> str:
-        """Name of a weight's module in memory, where the weight is a parameter of its own in memory; else its name on disk."""
+        """Name of a weight's module in memory, where the weight is a parameter of its own in memory; else its name on
+        disk."""
         module, _, local = self._parameter(weight).rpartition(".")
         return module if local == weight.local else weight.module
 
@@ -205,9 +220,14 @@ def dense_experts(steps: tuple[Step, ...], target: TargetFormat[Any]) -> tuple[s
     return tuple(module for module in all_experts if module not in stored_experts)
 
 
-def _with_other_options(stored: list[Step], modules: list[str]) -> tuple[tuple[str, Options], ...]:
-    """Module and options of the weights that are stored with other options than most."""
-    if not stored:
+def _with_other_options(modules: list[str], options: list[Options]) -> tuple[tuple[str, Options], ...]:
+    """The modules that are stored with other options than most, with their options.
+
+    Args:
+        modules: names of all modules in the target format.
+        options: how each of them is stored.
+    """
+    if not modules:
         return ()
-    [(usual, _)] = Counter(step.options for step in stored).most_common(1)
-    return tuple((module, step.options) for step, module in zip(stored, modules, strict=True) if step.options != usual)
+    [(usual, _)] = Counter(options).most_common(1)
+    return tuple(pair for pair in zip(modules, options, strict=True) if pair[1] != usual)

@@ -1,6 +1,7 @@
 """Headers → steps. Every error in the inputs is found here, before a byte is written.
 
-Reads headers, configs and the adapter, but no weight. Every adapter tensor is used exactly once, or the run does not start.
+Reads headers, configs and the adapter, but no weight. Every adapter tensor is used exactly once, or the run does not
+start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qmerge.planning.steps import StepMaker
 from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.safetensors_io import writer
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Step
+from qmerge.types import Step, TensorSpec
 from qmerge.weights.context import RunContext, compute_device
 
 
@@ -33,14 +34,17 @@ class Shard:
     @cached_property
     def layout(self) -> writer.FileLayout:
         """Names, dtypes and shapes of the tensors in the file, and where their bytes go."""
-        return writer.FileLayout.of({name: spec for step in self.steps for name, spec in step.outputs.items()})
+        specs: dict[str, TensorSpec] = {}
+        for step in self.steps:
+            specs.update(step.outputs)
+        return writer.FileLayout.of(specs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """How a run calibrates, as the recipe asks for it.
 
-    source           a text file, a dataset on the Hub, ``random``, ``generate`` or ``none``; None for the default (random)
+    source           a text file, a dataset on the Hub, ``random``, ``generate`` or ``none``; None: the default (random)
     tokens           tokens to calibrate on
     sequence_length  tokens per sequence
     sequential       each layer is calibrated after the layers before it were rounded
@@ -117,12 +121,15 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes for the weights that are worked on at once. (The interpreter and its libraries take about 0.6 GB more.)"""
+        """Bytes for the weights that are worked on at once. (The interpreter and its libraries take about 0.6 GB
+        more.)"""
+        # Each worker may be at its peak at the same time.
         return self.workers * max((step_memory(step, self.block_entries) for step in self.steps), default=0)
 
 
 def output_bytes(step: Step) -> int:
     """Bytes of the tensors that a step writes, without texts whose length is known at the end."""
+    # The shape of such a text is (-1,): its bytes are negative.
     return sum(max(0, spec.nbytes) for spec in step.outputs.values())
 
 
@@ -153,8 +160,8 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     maker = StepMaker(recipe, inputs, promoted)
     changes = maker.changes()
     steps = tuple(maker.step(weight, changes.get(weight.name)) for weight in maker.weights.values())
-    changed = sum(step.update is not None or step.replacement is not None for step in steps)
-    assert changed == len(changes), "a change was matched, but no step applies it"
+    unchanged = [step for step in steps if step.update is None and step.replacement is None]
+    assert len(steps) - len(unchanged) == len(changes), "a change was matched, but no step applies it"
     entries = block_entries(steps, recipe.max_memory, recipe.workers)
     return Plan(
         recipe=recipe,
@@ -212,6 +219,7 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         )
     accepted = get_target(recipe.target).info.accepted_options
     for name in recipe.format_options.keys() - set(accepted):
+        # Which targets have this option: the user may have forgotten --target.
         accepting = [known for known, fmt in all_targets().items() if name in fmt.info.accepted_options]
         raise RecipeError(
             f"--{name.replace('_', '-')} is for {', '.join(accepting)}, but the target is {recipe.target}: leave it out"
@@ -240,5 +248,6 @@ def _shard_name(number: int, count: int) -> str:
 def retargeted(recipe: Recipe, target: str) -> Recipe:
     """The same recipe for another target, without the options that the other target does not have."""
     accepted = get_target(target).info.accepted_options
-    dropped: dict[str, Any] = {name: None for name in recipe.format_options if name not in accepted}
+    dropped: dict[str, Any] = dict.fromkeys(recipe.format_options.keys() - set(accepted))
+    # max_size belongs to target auto, which this recipe is no longer.
     return make_recipe({**recipe.model_dump(), "target": target, **dropped, "max_size": None})

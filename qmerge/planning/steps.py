@@ -1,4 +1,5 @@
-"""What happens to each weight of the base: is it copied, converted, merged or replaced, from which source, to which tensors?"""
+"""What happens to each weight of the base: is it copied, converted, merged or replaced, from which source, to which
+tensors?"""
 
 from __future__ import annotations
 
@@ -111,6 +112,7 @@ class StepMaker:
     def _replacement_step(self, weight: Weight, change: Replacement) -> Step:
         """The adapter's own values, in the dtype of the base's (in a dense target's dtype)."""
         target = self.targets.format_of(weight, merged=True)
+        # The shape is the adapter's: an embedding may have more or fewer tokens than that of the base.
         spec = TensorSpec(str(target.info.dense_dtype), tuple(change.values.shape))
         return Step(
             source=StepSource(weight=weight),
@@ -124,8 +126,8 @@ class StepMaker:
     # --- source ---
 
     def _choose_source(self, weight: Weight, update: Update | None, target: WeightTarget) -> StepSource:
-        """Where values and grid come from. With --merge-onto original, every quantized weight that is rounded anew starts from
-        its 16-bit original; codes that stay the same do not need it."""
+        """Where values and grid come from. With --merge-onto original, every quantized weight that is rounded anew
+        starts from its 16-bit original; codes that stay the same do not need it."""
         merges_onto_original = self.recipe.merge_onto == "original"
         read_weight = weight
         original = None
@@ -188,9 +190,9 @@ class StepMaker:
     def _choose_rounding(self, weight: Weight, update: Update | None, target: WeightTarget) -> str:
         """The recipe's rounding for merged weights. ``auto`` is settled later, by what it does to them.
 
-        With ``preserve``, weights without an update are rounded so too where they come onto a fresh quantized grid, which
-        keeps the output of their layer. Stacks of matrices and convolutions have no single layer whose inputs could be
-        observed, and only dense targets take them.
+        With ``preserve``, weights without an update are rounded so too where they come onto a fresh quantized grid,
+        which keeps the output of their layer. Stacks of matrices and convolutions have no single layer whose inputs
+        could be observed, and only dense targets take them.
         """
         if len(weight.shape) > 2:
             return "nearest"
@@ -250,14 +252,18 @@ def _outputs(source: StepSource, target: WeightTarget) -> dict[str, TensorSpec]:
     shape = weight.shape
     if source.conv1d and fmt.info.is_dense != get_format(weight.format).info.is_dense:
         shape = shape[::-1]  # [I, O] on one side, [O, I] on the other
-    outputs = {weight.prefix + local: spec for local, spec in fmt.outputs(weight.local, shape, target.options).items()}
-    if not source.keeps_grid or source.training_format is not None:
-        return outputs
-    # The base's scales are copied, whichever optional parts they have; the codes and the parts that it lacks are new.
-    kept = _specs_on_disk(weight)
-    new = {weight.prefix + local for local in fmt.info.always_written} - kept.keys()
-    new.add(weight.prefix + fmt.codes_part(weight.local))
-    return kept | {name: spec for name, spec in outputs.items() if name in new}
+    outputs: dict[str, TensorSpec] = {}
+    # The base's scales are copied, whichever optional parts they have.
+    copies_scales = source.keeps_grid and source.training_format is None
+    if copies_scales:
+        outputs = _specs_on_disk(weight)
+    codes = fmt.codes_part(weight.local)
+    for local, spec in fmt.outputs(weight.local, shape, target.options).items():
+        name = weight.prefix + local
+        is_lacking = local in fmt.info.always_written and name not in outputs
+        if not copies_scales or local == codes or is_lacking:
+            outputs[name] = spec
+    return outputs
 
 
 def _specs_on_disk(weight: Weight) -> dict[str, TensorSpec]:

@@ -69,15 +69,16 @@ class TargetChooser:
     def format_of(self, weight: Weight, merged: bool) -> TargetFormat[Any]:
         """The format that a weight is written in.
 
-        A quantized target takes the weights that its stock loader quantizes. A dense target takes all quantized weights and
-        all weights in the base's own dtype; a weight that the base stores wider or narrower on purpose keeps its dtype.
+        A quantized target takes the weights that its stock loader quantizes. A dense target takes all quantized weights
+        and all weights in the base's own dtype; a weight that the base stores wider or narrower on purpose keeps its
+        dtype.
 
         Raises:
             RecipeError: the weight has a dtype that is only copied.
         """
         stored = get_format(weight.format).info
         if weight.name in self.promoted:
-            return self._dense_format
+            return self._dense_format  # --promote: rounding it would lose most
         if self.format.info.is_quantized:
             if self.modules.is_quantizable(weight):
                 return self.format
@@ -94,8 +95,9 @@ class TargetChooser:
         if self.recipe.trained_on_format is None or not self.modules.is_quantizable(weight):
             return None
         name, asked = self.recipe.trained_on_format
+        # Merging onto the original uses training's grid only, and that only where the output is stored on it.
         if self.recipe.merge_onto == "original" and name != self.format.name:
-            return None  # neither the values nor the grid of training are used
+            return None
         return TrainingFormat(name, get_target(name).options(asked, None, self.inputs.base.dtype))
 
     def _options(self, weight: Weight, fmt: TargetFormat[Any], training: TrainingFormat | None) -> Options:
@@ -107,14 +109,18 @@ class TargetChooser:
 
     @cached_property
     def _asked_options(self) -> Mapping[str, Any]:
-        """The recipe's options for the target; where the base is stored otherwise, with defaults that suit the model."""
+        """The recipe's options for the target; where the base is stored otherwise, with defaults that suit the
+        model."""
         if not self.format.info.is_quantized or self.format.name in self.inputs.base.formats():
             return self.recipe.format_options
-        shapes = [
-            weight.shape[::-1] if self.modules.is_dense_conv1d(weight) else weight.shape
-            for weight in self.inputs.base.weights.values()
-            if self.modules.is_quantizable(weight)
-        ]
+        shapes: list[tuple[int, ...]] = []
+        for weight in self.inputs.base.weights.values():
+            if not self.modules.is_quantizable(weight):
+                continue
+            shape = weight.shape
+            if self.modules.is_dense_conv1d(weight):
+                shape = shape[::-1]
+            shapes.append(shape)
         return self.format.options_for_model(self.recipe.format_options, shapes)
 
     def _keeps_grid(

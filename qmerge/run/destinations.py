@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.journal import Journal
 from qmerge.pipeline import Outcome, run_step
-from qmerge.planning.plan import Plan
+from qmerge.planning.plan import Plan, Shard
 from qmerge.progress import Progress
 from qmerge.rounding.base import InputStatistics
 from qmerge.run.residual import Residual, fit_residual
@@ -51,10 +51,11 @@ class Destination(ABC):
 class OutputFolder(Destination):
     """Writes every step to the file that it belongs to.
 
-    A step of an earlier run is kept where its bytes still have the hashes in the journal. A file gets its final name when the last
-    of its steps is done.
+    A step of an earlier run is kept where its bytes still have the hashes in the journal. A file gets its final name
+    when the last of its steps is done.
 
-    residuals: LoRAs that compensate for the rounding of merged weights, by name of the weight; empty without ``residual_rank``.
+    residuals: LoRAs that compensate for the rounding of merged weights, by name of the weight; empty without
+    ``residual_rank``.
     """
 
     def __init__(
@@ -75,27 +76,33 @@ class OutputFolder(Destination):
         self.residual_rank = residual_rank
         self.residuals: dict[str, Residual] = {}
         self.writers: dict[str, ShardWriter] = {}
-        self._shard_of = {step.name: shard for shard in plan.shards for step in shard.steps}
-        self._steps_left = {shard.file: len(shard.steps) for shard in plan.shards}
+        self._shard_of: dict[str, Shard] = {}
+        self._steps_left: dict[str, int] = {}
+        for shard in plan.shards:
+            self._steps_left[shard.file] = len(shard.steps)
+            for step in shard.steps:
+                self._shard_of[step.name] = shard
 
     def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
         steps_by_file: dict[str, list[Step]] = defaultdict(list)
         for step in steps:
             steps_by_file[self._shard_of[step.name].file].append(step)
         for file, group in steps_by_file.items():
+            # Calibration comes back to a file several times, so it stays open until all is done.
             if file not in self.writers:
                 layout = self._shard_of[group[0].name].layout
                 self.writers[file] = ShardWriter(self.out / file, layout, self.resume)
             run_parallel(group, lambda step: self._run_step(step, inputs.get(step.name)), self.workers)
             self._steps_left[file] -= len(group)
             if not self._steps_left[file]:
+                # The journal comes first: a file with its final name must have its hash there.
                 self.journal.file_done(file, self.writers[file].finish())
                 self.writers[file].publish()
 
     def _run_step(self, step: Step, inputs: InputStatistics | None) -> None:
         record = self._earlier_record(step) or self._write_step(step, inputs)
         self._writer(step).add_texts(record["texts"])
-        if record["outcome"] is not None:
+        if record["outcome"] is not None:  # None for copies and conversions
             self.outcomes[step.name] = Outcome(**record["outcome"])
             if self.residual_rank:
                 stored_OI = self.stored(step)
@@ -151,6 +158,7 @@ class MeasureOnly(Destination):
         self._sinks: dict[str, MemorySink] = {}
 
     def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
+        # Only the steps of one group are read back, before the next group is run: memory does not grow with the model.
         self._sinks.clear()
         run_parallel(steps, lambda step: self._run_step(step, inputs.get(step.name)), self.workers)
 

@@ -40,12 +40,14 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
     if recipe.verify:
         return [merge_and_judge(recipe, target, progress) for target in targets]
     with Reader() as reader:
+        # The inputs are read and hashed once for all targets.
         inputs = read_inputs(recipe, reader)
         records = input_records(inputs, progress)
-        return [
-            measure_target(retargeted(recipe, target), inputs, records, reader=reader, progress=progress)
-            for target in targets
-        ]
+        reports = []
+        for target in targets:
+            one_target = retargeted(recipe, target)
+            reports.append(measure_target(one_target, inputs, records, reader=reader, progress=progress))
+        return reports
 
 
 def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
@@ -63,6 +65,7 @@ def measure_target(
     started = time.monotonic()
     plan = plan_from(recipe, inputs)
     context = make_run_context(plan, reader)
+    # Its warnings are in the report, next to those about what was measured.
     plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
     destination = MeasureOnly(context, plan.workers, progress)
     progress.stage(f"measuring {plan.target}", sum(step.weight.nbytes for step in plan.rounded))

@@ -49,7 +49,8 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         The content of qmerge.json.
 
     Raises:
-        RecipeError, InputError, NumbersError, RoomError: see ``errors.py``. Nothing is left behind except what --resume needs.
+        RecipeError, InputError, NumbersError, RoomError: see ``errors.py``. Nothing is left behind except what --resume
+        needs.
     """
     started = time.monotonic()
     progress = progress or NoProgress()
@@ -63,6 +64,7 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
             progress.note(reason)
         plan = plan_from(recipe, inputs)
         context = make_run_context(plan, reader)
+        # Whatever can fail is tried before the long work begins.
         folder.check_out(out, input_folders(inputs), resume)
         if recipe.verify:
             texts.read_texts(
@@ -154,9 +156,10 @@ def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData
 
 
 def write_model(run: Run, *, resume: bool) -> ReportData:
-    """Run every step, then write the other files. The index, the card and the config come last, so that an unfinished folder does
-    not load as a model."""
+    """Run every step, then write the other files. The index, the card and the config come last, so that an unfinished
+    folder does not load as a model."""
     plan = run.plan
+    # Hashes of all inputs come first: a resumed run must have the same ones.
     records = input_records(plan.inputs, run.progress)
     journal = Journal(run.out, run_identity(run, records), resume)
     destination = OutputFolder(
@@ -186,6 +189,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
     )
     if run.recipe.residual and destination.residuals:
         report.residual = write_residuals(run.out, destination.residuals, run.recipe.residual)
+    # The report is complete now; without config.json the folder is not a model yet.
     write_file(run.out / RECIPE_NAME, with_commits(run.recipe, plan.inputs).to_yaml().encode())
     write_reports(report, plan, run.out)
     write_configs(plan, run.out)
@@ -235,6 +239,7 @@ def with_commits(recipe: Recipe, inputs: Inputs) -> Recipe:
     """The recipe with the commits that its revisions resolved to, so that it makes the same model again."""
     commits = {"revision": inputs.base_source.commit}
     if len(inputs.adapter_sources) == 1:
+        # One revision is for all adapters, so it cannot name the commits of several.
         commits["adapter_revision"] = inputs.adapter_source.commit
     if inputs.original_source:
         commits["original_revision"] = inputs.original_source.commit
@@ -243,15 +248,17 @@ def with_commits(recipe: Recipe, inputs: Inputs) -> Recipe:
 
 def run_identity(run: Run, records: Sequence[InputRecord]) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it resumes."""
-    plan, calibration = run.plan, run.preflight.calibration
+    hashes: dict[str, str] = {}
+    for role, record in numbered_roles(records):
+        for file in record.files:
+            hashes[f"{role} {file.file}"] = file.sha256
+    calibration = run.preflight.calibration
     return {
         **{name: version(name) for name in IDENTITY_PACKAGES},
-        "device": run.context.device.type,
+        "device": run.context.device.type,  # other devices give other last bits
         "recipe": run.recipe.identity(),
-        "input": {
-            f"{role} {file.file}": file.sha256 for role, record in numbered_roles(records) for file in record.files
-        },
+        "input": hashes,
         "calibration": calibration.model_dump() if calibration else None,
-        "promoted": sorted(plan.promoted),
-        "output": {shard.file: len(shard.steps) for shard in plan.shards},
+        "promoted": sorted(run.plan.promoted),
+        "output": {shard.file: len(shard.steps) for shard in run.plan.shards},
     }

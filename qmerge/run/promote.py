@@ -27,8 +27,11 @@ def plan_with_promoted(recipe: Recipe, plan: Plan, context: RunContext, progress
     assert recipe.promote is not None
     outcomes = _rehearse(recipe, plan, context, progress)
     dense_format = DENSE_FORMATS[plan.inputs.base.dtype]
-    losses = {name: output_error(outcome.sums) for name, outcome in outcomes.items()}
-    costs = {step.name: extra_bytes(step, dense_format) for step in plan.merged}
+    losses: dict[str, float] = {}
+    costs: dict[str, int] = {}
+    for step in plan.merged:
+        losses[step.name] = output_error(outcomes[step.name].sums)
+        costs[step.name] = extra_bytes(step, dense_format)
     chosen = choose_within_budget(losses, costs, budget=parse_size(recipe.promote))
     spent = sum(costs[name] for name in chosen)
     progress.note(f"Promoted to {dense_format}: {len(chosen)} of {len(losses)} weights, {spent / 1e6:.1f} MB more.")
@@ -36,7 +39,7 @@ def plan_with_promoted(recipe: Recipe, plan: Plan, context: RunContext, progress
 
 
 def _rehearse(recipe: Recipe, plan: Plan, context: RunContext, progress: Progress) -> dict[str, Outcome]:
-    """What the plan would do to every merged weight, in the order of the plan."""
+    """What the plan would do to every merged weight."""
     plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
     destination = MeasureOnly(context, plan.workers, progress)
     progress.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.rounded))
@@ -44,13 +47,14 @@ def _rehearse(recipe: Recipe, plan: Plan, context: RunContext, progress: Progres
         run_steps(plan, plan.rounded, destination, preflight.batches)
     finally:
         progress.end()
-    return {step.name: destination.outcomes[step.name] for step in plan.merged}
+    return destination.outcomes
 
 
 def choose_within_budget(losses: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:
     """Names with the largest loss per byte whose costs fit into the budget together; greedy, the worst first."""
     chosen: list[str] = []
     for name in sorted(losses, key=lambda name: -losses[name] / max(1, costs[name])):
+        # A weight that is dense already costs nothing, and gains nothing.
         if 0 < costs[name] <= budget and losses[name] > 0:
             chosen.append(name)
             budget -= costs[name]
@@ -60,7 +64,9 @@ def choose_within_budget(losses: Mapping[str, float], costs: Mapping[str, int], 
 def output_error(sums: Sums) -> float:
     """‖error‖² of the layer's output; of the weight, where calibration did not see its inputs."""
     error = sums["output_noise"].get("error_error")
-    return float(sums["noise"]["error_error"] if error is None else error)
+    if error is None:
+        error = sums["noise"]["error_error"]
+    return float(error)
 
 
 def extra_bytes(step: Step, dense_format: str) -> int:

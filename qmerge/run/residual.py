@@ -2,8 +2,8 @@
 
     minimize  tr((E − B A) K (E − B A)ᵀ)   E = merged − stored,  K = F Fᵀ (``rounding/base.py``)
 
-With E F = U S Vᵀ the answer is B = U √S, A = √S Vᵀ F⁻¹ of the largest ranks: the weighted low-rank approximation of CLoQ
-(arXiv 2501.18475, section 3).
+With E F = U S Vᵀ the answer is B = U √S, A = √S Vᵀ F⁻¹ of the largest ranks: the weighted low-rank approximation of
+CLoQ (arXiv 2501.18475, section 3).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Residual:
     """The LoRA of one weight, and the error that it leaves.
 
     A_RI, B_OR      float32 factors
-    error_without   ‖error‖² in the layer's output without the LoRA, over the inputs that calibration saw (over the weight, where it
-                    saw none)
+    error_without   ‖error‖² in the layer's output without the LoRA, over the inputs that calibration saw (in the weight,
+                    where it saw none)
     error_with      the same with the LoRA
     delta           ‖delta‖² in the layer's output
     """
@@ -64,10 +64,12 @@ def fit_residual(
     objective = make_objective(inputs, step.update.directions(), columns, context.device)
     factor_II = upper_factor(objective.K_II)
     assert factor_II is not None, "make_objective gave an objective without a factor"
+    # The error to make up for is that against the aim, which corrects the rounding of earlier layers, too.
     u_OR, s_R, v_IR = leading_triplets((objective.aim(merged_OI) - stored_OI) @ factor_II, rank)
     B_OR = u_OR * s_R.sqrt()
     A_RI = torch.linalg.solve_triangular(factor_II, (v_IR * s_R.sqrt()).T, upper=True, left=False)
 
+    # The report is about the true error: without the aim, and without the terms that the objective adds.
     inputs_II = objective.hessian_II
     if inputs_II is None:
         inputs_II = torch.eye(columns, device=context.device)
@@ -87,9 +89,11 @@ def _squared_output(weight_OI: Tensor, inputs_II: Tensor) -> float:
 
 
 def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular triplets of a float32 [O, I] matrix: u [O, R], s [R], v [I, R]. Always the same for the same matrix."""
+    """The largest singular triplets of a float32 [O, I] matrix: u [O, R], s [R], v [I, R]. Always the same for the same
+    matrix."""
     rank = min(rank, *matrix.shape)
     width = min(rank + EXTRA_DIRECTIONS, *matrix.shape)
+    # The decomposition starts from random directions. The seed makes the output bytes the same in every run.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
@@ -106,7 +110,7 @@ def write_residuals(out: Path, residuals: Mapping[str, Residual], rank: int) -> 
     folder.mkdir(exist_ok=True)
     nbytes = _write_tensors(folder, residuals, rank)
     _write_config(folder, residuals, rank)
-    delta = sum(residual.delta for residual in residuals.values()) or 1.0
+    delta = sum(residual.delta for residual in residuals.values()) or 1.0  # all deltas are zero: so are the errors
     return ResidualRecord(
         rank=rank,
         bytes=nbytes,

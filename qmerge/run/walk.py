@@ -13,17 +13,19 @@ from qmerge.types import Step
 
 
 def run_steps(plan: Plan, steps: Sequence[Step], destination: Destination, batches: Sequence[Tensor] | None) -> None:
-    """Run every step once: first those that need no calibration, then the others group by group as calibration reaches them.
+    """Run every step once: first those that need no calibration, then the others group by group as calibration reaches
+    them.
 
     Args:
         steps: all steps of the plan, or those that a measurement needs.
         batches: token ids to calibrate on, int64 [sequences, length] each; None without calibration.
     """
-    calibrated = set()
+    others = list(steps)
     if batches is not None:
-        calibrated = {step.name for step in steps if step.rounding == "preserve"}
-    destination.run([step for step in steps if step.name not in calibrated], {})
-    if batches is not None and calibrated:
+        others = [step for step in steps if step.rounding != "preserve"]
+    # These do not depend on what calibration sees, nor does it depend on how they are rounded.
+    destination.run(others, {})
+    if batches is not None and len(others) < len(steps):
         groups = calibrated_groups(
             plan,
             destination.context,

@@ -1,4 +1,5 @@
-"""Several steps at once, in threads of this process: torch, hashing and file reads release Python's lock, so they overlap."""
+"""Several steps at once, in threads of this process: torch, hashing and file reads release Python's lock, so they
+overlap."""
 
 from __future__ import annotations
 
@@ -24,6 +25,6 @@ def run_parallel(steps: Sequence[Step], run: Callable[[Step], None], workers: in
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -34,6 +34,7 @@ def compute_device(name: str) -> torch.device:
     """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
+        # Not silently on the CPU, where it may take hours instead of minutes.
         raise RecipeError("--device cuda: torch finds no CUDA device; use --device cpu or auto")
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"

@@ -16,14 +16,14 @@ SAMPLED_ENTRIES = 2**12
 
 
 def row_blocks(step: Step, entries: int) -> Iterator[Rows]:
-    """Blocks of about ``entries`` values that cover all rows of a step's weight.
+    """Blocks of about ``entries`` values that cover all rows of a step's weight, in order.
 
-    One block covers the whole weight where it is transposed (a block of rows would be a block of columns on disk), or where
-    its rows depend on one another.
+    One block covers the whole weight where it is transposed, or where its rows depend on one another.
     """
     rows, columns = step.shape
     multiple = row_multiple(step)
-    count = max(1, entries // max(1, columns))
+    count = max(1, entries // max(1, columns))  # a weight may have no columns at all
+    # Of a transposed weight, some rows would be some columns on disk.
     if step.source.conv1d or _rows_depend_on_each_other(step):
         count = rows
     count = max(multiple, count // multiple * multiple)
@@ -38,12 +38,17 @@ def sampled_rows(step: Step, entries: int = SAMPLED_ENTRIES) -> list[Rows]:
     size = max(multiple, entries // max(1, columns) // multiple * multiple)
     if _rows_depend_on_each_other(step) or size * SAMPLED_GROUPS >= rows:
         return [Rows(0, rows)]
-    starts = {i * (rows - size) // (SAMPLED_GROUPS - 1) // multiple * multiple for i in range(SAMPLED_GROUPS)}
+    starts = set()
+    for i in range(SAMPLED_GROUPS):
+        # From the first row to the last one, evenly.
+        start = i * (rows - size) // (SAMPLED_GROUPS - 1)
+        starts.add(start // multiple * multiple)
     return [Rows(start, min(start + size, rows)) for start in sorted(starts)]
 
 
 def row_multiple(step: Step) -> int:
-    """Row blocks must start at a multiple of this: the least that suits all formats of a step (NF4 blocks may span rows)."""
+    """Row blocks must start at a multiple of this: the least common one of all formats of a step."""
+    # A block of NF4 scales may span several rows, as may packed codes.
     stored = get_format(step.weight.format).row_step(step.shape, step.weight.options)
     written = get_format(step.target).row_step(step.shape, step.options)
     training = step.source.training_format

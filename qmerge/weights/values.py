@@ -39,7 +39,9 @@ def open_source(step: Step, context: RunContext) -> OpenSource:
     training = source.training_format
     if training is not None:
         blocks = list(row_blocks(step, context.block_entries))
-        stored = OnTheFly(base, step.shape, get_target(training.format), training.options, blocks)
+        fmt = get_target(training.format)
+        stored = OnTheFly(base, step.shape, fmt, options=training.options, blocks=blocks)
+    # Merging onto the original: the other weight gives the grid only.
     if source.base_weight is not source.weight:
         base = open_weight(source.base_weight, step, context)
     elif source.simulates_training:
@@ -55,6 +57,7 @@ def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
     """
     fmt = get_format(weight.format)
     stored = fmt.open(weight, context.reader, context.device)
+    # Only the dense form of a Conv1D is [I, O]: formats store codes as [O, I].
     if step.source.conv1d and fmt.info.is_dense:
         return Transposed(stored, step.shape[1])
     return stored
@@ -102,6 +105,7 @@ def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_
     """
     if step.replacement is not None and with_delta:
         return step.replacement.values.to(context.device)
+    # These weights are not worked on as [O, I]: their values are those on disk.
     if step.action in ("copy", "replace"):
         return dense_values(step.weight, context.reader, context.device, conv1d)
     values_OI = merged_values(step, context) if with_delta else base_values(step, context)
@@ -120,10 +124,12 @@ def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext)
     target = get_format(step.target)
     parts: dict[str, TensorInfo] = {}
     for name, spec in step.outputs.items():
-        shape = spec.shape if spec.shape != (-1,) else (len(read(name)),)
-        parts[name.removeprefix(step.weight.prefix)] = TensorInfo(
-            dtype=spec.dtype, shape=shape, name=name, file=Path(), offset=0
-        )
+        shape = spec.shape
+        if shape == (-1,):
+            shape = (len(read(name)),)  # a text, whose length was not planned
+        # The reader asks for the bytes by name: file and offset are not used.
+        info = TensorInfo(dtype=spec.dtype, shape=shape, name=name, file=Path(), offset=0)
+        parts[name.removeprefix(step.weight.prefix)] = info
     on_disk = step.shape
     if step.source.conv1d and target.info.is_dense:
         on_disk = step.shape[::-1]
