@@ -126,27 +126,28 @@ class StepMaker:
     # --- source ---
 
     def _choose_source(self, weight: Weight, update: Update | None, target: WeightTarget) -> StepSource:
-        """Where values and grid come from. With --merge-onto original, every quantized weight that is rounded anew
-        starts from its 16-bit original; codes that stay the same do not need it."""
-        merges_onto_original = self.recipe.merge_onto == "original"
-        read_weight = weight
-        original = None
-        if merges_onto_original and self.inputs.original is not None:
-            is_rounded = update is not None or not target.keeps_grid
-            if is_rounded and get_format(weight.format).info.is_quantized:
-                original = self._original_of(weight)
-                if not target.keeps_grid:  # the quantized weight is not needed at all
-                    read_weight, original = original, None
-        elif self.inputs.original is not None and update is not None and target.keeps_grid:
-            original = self._original_of(weight)  # preserve rounds towards it
-        return StepSource(
-            weight=read_weight,
+        """Where values and grid come from."""
+        source = StepSource(
+            weight=weight,
             conv1d=self._works_transposed(weight, update, target),
             keeps_grid=target.keeps_grid,
             training_format=target.training_format,
-            original_weight=original,
-            merges_onto_original=merges_onto_original,
+            merges_onto_original=self.recipe.merge_onto == "original",
         )
+        if self.inputs.original is None:
+            return source
+        if not source.merges_onto_original:
+            if update is None or not target.keeps_grid:
+                return source
+            # preserve rounds a little towards the original.
+            return replace(source, original_weight=self._original_of(weight))
+        is_rounded = update is not None or not target.keeps_grid
+        if not is_rounded or not get_format(weight.format).info.is_quantized:
+            return source  # the codes stay the same, or there are none
+        if target.keeps_grid:
+            return replace(source, original_weight=self._original_of(weight))
+        # The quantized weight is not needed at all: neither its values nor its grid.
+        return replace(source, weight=self._original_of(weight))
 
     def _original_of(self, weight: Weight) -> Weight:
         """The 16-bit weight that a quantized weight was made from."""

@@ -52,39 +52,11 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         RecipeError, InputError, NumbersError, RoomError: see ``errors.py``. Nothing is left behind except what --resume
         needs.
     """
-    started = time.monotonic()
     progress = progress or NoProgress()
-    if recipe.out is None:
-        raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
-    out = Path(recipe.out).expanduser()
     with Reader() as reader:
-        inputs = read_inputs(recipe, reader)
-        if recipe.target == "auto":
-            recipe, reason = resolve_auto(recipe, inputs, reader)
-            progress.note(reason)
-        plan = plan_from(recipe, inputs)
-        context = make_run_context(plan, reader)
-        # Whatever can fail is tried before the long work begins.
-        folder.check_out(out, input_folders(inputs), resume)
-        if recipe.verify:
-            texts.read_texts(
-                Path(recipe.verify).expanduser()
-            )  # an unreadable text is an error now, not after the merge
-        if recipe.promote:
-            plan = plan_with_promoted(recipe, plan, context, progress)
-        folder.check_room(out, plan.bytes_out - bytes_written(out))
-        plan, preflight = show_preflight(plan, context, recipe.rounding, progress)
-        run = Run(
-            recipe=recipe,
-            plan=plan,
-            context=context,
-            out=out,
-            preflight=preflight,
-            progress=progress,
-            started=started,
-        )
-        out_existed = out.exists()
-        with folder.locked(out):
+        run = prepare(recipe, reader, resume=resume, progress=progress)
+        out_existed = run.out.exists()
+        with folder.locked(run.out):
             report = write_or_discard(run, resume=resume, out_existed=out_existed)
             if recipe.verify:
                 report = add_fidelity(report, run, Path(recipe.verify).expanduser())
@@ -97,7 +69,7 @@ class Run:
 
     out        folder to write to
     preflight  what is known beforehand
-    started    ``time.monotonic()`` at the start
+    started    ``time.monotonic()`` when planning began
     """
 
     recipe: Recipe
@@ -110,6 +82,41 @@ class Run:
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, reader: Reader, *, resume: bool, progress: Progress) -> Run:
+    """Plan the merge, and check everything that would otherwise fail when the long work is done.
+
+    Raises:
+        RecipeError, InputError, RoomError: see ``errors.py``. Nothing was written.
+    """
+    started = time.monotonic()
+    if recipe.out is None:
+        raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
+    out = Path(recipe.out).expanduser()
+    inputs = read_inputs(recipe, reader)
+    if recipe.target == "auto":
+        recipe, reason = resolve_auto(recipe, inputs, reader)
+        progress.note(reason)
+    plan = plan_from(recipe, inputs)
+    context = make_run_context(plan, reader)
+    folder.check_out(out, input_folders(inputs), resume)
+    if recipe.verify:
+        # It is needed last, but an unreadable text should be an error first.
+        texts.read_texts(Path(recipe.verify).expanduser())
+    if recipe.promote:
+        plan = plan_with_promoted(recipe, plan, context, progress)
+    folder.check_room(out, plan.bytes_out - bytes_written(out))
+    plan, preflight = show_preflight(plan, context, recipe.rounding, progress)
+    return Run(
+        recipe=recipe,
+        plan=plan,
+        context=context,
+        out=out,
+        preflight=preflight,
+        progress=progress,
+        started=started,
+    )
 
 
 def show_preflight(plan: Plan, context: RunContext, rounding: str, progress: Progress) -> tuple[Plan, Preflight]:

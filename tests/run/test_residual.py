@@ -1,8 +1,7 @@
-"""What stands beside a merged model: the residual adapter, and weights that were promoted."""
+"""The residual adapter, which compensates for rounding; and a merged model that cannot be judged."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qmerge
@@ -36,7 +34,7 @@ def merged(out: Path, **more: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def with_residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    out = tmp_path_factory.mktemp("beside") / "out"
+    out = tmp_path_factory.mktemp("residual") / "out"
     return out, merged(out, residual=4, **MORE)
 
 
@@ -83,57 +81,8 @@ def test_the_residual_brings_the_model_closer(with_residual: tuple[Path, Any], t
     ids = torch.arange(64).view(2, 32)
     model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu").eval()
     with torch.no_grad():
-        beside = PeftModel.from_pretrained(model, out / "residual").eval()(input_ids=ids).logits
-        torch.testing.assert_close(beside, together(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def promoted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    out = tmp_path_factory.mktemp("beside") / "promoted"
-    return out, merged(out, promote="600kB", calibration="none")
-
-
-def test_promoted_weights_are_dense_and_in_the_skip_list(promoted: tuple[Path, Any]) -> None:
-    out, report = promoted
-    names = report.data.promoted
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert names and {name.removesuffix(".weight") for name in names} < set(config["llm_int8_skip_modules"])
-    assert "lm_head" in config["llm_int8_skip_modules"]
-    tensors = load_file(out / "model.safetensors")
-    assert all(tensors[name].dtype == torch.float32 and f"{name}.absmax" not in tensors for name in names)
-    assert {w.module + ".weight" for w in report.data.weights if w.target != "nf4"} == set(names)
-
-
-def test_the_budget_is_kept(promoted: tuple[Path, Any]) -> None:
-    out, report = promoted
-    extra = (out / "model.safetensors").stat().st_size - (DEMO / "base-nf4" / "model.safetensors").stat().st_size
-    assert 0 < extra <= 600_000
-    assert report.data.total.values["noise"] < merged_noise()
-
-
-def merged_noise() -> float:
-    report = qmerge.measure(**INPUTS, rounding="preserve", calibration="none", quiet=True)[0]
-    assert report.noise is not None
-    return report.noise
-
-
-def test_a_promoted_checkpoint_loads_with_nothing_missing(promoted: tuple[Path, Any]) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        promoted[0], dtype=torch.float32, device_map="cpu", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        assert bool(model(input_ids=torch.arange(8)[None]).logits.isfinite().all())
-
-
-def test_too_small_a_budget_promotes_nothing(tmp_path: Path) -> None:
-    report = merged(tmp_path / "out", promote="1kB", calibration="none")
-    assert report.data.promoted == [] and (tmp_path / "out" / "config.json").exists()
-
-
-def test_dense_targets_have_nothing_to_promote() -> None:
-    with pytest.raises(RecipeError, match="promote"):
-        make_recipe({**INPUTS, "target": "bf16", "promote": "1MB"})
+        with_residual = PeftModel.from_pretrained(model, out / "residual").eval()(input_ids=ids).logits
+        torch.testing.assert_close(with_residual, together(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_judge_that_fails_leaves_the_model(tmp_path: Path) -> None:
