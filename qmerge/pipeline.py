@@ -328,7 +328,7 @@ class Measurement:
         )
         self._sums = added(self._sums, sums_of(merged_rows))
         if self._pairs:
-            self._pairs.see(block.base_OI, block.rows)
+            self._pairs.add(block.base_OI, block.rows)
 
     def outcome(self, inputs: InputStatistics | None) -> Outcome | None:
         """The sums over all rows; None without an update."""

@@ -11,10 +11,24 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from qmerge.checkpoint.names import Names
+from qmerge.errors import AdapterError, listed
 from qmerge.types import Change
 
 Changes: TypeAlias = dict[str, tuple[Change, list[str]]]
 """Name of a weight → what is done to it, and the names of the adapter's tensors that it is made of."""
+
+
+def add_change(changes: Changes, weight: str, change: Change, tensors: list[str]) -> None:
+    """Add the change of a weight, made of these tensors, to those of the adapter's other weights.
+
+    Raises:
+        AdapterError: the weight is changed already.
+    """
+    if weight in changes:
+        raise AdapterError(
+            f"{weight} is changed by {listed(changes[weight][1])} and again by {listed(tensors)}; expected one change per weight"
+        )
+    changes[weight] = (change, tensors)
 
 
 class AdapterKind(ABC):

@@ -5,39 +5,40 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qmerge.adapters.base import AdapterKind, Changes
+from qmerge.adapters.base import AdapterKind, Changes, add_change
+from qmerge.adapters.reading.saved_weights import add_saved_weights, check_saved_weights
+from qmerge.adapters.reading.targeted_parameters import targeted_parameters
 from qmerge.adapters.updates import initializations, variants
-from qmerge.adapters.updates.experts import Parameter, check_complete, stacked, targeted
-from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.adapters.updates.experts import TargetedParameter, stack_update
+from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
-from qmerge.types import Replacement, Update
+from qmerge.types import Update
 
 KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
-"""``….lora_A.weight``, with the adapter's name in between where peft did not take it out."""
-
-TOKENS = ".token_adapter.trainable_tokens_delta"
+"""``….lora_A.weight``, with the adapter's name in between where peft did not remove it."""
 
 LARGEST_ALPHA = 1e6
+"""A larger alpha is a damaged config, not a setting."""
 
-# Options that change what a correct merge is, with the values that leave it plain; more in variants.py and initializations.py.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "nvfp4_merge_aware": (None, False),  # axolotl: trained through NVFP4's own rounding
 }
+"""Options that change the result and are not handled → values that leave LoRA plain. More are in ``updates/variants.py`` and
+``updates/initializations.py``."""
 
 
 class LoraKind(AdapterKind):
-    """``peft_type`` LORA, read without peft."""
+    """``peft_type`` LORA, without peft's code."""
 
     peft_types = ("LORA",)
 
@@ -45,298 +46,297 @@ class LoraKind(AdapterKind):
         initializations.check_folder(folder, config)
 
     def updates(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
-        return updates(config, tensors, names)
+        """As ``AdapterKind.updates``; ``names`` are needed for ``target_parameters`` only.
+
+        Raises:
+            AdapterError: an option or tensor that is not handled; half a pair; another rank than the config's.
+            NeedsBaseError: the config has ``target_parameters`` and there are no names.
+        """
+        refuse_options(config)
+        variants.refuse(config, list(tensors))
+        loras, other_tensors = sorted_by_module(config, tensors)
+        parameters = targeted_parameters(list(loras), config, names)
+        changes: Changes = {}
+        for module, parts in loras.items():
+            if module in parameters:
+                add_parameter_change(changes, parameters[module], parts, config)
+            else:
+                add_module_changes(changes, parts, config)
+        add_saved_weights(changes, other_tensors, config, tensors)
+        check_saved_weights(changes, config)
+        return changes
 
 
 KIND = LoraKind()
 
 
-def updates(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
-    """``AdapterKind.updates`` for LoRA. ``names`` are needed for ``target_parameters`` only.
+@dataclass(frozen=True, kw_only=True)
+class LoraParts:
+    """The tensors of one module's LoRA.
 
-    Raises:
-        AdapterError: an option or tensor that is not handled; half a pair; a rank that is not the config's.
+    module         the module's name in the adapter
+    tensors        all tensors of the adapter
+    names          part (``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector``, …) → name of its tensor
+    training_only  names of tensors that no forward pass uses
     """
-    refuse_options(config)
-    variants.refuse(config, list(tensors))
-    parts, unused, others = sorted_out(config, tensors)
-    found: Changes = {}
-    targets = {module: parameter for module in parts if (parameter := targeted(module, config, names))}
-    if config.get("target_parameters") and not targets:
-        raise AdapterError(
-            f"adapter_config.json has target_parameters={listed(config['target_parameters'])}, but no LoRA in the file belongs to "
-            f"one of the base's. Is this the base that the adapter was trained on?"
-        )
-    check_complete(targets, config, names)
-    for module, own in parts.items():
-        if module in targets:
-            place(found, *of_parameter(targets[module], own, config, tensors))
-        else:
-            found |= of_module(module, own, unused.get(module, []), config, tensors)
-    for name, spellings in spelled(others, tensors).items():
-        place(found, *of_other(name, spellings, found, config, tensors))
-    check_saved_modules(found, config)
-    return found
+
+    module: str
+    tensors: Mapping[str, Tensor]
+    names: dict[str, str] = field(default_factory=dict)
+    training_only: list[str] = field(default_factory=list)
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.names
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self.tensors[self.names[part]]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the LoRA of an embedding, whose parts have other names."""
+        return any(part.startswith("lora_embedding") for part in self.names)
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        """Names of the parts A and B."""
+        return ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A", "lora_B")
+
+    def add(self, match: re.Match[str], name: str) -> None:
+        """Add a tensor by its name, which ``KEY`` matched.
+
+        Raises:
+            AdapterError: another tensor is the same part.
+        """
+        part = "lora_B.bias" if match["leaf"] == "bias" else match["part"]
+        if part in self.names:
+            raise AdapterError(
+                f"{name!r} and {self.names[part]!r} are both {part} of {self.module}: the file contains several adapters; "
+                f"save one of them alone"
+            )
+        self.names[part] = name
+
+    def check_pair(self) -> None:
+        """Raise AdapterError unless both A and B are present."""
+        A, B = self.halves
+        for missing, present in ((A, B), (B, A)):
+            if missing not in self.names:
+                raise AdapterError(f"{self.module} has {present} but no {missing}: the adapter is incomplete")
 
 
-def sorted_out(
+def sorted_by_module(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, str]], dict[str, list[str]], list[str]]:
-    """Names of tensors: by module and part of a LoRA; by module, where only training needs them; all others."""
-    parts: dict[str, dict[str, str]] = {}
-    unused: dict[str, list[str]] = {}
+) -> tuple[dict[str, LoraParts], list[str]]:
+    """(module → the parts of its LoRA, names of the tensors that are not part of a LoRA)."""
+    loras: dict[str, LoraParts] = {}
+    training_only: dict[str, list[str]] = {}
     others: list[str] = []
+    # Sorted, so that reports list modules in one order, whatever the order in the file.
     for name in sorted(tensors):
-        match, module = KEY.fullmatch(name), variants.training_only(name, config)
+        match = KEY.fullmatch(name)
+        trained_module = variants.training_only(name, config)
         if match:
-            add_part(parts.setdefault(match["module"], {}), match, name)
-        elif module:
-            unused.setdefault(module, []).append(name)
+            module = match["module"]
+            parts = loras.setdefault(module, LoraParts(module=module, tensors=tensors))
+            parts.add(match, name)
+        elif trained_module:
+            training_only.setdefault(trained_module, []).append(name)
         else:
             others.append(name)
-    return parts, unused, others
+    for module, names in training_only.items():
+        # Without a LoRA in the same module they belong to nothing, and are refused as left over.
+        if module in loras:
+            loras[module].training_only.extend(names)
+    return loras, others
 
 
-def spelled(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Name of a tensor → the names that it has in the file. An embedding that was resized and trained whole is saved three
-    times (peft 0.21): by its name, as ``….modules_to_save.weight``, and untrained as ``….original_module.weight``.
+# --- changes ---------------------------------------------------------------------------------------------------------
+
+
+def add_parameter_change(
+    changes: Changes, parameter: TargetedParameter, parts: LoraParts, config: Mapping[str, Any]
+) -> None:
+    """Add the LoRA of a parameter that peft wraps by itself: plain LoRA, of one matrix or of a stack.
+
+    ``rank_pattern`` and ``alpha_pattern`` are matched with the parameter's name (peft/tuners/lora/layer.py, ParamWrapper).
 
     Raises:
-        AdapterError: two spellings of one tensor differ.
+        AdapterError: it is not plain, or does not fit the parameter.
     """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if ".original_module." not in name:
-            found.setdefault(name.replace(".modules_to_save.", "."), []).append(name)
-    for name, spellings in found.items():
-        if not all(torch.equal(tensors[spellings[0]], tensors[other]) for other in spellings[1:]):
-            raise AdapterError(f"{listed(spellings)} are one tensor, {name}, but differ: which one was trained?")
-    for name in names:
-        if ".original_module." in name:
-            found.setdefault(name.replace(".original_module.", "."), []).append(name)
-    return found
-
-
-def add_part(names: dict[str, str], match: re.Match[str], name: str) -> None:
-    part = "lora_B.bias" if match["leaf"] == "bias" else match["part"]
-    if part in names:
+    names = sorted(parts.names.values())
+    # peft's ParamWrapper multiplies two plain factors: it has no magnitude, diagonal or bias.
+    if parts.names.keys() != {"lora_A", "lora_B"} or initializations.start_of(config):
         raise AdapterError(
-            f"{name!r} and {names[part]!r} are both {part} of {match['module']}: "
-            f"the file holds several adapters; save one of them by itself"
-        )
-    names[part] = name
-
-
-def place(found: Changes, weight: str, change: Update | Replacement, names: list[str]) -> None:
-    if weight in found:
-        raise AdapterError(f"{listed(names)}: {weight} is changed by {listed(found[weight][1])} already")
-    found[weight] = (change, names)
-
-
-def of_module(
-    module: str, names: Mapping[str, str], unused: list[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Changes:
-    """The LoRA of one module, and of its bias. ``unused``: tensors of it that only training needs."""
-    embedding = any(part.startswith("lora_embedding") for part in names)
-    halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    missing = [half for half in halves if half not in names]
-    if missing:
-        has = halves[1 - halves.index(missing[0])]
-        raise AdapterError(f"{module} has {has} but no {missing[0]}: the adapter is incomplete")
-    A, B = (tensors[names[half]] for half in halves)
-    rank, scale = rank_and_scale(module, config)
-    update = of_layer(module, A, B, rank, scale, names, config, tensors)
-    used = sorted([*(name for part, name in names.items() if part != "lora_B.bias"), *unused])
-    found: Changes = {f"{module}.weight": (update, used)}
-    if "lora_B.bias" in names:
-        bias_O = tensors[names["lora_B.bias"]]
-        found[f"{module}.bias"] = (AddUpdate(bias_O.flatten()[None] * scale, scale), [names["lora_B.bias"]])
-    return found
-
-
-def of_layer(
-    module: str, A: Tensor, B: Tensor, rank: int, scale: float,
-    names: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor],
-) -> Update:  # fmt: skip
-    """What the LoRA of one module does to its weight."""
-    embedding = "lora_embedding_A" in names
-    lora = _lora(module, A, B, rank, scale, config, embedding)
-    start = (
-        None if embedding else initializations.start_of(config)
-    )  # peft starts embeddings as usual, whatever the config says
-    if "lora_diag" in names:
-        lora, start = _kasa(module, lora, tensors[names["lora_diag"]], config), "kasa"
-    if start and (embedding or A.ndim > 2):
-        raise AdapterError(f"{module}: peft has {start} on linear layers only")
-    update: Update = lora
-    if "lora_magnitude_vector" in names:
-        update = _dora(module, lora, tensors[names["lora_magnitude_vector"]], config, embedding)
-    elif config.get("use_dora"):
-        raise AdapterError(
-            f"{module} has no lora_magnitude_vector, but adapter_config.json says use_dora: it is incomplete"
-        )
-    if start is None:
-        return update
-    if not isinstance(update, LoraUpdate if start == "kasa" else LoraUpdate | DoraUpdate):
-        raise AdapterError(
-            f"{module}: peft has no layer that combines {start} with the other variant in adapter_config.json"
-        )
-    return initializations.ChangedBaseUpdate(start, update)
-
-
-def of_parameter(
-    parameter: Parameter, parts: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[str, Update, list[str]]:
-    """The LoRA of a parameter that peft wraps by itself: plain, of one matrix or of a stack (peft/tuners/lora/layer.py,
-    ParamWrapper). Patterns are matched on the parameter's name."""
-    used = sorted(parts.values())
-    if parts.keys() != {"lora_A", "lora_B"} or initializations.start_of(config):
-        raise AdapterError(
-            f"{parameter.name} is one of target_parameters, where peft has plain LoRA only: found {listed(used)} with "
+            f"{parameter.name} is one of target_parameters, where peft has plain LoRA only; found {listed(names)} with "
             f"init_lora_weights={config.get('init_lora_weights', True)!r}"
         )
     rank, scale = rank_and_scale(parameter.name, config)
-    update = stacked(parameter, tensors[parts["lora_A"]], tensors[parts["lora_B"]], rank, scale, config)
-    return parameter.name, update, used
+    update = stack_update(parameter, parts["lora_A"], parts["lora_B"], rank=rank, scale=scale, config=config)
+    add_change(changes, parameter.name, update, names)
 
 
-def of_other(
-    name: str, spellings: list[str], found: Changes, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[str, Update | Replacement, list[str]]:
-    """What a tensor does that belongs to no LoRA: trained rows, biases, whole modules."""
-    values = tensors[spellings[0]]
-    if name.endswith(TOKENS):
-        module = name.removesuffix(TOKENS)
-        return f"{module}.weight", TokenRowsUpdate(token_indices(module, config), values), spellings
-    plain = name.replace(".base_layer.", ".")
-    if plain.endswith(".bias") and config.get("bias") in ("all", "lora_only"):
-        return plain, Replacement(values), spellings
-    if name.endswith(".base_layer.weight") and plain in found:  # an embedding that LoRA was put on, as it was then
-        update, names = found.pop(plain)
-        assert not isinstance(update, Replacement)
-        return plain, OwnBaseUpdate(values, update), [*names, *spellings]
-    if is_saved_module(plain, config) or is_embedding(plain):
-        return plain, Replacement(values), spellings
-    raise AdapterError(
-        f"adapter tensor {name!r} is no lora_A or lora_B of a linear layer or embedding, and adapter_config.json names it "
-        f"neither in modules_to_save nor by its bias option: this version cannot merge it"
-    )
+def add_module_changes(changes: Changes, parts: LoraParts, config: Mapping[str, Any]) -> None:
+    """Add what the LoRA of one module does to its weight and to its bias.
+
+    Raises:
+        AdapterError: half a pair, shapes that do not fit, or variants that peft does not combine.
+    """
+    parts.check_pair()
+    rank, scale = rank_and_scale(parts.module, config)
+    update = weight_update(parts, rank, scale, config)
+    used = [name for part, name in parts.names.items() if part != "lora_B.bias"]
+    add_change(changes, f"{parts.module}.weight", update, sorted([*used, *parts.training_only]))
+    if "lora_B.bias" in parts:  # peft adds B's bias to the layer's output, scaled like the delta
+        bias_1O = parts["lora_B.bias"].flatten()[None]
+        add_change(changes, f"{parts.module}.bias", AddUpdate(bias_1O * scale, scale), [parts.names["lora_B.bias"]])
 
 
-def is_saved_module(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor belongs to a module of ``modules_to_save``: peft compares the ends of modules' names."""
-    parts = name.split(".")
-    above = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(module.endswith(saved) for module in above for saved in config.get("modules_to_save") or [])
+def weight_update(parts: LoraParts, rank: int, scale: float, config: Mapping[str, Any]) -> Update:
+    """What the LoRA of one module does to its weight.
 
-
-def is_embedding(name: str) -> bool:
-    """peft saves embeddings whole when their size changed, whatever the config says (``save_embedding_layers``)."""
-    return name.rpartition(".")[0].rpartition(".")[2] in (
-        "lm_head",
-        "embed_tokens",
-        "wte",
-        "embed_out",
-        "embed_in",
-        "wpe",
-    )
-
-
-def check_saved_modules(found: Changes, config: Mapping[str, Any]) -> None:
-    """Everything that the config says was trained beside LoRA is there."""
-    for option, kind in (("lora_bias", AddUpdate), ("trainable_token_indices", TokenRowsUpdate)):
-        if config.get(option) and not any(isinstance(change, kind) for change, _ in found.values()):
-            raise AdapterError(
-                f"adapter_config.json has {option}={config[option]!r}, but no tensor of it is in the file"
-            )
-    for saved in config.get("modules_to_save") or []:
-        if not any(is_saved_module(name, {"modules_to_save": [saved]}) for name in found):
-            raise AdapterError(
-                f"adapter_config.json lists {saved!r} in modules_to_save, but no tensor of it is in the file"
-            )
-
-
-def token_indices(module: str, config: Mapping[str, Any]) -> list[int]:
-    """``trainable_token_indices``: a list for the input embedding, or lists by the end of the module's name."""
-    said = config.get("trainable_token_indices")
-    found = (
-        next((v for k, v in said.items() if f".{module}".endswith(f".{k}")), None) if isinstance(said, dict) else said
-    )
-    if not isinstance(found, list) or not all(isinstance(index, int) and index >= 0 for index in found):
+    Raises:
+        AdapterError: shapes that do not fit, or variants that peft does not combine.
+    """
+    module = parts.module
+    lora = lora_update(parts, rank, scale, config)
+    # peft initializes embeddings as usual, whatever the config says.
+    start = None if parts.is_embedding else initializations.start_of(config)
+    if "lora_diag" in parts:
+        lora = kasa_update(parts, lora, config)
+        # KaSA removes the smallest singular values from the base before training.
+        start = "kasa"
+    if start and (parts.is_embedding or parts[parts.halves[0]].ndim > 2):
         raise AdapterError(
-            f"{module} has trained token rows, but adapter_config.json's trainable_token_indices ({said!r}) do not say which"
+            f"{module} is not a linear layer, but its LoRA is {start}, which peft has on linear layers only"
         )
-    return found
+    update: Update = lora
+    if "lora_magnitude_vector" in parts:
+        update = dora_update(parts, lora, config)
+    elif config.get("use_dora"):
+        raise AdapterError(
+            f"{module} has no lora_magnitude_vector, but adapter_config.json says use_dora: the adapter is incomplete"
+        )
+    if start is None:
+        return update
+    if isinstance(update, LoraUpdate) or (isinstance(update, DoraUpdate) and start != "kasa"):
+        return initializations.ChangedBaseUpdate(start, update)
+    raise AdapterError(
+        f"{module}: peft has no layer that combines {start} with the other variant in adapter_config.json"
+    )
 
 
-def refuse_options(config: Mapping[str, Any]) -> None:
-    """Raise AdapterError for options whose arithmetic would silently be wrong here."""
-    refused = [
-        f"{name}={config[name]!r}" for name, plain in PLAIN.items() if name in config and config[name] not in plain
-    ]
-    if refused:
-        raise AdapterError(f"adapter_config.json has {listed(refused)}: this version does not merge such adapters")
-    for name, known in (("use_rslora", (True, False, None)), ("bias", ("none", "all", "lora_only", None))):
-        if config.get(name) not in known:
-            expected = "true or false" if name == "use_rslora" else "none, all or lora_only"
-            raise AdapterError(f"adapter_config.json has {name}={config[name]!r}; expected {expected}")
-    initializations.start_of(config)
+def lora_update(
+    parts: LoraParts, rank: int, scale: float, config: Mapping[str, Any]
+) -> LoraUpdate | variants.ByWidthUpdate:
+    """The product of A and B, as the weight is stored: [tokens, features] for an embedding.
 
-
-def _lora(
-    module: str, A: Tensor, B: Tensor, rank: int, scale: float, config: Mapping[str, Any], embedding: bool
-) -> LoraUpdate | variants.ByWidth:  # fmt: skip
+    Raises:
+        AdapterError: A and B are not matrices (or convolutions) of this rank.
+    """
+    A, B = (parts[half] for half in parts.halves)
     if min(A.ndim, B.ndim) < 2:
-        raise AdapterError(f"{module}: lora_A has shape {list(A.shape)} and lora_B {list(B.shape)}: expected matrices")
-    plain = embedding or A.ndim > 2
-    A_RI, B_OR = variants.convolution(module, A, B, rank) if max(A.ndim, B.ndim) > 2 else (A, B)
-    update = LoraUpdate(A_RI, B_OR, scale) if plain else variants.linear(module, A_RI, B_OR, scale, config)
+        raise AdapterError(
+            f"{parts.module}: lora_A has shape {list(A.shape)} and lora_B {list(B.shape)}; expected matrices"
+        )
+    A_RI, B_OR = A, B
+    if max(A.ndim, B.ndim) > 2:
+        # A convolution, of any number of dimensions: its kernel becomes columns.
+        A_RI, B_OR = variants.convolution(parts.module, A, B, rank)
+    update: LoraUpdate | variants.ByWidthUpdate = LoraUpdate(A_RI, B_OR, scale)
+    # peft has variants of linear layers only: in embeddings and convolutions it ignores the options.
+    if not parts.is_embedding and A.ndim == 2:
+        update = variants.linear(parts.module, A_RI, B_OR, scale=scale, config=config)
     lora = update if isinstance(update, LoraUpdate) else update.update
+    # Factors are checked as they act: BD-LoRA stores B with fewer columns than the rank.
     if not lora.A_RI.shape[0] == lora.B_OR.shape[1] == rank:
         raise AdapterError(
-            f"{module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are not of rank {rank}, "
-            f"which adapter_config.json gives"
+            f"{parts.module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are not of rank {rank}, which adapter_config.json "
+            f"gives"
         )
-    if embedding:  # its weight is [tokens, features], its delta (B A)ᵀ
+    if parts.is_embedding:  # the delta of [tokens, features] is (B A)ᵀ = Aᵀ Bᵀ
         return LoraUpdate(B_OR.T.contiguous(), A_RI.T.contiguous(), scale)
     return update
 
 
-def _dora(
-    module: str, lora: LoraUpdate | variants.ByWidth, magnitude: Tensor, config: Mapping[str, Any], embedding: bool
-) -> DoraUpdate:  # fmt: skip
-    """peft's DoRA takes no other variant beside it: where one is asked for too, the layer was one that ignores it."""
+def dora_update(parts: LoraParts, lora: LoraUpdate | variants.ByWidthUpdate, config: Mapping[str, Any]) -> DoraUpdate:
+    """DoRA around plain LoRA. peft's DoRA layer ignores any other variant that the config asks for.
+
+    Raises:
+        AdapterError: the config does not say DoRA, or the magnitude has another length.
+    """
     if not config.get("use_dora"):
-        raise AdapterError(f"{module} has a lora_magnitude_vector, but adapter_config.json does not say use_dora")
-    plain = lora if isinstance(lora, LoraUpdate) else lora.plain
-    expected, one = (plain.shape[1], "feature") if embedding else (plain.shape[0], "output")
-    if magnitude.numel() != expected:
         raise AdapterError(
-            f"{module}.lora_magnitude_vector has shape {list(magnitude.shape)}, expected [{expected}], one per {one}"
+            f"{parts.module} has a lora_magnitude_vector, but adapter_config.json does not say use_dora; "
+            f"set it, or remove the tensor"
         )
-    return DoraUpdate(plain, magnitude.flatten(), by_column=embedding)
+    plain = lora if isinstance(lora, LoraUpdate) else lora.plain
+    magnitude = parts["lora_magnitude_vector"]
+    by_column = parts.is_embedding
+    expected = plain.shape[1] if by_column else plain.shape[0]
+    if magnitude.numel() != expected:
+        unit = "feature" if by_column else "output"
+        raise AdapterError(
+            f"{parts.module}.lora_magnitude_vector has shape {list(magnitude.shape)}, expected [{expected}], one per {unit}"
+        )
+    return DoraUpdate(plain, magnitude.flatten(), by_column=by_column)
 
 
-def _kasa(
-    module: str, lora: LoraUpdate | variants.ByWidth, diagonal_R: Tensor, config: Mapping[str, Any]
-) -> LoraUpdate:  # fmt: skip
-    """B · diag · A."""
-    variants.check_said(f"{module}.lora_diag", "lora_diag", config)
+def kasa_update(parts: LoraParts, lora: LoraUpdate | variants.ByWidthUpdate, config: Mapping[str, Any]) -> LoraUpdate:
+    """KaSA's delta, B · diag · A.
+
+    Raises:
+        AdapterError: the config does not say KaSA, or says another variant too; the diagonal has another length.
+    """
+    variants.check_option(f"{parts.module}.lora_diag", "lora_diag", config)
     if not isinstance(lora, LoraUpdate) or initializations.start_of(config):
-        raise AdapterError(f"{module} has a lora_diag: peft's KaSA takes no other variant or initialisation beside it")
+        raise AdapterError(
+            f"{parts.module} has a lora_diag, but adapter_config.json also has another variant or initialisation, which peft does "
+            f"not combine with KaSA"
+        )
+    diagonal_R = parts["lora_diag"]
     if diagonal_R.shape != (lora.rank,):
-        raise AdapterError(f"{module}.lora_diag has shape {list(diagonal_R.shape)}, expected [{lora.rank}]")
+        raise AdapterError(f"{parts.module}.lora_diag has shape {list(diagonal_R.shape)}, expected [{lora.rank}]")
     return replace(lora, B_OR=lora.B_OR * diagonal_R)
 
 
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_options(config: Mapping[str, Any]) -> None:
+    """Refuse options that would make the result wrong without a trace.
+
+    Raises:
+        AdapterError: there is one, or an option has an unknown value.
+    """
+    refused: list[str] = []
+    for name, plain_values in PLAIN.items():
+        if name in config and config[name] not in plain_values:
+            refused.append(f"{name}={config[name]!r}")
+    if refused:
+        raise AdapterError(f"adapter_config.json has {listed(refused)}: this version does not merge such adapters")
+    if config.get("use_rslora") not in (True, False, None):
+        raise AdapterError(f"adapter_config.json has use_rslora={config['use_rslora']!r}; expected true or false")
+    if config.get("bias") not in ("none", "all", "lora_only", None):
+        raise AdapterError(f"adapter_config.json has bias={config['bias']!r}; expected none, all or lora_only")
+    # Raises for a start that cannot be repeated, also where no linear layer would ask for it.
+    initializations.start_of(config)
+
+
 def rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    rank, alpha = settings(module, config)
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    """(rank, scale) of a module: scale is alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732)."""
+    rank, alpha = rank_and_alpha(module, config)
+    if config.get("use_rslora"):
+        return rank, alpha / math.sqrt(rank)
+    return rank, alpha / rank
 
 
-def settings(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """(rank, alpha) of a module, with peft's own rule for ``rank_pattern`` and ``alpha_pattern``."""
+def rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """(rank, alpha) of a module, with peft's own rule for ``rank_pattern`` and ``alpha_pattern``.
+
+    Raises:
+        AdapterError: they are missing, no numbers, or out of range.
+    """
     try:
+        # JSON gives whatever was written: strings, lists, infinity.
         rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         if int(rank) < 1:

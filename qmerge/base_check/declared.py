@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from qmerge.adapters.combining.chain import adapter_at, is_held
+from qmerge.adapters.combining.chain import adapter_folder, is_merged
 from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
@@ -145,13 +145,13 @@ def _text(config: Mapping[str, Any], name: str) -> str:
 
 def _compare_adapter_chain(declared: Origin, base: GivenBase) -> Remark | None:
     """For an adapter that was trained on top of another adapter, in a folder that exists; None for all others."""
-    first = adapter_at(declared.text)
+    first = adapter_folder(declared.text)
     if first is None:
         return None
     # Without --combine chain, the deltas are added to the plain base, which is another model than the one in training.
     if first in base.adapters and base.in_order:
         return Remark("base", declared.text, "an adapter of this run", "fits")
-    if is_held(first, merged_adapter_hashes(base.folder)):
+    if is_merged(first, merged_adapter_hashes(base.folder)):
         return Remark("base", declared.text, f"{base.name}, which that adapter is merged into", "fits")
     return Remark(
         topic="base",

@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qmerge.adapters.lora import is_embedding
 from qmerge.adapters.reading.folder import Adapter
+from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.errors import AdapterError
 from qmerge.formats import get_format, get_target

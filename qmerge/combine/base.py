@@ -92,6 +92,7 @@ def trimmed(delta_OI: Tensor, density: float) -> Tensor:
     """
     if density >= 1:
         return delta_OI
+    # Rounded down, as peft does.
     count = int(density * delta_OI.numel())
     largest = delta_OI.abs().flatten().topk(count, sorted=False).indices
     return only_entries(delta_OI, largest)
@@ -125,6 +126,7 @@ def dropped_by_density(deltas: Sequence[Tensor], settings: CombineSettings) -> S
 
 def uniform_draws(delta_OI: Tensor, position: int, settings: CombineSettings) -> Tensor:
     """float32 [O, I] in [0, 1): a function of seed, weight, the adapter's position in the run, and position of the entry."""
+    # With its purpose in the name, so that rounding draws other numbers for the same entries.
     name = f"combine:{position}:{settings.name}"
     return uniform(delta_OI, seed=settings.seed, name=name, start_row=settings.start_row)
 
@@ -141,4 +143,5 @@ def elected_mean(votes: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         agrees_OI = vote_OI.sign() == sign_OI
         total_OI += value_OI * agrees_OI
         count_OI += agrees_OI
+    # Where all votes are 0 nobody agrees, and the mean is 0.
     return total_OI / count_OI.clamp(min=1)

@@ -32,5 +32,6 @@ def masked(delta_OI: Tensor, density: float, gamma: float) -> Tensor:
     entries = delta_OI.numel()
     kept = int(density * entries)
     outliers = min(int(gamma * entries), entries - kept)
+    # topk sorts: the outliers come first.
     largest = delta_OI.abs().flatten().topk(outliers + kept).indices
     return only_entries(delta_OI, largest[outliers:])

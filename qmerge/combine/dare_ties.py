@@ -16,6 +16,7 @@ class DareTies(CombineMethod):
 
     def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
         kept = dropped_by_density(deltas, settings)
+        # Signs are elected before the weights and averaged after them, as in peft.
         return elected_mean(kept, weighted(kept, weights))
 
 

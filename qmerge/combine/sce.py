@@ -28,6 +28,7 @@ class Sce(CombineMethod):
             share_OI = share * (value_OI.sign() == sign_OI)
             total_OI += value_OI * share_OI
             divisor_OI += share_OI
+        # Where no delta has the elected sign, total and divisor are 0.
         return total_OI / torch.where(divisor_OI == 0, 1.0, divisor_OI)
 
 

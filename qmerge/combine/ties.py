@@ -16,6 +16,7 @@ class Ties(CombineMethod):
 
     def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], settings: CombineSettings) -> Tensor:
         kept = [trimmed(delta_OI, settings.density) for delta_OI in deltas]
+        # Signs are elected before the weights and averaged after them, as in peft.
         return elected_mean(kept, weighted(kept, weights))
 
 

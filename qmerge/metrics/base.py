@@ -42,6 +42,7 @@ class MergedRows:
     update: Update
     hessian_II: Tensor | None = None
 
+    # Several metrics use each of these: they are computed once for all.
     @cached_property
     def delta_OI(self) -> Tensor:
         """merged − base: the intended change."""
@@ -107,6 +108,7 @@ def added(total: Sums | None, more: Sums) -> Sums:
         return more
     result: Sums = {}
     for metric, sums in more.items():
+        # Every row block of a weight gives the same sums.
         result[metric] = {name: total[metric][name] + value for name, value in sums.items()}
     return result
 
@@ -132,6 +134,7 @@ def over_weights(weights: Iterable[Mapping[str, Mapping[str, Any]]]) -> Sums:
     total: Sums = {}
     for sums_by_metric in weights:
         for metric, sums in sums_by_metric.items():
+            # A weight whose inputs calibration did not see has no sums of outputs; the others still add up.
             total_of_metric = total.setdefault(metric, {})
             for name, value in sums.items():
                 total_of_metric[name] = total_of_metric[name] + value if name in total_of_metric else value

@@ -22,6 +22,7 @@ class OutputKept(Metric):
         }
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
+        # Missing, not 0, where calibration saw no inputs.
         if not sums.get("delta_delta"):
             return None
         return float(sums["change_delta"] / sums["delta_delta"])

@@ -24,6 +24,7 @@ class OutputNoise(Metric):
         }
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
+        # Missing, not 0, where calibration saw no inputs.
         if not sums.get("delta_delta"):
             return None
         # H is a sum of squares, but in float32 an error of nearly 0 may come out below 0.

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qmerge import hub, run
-from qmerge.adapters.reading.named import find
+from qmerge.adapters.reading.named import find_adapter
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch.folders import check_file, model_files
 from qmerge.patch.make import Summary, make_patch
@@ -40,7 +40,7 @@ def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[Repo
     base = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     roles = {"the base": base.folder}
     for name, _ in recipe.adapters:
-        adapter = find(name, recipe.adapter_revision)
+        adapter = find_adapter(name, recipe.adapter_revision)
         roles[f"the adapter {adapter.name}"] = adapter.folder
     check_file(file, roles)
     model_files(base.folder)  # refuses a base that cannot be compared, before the long work

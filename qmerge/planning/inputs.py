@@ -11,7 +11,7 @@ from qmerge import hub
 from qmerge.adapters.combining.chain import chained, check_new, check_order
 from qmerge.adapters.combining.combined import combined
 from qmerge.adapters.reading.folder import Adapter, config_file, read_adapter
-from qmerge.adapters.reading.named import find
+from qmerge.adapters.reading.named import find_adapter
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.replication import replicate_layers
@@ -83,7 +83,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         CheckpointError, AdapterError, RecipeError: an input cannot be read, or the adapters cannot be combined.
     """
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
-    adapter_sources = tuple(find(name, recipe.adapter_revision) for name, _ in recipe.adapters)
+    adapter_sources = tuple(find_adapter(name, recipe.adapter_revision) for name, _ in recipe.adapters)
     # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
     ranges = layer_replication([source.folder for source in adapter_sources])
     base = read_checkpoint(base_source.folder, reader, ranges)
@@ -105,22 +105,22 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     )
 
 
-def as_one(recipe: Recipe, adapters: Sequence[Adapter], held: Collection[str]) -> Adapter:
+def as_one(recipe: Recipe, adapters: Sequence[Adapter], merged_files: Collection[str]) -> Adapter:
     """What the recipe's adapters do together.
 
     Args:
-        held: SHA-256 of the files of adapters that are already merged into the base.
+        merged_files: SHA-256 of the files of adapters that are already merged into the base.
 
     Raises:
         AdapterError, RecipeError: they cannot be combined, or one was trained on another one that is not given.
     """
-    check_new(adapters, held)
+    check_new(adapters, merged_files)
     if recipe.combine == CHAIN:
-        return chained(adapters, held)
+        return chained(adapters, merged_files)
     weights = [weight for _, weight in recipe.adapters]
     if len(adapters) == 1:
         # Where several adapters are combined, it is a warning (base_check.declared).
-        check_order(adapters, held)
+        check_order(adapters, merged_files)
     if weights == [1.0]:
         return adapters[0]
     return combined(adapters, weights, recipe.combine, CombineSettings(density=recipe.density, seed=recipe.seed))

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qmerge.adapters.combining.interference import PairSums, cosine, over_modules, sign_conflict
+from qmerge.adapters.combining.interference import PairSums, delta_cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
 from qmerge.forecast.predict import Survival, total_kept
 from qmerge.forecast.preflight import Preflight, input_warnings
@@ -157,11 +157,11 @@ def _pair_record(names: Sequence[str], pair: str, sums_of_module: Mapping[str, M
     total = over_modules(sums_of_module)  # each weight counts by its size
     modules = []
     for module, sums in sums_of_module.items():
-        modules.append(ModulePairRecord(module=module, cosine=cosine(sums), sign_conflict=sign_conflict(sums)))
+        modules.append(ModulePairRecord(module=module, cosine=delta_cosine(sums), sign_conflict=sign_conflict(sums)))
     return PairRecord(
         one=names[first],
         other=names[second],
-        cosine=cosine(total),
+        cosine=delta_cosine(total),
         sign_conflict=sign_conflict(total),
         modules=modules,
     )

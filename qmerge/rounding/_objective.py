@@ -58,6 +58,7 @@ class InputStatistics:
         """
         if self.cross_II is None:
             return None
+        # Without damping, directions in which inputs hardly occur would be corrected by noise.
         damped_II = damped(self.hessian_II, CORRECTION_DAMPING)
         solved: Tensor = torch.linalg.solve(damped_II, self.cross_II.T).T
         return solved.contiguous()
@@ -104,10 +105,12 @@ def make_objective(
     if directions is not None and bool(directions[1].any()):
         s_R = directions[1].to(device)
         v_IR = directions[2].to(device)
+        # Directions of a rank that carries nothing are arbitrary.
         carries = s_R > NEGLIGIBLE * s_R.max()
         v_IR, s_R = v_IR[:, carries], s_R[carries]
         read, span = (READ, SPAN) if statistics else (BLIND_READ, BLIND_SPAN)
         K_II += read * (v_IR * (s_R / s_R.max()).square()) @ v_IR.T
+        # H with damping, so that VᵀHV has an inverse where no input reaches what the adapter reads.
         K_II += span * span_term(damped(H_II, DAMPING), v_IR)
     K_II, damping = made_definite(K_II)
     if statistics is None:
@@ -125,6 +128,7 @@ def normalized_hessian(statistics: InputStatistics | None, columns: int, device:
     hessian_II = statistics.hessian_II.to(device)
     mean = float(hessian_II.diagonal().mean())
     if mean > 0:
+        # With a mean diagonal of 1, factors and damping mean the same for every layer.
         return hessian_II / mean
     return torch.eye(columns, device=device)
 
@@ -138,6 +142,7 @@ def span_term(H_II: Tensor, v_IR: Tensor) -> Tensor:
 
 def made_definite(K_II: Tensor) -> tuple[Tensor, float]:
     """(K with damping, the damping that it took to have a Cholesky factor)."""
+    # K is a sum of positive terms, but in float32 it may have eigenvalues just below 0.
     damping = DAMPING
     while damping < MOST_DAMPING and upper_factor(damped(K_II, damping)) is None:
         damping *= 10
@@ -150,6 +155,7 @@ def upper_factor(K_II: Tensor) -> Tensor | None:
     It is the Cholesky factor of K with rows and columns reversed, reversed back.
     """
     lower_II, info = torch.linalg.cholesky_ex(K_II.flip(0, 1))
+    # cholesky_ex reports failure in ``info``; a factor of a nearly singular matrix may also overflow.
     if int(info) != 0 or not bool(lower_II.isfinite().all()):
         return None
     upper_II: Tensor = lower_II.flip(0, 1).contiguous()

@@ -54,7 +54,9 @@ class Preserve(Rounding):
             best_IO = torch.where(error_O < best_error_O, levels_IO, best_IO)
             best_error_O = torch.minimum(error_O, best_error_O)
         if context.delta_OI is not None:
+            # The first order is the weight's own, in which best_IO and the delta are.
             best_IO = compensate_delta_loss(best_IO, context.delta_OI.T, nearest_IO, problems[0])
+        # The levels are on the grid: this finds their codes, the base's own where several codes have one value.
         return grid.nearest(best_IO.T.contiguous(), context.base_codes_OI)
 
 
@@ -93,6 +95,7 @@ def column_orders(K_II: Tensor) -> list[Tensor]:
     As they are; what matters most first, when most columns are left to make up for it (GPTQ's act-order); and at random.
     """
     count = len(K_II)
+    # The same random orders for every weight and seed: they are starts of a search, not noise.
     generator = torch.Generator().manual_seed(0)
     orders = [torch.arange(count), K_II.diagonal().argsort(descending=True, stable=True)]
     for _ in range(ORDERS - 2):
@@ -181,6 +184,7 @@ def descend(start_IO: Tensor, problem: Problem) -> Tensor:
     for _ in range(SWEEPS):
         levels_IO, moved_O = sweep(result_IO[:, rows], rows, problem)
         result_IO[:, rows] = levels_IO
+        # A row that did not move would not move in the next sweep either.
         rows = rows[moved_O]
         if not len(rows):
             break
@@ -200,6 +204,7 @@ def sweep(levels_IO: Tensor, rows: Tensor, problem: Problem) -> tuple[Tensor, Te
     errors_IO = levels_IO - problem.aim_IO[:, rows]
     moved_O = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for start, stop in blocks(len(levels_IO), BLOCK):
+        # The slope of the whole block in one product; moves within the block are added to it one by one.
         slope = K_II[start:stop] @ errors_IO
         nearest = problem.grid.column_rounder(problem.columns[start:stop], rows)
         before = levels_IO[start:stop].clone()
@@ -209,6 +214,7 @@ def sweep(levels_IO: Tensor, rows: Tensor, problem: Problem) -> tuple[Tensor, Te
             slope.addr_(K_II[start:stop, j], level_O - levels_IO[j])
             levels_IO[j] = level_O
         change = levels_IO[start:stop] - before
+        # Later blocks take the moves of this one into account.
         errors_IO[start:stop] += change
         moved_O |= change.any(dim=0)
     return levels_IO, moved_O
@@ -219,6 +225,7 @@ def squared_error(levels_IO: Tensor, problem: Problem) -> Tensor:
     errors_IO = levels_IO - problem.aim_IO
     total_O = torch.zeros(errors_IO.shape[1], dtype=torch.float64, device=errors_IO.device)
     for start, stop in blocks(len(errors_IO), ERROR_BLOCK):
+        # F is upper triangular: columns start … stop of e F depend on the first ``stop`` errors only.
         part = problem.factor_II[:stop, start:stop].T @ errors_IO[:stop]
         total_O += part.square_().sum(dim=0, dtype=torch.float64)
     return total_O

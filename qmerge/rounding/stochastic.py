@@ -23,6 +23,7 @@ class Stochastic(Rounding):
         above_OI = grid.step(below_OI, UP)
         low_OI = grid.decode(below_OI)
         gap_OI = grid.decode(above_OI) - low_OI
+        # The highest level has no level above: its gap is 0, and it stays.
         probability_OI = torch.where(gap_OI > 0, (values_OI - low_OI) / gap_OI, torch.zeros_like(gap_OI))
         draws_OI = uniform(values_OI, seed=context.seed, name=context.name, start_row=context.rows.start)
         return torch.where(draws_OI < probability_OI, above_OI, below_OI)
@@ -46,6 +47,7 @@ def uniform(like_OI: Tensor, *, seed: int, name: str, start_row: int) -> Tensor:
     generator = np.random.Philox(key=int.from_bytes(key[:16], "little"))
     first = start_row * like_OI.shape[1]
     generator.advance(first // NUMBERS_PER_STEP)
+    # The first row may begin in the middle of a step of the generator.
     skip = first % NUMBERS_PER_STEP
     numbers = np.random.Generator(generator).random(skip + like_OI.numel())[skip:]
     # Rounding a double just below 1 to float32 may give 1. A value then rounds down, as it does for the double: harmless.

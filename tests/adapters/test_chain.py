@@ -14,7 +14,7 @@ import torch
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qmerge.adapters.combining.chain import ChainedUpdate, chained, in_order, lineage, moved
+from qmerge.adapters.combining.chain import ChainedUpdate, chained, in_order, lineage, updated_values
 from qmerge.adapters.reading.folder import Adapter
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, TokenRowsUpdate
 from qmerge.errors import AdapterError, RecipeError
@@ -240,14 +240,21 @@ def adapter(name: str, *changes: tuple[str, Update | Replacement], **config: Any
     folder = Path(__file__).parent / "nowhere" / name
     updates = {weight: change for weight, change in changes if not isinstance(change, Replacement)}
     replaced = {weight: change for weight, change in changes if isinstance(change, Replacement)}
-    return Adapter(folder, "lora", {"r": 4, **config}, updates, replaced, {weight: [weight] for weight, _ in changes})
+    return Adapter(
+        folder=folder,
+        kind="lora",
+        config={"r": 4, **config},
+        updates=updates,
+        replaced=replaced,
+        tensors={weight: [weight] for weight, _ in changes},
+    )
 
 
 @pytest.fixture(autouse=True)
 def no_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters made here have no folders."""
     if "made" not in request.fixturenames:
-        monkeypatch.setattr("qmerge.adapters.combining.chain.check_order", lambda adapters, held: None)
+        monkeypatch.setattr("qmerge.adapters.combining.chain.check_order", lambda adapters, merged_files: None)
 
 
 def test_the_second_sees_what_the_first_made() -> None:
@@ -293,15 +300,17 @@ def test_values_that_were_trained_whole() -> None:
 
 def test_values_of_a_conv1d_lie_the_other_way() -> None:
     values = Replacement(BASE.T.contiguous())
-    found = moved("h.c_fc.weight", values, ONE, adapter("a"))
+    found = updated_values("h.c_fc.weight", values, ONE, adapter("a"))
     assert torch.equal(found.values, ONE.apply(BASE, ALL).T)
     square = models.lora_update((40, 40), 4)
     own = Replacement(BASE[:40])
-    turned = moved("h.c_proj.weight", own, square, adapter("a", fan_in_fan_out=True))
+    turned = updated_values("h.c_proj.weight", own, square, adapter("a", fan_in_fan_out=True))
     assert torch.equal(turned.values, square.apply(BASE[:40].T.contiguous(), Rows(0, 40)).T)
-    assert torch.equal(moved("h.c_proj.weight", own, square, adapter("a")).values, square.apply(BASE[:40], Rows(0, 40)))
+    assert torch.equal(
+        updated_values("h.c_proj.weight", own, square, adapter("a")).values, square.apply(BASE[:40], Rows(0, 40))
+    )
     with pytest.raises(AdapterError, match=r"x was trained whole .* to \[48, 40\], but this one's delta is \[40, 40\]"):
-        moved("x", Replacement(BASE), square, adapter("a"))
+        updated_values("x", Replacement(BASE), square, adapter("a"))
 
 
 def test_token_rows() -> None:

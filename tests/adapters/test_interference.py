@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters.combining.combined import CombinedUpdate
-from qmerge.adapters.combining.interference import PairStats, cosine, from_factors, pair_stats, sign_conflict
+from qmerge.adapters.combining.interference import PairStats, delta_cosine, pair_stats, sign_conflict, sums_from_factors
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate
 from qmerge.checkpoint import folder
 from qmerge.combine.base import CombineSettings
@@ -41,7 +41,7 @@ def together(*updates: Update, weights: tuple[float, ...] = WEIGHTS, method: str
 def met(update: CombinedUpdate, size: int = SHAPE[0], base: Tensor = BASE) -> dict[str, dict[str, float]]:
     found = PairStats(update)
     for row in range(0, len(base), size):
-        found.see(base[row : row + size], Rows(row, min(row + size, len(base))))
+        found.add(base[row : row + size], Rows(row, min(row + size, len(base))))
     return found.sums()
 
 
@@ -67,8 +67,10 @@ def test_all_pairs_against_numpy() -> None:
     for pair, sums in found.items():
         one, other = (dense(updates[int(place)], WEIGHTS[int(place)]) for place in pair.split())
         expected = by_numpy(one, other)
-        assert (cosine(sums), sign_conflict(sums)) == pytest.approx(expected, abs=1e-5)
-        assert cosine(sums) != pytest.approx(by_numpy(one, -other)[0], abs=1e-4), "the control: the sign of a weight"
+        assert (delta_cosine(sums), sign_conflict(sums)) == pytest.approx(expected, abs=1e-5)
+        assert delta_cosine(sums) != pytest.approx(by_numpy(one, -other)[0], abs=1e-4), (
+            "the control: the sign of a weight"
+        )
 
 
 def test_row_blocks_change_no_bit() -> None:
@@ -81,10 +83,10 @@ def test_row_blocks_change_no_bit() -> None:
 def test_small_factors_are_exact() -> None:
     """Beside a base of 1000, the rows of a difference would be noise; two LoRAs need no base at all."""
     update = together(lora(4, 1), lora(8, 2))
-    sums, one, other = from_factors(update)["0 1"], dense(update.updates[0], 0.7), dense(update.updates[1], -0.3)
-    assert cosine(sums) == pytest.approx(by_numpy(one, other)[0], abs=1e-6) and sign_conflict(sums) is None
-    assert cosine(met(update, base=BASE + 1000)["0 1"]) == cosine(sums)
-    assert not from_factors(together(lora(4, 1), AddUpdate(BASE)))
+    sums, one, other = sums_from_factors(update)["0 1"], dense(update.updates[0], 0.7), dense(update.updates[1], -0.3)
+    assert delta_cosine(sums) == pytest.approx(by_numpy(one, other)[0], abs=1e-6) and sign_conflict(sums) is None
+    assert delta_cosine(met(update, base=BASE + 1000)["0 1"]) == delta_cosine(sums)
+    assert not sums_from_factors(together(lora(4, 1), AddUpdate(BASE)))
 
 
 def test_like_opposite_and_nothing() -> None:
@@ -92,9 +94,9 @@ def test_like_opposite_and_nothing() -> None:
     cases: list[tuple[float, tuple[float | None, float | None]]] = [(1.0, (1, 0)), (-1.0, (-1, 1)), (0.0, (None, None))]
     for scale, expected in cases:
         sums = met(together(one, replace(one, scale=scale * one.scale), weights=(1.0, 1.0)))["0 1"]
-        assert (cosine(sums), sign_conflict(sums)) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+        assert (delta_cosine(sums), sign_conflict(sums)) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
     taken_away = met(together(one, one, weights=(1.0, -0.5)))["0 1"]
-    assert cosine(taken_away) == pytest.approx(-1), "what is taken away fights what it is like"
+    assert delta_cosine(taken_away) == pytest.approx(-1), "what is taken away fights what it is like"
     assert sign_conflict(met(together(one, lora(8, 2)))["0 1"]) == pytest.approx(0.5, abs=0.1), "unrelated ones: a half"
 
 
@@ -103,7 +105,7 @@ def test_by_hand() -> None:
     one, two = AddUpdate(torch.tensor([[1.0, -2, 0, 3]])), AddUpdate(torch.tensor([[5.0, 4, 1, 3]]))
     sums = met(together(one, two, weights=(1.0, 1.0)), base=torch.zeros(1, 4))["0 1"]
     assert sums == {"product": 6.0, "one": 14.0, "other": 51.0, "against": 2.0, "both": 6.0}
-    assert sign_conflict(sums) == pytest.approx(2 / 6) and cosine(sums) == pytest.approx(6 / (14**0.5 * 51**0.5))
+    assert sign_conflict(sums) == pytest.approx(2 / 6) and delta_cosine(sums) == pytest.approx(6 / (14**0.5 * 51**0.5))
 
 
 def test_one_adapter_meets_nobody() -> None:

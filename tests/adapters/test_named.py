@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmerge.adapters.reading.named import adapters_in, find, split
+from qmerge.adapters.reading.named import adapters_in, find_adapter, split_reference
 from qmerge.errors import AdapterError, QmergeError
 
 from .. import models
@@ -90,8 +90,8 @@ def test_none_is_guessed(
         )
         assert ran.code == 3 and isinstance(ran.error, AdapterError) and not (tmp_path / "out").exists()
         said = " or ".join(f"--adapter {folder / place}#{name}" for name in there)
-        assert f"holds the adapters: {', '.join(there)}. Say which: {said}" in ran.err
-    assert "holds the adapters" in cli("inspect", folder / place).err
+        assert f"contains the adapters: {', '.join(there)}. Choose one: {said}" in ran.err
+    assert "contains the adapters" in cli("inspect", folder / place).err
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,20 +139,20 @@ def test_the_tokenizer_beside_them_is_theirs(made: tuple[PeftModel, Path], tmp_p
 
 def test_a_wrong_name(made: tuple[PeftModel, Path], tmp_path: Path) -> None:
     _, folder = made
-    with pytest.raises(AdapterError, match=r"holds no adapter 'maths'; there are: default, code, math\. Say which"):
-        find(f"{folder / 'all'}#maths")
-    with pytest.raises(AdapterError, match="holds no adapter, so none that is called 'math'"):
-        find(f"{folder / 'base'}#math")
+    with pytest.raises(AdapterError, match=r"contains no adapter 'maths'; there are: default, code, math\. Choose one"):
+        find_adapter(f"{folder / 'all'}#maths")
+    with pytest.raises(AdapterError, match="contains no adapter, so none that is called 'math'"):
+        find_adapter(f"{folder / 'base'}#math")
     for name in ("../all", "..", "math/../code", "math/"):
-        with pytest.raises(AdapterError, match="holds no adapter"):
-            find(f"{folder / 'all'}#{name}")
+        with pytest.raises(AdapterError, match="contains no adapter"):
+            find_adapter(f"{folder / 'all'}#{name}")
 
 
 def test_a_hash_in_a_folders_own_name(made: tuple[PeftModel, Path], tmp_path: Path) -> None:
     _, folder = made
     place = shutil.copytree(folder / "all/math", tmp_path / "run#7")
-    assert find(str(place)).folder == place and split(str(place)) == (str(place), None)
-    assert split("someone/adapters#math") == ("someone/adapters", "math")
+    assert find_adapter(str(place)).folder == place and split_reference(str(place)) == (str(place), None)
+    assert split_reference("someone/adapters#math") == ("someone/adapters", "math")
 
 
 def test_checkpoints_of_training_are_no_other_adapters(made: tuple[PeftModel, Path], tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_checkpoints_of_training_are_no_other_adapters(made: tuple[PeftModel, Pa
     place = tmp_path / "run"
     for below in ("", "checkpoint-10", "checkpoint-200"):
         shutil.copytree(folder / "two/math", place / below, dirs_exist_ok=True)
-    assert find(str(place)).folder == place
-    assert find(f"{place}#checkpoint-10").folder == place / "checkpoint-10"
+    assert find_adapter(str(place)).folder == place
+    assert find_adapter(f"{place}#checkpoint-10").folder == place / "checkpoint-10"
     (place / CONFIG).unlink()
     with pytest.raises(AdapterError, match="checkpoint-10, checkpoint-200"):
-        find(str(place))
+        find_adapter(str(place))
 
 
 def test_a_repository_with_folders(
@@ -181,9 +181,9 @@ def test_a_repository_with_folders(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        AdapterError, match=r"Say which: --adapter someone/adapters#code or --adapter someone/adapters#math"
+        AdapterError, match=r"Choose one: --adapter someone/adapters#code or --adapter someone/adapters#math"
     ):
-        find("someone/adapters")
+        find_adapter("someone/adapters")
     found = merged(cli, folder, "someone/adapters#math", tmp_path / "out")
     assert not stock.differing(found, expected(model, folder, "math"))
     record = json.loads((tmp_path / "out/qmerge.json").read_text())["inputs"][1]
@@ -213,8 +213,10 @@ def in_one_file(out: Path) -> Path:
 def test_one_file_with_several_adapters(made: tuple[PeftModel, Path], tmp_path: Path, cli: Cli) -> None:
     _, folder = made
     place = in_one_file(tmp_path / "both")
-    with pytest.raises(AdapterError, match=r"holds the adapters: default, math\. Say which: --adapter .*#default or"):
-        find(str(place))
+    with pytest.raises(
+        AdapterError, match=r"contains the adapters: default, math\. Choose one: --adapter .*#default or"
+    ):
+        find_adapter(str(place))
     tensors, base = stock.tensors(place), stock.tensors(folder / "base")
     results = {name: merged(cli, folder, f"{place}#{name}", tmp_path / name) for name in ("default", "math")}
     name, head = "model.layers.1.self_attn.q_proj", "lm_head"
@@ -227,7 +229,7 @@ def test_one_file_with_several_adapters(made: tuple[PeftModel, Path], tmp_path: 
     assert not torch.equal(results["math"][f"{name}.weight"], results["default"][f"{name}.weight"]), "the control"
     assert json.loads((tmp_path / "math/qmerge.json").read_text())["inputs"][1]["name"] == "both#math"
     with pytest.raises(QmergeError, match=r"there are: default, math"):
-        find(f"{place}#chat")
+        find_adapter(f"{place}#chat")
     inspected = json.loads(cli("inspect", f"{place}#math", "--json").out)
     assert inspected["problem"] is None and inspected["tensors"] == 5
 

@@ -168,7 +168,7 @@ def test_adapter_that_is_in_the_base_already_is_refused(cli: Cli, base: Path, tm
     assert not refused(quantized, adapter)
     asked = ("--base", quantized, "--adapter", adapter, "--target", "fp32", "--out", tmp_path / "merged")
     assert cli(*asked, "--device", "cpu").code == 0
-    with pytest.raises(AdapterError, match=r"merged into this base already, says its qmerge\.json"):
+    with pytest.raises(AdapterError, match=r"merged into this base already, according to its qmerge\.json"):
         refused(tmp_path / "merged", adapter)
     (tmp_path / "merged/qmerge.json").unlink()  # the numbers know it, too
     assert "merged into this base already" in refused(tmp_path / "merged", adapter)

@@ -407,7 +407,7 @@ ADAPTERS = [
         "three_dimensions",
         edit_adapter(lambda t: t.update({A: torch.zeros(4, 64, 1)})),
         AdapterError,
-        (Q, "[4, 64, 1]", "no convolutions"),
+        (Q, "[4, 64, 1]", "not the factors of one convolution"),
     ),
     Case(
         "another_base",
@@ -442,7 +442,7 @@ ADAPTERS = [
         "two_adapters_in_a_file",
         edit_adapter(lambda t: t.update({f"{PEFT_Q}.lora_A.other.weight": torch.ones(4, 64)})),
         AdapterError,
-        ("holds the adapters: default, other", "#default", "#other"),
+        ("contains the adapters: default, other", "#default", "#other"),
     ),
     Case("integers", edit_adapter(lambda t: t.update({A: torch.ones(4, 64, dtype=torch.int64)})), AdapterError, (f"{Q}.lora_A", "float")),
     Case("peft_type", option(peft_type="LOHA"), AdapterError, ("LOHA", "LORA")),

@@ -358,7 +358,14 @@ def adapter(
 ) -> Adapter:
     whole = {weight: Replacement(values) for weight, values in (replaced or {}).items()}
     tensors = {weight: [f"{weight}.part"] for weight in (*updates, *whole)}
-    return Adapter(Path(name), "lora", {"r": 4, **config}, updates, whole, tensors)
+    return Adapter(
+        folder=Path(name),
+        kind="lora",
+        config={"r": 4, **config},
+        updates=updates,
+        replaced=whole,
+        tensors=tensors,
+    )
 
 
 def test_weights_of_one_adapter_go_through_the_method_too() -> None:

@@ -288,7 +288,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor], dict[str, Any]], No
     "saved_is_smaller": ("saved norms", lambda t, c: change(t, "model.norm", lambda v: v[:-1]), ("model.norm.weight has shape [64]", "[63]")),
     "half_an_embedding": ("embedding", lambda t, c: change(t, "embedding_A", None), ("lora_embedding_B", "no lora_embedding_A")),
     "tokens_unsaid": ("tokens", lambda t, c: c.update(trainable_token_indices=None), ("trainable_token_indices", "do not say")),
-    "one_resized": ("resized", lambda t, c: t.update({n: v[:96].contiguous() for n, v in t.items() if "lm_head" in n}), ("resizes one embedding only", "101", "96")),
+    "one_resized": ("resized", lambda t, c: t.update({n: v[:96].contiguous() for n, v in t.items() if "lm_head" in n}), ("resizes only one embedding", "101", "96")),
     "two_of_one": ("lm_head", lambda t, c: t.update({"base_model.model.lm_head.weight": torch.zeros(96, 64)}), ("lm_head.weight is changed by",)),
 }  # fmt: skip
 

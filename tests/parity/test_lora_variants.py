@@ -339,8 +339,8 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]] = {
     "bdlora odd": ({"use_bdlora": {**OF_A, "nblocks": 3}}, {}, ("4 rows", "3 blocks")),
     "bdlora rank": ({"use_bdlora": OF_B}, {"q_proj.lora_B.weight": torch.ones(64, 3)}, ("lora_B [64, 3]", "rank 4")),
     "groups": ({}, q_proj(lora_A__weight=CONV_A, lora_B__weight=CONV_B), ("convolution in 2 groups", "unmerged")),
-    "conv halves": ({}, q_proj(lora_A__weight=CONV_A), ("no convolutions",)),
-    "conv kernel of B": ({}, q_proj(lora_A__weight=CONV_A, lora_B__weight=torch.ones(8, 4, 3)), ("no convolutions",)),
+    "conv halves": ({}, q_proj(lora_A__weight=CONV_A), ("not the factors",)),
+    "conv kernel of B": ({}, q_proj(lora_A__weight=CONV_A, lora_B__weight=torch.ones(8, 4, 3)), ("not the factors",)),
     "vector": ({}, q_proj(lora_A__weight=torch.ones(4)), ("lora_A has shape [4]", "matrices")),
 }  # fmt: skip
 
@@ -361,7 +361,7 @@ def test_what_fits_neither_width_is_refused(made: Callable[[str], Made], tmp_pat
     folder = shutil.copytree(found.adapter, tmp_path / "adapter")
     models.edit_json(folder / "adapter_config.json", qalora_group_size=4)
     ran = cli("--base", found.base, "--adapter", folder, "--target", "fp32", "--out", tmp_path / "out")
-    assert isinstance(ran.error, AdapterError) and "is [64, 160]" in ran.err and "[64, 80]" in ran.err, ran.err
+    assert isinstance(ran.error, AdapterError) and "has shape [64, 160]" in ran.err and "[64, 80]" in ran.err, ran.err
 
 
 def test_every_tensor_of_a_variant_is_accounted_for(made: Callable[[str], Made], tmp_path: Path, cli: Cli) -> None:
@@ -380,7 +380,7 @@ def test_qalora_keeps_its_scale() -> None:
     """What is reported is alpha / r; the number of groups is in A."""
     config = {"r": 4, "lora_alpha": 8, "use_qalora": True, "qalora_group_size": 16}
     update, _ = lora.KIND.updates(config, q_proj(lora_A__weight=A[:, :4], lora_B__weight=B), None)["q_proj.weight"]
-    assert isinstance(update, variants.ByWidth) and update.scale == 2 and update.shape == (64, 64)
+    assert isinstance(update, variants.ByWidthUpdate) and update.scale == 2 and update.shape == (64, 64)
     fitted = update.fitted((64, 64))
     assert isinstance(fitted, LoraUpdate) and torch.equal(fitted.A_RI, torch.full((4, 64), 4 / 16))
 

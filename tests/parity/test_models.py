@@ -291,7 +291,7 @@ def test_square_experts_of_an_older_peft_lie_transposed(tmp_path: Path) -> None:
     out = stock.merged(tmp_path / "wrong", found.base, found.adapter, "fp32")
     assert stock.distance(answer(found, out), expected) > 1e-3, "the control"
     models.edit_json(found.adapter / "adapter_config.json", peft_version=None)
-    with pytest.raises(AdapterError, match="names no peft_version"):
+    with pytest.raises(AdapterError, match="has no peft_version"):
         stock.merged(tmp_path / "refused", found.base, found.adapter, "fp32")
 
 
@@ -318,7 +318,7 @@ def test_half_an_adapter_of_experts_is_refused(made: Any, tmp_path: Path, cli: C
     config = json.loads((found.adapter / "adapter_config.json").read_text())
     for wanted, targets, words in (
         (lambda key: ".experts.base_layer." not in key, config["target_parameters"], "gate_up_proj is one of"),
-        (lambda key: True, ["experts.gate_up_prooj", "experts.down_proj"], "is one misspelt"),
+        (lambda key: True, ["experts.gate_up_prooj", "experts.down_proj"], "Is one misspelt"),
         (lambda key: ".experts." not in key, ["experts.gate_up_prooj"], "no LoRA in the file belongs to"),
     ):
         save_file({k: v for k, v in tensors.items() if wanted(k)}, adapter / "adapter_model.safetensors")

@@ -302,7 +302,7 @@ def test_every_type_of_peft_is_in_one_table() -> None:
 
 def test_every_type_that_is_merged_is_tested() -> None:
     assert {kind.peft_type for kind in KINDS.values()} >= set(peft_fallback.KIND.peft_types)
-    assert set(peft_fallback.SAVED) >= {kind for kind, tuner in peft_fallback.TUNERS.items() if tuner.unless[0]}
+    assert all(t.save_option and t.rebuilt_from for t in peft_fallback.TUNERS.values() if t.projection)
 
 
 @pytest.mark.parametrize("peft_type", peft_fallback.REFUSED)
@@ -332,7 +332,7 @@ BAD: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "one_too_many": ("loha", lambda t, c: t.update({LAYER + "hada_w3": torch.zeros(1)}), ("more than peft would have", "hada_w3")),
     "another_type": ("loha", lambda t, c: c.update(peft_type="LOKR"), ("peft_type LOKR", "named lokr_")),
     "another_rank": ("loha", lambda t, c: c.update(r=3), ("LOHA", "size mismatch")),
-    "another_width": ("hra", lambda t, c: change(t, "q_proj.hra_u", lambda v: v[:-1]), ("q_proj.weight is [64, 64]", "[-1, 63]")),
+    "another_width": ("hra", lambda t, c: change(t, "q_proj.hra_u", lambda v: v[:-1]), ("weight has shape [64, 64]", "[-1, 63]")),
     "no_axes": ("boft", lambda t, c: change(t, "boft_R", lambda v: v.flatten()), ("not what peft saves for BOFT", "boft_R")),
     "unknown_option": ("loha", lambda t, c: c.update(hadamard_power=3), ("hadamard_power", "does not know for LOHA")),
     "replicated": ("adalora", lambda t, c: c.update(layer_replication=[[0, 2]]), ("layer_replication",)),
@@ -342,7 +342,7 @@ BAD: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "no_bank": ("vblora", lambda t, c: without(t, "vector_bank"), ("vblora_vector_bank", "incomplete")),
     "no_index_map": ("unilora", lambda t, c: without(t, "unilora_indices"), ("unilora", "lacks")),
     "theta_alone": ("unilora", lambda t, c: without(t, "proj."), ("unilora_indices", "save_indices=False")),
-    "no_place": ("tinylora", lambda t, c: change(t, "tinylora_P", lambda v: v + 1), ("tinylora_v", "none of 6 places")),
+    "no_place": ("tinylora", lambda t, c: change(t, "tinylora_P", lambda v: v + 1), ("tinylora_v", "none of 6 layers")),
     "no_seeded_projection": ("tinylora", lambda t, c: without(t, "tinylora_P"), ("tinylora_P", "order of all targeted layers")),
     "bias_of_weight": ("glora C", lambda t, c: None, ("glora_C", "config_C='none'")),
     "short_tokens": ("trainable_tokens", lambda t, c: c.update(token_indices=[1]), ("2 trained rows", "[1]")),

@@ -1,22 +1,29 @@
 """Adapters one after the other: each was trained on the model that those before it make, and is applied to that.
 
-One update per weight, so that what comes out is rounded once; in between everything stays float32.
+One update per weight, so that the result is rounded once; in between everything stays float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.adapters.combining.combined import SeveralUpdates, changes_of, check_shapes, joined, stacked
-from qmerge.adapters.lora import is_embedding
+from qmerge.adapters.combining.joint import (
+    AdapterChange,
+    AdapterUpdate,
+    SeveralUpdates,
+    as_one_adapter,
+    changes_by_weight,
+    check_shapes,
+    sum_of_loras,
+)
 from qmerge.adapters.reading.folder import CONFIG, TENSORS, Adapter
+from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate, TokenRowsUpdate
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError
@@ -26,7 +33,7 @@ from qmerge.types import Replacement, Rows, Update
 
 @dataclass(frozen=True)
 class ChainedUpdate(SeveralUpdates):
-    """…second(first(base)): an update that depends on its base (DoRA) sees what those before it made of it."""
+    """…second(first(base)): an update that depends on its base (DoRA) gets the values that those before it made."""
 
     updates: tuple[Update, ...]
 
@@ -36,13 +43,17 @@ class ChainedUpdate(SeveralUpdates):
 
     @property
     def rank(self) -> int:
+        """The sum of the ranks."""
         return sum(update.rank for update in self.updates)
 
     def to(self, device: torch.device) -> ChainedUpdate:
         return replace(self, updates=tuple(update.to(device) for update in self.updates))
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
-        return reduce(lambda values_OI, update: update.apply(values_OI, rows), self.updates, base_OI)
+        values_OI = base_OI
+        for update in self.updates:
+            values_OI = update.apply(values_OI, rows)
+        return values_OI
 
     def row_norms(self) -> Tensor | None:
         return self._sum.row_norms() if self._sum else None
@@ -53,117 +64,158 @@ class ChainedUpdate(SeveralUpdates):
     @property
     def _sum(self) -> LoraUpdate | None:
         """LoRAs do not depend on the base: one after the other, they are their sum."""
-        return stacked(self.updates, [1.0] * len(self.updates))
+        return sum_of_loras(self.updates, [1.0] * len(self.updates))
 
 
-def chained(adapters: Sequence[Adapter], held: Collection[str] = ()) -> Adapter:
+def chained(adapters: Sequence[Adapter], merged_files: Collection[str] = ()) -> Adapter:
     """One adapter that does to every weight what all of them do, in order.
 
     Args:
-        held: SHA-256 of the files of adapters that the base holds already.
+        adapters: in the order in which they are applied.
+        merged_files: SHA-256 of the files of adapters that are merged into the base already.
 
     Raises:
-        AdapterError: shapes or options that disagree, or an order that is not the one they were trained in.
+        AdapterError: shapes or options disagree, or the order is not the one in which they were trained.
     """
-    check_order(adapters, held)
+    check_order(adapters, merged_files)
     updates: dict[str, Update] = {}
     replaced: dict[str, Replacement] = {}
-    for name, changes in changes_of(adapters).items():
-        steps = [(change, adapters[place]) for place, change in changes]
-        starts = [place for place, (change, _) in enumerate(steps) if isinstance(change, Replacement)]
-        steps = steps[starts[-1] :] if starts else steps  # what was done to values that were replaced later is gone
-        first, parts = steps[0][0], [(u, adapter) for u, adapter in steps if not isinstance(u, Replacement)]
-        if isinstance(first, Replacement):
-            replaced[name] = reduce(lambda values, part: moved(name, values, *part), parts, first)
+    for name, changes in changes_by_weight(adapters).items():
+        values, later_updates = _since_replacement(changes)
+        if values is None:
+            check_shapes(name, later_updates, adapters)
+            updates[name] = in_order([update for _, update in later_updates])
         else:
-            check_shapes(name, [update for update, _ in parts], [adapter for _, adapter in parts])
-            updates[name] = in_order([update for update, _ in parts])
-    return joined(adapters, updates, replaced)
+            for position, update in later_updates:
+                values = updated_values(name, values, update, adapters[position])
+            replaced[name] = values
+    return as_one_adapter(adapters, updates, replaced)
+
+
+def _since_replacement(changes: Sequence[AdapterChange]) -> tuple[Replacement | None, list[AdapterUpdate]]:
+    """(the last new values of the weight, if any; the updates after them). Changes of values that were replaced later have no
+    effect."""
+    values: Replacement | None = None
+    later_updates: list[AdapterUpdate] = []
+    for position, change in changes:
+        if isinstance(change, Replacement):
+            values = change
+            later_updates = []
+        else:
+            later_updates.append(AdapterUpdate(position, change))
+    return values, later_updates
 
 
 def in_order(updates: Sequence[Update]) -> Update:
-    """One update stays what it is; so do trained token rows, of which the later ones win."""
-    tokens = [update for update in updates if isinstance(update, TokenRowsUpdate)]
+    """The updates of a weight as one. A single one stays what it is; of token rows that were trained twice, the later win."""
     if len(updates) == 1:
         return updates[0]
-    if len(tokens) < len(updates):
+    token_rows = [update for update in updates if isinstance(update, TokenRowsUpdate)]
+    if len(token_rows) < len(updates):
         return ChainedUpdate(tuple(updates))
-    rows = {index: values_I for t in tokens for index, values_I in zip(t.indices, t.values_TI, strict=True)}
+    rows: dict[int, Tensor] = {}
+    for update in token_rows:
+        # A row that was trained twice keeps its place and gets the later values.
+        rows.update(zip(update.indices, update.values_TI, strict=True))
     return TokenRowsUpdate(list(rows), torch.stack(list(rows.values())))
 
 
-def moved(name: str, values: Replacement, update: Update, adapter: Adapter) -> Replacement:
-    """Values that an earlier adapter brought, with a later one's update. A Conv1D's lie as [in, out], what LoRA does to
-    them as [out, in]."""
-    lying = values.values
-    rows_OI = lying if lying.dim() > 1 else lying[None]
-    shape, reverse = tuple(rows_OI.shape), tuple(rows_OI.shape[::-1])
-    conv1d = bool(adapter.config.get("fan_in_fan_out")) and not is_embedding(name)
-    turned = lying.dim() == 2 and update.shape == reverse and (shape != reverse or conv1d)
-    if not turned and any(known not in (there, -1) for known, there in zip(update.shape, shape, strict=True)):
+def updated_values(name: str, values: Replacement, update: Update, adapter: Adapter) -> Replacement:
+    """Values that an earlier adapter brought, updated by a later one.
+
+    Args:
+        name: of the weight.
+        values: a vector, or a matrix: [O, I], or [I, O] for a Conv1D.
+        update: of the later adapter, whose LoRA of a Conv1D is [O, I].
+        adapter: the later adapter.
+
+    Raises:
+        AdapterError: the update is for another shape.
+    """
+    stored = values.values
+    rows_OI = stored if stored.dim() > 1 else stored[None]
+    shape = tuple(rows_OI.shape)
+    is_conv1d = bool(adapter.config.get("fan_in_fan_out")) and not is_embedding(name)
+    fits_transposed = stored.dim() == 2 and update.shape == shape[::-1]
+    # Of a square matrix, only the config says which way round it is.
+    is_transposed = fits_transposed and (is_conv1d or shape != shape[::-1])
+    fits = all(known in (size, -1) for known, size in zip(update.shape, shape, strict=True))
+    if not is_transposed and not fits:
         raise AdapterError(
-            f"{name} was trained whole by an adapter before {adapter.folder}, to {list(lying.shape)}, but this one's delta is "
+            f"{name} was trained whole by an adapter before {adapter.folder}, to {list(stored.shape)}, but this one's delta is "
             f"{list(update.shape)}: was it trained on the model that those before it make?"
         )
-    rows_OI = rows_OI.T.contiguous() if turned else rows_OI
-    made_OI = update.apply(rows_OI, Rows(0, len(rows_OI)))
-    return Replacement((made_OI.T.contiguous() if turned else made_OI).view(lying.shape))
+    if is_transposed:
+        rows_OI = rows_OI.T.contiguous()
+    updated_OI = update.apply(rows_OI, Rows(0, len(rows_OI)))
+    if is_transposed:
+        updated_OI = updated_OI.T.contiguous()
+    return Replacement(updated_OI.view(stored.shape))
 
 
-# --- which came before? ----------------------------------------------------------------------------------------------
+# --- the order -------------------------------------------------------------------------------------------------------
 
 
-def check_order(adapters: Sequence[Adapter], held: Collection[str] = ()) -> None:
-    """An adapter that says of itself that it was trained on another one stands behind that one.
+def check_order(adapters: Sequence[Adapter], merged_files: Collection[str] = ()) -> None:
+    """Check that an adapter that was trained on another one, by its own config, comes after that one.
+
+    Args:
+        adapters: in the order in which they are applied.
+        merged_files: SHA-256 of the files of adapters that are merged into the base already.
 
     Raises:
         AdapterError: it does not, or the other one is not given; the message has the command that applies all in order.
     """
     folders = [adapter.folder.resolve() for adapter in adapters]
-    for place, adapter in enumerate(adapters):
-        before = trained_on(adapter.folder)
-        if (
-            before is not None
-            and not is_held(before, held)
-            and before not in folders[:place]
-            and (place == 0 or before in folders[place:])
-        ):
-            order = " ".join(f"--adapter {folder}" for folder in [*lineage(before), adapter.folder])
-            raise AdapterError(
-                f"{adapter.folder} was trained on the model that the adapter {before} makes (base_model_name_or_path in "
-                f"{CONFIG}), which does not stand before it: {order} --combine chain. If --base holds it already, say so "
-                f"there: base_model_name_or_path is then that base"
-            )
+    for position, adapter in enumerate(adapters):
+        parent = parent_adapter(adapter.folder)
+        if parent is None or is_merged(parent, merged_files) or parent in folders[:position]:
+            continue
+        # Behind other adapters, a parent that is not given at all may be one of them in another folder.
+        if position > 0 and parent not in folders:
+            continue
+        order = " ".join(f"--adapter {folder}" for folder in [*lineage(parent), adapter.folder])
+        raise AdapterError(
+            f"{adapter.folder} was trained on the model that the adapter {parent} makes (base_model_name_or_path in "
+            f"{CONFIG}), which does not come before it: {order} --combine chain. If {parent.name} is merged into --base already, "
+            f"write that base into {CONFIG} as base_model_name_or_path"
+        )
 
 
-def check_new(adapters: Sequence[Adapter], held: Collection[str]) -> None:
-    """Raise AdapterError for an adapter that the base holds already."""
+def check_new(adapters: Sequence[Adapter], merged_files: Collection[str]) -> None:
+    """Raise AdapterError for an adapter that is merged into the base already."""
     for adapter in adapters:
-        if is_held(adapter.folder, held):
+        if is_merged(adapter.folder, merged_files):
             raise AdapterError(
-                f"{adapter.folder} is merged into this base already, says its qmerge.json: give the base without it (to have it "
-                f"twice, there: --adapter {adapter.folder}=2)"
+                f"{adapter.folder} is merged into this base already, according to its qmerge.json: give the base without it (for "
+                f"twice its effect, with --adapter {adapter.folder}=2)"
             )
 
 
-def is_held(folder: Path, held: Collection[str]) -> bool:
-    return bool(held) and (folder / TENSORS).is_file() and hash_file(folder / TENSORS) in held
+def is_merged(folder: Path, merged_files: Collection[str]) -> bool:
+    """Whether the adapter in this folder is among the adapters with these SHA-256."""
+    # Files are hashed only where there is something to compare with.
+    return bool(merged_files) and (folder / TENSORS).is_file() and hash_file(folder / TENSORS) in merged_files
 
 
-def trained_on(folder: Path) -> Path | None:
-    """The adapter's folder that an adapter names as its base; None where its base is no such folder."""
-    return adapter_at(read_json(folder / CONFIG, AdapterError).get("base_model_name_or_path"))
+def parent_adapter(folder: Path) -> Path | None:
+    """The folder of the adapter that an adapter's config names as its base; None where its base is a model."""
+    return adapter_folder(read_json(folder / CONFIG, AdapterError).get("base_model_name_or_path"))
 
 
-def adapter_at(declared: Any) -> Path | None:
-    """The folder of this name, where there is one and an adapter is in it."""
-    place = Path(declared).expanduser() if isinstance(declared, str) and declared.strip() else None
-    return place.resolve() if place is not None and (place / CONFIG).is_file() else None
+def adapter_folder(base_name: Any) -> Path | None:
+    """The folder that ``base_model_name_or_path`` names, if it is one and contains an adapter."""
+    if not isinstance(base_name, str) or not base_name.strip():
+        return None
+    folder = Path(base_name).expanduser()
+    return folder.resolve() if (folder / CONFIG).is_file() else None
 
 
 def lineage(folder: Path) -> list[Path]:
-    """The adapter and all before it, the first one first."""
-    found = [folder]
-    while (before := trained_on(found[0])) is not None and before not in found:
-        found.insert(0, before)
-    return found
+    """An adapter's folder and those of all adapters before it, the first one first."""
+    folders = [folder]
+    while True:
+        parent = parent_adapter(folders[0])
+        if parent is None or parent in folders:  # configs may name each other
+            return folders
+        folders.insert(0, parent)

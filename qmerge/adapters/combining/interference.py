@@ -1,12 +1,12 @@
-"""Do several adapters get in each other's way? What each pair of deltas shares, summed while a weight's row blocks pass.
+"""Do several adapters work against each other? Sums over each pair of deltas, collected while a weight's row blocks pass.
 
-Deltas count with their weights: one that is taken away (a negative weight) fights what it is like.
+Deltas count with their weights: a delta with a negative weight works against deltas that are like it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 import torch
@@ -20,88 +20,125 @@ SUMS = ("product", "one", "other", "against", "both")
 """⟨Δ, Δ'⟩, ‖Δ‖², ‖Δ'‖², and Σ min(|Δ|, |Δ'|) over the entries whose signs differ, and over all."""
 
 PairSums = dict[str, dict[str, float]]
-"""``"0 2"``, the places of two adapters in the run → their sums; ready for JSON."""
+"""``"0 2"``, the positions of two adapters in the run → their sums, named as in ``SUMS``; ready for JSON."""
+
+Pair = tuple[int, int]
+"""Indices of two members of an update."""
 
 
 class PairStats:
-    """All pairs of one weight. Every row's sums are kept until the end and added in one go, so that the result does not
-    depend on the row blocks."""
+    """Sums over all pairs of one weight's deltas.
+
+    Every row's sums are kept until the end and added at once, so that the result does not depend on the row blocks.
+    """
 
     def __init__(self, update: CombinedUpdate) -> None:
-        self.update = update
-        self._rows: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs_of(update)}
+        self._update = update
+        self._row_sums: dict[Pair, list[Tensor]] = {pair: [] for pair in _pairs(update)}
 
-    def see(self, base_OI: Tensor, rows: Rows) -> None:
-        """Some rows, float32 [rows, I]; all rows are seen once, in order."""
-        parts = zip(self.update.updates, self.update.weights, strict=True)
-        deltas = [delta_of(update, base_OI, rows) * weight for update, weight in parts]
-        for (one, other), found in self._rows.items():
-            found.append(row_sums(deltas[one], deltas[other]))
+    def add(self, base_OI: Tensor, rows: Rows) -> None:
+        """Some rows of the base, float32 [rows, I]. Every row must be added once, in order."""
+        deltas: list[Tensor] = []
+        for update, weight in zip(self._update.updates, self._update.weights, strict=True):
+            deltas.append(delta_of(update, base_OI, rows) * weight)
+        for (first, second), row_sums in self._row_sums.items():
+            row_sums.append(row_sums_of(deltas[first], deltas[second]))
 
     def sums(self) -> PairSums:
-        """Products of two LoRAs come from their small factors, which are exact; all else from the rows."""
-        seen = {pair: torch.cat(found, dim=1).sum(dim=1).tolist() for pair, found in self._rows.items()}
-        found = {key(self.update, pair): dict(zip(SUMS, values, strict=True)) for pair, values in seen.items()}
-        exact = from_factors(self.update)
-        return {name: {**sums, **exact.get(name, {})} for name, sums in found.items()}
+        """Products of two LoRAs come from their small factors, which are exact; all other sums from the rows."""
+        exact = sums_from_factors(self._update)
+        result: PairSums = {}
+        for pair, row_sums in self._row_sums.items():
+            key = _key(self._update, pair)
+            totals: list[float] = torch.cat(row_sums, dim=1).sum(dim=1).tolist()
+            result[key] = {**_named(totals), **exact.get(key, {})}
+        return result
 
 
 def pair_stats(update: Update | None) -> PairStats | None:
-    """None where fewer than two adapters change the weight."""
-    return PairStats(update) if isinstance(update, CombinedUpdate) and len(update.updates) > 1 else None
+    """None where fewer than two adapters change the weight, or where they are chained."""
+    if not isinstance(update, CombinedUpdate) or len(update.updates) < 2:
+        return None
+    return PairStats(update)
 
 
-def row_sums(one_OI: Tensor, other_OI: Tensor) -> Tensor:
-    """[5, rows], in the order of ``SUMS``: float32 within a row, float64 from there on."""
-    both_OI = torch.minimum(one_OI.abs(), other_OI.abs())
-    opposite_OI = (one_OI < 0) != (other_OI < 0)  # an entry that is 0 in one of them counts 0 either way
-    products = [torch.linalg.vecdot(a, b) for a, b in ((one_OI, other_OI), (one_OI, one_OI), (other_OI, other_OI))]
-    return torch.stack([*products, (both_OI * opposite_OI).sum(dim=1), both_OI.sum(dim=1)]).double().cpu()
+def row_sums_of(first_OI: Tensor, second_OI: Tensor) -> Tensor:
+    """The sums of every row of two deltas, [5, rows], in the order of ``SUMS``: float32 within a row, float64 from then on."""
+    smaller_OI = torch.minimum(first_OI.abs(), second_OI.abs())
+    # An entry that is 0 in one of them counts 0, whichever sign 0 is given.
+    opposite_OI = (first_OI < 0) != (second_OI < 0)
+    row_sums = [
+        torch.linalg.vecdot(first_OI, second_OI),
+        torch.linalg.vecdot(first_OI, first_OI),
+        torch.linalg.vecdot(second_OI, second_OI),
+        (smaller_OI * opposite_OI).sum(dim=1),
+        smaller_OI.sum(dim=1),
+    ]
+    return torch.stack(row_sums).double().cpu()
 
 
-def from_factors(update: CombinedUpdate) -> PairSums:
-    """The first three sums of every pair of LoRAs, without a base."""
-    found = {}
-    for pair in pairs_of(update):
-        one, other = (update.updates[place] for place in pair)
-        if isinstance(one, LoraUpdate) and isinstance(other, LoraUpdate):
-            w, v = (update.weights[place] for place in pair)
-            values = (w * v * inner(one, other), w * w * inner(one, one), v * v * inner(other, other))
-            found[key(update, pair)] = dict(zip(SUMS, values, strict=False))
-    return found
+def sums_from_factors(update: CombinedUpdate) -> PairSums:
+    """The first three of ``SUMS`` for every pair of LoRAs, without a base; other pairs are left out."""
+    result: PairSums = {}
+    for first, second in _pairs(update):
+        a, b = update.updates[first], update.updates[second]
+        if isinstance(a, LoraUpdate) and isinstance(b, LoraUpdate):
+            weight_a, weight_b = update.weights[first], update.weights[second]
+            product = weight_a * weight_b * inner_product(a, b)
+            square_a = weight_a * weight_a * inner_product(a, a)
+            square_b = weight_b * weight_b * inner_product(b, b)
+            result[_key(update, (first, second))] = _named([product, square_a, square_b])
+    return result
 
 
-def inner(one: LoraUpdate, other: LoraUpdate) -> float:
+def inner_product(a: LoraUpdate, b: LoraUpdate) -> float:
     """⟨sBA, s'B'A'⟩ = s s' tr((BᵀB')(A'Aᵀ)), in float64."""
-    left_RR = one.B_OR.double().T @ other.B_OR.double()
-    right_RR = one.A_RI.double() @ other.A_RI.double().T
-    return one.scale * other.scale * float((left_RR * right_RR).sum())
+    left_RR = a.B_OR.double().T @ b.B_OR.double()
+    right_RR = a.A_RI.double() @ b.A_RI.double().T
+    return a.scale * b.scale * float((left_RR * right_RR).sum())
 
 
-def pairs_of(update: CombinedUpdate) -> list[tuple[int, int]]:
-    return list(combinations(range(len(update.updates)), 2))
+def _pairs(update: CombinedUpdate) -> Iterable[Pair]:
+    return combinations(range(len(update.updates)), 2)
 
 
-def key(update: CombinedUpdate, pair: tuple[int, int]) -> str:
-    return " ".join(str(update.settings.positions[place]) for place in pair)
+def _key(update: CombinedUpdate, pair: Pair) -> str:
+    first, second = pair
+    return f"{update.settings.positions[first]} {update.settings.positions[second]}"
 
 
-def cosine(sums: Mapping[str, float]) -> float | None:
-    """Between the two deltas; None where one is zero."""
-    size = math.sqrt(max(0.0, sums["one"]) * max(0.0, sums["other"]))
-    return max(-1.0, min(1.0, sums["product"] / size)) if size else None
+def _named(sums: list[float]) -> dict[str, float]:
+    """The first of ``SUMS``, by name."""
+    return dict(zip(SUMS, sums, strict=False))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def delta_cosine(sums: Mapping[str, float]) -> float | None:
+    """Cosine between the two deltas of a pair; None where one is zero."""
+    # By rounding, a square may be just below 0, and the quotient just above 1.
+    norms = math.sqrt(max(0.0, sums["one"]) * max(0.0, sums["other"]))
+    if not norms:
+        return None
+    return max(-1.0, min(1.0, sums["product"] / norms))
 
 
 def sign_conflict(sums: Mapping[str, float]) -> float | None:
-    """The share of what both change that has opposite signs, each entry counted by the smaller of its two magnitudes: what
-    is lost when they are added. None where no entry is changed by both, or where no rows were seen."""
-    return sums["against"] / sums["both"] if sums.get("both") else None
+    """Share of the common change that has opposite signs: what is lost when the deltas of a pair are added.
+
+    Each entry counts by the smaller of its two magnitudes. None where no entry is changed by both, and where only factors were
+    compared.
+    """
+    if not sums.get("both"):
+        return None
+    return sums["against"] / sums["both"]
 
 
-def over_modules(modules: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Sums over several weights, so that each counts by its size."""
+def over_modules(sums_by_module: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The sums of a pair over several weights, so that each weight counts by its size."""
     total: dict[str, float] = {}
-    for sums in modules.values():
+    for sums in sums_by_module.values():
         for name, value in sums.items():
             total[name] = total.get(name, 0.0) + value
     return total

@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT saves it → what it does to each weight, every tensor accounted for."""
+"""An adapter folder as PEFT saves it → what it does to each weight, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qmerge.adapters import all_kinds, get_kind
-from qmerge.adapters.reading.placement import placed
+from qmerge.adapters.reading.placement import placed_on_disk
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
@@ -20,25 +20,38 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Replacement, TensorInfo, Update
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
 PREFIX = "base_model.model."
-SHARED = "base_model."
-"""What stands before the tensors that all modules of an adapter share (VeRA's projections)."""
+"""Beginning of the names of the tensors of a module."""
+
+SHARED_PREFIX = "base_model."
+"""Beginning of the names of the tensors that all modules of an adapter share (VeRA's projections)."""
 
 DEFAULT = "default"
-"""What peft calls an adapter that was given no name."""
+"""peft's name for an adapter that was given none."""
 
 NAMED = re.compile(
     r"(?P<part>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|"
     r"modules_to_save|trainable_tokens_delta))"
     r"\.(?P<name>(?!weight$|bias$)[^.]+)(?P<leaf>\.(?:.+\.)?(?:weight|bias))?"
 )
-"""A tensor's name with the adapter's in it, as in a model's state dict; peft takes it out when it saves."""
+"""A tensor's name with the adapter's name in it, as in a model's state dict. peft removes it when it saves."""
+
+INTEGERS = ("I64", "I32", "I16", "U8")
+"""dtypes of indices."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """``updates`` and ``replaced`` by the name of a weight of the base; ``tensors`` lists the tensors that each is made of,
-    as they are in the file."""
+    """An adapter that was read, or several as one.
+
+    folder    where it was read from
+    kind      name of its adapter kind
+    config    adapter_config.json
+    updates   name of a weight of the base → its update
+    replaced  name of a weight of the base → its new values
+    tensors   name of a weight of the base → the adapter's tensors that its change is made of, by their names in the file
+    """
 
     folder: Path
     kind: str
@@ -52,79 +65,111 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
     """Read a PEFT adapter folder.
 
     Args:
-        name: the adapter's, where the file may hold several.
-        names: of the base's weights. None: names stay as the adapter has them, and what only the base can tell is an error.
+        folder: as ``PeftModel.save_pretrained`` writes it.
+        reader: of its tensors.
+        name: of the adapter, where the file may contain several.
+        names: of the base's weights. None: names stay as the adapter has them, and what only the base can show is an error.
 
     Raises:
-        AdapterError: pickle, unsupported kind or option, a tensor that is no part of a pair, NaN, a wrong rank.
-        CheckpointError: transformers makes an adapted weight of the base's in a way that cannot be followed.
+        AdapterError: pickle, an unsupported kind or option, a tensor that is not part of a pair, NaN, a wrong rank.
+        NeedsBaseError: the adapter cannot be understood without the base's names.
+        CheckpointError: transformers makes an adapted weight of the base's weights in a way that cannot be followed.
     """
-    config, infos = read_json(config_file(folder), AdapterError), of_one(tensor_infos(folder), name)
+    config = read_json(config_file(folder), AdapterError)
+    infos = select_adapter(tensor_infos(folder), name)
     kind_name = kind_of(config)
     kind = get_kind(kind_name)
     kind.check_folder(folder, config)
-    tensors = {without_prefix(key): finite(info, reader, kind.index_parts) for key, info in infos.items()}
-    found = kind.updates(config, tensors, names)
-    used = {name for _, names in found.values() for name in names}
-    left = sorted(tensors.keys() - used)
-    if left:
-        raise AdapterError(f"{TENSORS} holds {listed(left)}, which qmerge would not apply; nothing was written")
-    found = found if names is None else placed(found, names)
-    updates = {name: change for name, (change, _) in found.items() if not isinstance(change, Replacement)}
-    replaced = {name: change for name, (change, _) in found.items() if isinstance(change, Replacement)}
-    return Adapter(folder, kind_name, config, updates, replaced, {name: names for name, (_, names) in found.items()})
+    tensors = {without_prefix(key): read_finite(info, reader, kind.index_parts) for key, info in infos.items()}
+    changes = kind.updates(config, tensors, names)
+    # A tensor that no change uses would be a part of the training that is lost.
+    unused = set(tensors)
+    for _, tensor_names in changes.values():
+        unused.difference_update(tensor_names)
+    if unused:
+        raise AdapterError(
+            f"{TENSORS} contains {listed(sorted(unused))}, which qmerge cannot apply; nothing was written"
+        )
+    if names is not None:
+        changes = placed_on_disk(changes, names)
+    updates: dict[str, Update] = {}
+    replaced: dict[str, Replacement] = {}
+    for weight, (change, _) in changes.items():
+        if isinstance(change, Replacement):
+            replaced[weight] = change
+        else:
+            updates[weight] = change
+    return Adapter(
+        folder=folder,
+        kind=kind_name,
+        config=config,
+        updates=updates,
+        replaced=replaced,
+        tensors={weight: tensor_names for weight, (_, tensor_names) in changes.items()},
+    )
 
 
 def config_file(folder: Path) -> Path:
+    """adapter_config.json in the folder; AdapterError if it has none."""
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
     return folder / CONFIG
 
 
 def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Headers only.
+    """The tensors in the adapter's file, from its header only.
 
     Raises:
-        AdapterError: there is no safetensors file, or it holds nothing.
+        AdapterError: there is no safetensors file, or it is empty.
     """
     if not (folder / TENSORS).exists():
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
-                f"{folder} holds only adapter_model.bin, a pickle, which can run code when it is read; convert it where "
+                f"{folder} contains only adapter_model.bin, a pickle, which can run code when it is read; convert it where "
                 f"you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
             )
         raise AdapterError(f"{folder} has no {TENSORS}: expected an adapter folder as PEFT saves it")
     infos, _ = read_header(folder / TENSORS, AdapterError)
     if not infos:
-        raise AdapterError(f"{TENSORS} is empty: the adapter was saved without its weights")
+        raise AdapterError(f"{TENSORS} is empty: the adapter was saved without its weights; save it again")
     return infos
 
 
-def names_in(tensors: Iterable[str]) -> list[str]:
-    """Names of the adapters that the tensors' names tell apart; LoRA's only: a module that was trained whole may have parts
-    of any name."""
-    lora = [name for name in tensors if ".lora_" in name]
-    found = [match["name"] if (match := NAMED.fullmatch(name)) else DEFAULT for name in lora]
-    return list(dict.fromkeys(found))
+def adapter_names(tensors: Iterable[str]) -> list[str]:
+    """Names of the adapters that the names of tensors distinguish.
+
+    Only LoRA's tensors count: parts of a module that was trained whole may have any name.
+    """
+    # A dict keeps the order of the file.
+    names: dict[str, None] = {}
+    for tensor in tensors:
+        if ".lora_" in tensor:
+            match = NAMED.fullmatch(tensor)
+            names[match["name"] if match else DEFAULT] = None
+    return list(names)
 
 
-def of_one(infos: Mapping[str, TensorInfo], name: str | None) -> dict[str, TensorInfo]:
-    """The tensors of one adapter (and those that are nobody's), by their names without the adapter's.
+def select_adapter(infos: Mapping[str, TensorInfo], name: str | None) -> dict[str, TensorInfo]:
+    """The tensors of one adapter, and those that belong to none, by their names without the adapter's.
 
     Raises:
-        AdapterError: there are several, and this is none of them.
+        AdapterError: the file contains several adapters, and none of this name.
     """
-    names, found = names_in(infos), dict[str, TensorInfo]()
+    names = adapter_names(infos)
     if len(names) < 2:
         return dict(infos)
     if name not in names:
-        raise AdapterError(f"{TENSORS} holds the adapters {listed(names)}; name one of them: DIR#{names[0]}")
+        raise AdapterError(f"{TENSORS} contains the adapters {listed(names)}; name one of them: DIR#{names[0]}")
+    selected: dict[str, TensorInfo] = {}
     for tensor, info in infos.items():
         match = NAMED.fullmatch(tensor)
-        owner = match["name"] if match and match["name"] in names else DEFAULT if ".lora_" in tensor else None
-        if owner in (name, None):
-            found[match["part"] + (match["leaf"] or "") if match and owner else tensor] = info
-    return found
+        if match and match["name"] in names:
+            if match["name"] == name:
+                selected[match["part"] + (match["leaf"] or "")] = info
+        elif ".lora_" not in tensor or name == DEFAULT:
+            # A module that was trained whole belongs to all of them; a LoRA without a name is the default adapter's.
+            selected[tensor] = info
+    return selected
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -136,29 +181,49 @@ def kind_of(config: Mapping[str, Any]) -> str:
     peft_type = str(config.get("peft_type", "")).upper()
     known: dict[str, str] = {}
     for name, kind in all_kinds().items():
+        # A reason is more help than the list of types that can be merged.
         if peft_type in kind.refused:
             raise AdapterError(f"{CONFIG}: peft_type {peft_type} cannot be merged: {kind.refused[peft_type]}")
         known.update(dict.fromkeys(kind.peft_types, name))
     if peft_type not in known:
-        raise AdapterError(f"{CONFIG}: peft_type {peft_type or 'missing'} is not merged; there are: {', '.join(known)}")
+        raise AdapterError(
+            f"{CONFIG}: peft_type {peft_type or 'missing'} cannot be merged; expected one of {', '.join(known)}"
+        )
     return known[peft_type]
 
 
 def without_prefix(name: str) -> str:
-    if not name.startswith(PREFIX) and name.startswith(SHARED):
-        return name.removeprefix(SHARED)
-    if not name.startswith(PREFIX):
-        raise AdapterError(f"{TENSORS}: {name!r} does not begin with {PREFIX!r}: expected names as PEFT saves them")
-    return name.removeprefix(PREFIX)
+    """A tensor's name as kinds expect it.
+
+    Raises:
+        AdapterError: it is not a name that PEFT writes.
+    """
+    if name.startswith(PREFIX):
+        return name.removeprefix(PREFIX)
+    if name.startswith(SHARED_PREFIX):
+        return name.removeprefix(SHARED_PREFIX)
+    raise AdapterError(f"{TENSORS}: {name!r} does not begin with {PREFIX!r}: expected names as PEFT saves them")
 
 
-def finite(info: TensorInfo, reader: Reader, indices: tuple[str, ...] = ()) -> Tensor:
-    """float32; NaN and infinity are refused. What is named by one of ``indices`` may be integers, and stays so."""
-    if info.dtype in ("I64", "I32", "I16", "U8") and any(part in info.name for part in indices):
+def read_finite(info: TensorInfo, reader: Reader, index_parts: tuple[str, ...] = ()) -> Tensor:
+    """A tensor of the adapter as float32.
+
+    Args:
+        info: which tensor.
+        reader: of the adapter's file.
+        index_parts: tensors with one of these in their name may be integers, and stay so.
+
+    Raises:
+        AdapterError: other integers; NaN or infinity.
+    """
+    if info.dtype in INTEGERS and any(part in info.name for part in index_parts):
         return reader.tensor(info)
     if info.dtype not in TORCH_DTYPES or not TORCH_DTYPES[info.dtype].is_floating_point:
         raise AdapterError(f"{TENSORS}: {info.name} has dtype {info.dtype}, expected floats")
+    # The only cast of the adapter: from here on everything is float32.
     tensor = reader.tensor(info).float()
     if not bool(tensor.isfinite().all()):
-        raise AdapterError(f"{TENSORS}: {info.name} holds NaN or infinity; the training run diverged, nothing to merge")
+        raise AdapterError(
+            f"{TENSORS}: {info.name} contains NaN or infinity: the training run diverged; use an earlier checkpoint of it"
+        )
     return tensor

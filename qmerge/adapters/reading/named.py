@@ -1,7 +1,7 @@
-"""Which adapter is meant, where a folder holds several: ``DIR#NAME``, for Hub ids too.
+"""Which adapter is meant where a folder contains several: ``DIR#NAME``, also for Hub ids.
 
 PEFT saves the adapter called ``default`` in the folder itself and every other one in a folder of its name below it
-(``PeftModel.save_pretrained``); other tools save all of them in one file, with the names inside the tensors' names.
+(``PeftModel.save_pretrained``). Other tools save all of them in one file, with their names inside the tensors' names.
 """
 
 from __future__ import annotations
@@ -11,57 +11,91 @@ from dataclasses import replace
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.adapters.reading.folder import CONFIG, DEFAULT, TENSORS, names_in, tensor_infos
+from qmerge.adapters.reading.folder import CONFIG, DEFAULT, TENSORS, adapter_names, tensor_infos
 from qmerge.errors import AdapterError, listed
 
 CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
-"""What Trainer leaves below a finished adapter: earlier states of it, not others beside it."""
+"""Folders that Trainer leaves below a finished adapter: its earlier states, not other adapters."""
 
 MOST_NAMES = 20
+"""Names that an error lists."""
 
 
-def find(reference: str, revision: str | None = None) -> hub.Source:
-    """Folder or id, with ``#NAME`` where it holds several adapters → the folder that this one is in.
+def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
+    """The folder of an adapter.
+
+    Args:
+        reference: folder or Hub id, with ``#NAME`` where it contains several adapters.
+        revision: on the Hub.
 
     Raises:
-        AdapterError: it cannot be had; it holds several, and none is named; the name is none of theirs.
+        AdapterError: it cannot be downloaded; it contains several adapters and none is named; it has none of this name.
     """
-    place, name = split(reference)
-    return choose(hub.resolve(place, revision, AdapterError), place, name)
+    location, name = split_reference(reference)
+    return choose_adapter(hub.resolve(location, revision, AdapterError), location, name)
 
 
-def choose(source: hub.Source, place: str, name: str | None) -> hub.Source:
-    """The same where the folder or id, ``place``, is resolved already."""
-    there = adapters_in(source.folder)
-    if name in there:
-        around = None if there[name] == source.folder else source.folder
-        return replace(source, folder=there[name], adapter=name, adapters_folder=around)
-    own = [known for known, folder in there.items() if folder == source.folder]
-    others = [known for known in there if known not in own and not (own and CHECKPOINT.fullmatch(known))]
-    if name is None and ((len(own) == 1 and not others) or not there):
-        return source
-    if name is not None and not there:
+def choose_adapter(source: hub.Source, location: str, name: str | None) -> hub.Source:
+    """The source of one adapter among those in a folder.
+
+    Args:
+        source: the folder.
+        location: how the user spelled it, for errors.
+        name: of the adapter; None where the user named none.
+
+    Raises:
+        AdapterError: it contains several adapters and none is named; it has none of this name.
+    """
+    folders = adapters_in(source.folder)
+    if name is None:
+        return _only_adapter(source, location, folders)
+    if not folders:
         raise AdapterError(
-            f"{place} holds no adapter, so none that is called {name!r}: expected {CONFIG} as PEFT saves it"
+            f"{location} contains no adapter, so none that is called {name!r}: expected {CONFIG} as PEFT saves it"
         )
-    problem = f"{place} holds no adapter {name!r}; there are" if name else f"{place} holds the adapters"
-    spelled = [f"{place}#{known}" for known in (there if name else [*own, *others])]
-    names = listed([known.rpartition("#")[2] for known in spelled], MOST_NAMES)
-    raise AdapterError(f"{problem}: {names}. Say which: --adapter {' or --adapter '.join(spelled[:MOST_NAMES])}")
+    if name not in folders:
+        problem = f"{location} contains no adapter {name!r}; there are"
+        raise AdapterError(f"{problem}: {_choices(location, list(folders))}")
+    if folders[name] == source.folder:
+        return replace(source, adapter=name, adapters_folder=None)
+    return replace(source, folder=folders[name], adapter=name, adapters_folder=source.folder)
 
 
-def split(reference: str) -> tuple[str, str | None]:
-    """``DIR#math`` → (DIR, math); a folder that has a # in its own name is taken as it is."""
-    place, _, name = reference.rpartition("#")
-    return (place, name) if place and name and not Path(reference).expanduser().is_dir() else (reference, None)
+def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -> hub.Source:
+    """The source as it is, where there is nothing to choose. Without any adapter, reading it will say what is missing."""
+    in_folder = [name for name, folder in folders.items() if folder == source.folder]
+    below: list[str] = []
+    for name in folders:
+        is_earlier_state = bool(in_folder) and CHECKPOINT.fullmatch(name) is not None
+        if name not in in_folder and not is_earlier_state:
+            below.append(name)
+    if not folders or (len(in_folder) == 1 and not below):
+        return source
+    raise AdapterError(f"{location} contains the adapters: {_choices(location, [*in_folder, *below])}")
+
+
+def _choices(location: str, names: list[str]) -> str:
+    options = " or ".join(f"--adapter {location}#{name}" for name in names[:MOST_NAMES])
+    return f"{listed(names, MOST_NAMES)}. Choose one: {options}"
+
+
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """``DIR#math`` → (DIR, math). A folder with a # in its own name is taken as it is."""
+    location, _, name = reference.rpartition("#")
+    if not location or not name or Path(reference).expanduser().is_dir():
+        return reference, None
+    return location, name
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Name → folder of every adapter that is there: in the folder itself (several, where its file holds several), and
-    below it."""
-    found: dict[str, Path] = {}
+    """Name → folder of every adapter: in the folder itself (several, where its file contains several), and below it."""
+    adapters: dict[str, Path] = {}
     if (folder / CONFIG).is_file():
-        inside = names_in(tensor_infos(folder)) if (folder / TENSORS).is_file() else []
-        found |= dict.fromkeys(inside if len(inside) > 1 else [DEFAULT], folder)
-    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.is_file())
-    return found | {path.name: path for path in below if path.name not in found}
+        names = adapter_names(tensor_infos(folder)) if (folder / TENSORS).is_file() else []
+        # Of a single adapter the file may contain the name, but peft does not ask for it.
+        adapters |= dict.fromkeys(names if len(names) > 1 else [DEFAULT], folder)
+    for config in sorted(folder.glob(f"*/{CONFIG}")):
+        if config.is_file():
+            # The adapter in the folder itself goes before a folder below that is called ``default``.
+            adapters.setdefault(config.parent.name, config.parent)
+    return adapters

@@ -1,126 +1,168 @@
-"""What an adapter does to modules and parameters in memory → what it does to weights on disk."""
+"""From changes of modules and parameters in memory, as an adapter names them, to changes of weights on disk.
+
+transformers stacks experts, joins and splits weights as it loads them. Where it does, a delta is cut or put together as the
+weights are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from qmerge.adapters.base import Changes
+from qmerge.adapters.base import Changes, add_change
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.checkpoint.blocks import DiskBlock
 from qmerge.checkpoint.names import Names
-from qmerge.errors import AdapterError, listed
-from qmerge.types import Replacement, Update, as_matrix
+from qmerge.errors import AdapterError
+from qmerge.types import Change, Replacement, Update, as_matrix
 
-Shares: TypeAlias = dict[str, dict[int | None, list[LoraUpdate]]]
-"""Weight on disk → matrix of a stack (None: it is one matrix) → the LoRAs that are added to it."""
+DiskShapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Name of a weight on disk → its shape."""
+
+LorasByMatrix: TypeAlias = dict[int | None, list[LoraUpdate]]
+"""Index of a matrix in a stack (None: the weight is one matrix) → the LoRAs that are added to it."""
 
 
-def placed(found: Changes, names: Names) -> Changes:
-    """By names on disk. transformers stacks experts, joins and splits weights as it loads them: there, the delta is cut or
-    put together as the weights are. What is not on disk keeps its name.
+def placed_on_disk(changes: Changes, names: Names) -> Changes:
+    """The same changes by the names of weights on disk. A change of a weight that is not on disk keeps its name.
 
     Raises:
-        AdapterError: two changes of one weight; a kind of change that can only be made to a weight as it is in memory.
+        AdapterError: a weight is changed twice, or in a way that is possible only for the weight as it is in memory.
+        CheckpointError: transformers makes a parameter in a way that cannot be followed.
     """
-    result: Changes = {}
-    shares: Shares = {}
-    made_of: dict[str, list[str]] = {}
-    for name, (change, tensors) in found.items():
-        places = None if name in names.disk and not isinstance(change, StackUpdate) else names.blocks_of(name)
-        if not places or _is_whole(places, names.disk):
-            place_name = places[0].weight if places else name
-            _put(result, place_name, _on_disk(change, places, names.disk.get(place_name)), tensors)
+    placed: Changes = {}
+    # Parts of one weight on disk may be several weights in memory: their LoRAs are collected, then added up.
+    loras: dict[str, LorasByMatrix] = {}
+    lora_tensors: dict[str, list[str]] = {}
+    for name, (change, tensors) in changes.items():
+        blocks = _blocks_of(name, change, names)
+        if not blocks:
+            add_change(placed, name, _fitted(change, names.disk.get(name)), tensors)
+        elif _is_one_whole_weight(blocks, names.disk):
+            weight = blocks[0].weight
+            add_change(placed, weight, _as_on_disk(change, names.disk[weight]), tensors)
         elif isinstance(change, Replacement):
-            for place in places:
-                _put(result, place.weight, _cut_out(change, place, names.disk), tensors)
+            for block in blocks:
+                add_change(placed, block.weight, _values_of_block(change, block, names.disk), tensors)
         else:
-            for place in places:
-                _share(shares, place, _loras(name, change, place), names.disk)
-                made_of.setdefault(place.weight, []).extend(tensors)
-    for name, parts in shares.items():
-        _put(result, name, _together(parts, names.disk[name]), list(dict.fromkeys(made_of[name])))
-    return result
+            for block in blocks:
+                loras_by_matrix = loras.setdefault(block.weight, {})
+                _add_loras(loras_by_matrix, name, change, block=block, disk_shape=names.disk[block.weight])
+                lora_tensors.setdefault(block.weight, []).extend(tensors)
+    for weight, loras_by_matrix in loras.items():
+        update = _sum_of_loras(loras_by_matrix, names.disk[weight])
+        add_change(placed, weight, update, list(dict.fromkeys(lora_tensors[weight])))
+    return placed
 
 
-def _is_whole(places: tuple[DiskBlock, ...], disk: Mapping[str, tuple[int, ...]]) -> bool:
-    return len(places) == 1 and places[0].covers(disk[places[0].weight]) and not places[0].transposed
+def _blocks_of(name: str, change: Change, names: Names) -> tuple[DiskBlock, ...] | None:
+    """Where the weight is on disk; None where it is there under its own name, or not at all."""
+    # Under the same name, a stack may be arranged in another way on disk: it is always looked up.
+    if name in names.disk and not isinstance(change, StackUpdate):
+        return None
+    return names.blocks_of(name)
 
 
-def _put(result: Changes, name: str, change: Update | Replacement, tensors: list[str]) -> None:
-    if name in result:
-        raise AdapterError(f"{name} is changed twice, under two names: {listed([*result[name][1], *tensors])}")
-    result[name] = (change, tensors)
+def _is_one_whole_weight(blocks: tuple[DiskBlock, ...], disk: DiskShapes) -> bool:
+    return len(blocks) == 1 and blocks[0].covers(disk[blocks[0].weight]) and not blocks[0].transposed
 
 
-def _on_disk(
-    change: Update | Replacement, places: tuple[DiskBlock, ...] | None, shape: tuple[int, ...] | None
-) -> Update | Replacement:  # fmt: skip
-    """A stack of one matrix is that matrix, where it is no stack on disk; what depends on the width of the weight is settled."""
-    if isinstance(change, StackUpdate) and places and len(places[0].disk_region) == 2:
+def _as_on_disk(change: Change, disk_shape: tuple[int, ...]) -> Change:
+    """The change of a whole weight. A stack of one is that matrix, where the weight on disk is no stack."""
+    if isinstance(change, StackUpdate) and len(disk_shape) == 2:
         return change.experts[0]
-    return change if isinstance(change, Replacement) or shape is None else change.fitted(as_matrix(shape))
+    return _fitted(change, disk_shape)
 
 
-def _loras(name: str, change: Update | Replacement, place: DiskBlock) -> dict[int | None, LoraUpdate]:
-    """The LoRA of every matrix that the place holds some of, by its number in memory."""
-    if isinstance(change, StackUpdate):
-        numbers = [place.expert] if place.expert is not None else [*place.region[0]]
-        return {number: change.experts[number] for number in numbers}
-    if not isinstance(change, LoraUpdate):
+def _fitted(change: Change, disk_shape: tuple[int, ...] | None) -> Change:
+    if isinstance(change, Replacement) or disk_shape is None:
+        return change
+    return change.fitted(as_matrix(disk_shape))
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def _add_loras(
+    loras: LorasByMatrix, name: str, update: Update, *, block: DiskBlock, disk_shape: tuple[int, ...]
+) -> None:
+    """Add a block's share of an update to the LoRAs of its weight on disk."""
+    for number, lora in _loras_of_block(name, update, block).items():
+        A_RI, B_OR = block.factors(lora.A_RI, lora.B_OR, disk_shape)
+        matrix = None
+        if len(disk_shape) == 3:
+            matrix = block.disk_region[0].start
+            if number is not None and block.expert is None:  # the block is several matrices of a stack
+                matrix += number - block.region[0].start
+        loras.setdefault(matrix, []).append(LoraUpdate(A_RI.contiguous(), B_OR.contiguous(), lora.scale))
+
+
+def _loras_of_block(name: str, update: Update, block: DiskBlock) -> dict[int | None, LoraUpdate]:
+    """Index of a matrix in memory (None: it is one matrix) → its LoRA, for the matrices that the block is a part of.
+
+    Raises:
+        AdapterError: the update is not LoRA, or has another shape.
+    """
+    if isinstance(update, StackUpdate):
+        numbers: Iterable[int] = [block.expert] if block.expert is not None else block.region[0]
+        return {number: update.experts[number] for number in numbers}
+    if not isinstance(update, LoraUpdate):
         raise AdapterError(
-            f"{name} is only a part of {place.weight} on disk, or lies there in another layout: only plain LoRA is merged there"
+            f"{name} is only a part of {block.weight} on disk, or transposed in it, where only plain LoRA can be merged; merge "
+            f"the adapter with peft into the 16-bit base, then quantize"
         )
-    if change.shape != place.shape[-2:]:
+    if update.shape != block.shape[-2:]:
         raise AdapterError(
-            f"{name} is {list(place.shape)}, but the adapter's delta is {list(change.shape)}. "
+            f"{name} has shape {list(block.shape)}, but the adapter's delta has shape {list(update.shape)}. "
             f"Is this the base that the adapter was trained on?"
         )
-    return {None: change}
+    return {None: update}
 
 
-def _share(
-    shares: Shares, place: DiskBlock, loras: Mapping[int | None, LoraUpdate], disk: Mapping[str, tuple[int, ...]]
-) -> None:  # fmt: skip
-    shape = disk[place.weight]
-    for number, lora in loras.items():
-        A_RI, B_OR = place.factors(lora.A_RI, lora.B_OR, shape)
-        beside = 0 if number is None or place.expert is not None else number - place.region[0].start
-        matrix = place.disk_region[0].start + beside if len(shape) == 3 else None
-        here = shares.setdefault(place.weight, {}).setdefault(matrix, [])
-        here.append(LoraUpdate(A_RI.contiguous(), B_OR.contiguous(), lora.scale))
-
-
-def _together(parts: Mapping[int | None, list[LoraUpdate]], shape: tuple[int, ...]) -> Update:
-    summed = {matrix: _summed(loras) for matrix, loras in parts.items()}
-    if len(shape) == 3:
-        experts = {number: lora for number, lora in summed.items() if number is not None}
-        return StackUpdate(shape[0], (shape[1], shape[2]), experts)
-    return summed[None]
+def _sum_of_loras(loras: LorasByMatrix, disk_shape: tuple[int, ...]) -> Update:
+    """The update of a weight on disk, from the LoRAs of its parts."""
+    if len(disk_shape) != 3:
+        return _summed(loras[None])
+    experts: dict[int, LoraUpdate] = {}
+    for matrix, parts in loras.items():
+        if matrix is not None:
+            experts[matrix] = _summed(parts)
+    return StackUpdate(disk_shape[0], (disk_shape[1], disk_shape[2]), experts)
 
 
 def _summed(loras: list[LoraUpdate]) -> LoraUpdate:
     """s₁B₁A₁ + s₂B₂A₂ + … as one pair of factors."""
     if len(loras) == 1:
         return loras[0]
-    same = len({lora.scale for lora in loras}) == 1
-    B_OR = torch.cat([lora.B_OR if same else lora.B_OR * lora.scale for lora in loras], dim=1)
-    return LoraUpdate(torch.cat([lora.A_RI for lora in loras]), B_OR, loras[0].scale if same else 1.0)
+    scales = {lora.scale for lora in loras}
+    A_RI = torch.cat([lora.A_RI for lora in loras])
+    if len(scales) == 1:
+        return LoraUpdate(A_RI, torch.cat([lora.B_OR for lora in loras], dim=1), loras[0].scale)
+    return LoraUpdate(A_RI, torch.cat([lora.B_OR * lora.scale for lora in loras], dim=1), 1.0)
 
 
-def _cut_out(change: Replacement, place: DiskBlock, disk: Mapping[str, tuple[int, ...]]) -> Replacement:
-    """The values of a weight on disk, out of those of a parameter in memory."""
-    shape = disk[place.weight]
-    if not place.covers(shape) or tuple(change.values.shape) != place.shape:
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _values_of_block(change: Replacement, block: DiskBlock, disk: DiskShapes) -> Replacement:
+    """The new values of a weight on disk that is a block of a parameter in memory.
+
+    Raises:
+        AdapterError: the weight on disk has more values than the block.
+    """
+    disk_shape = disk[block.weight]
+    if not block.covers(disk_shape) or tuple(change.values.shape) != block.shape:
         raise AdapterError(
-            f"{place.parameter} {list(place.shape)} was trained whole, as {list(change.values.shape)}: it does not make up "
-            f"{place.weight} {list(shape)} on disk"
+            f"{block.parameter} {list(block.shape)} was trained whole, as {list(change.values.shape)}, which does not make up "
+            f"{block.weight} {list(disk_shape)} on disk"
         )
-    block: Tensor = change.values[tuple(slice(part.start, part.stop) for part in place.region)]
-    order = [axis for axis in place.axes if axis is not None]
-    block = block.reshape([size for size, axis in zip(block.shape, place.axes, strict=True) if axis is not None])
-    return Replacement(block.permute([order.index(axis) for axis in sorted(order)]).reshape(shape).contiguous())
+    values: Tensor = change.values[tuple(slice(part.start, part.stop) for part in block.region)]
+    # Axes of length 1 are on no axis of the disk; the others are reordered as they are there.
+    axes = [axis for axis in block.axes if axis is not None]
+    sizes = [size for size, axis in zip(values.shape, block.axes, strict=True) if axis is not None]
+    order = [axes.index(axis) for axis in sorted(axes)]
+    return Replacement(values.reshape(sizes).permute(order).reshape(disk_shape).contiguous())

@@ -48,6 +48,7 @@ class LoraUpdate(Update):
 
     @cached_property
     def _row_norms_O(self) -> Tensor:
+        # ‖s b A‖² = s² b (A Aᵀ) bᵀ for every row b of B. float64: for a row near 0, float32 could give less than 0.
         gram_RR = self.A_RI.double() @ self.A_RI.double().T
         B_OR = self.B_OR.double()
         return (B_OR @ gram_RR * B_OR).sum(dim=1).clamp(min=0).sqrt().mul(abs(self.scale)).float()
@@ -132,7 +133,7 @@ class AddUpdate(Update):
     """W + Δ for a delta that is stored in full, float32 [O, I]. A bias is one row."""
 
     delta_OI: Tensor
-    scale: float = 1.0
+    scale: float = 1.0  # for reports: the delta includes it
 
     rank = 1
     depends_on_base = False
@@ -193,4 +194,5 @@ class OwnBaseUpdate(WrappingUpdate):
         return OwnBaseUpdate(self.base_OI.to(device), self.update.to(device))
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
+        # The base's own values are not used: the delta was trained on these.
         return self.update.apply(self.base_OI[rows.start : rows.stop], rows)

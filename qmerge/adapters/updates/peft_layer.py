@@ -22,31 +22,41 @@ if TYPE_CHECKING:
 LOCK = threading.Lock()
 """peft draws initial values, which are then overwritten, and warns: random state and warning filters are global."""
 
-PREFIX, SHARED = "base_model.model.", "base_model."
+PREFIX, SHARED_PREFIX = "base_model.model.", "base_model."
+"""Beginnings of peft's names: of tensors of a module, and of those above all modules."""
 
 CLEARED: dict[str, Any] = {
-    "base_model_name_or_path": None, "revision": None, "task_type": None, "auto_mapping": None, "inference_mode": True,
-    "exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None,
-    "trainable_token_indices": None, "bias": "none", "progressbar": False, "fan_in_fan_out": False,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "task_type": None,
+    "auto_mapping": None,
+    "inference_mode": True,
+    "exclude_modules": None,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "trainable_token_indices": None,
+    "bias": "none",
+    "progressbar": False,
+    "fan_in_fan_out": False,
     "runtime_offload_base_weight": False,
-}  # fmt: skip
-"""Options that say where an adapter goes, or how a model is trained; the skeleton has one layer, [out, in], on the CPU."""
+}
+"""Options that say where an adapter goes, or how a model is trained → values for a model of one layer, [out, in], on the CPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeftLayerUpdate(Update):
-    """What peft's own layer makes of one weight, or of the bias beside it.
+    """What peft's own layer makes of one weight, or of the bias of the same layer.
 
-    Args:
-        config: adapter_config.json, as far as it concerns this layer.
-        module: its full name: patterns in the config are matched with it.
-        tensors: the adapter's, by name within the module.
-        shared: those that stand above all modules, by name.
-        shape: (O, I), or (1, O) of a bias; -1 where the adapter alone does not say.
-        part: what is merged into.
-        biased: peft's layer has other parameters where the base has a bias.
-        embedding: the base is an embedding [tokens, features].
-        inputs: in features of the layer whose bias this is, where peft's parameters have them.
+    config     adapter_config.json, as far as it concerns this layer
+    module     full name of the layer: patterns in the config are matched with it
+    tensors    the adapter's tensors of this layer, by name within the module
+    shared     the adapter's tensors above all modules, by name
+    shape      (O, I), or (1, O) of a bias; -1 where the adapter alone does not show it
+    part       the parameter that is merged into
+    biased     whether peft's layer has other parameters where the base has a bias
+    embedding  whether the base is an embedding [tokens, features]
+    inputs     in features of the layer whose bias this is, where peft's parameters have them
     """
 
     config: Mapping[str, Any]
@@ -60,18 +70,18 @@ class PeftLayerUpdate(Update):
     embedding: bool = False
     inputs: int = 1
 
-    whole = True
+    whole = True  # peft merges whole layers
 
     @property
     def optional(self) -> bool:
-        """Nothing is lost where the base has no such weight: a layer without a bias."""
+        """peft has parameters for the bias of a layer, whether the base's layer has one or not."""
         return self.part == "bias"
 
     def to(self, device: torch.device) -> PeftLayerUpdate:
-        return self  # peft's code runs on the CPU, whatever the rest is done on: some of it is not the same elsewhere
+        return self  # peft's code runs on the CPU, whatever the device: some of it gives other numbers elsewhere
 
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
-        """All rows at once.
+        """As ``Update.apply``, for all rows at once.
 
         Raises:
             AdapterError: the adapter's tensors are not those of peft's layer of this shape.
@@ -86,44 +96,57 @@ class PeftLayerUpdate(Update):
 
         try:
             settings = peft_config({**self.config, **CLEARED}, self.module)
-            wrapped = get_peft_model(tree(self.module, self._layer(base_OI)), settings, autocast_adapter_dtype=False)
-            make_room(wrapped.eval(), self.shared)
+            model = model_of_one_layer(self.module, self._layer(base_OI))
+            wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+            resize_shared(wrapped, self.shared)
             load(wrapped, self._full_names(), self.module)
             rebuild(wrapped.base_model.model.get_submodule(self.module))
             layer = wrapped.merge_and_unload().get_submodule(self.module)
+        # peft raises any of these for tensors or options that do not fit its layer.
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError) as cause:
             raise AdapterError(
                 f"{self.module} {list(base_OI.shape)}: peft {peft_version()} does not merge this "
-                f"{self.config.get('peft_type')} adapter there: {cause}"
+                f"{self.config.get('peft_type')} adapter into it: {cause}"
             ) from cause
-        merged: Tensor = getattr(layer, self.part).data
-        return merged
+        parameter: Tensor = layer.weight if self.part == "weight" else layer.bias
+        return parameter.data
 
     def _layer(self, base_OI: Tensor) -> nn.Module:
-        """The base's values in a layer of their own; beside a bias stand zeros, and a bias of zeros where one must be."""
+        """A layer with the base's values. The other parameter of a linear layer, if any, is zero."""
         if self.embedding:
             return nn.Embedding(base_OI.shape[0], base_OI.shape[1], _weight=base_OI.clone())
-        is_bias = self.part == "bias"
-        weight_OI = torch.zeros(base_OI.numel(), self.inputs) if is_bias else base_OI.clone()
-        layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=is_bias or self.biased, device="meta")
+        bias_O: Tensor | None
+        if self.part == "bias":
+            weight_OI = torch.zeros(base_OI.numel(), self.inputs)
+            bias_O = base_OI.flatten().clone()
+        else:
+            weight_OI = base_OI.clone()
+            bias_O = torch.zeros(base_OI.shape[0]) if self.biased else None
+        # On the meta device, so that torch draws no initial values for a large weight.
+        layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
         layer.weight = nn.Parameter(weight_OI)
-        if is_bias or self.biased:
-            layer.bias = nn.Parameter(base_OI.flatten().clone() if is_bias else torch.zeros(base_OI.shape[0]))
+        if bias_O is not None:
+            layer.bias = nn.Parameter(bias_O)
         return layer
 
     def _full_names(self) -> dict[str, Tensor]:
-        own = {f"{PREFIX}{self.module}.{name}": tensor for name, tensor in self.tensors.items()}
-        return {**own, **{SHARED + name: tensor for name, tensor in self.shared.items()}}
+        """The adapter's tensors by the names that peft saves them under."""
+        tensors = {f"{PREFIX}{self.module}.{name}": tensor for name, tensor in self.tensors.items()}
+        for name, tensor in self.shared.items():
+            tensors[SHARED_PREFIX + name] = tensor
+        return tensors
 
 
-def tree(module: str, layer: nn.Module) -> nn.Module:
-    """Nothing but one layer, under its full name."""
-    root = at = nn.Module()
-    *above, last = module.split(".")
-    for name in above:
-        at.add_module(name, nn.Module())
-        at = at.get_submodule(name)
-    at.add_module(last, layer)
+def model_of_one_layer(module: str, layer: nn.Module) -> nn.Module:
+    """A model that contains nothing but one layer, under its full name."""
+    root = nn.Module()
+    *parents, last = module.split(".")
+    parent = root
+    for name in parents:
+        child = nn.Module()
+        parent.add_module(name, child)
+        parent = child
+    parent.add_module(last, layer)
     return root
 
 
@@ -138,37 +161,45 @@ def peft_config(config: Mapping[str, Any], module: str) -> PeftConfig:
     kind = str(config["peft_type"]).upper()
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"peft {peft_version()} has no {kind} adapters; update it: pip install -U peft")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    known = set(made.__dataclass_fields__)
-    unknown = sorted(name for name, value in config.items() if name not in known | CLEARED.keys() and value)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = set(config_class.__dataclass_fields__)
+    # Below, only known options reach peft: the effect of an unknown one would be lost without a trace.
+    unknown: list[str] = []
+    for name, value in config.items():
+        if value and name not in known and name not in CLEARED:
+            unknown.append(name)
     if unknown:
         raise AdapterError(
-            f"adapter_config.json has {listed(unknown)}, which peft {peft_version()} does not know for {kind}; "
+            f"adapter_config.json has {listed(sorted(unknown))}, which peft {peft_version()} does not know for {kind}; "
             f"update it: pip install -U peft"
         )
-    here: dict[str, Any] = {"target_modules": [module], "peft_type": kind}
+    settings: dict[str, Any] = {**config, "target_modules": [module], "peft_type": kind}
     if config.get("feedforward_modules") is not None:
-        here["feedforward_modules"] = [module] if is_named(module, config["feedforward_modules"]) else []
-    return made(**{name: value for name, value in {**config, **here}.items() if name in known})
+        settings["feedforward_modules"] = [module] if is_named(module, config["feedforward_modules"]) else []
+    return config_class(**{name: value for name, value in settings.items() if name in known})
 
 
 def is_named(module: str, names: Any) -> bool:
-    """peft's rule for IA³'s feedforward_modules: a regular expression, or ends of names."""
+    """Whether IA³'s ``feedforward_modules`` names the module, by peft's rule: a regular expression, or ends of names."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module.endswith(name) for name in names)
 
 
-def make_room(wrapped: PeftModel, shared: Mapping[str, Tensor]) -> None:
-    """Shared projections are as large as the largest layer takes them (VeRA, PVeRA, RandLoRA): each layer takes its part."""
+def resize_shared(wrapped: PeftModel, shared: Mapping[str, Tensor]) -> None:
+    """Make room for shared projections (VeRA, PVeRA, RandLoRA), which are as large as the largest layer of the trained model.
+
+    peft sizes them by the only layer of this model. Each layer uses its part of them.
+    """
     for name, tensor in shared.items():
-        buffers: Any = getattr(wrapped.base_model, name, None)
-        if hasattr(buffers, "state_dict") and "default" in buffers.state_dict():
-            buffers["default"] = torch.empty_like(tensor)
+        buffers = getattr(wrapped.base_model, name, None)
+        if isinstance(buffers, nn.Module) and "default" in buffers.state_dict():
+            projections: Any = buffers  # a BufferDict of peft, one projection for each adapter's name
+            projections["default"] = torch.empty_like(tensor)
 
 
-def load(wrapped: PeftModel, tensors: dict[str, Tensor], module: str) -> None:
-    """Every tensor that peft would save of this module, and no other; what is shared may be for other modules.
+def load(wrapped: PeftModel, tensors: Mapping[str, Tensor], module: str) -> None:
+    """Load every tensor that peft would save of this module, and no other; shared ones may belong to other modules.
 
     Raises:
         AdapterError: one is missing, or left over.
@@ -176,23 +207,32 @@ def load(wrapped: PeftModel, tensors: dict[str, Tensor], module: str) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
-    tensors = {name: tensor for name, tensor in tensors.items() if name in expected or name.startswith(PREFIX)}
-    wrong = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-    for names, problem in zip(wrong, ("is incomplete, it lacks", "has more than peft would have saved,"), strict=True):
-        if names:
-            raise AdapterError(f"{module}: the adapter {problem} {listed(names)}")
-    set_peft_model_state_dict(wrapped, tensors)
+    used: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # Shared tensors that this layer does not use are for other modules; its own must all be used.
+        if name in expected or name.startswith(PREFIX):
+            used[name] = tensor
+    missing = sorted(expected - used.keys())
+    left_over = sorted(used.keys() - expected)
+    if missing:
+        raise AdapterError(f"{module}: the adapter is incomplete, it lacks {listed(missing)}")
+    if left_over:
+        raise AdapterError(f"{module}: the adapter has more than peft would have saved, {listed(left_over)}")
+    set_peft_model_state_dict(wrapped, used)
 
 
-def rebuild(layer: Any) -> None:
-    """FRoD's left factor follows from the base and the projection, which peft knows only after loading."""
-    if not hasattr(layer, "frod_U"):
+def rebuild(layer: nn.Module) -> None:
+    """Compute FRoD's left factor: it follows from the base and the projection, which peft knows only after loading."""
+    left_factors = getattr(layer, "frod_U", None)
+    if left_factors is None:
         return
-    for name, projection in layer.frod_V.items():
-        layer.frod_U[name] = layer._calculate_frod_u_and_lambda(projection, layer.get_base_layer().weight)[0]
+    frod: Any = layer
+    for name, projection in frod.frod_V.items():
+        left_factors[name] = frod._calculate_frod_u_and_lambda(projection, frod.get_base_layer().weight)[0]
 
 
 def peft_version() -> str:
+    """Version of the installed peft."""
     import peft
 
     return str(peft.__version__)

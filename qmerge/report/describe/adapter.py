@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from qmerge import hub
-from qmerge.adapters.lora import is_embedding
-from qmerge.adapters.reading.folder import TENSORS, Adapter, config_file, of_one, read_adapter, tensor_infos
+from qmerge.adapters.reading.folder import TENSORS, Adapter, config_file, read_adapter, select_adapter, tensor_infos
+from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
-from qmerge.adapters.updates.variants import ByWidth
+from qmerge.adapters.updates.variants import ByWidthUpdate
 from qmerge.base_check import declared, deltas
 from qmerge.checkpoint.scan import read_json, scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
@@ -81,7 +81,7 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
     other = declared.other_options(config)
     for name in CONFIG_KEYS:
         other.pop(name, None)
-    infos = of_one(tensor_infos(source.folder), source.adapter)
+    infos = select_adapter(tensor_infos(source.folder), source.adapter)
     return {
         "name": source.name,
         "commit": source.commit,
@@ -155,7 +155,7 @@ def _count_changes(adapter: Adapter) -> dict[str, int]:
 def _kind_of_change(name: str, update: Update) -> str:
     if isinstance(update, OwnBaseUpdate):  # wraps the update that matters
         return _kind_of_change(name, update.update)
-    if isinstance(update, LoraUpdate | ByWidth):
+    if isinstance(update, LoraUpdate | ByWidthUpdate):
         return "LoRA of embeddings" if is_embedding(name) else "LoRA"
     for update_type, kind in KINDS_OF_CHANGE:
         if isinstance(update, update_type):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmerge import hub
-from qmerge.adapters.reading.named import choose, split
+from qmerge.adapters.reading.named import choose_adapter, split_reference
 from qmerge.errors import AdapterError, RecipeError
 from qmerge.report.describe.adapter import describe_adapter
 from qmerge.report.describe.model import describe_model, is_model
@@ -28,10 +28,10 @@ def inspect(
     """
     if base_revision and not base:
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
-    location, name = split(reference)
+    location, name = split_reference(reference)
     source = hub.resolve(location, revision, AdapterError)
     if not is_model(source.folder):
-        return describe_adapter(choose(source, location, name), base, base_revision)
+        return describe_adapter(choose_adapter(source, location, name), base, base_revision)
     if base:
         raise RecipeError(f"--base compares an adapter with its base, but {reference} is a model: leave --base out")
     return describe_model(source)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.adapters.combining.combined import CombinedUpdate
-from qmerge.adapters.combining.interference import PairSums, from_factors
+from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
@@ -94,7 +94,7 @@ def _adapter_pairs(plan: Plan) -> list[PairRecord]:
     pairs_of_module: dict[str, PairSums] = {}
     for step in plan.merged:
         if isinstance(step.update, CombinedUpdate):
-            pairs_of_module[step.label] = from_factors(step.update)
+            pairs_of_module[step.label] = sums_from_factors(step.update)
     return pair_records([source.name for source in plan.inputs.adapter_sources], pairs_of_module)
 
 
