@@ -13,7 +13,7 @@ from qmerge.adapters.base import AdapterKind
 from qmerge.combine import get_method
 from qmerge.combine.base import CombineMethod
 from qmerge.errors import RecipeError
-from qmerge.formats import all_targets, get_format
+from qmerge.formats import all_targets, get_format, get_target
 from qmerge.formats.base import Format, TargetFormat
 from qmerge.grids import DOWN, UP
 from qmerge.metrics import get_metric
@@ -34,16 +34,16 @@ SHAPES = [(1, 64), (16, 64), (24, 96), (7, 160), (64, 33), (128, 2), (32, 128), 
 
 def options_for(name: str, shape: tuple[int, int]) -> Options:
     """The format's defaults for a model that has this weight."""
-    target = parity.form(name)
+    target = get_target(name)
     return target.options(target.options_for_model({}, [shape]), None, "BF16")
 
 
 def takes(name: str, shape: tuple[int, int]) -> bool:
     try:
-        parity.form(name).check("layer.weight", shape, options_for(name, shape))
+        get_target(name).check("layer.weight", shape, options_for(name, shape))
     except RecipeError:
         return False
-    return parity.form(name).accepts(shape)
+    return get_target(name).accepts(shape)
 
 
 WRITTEN = [(name, shape) for name in TARGETS for shape in SHAPES if takes(name, shape)]
@@ -114,7 +114,7 @@ def test_every_target_takes_some_shape() -> None:
 @pytest.mark.parametrize(("name", "shape"), WRITTEN, ids=str)
 def test_what_is_written_is_read_back(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
     """Fresh grid → codes → parts → file → weight: the same values, codes and options."""
-    target, values_OI, options = parity.form(name), gaussian(1, shape), options_for(name, shape)
+    target, values_OI, options = get_target(name), gaussian(1, shape), options_for(name, shape)
     grid = target.grid(target.scales(values_OI, options), shape, options)
     codes_OI = grid.nearest(values_OI)
     path = parity.saved(parity.fresh(values_OI, name, options), tmp_path)
@@ -132,7 +132,7 @@ def test_what_is_written_is_read_back(name: str, shape: tuple[int, int], tmp_pat
 @pytest.mark.parametrize(("name", "shape"), WRITTEN, ids=str)
 def test_outputs_announce_what_is_written(name: str, shape: tuple[int, int]) -> None:
     """Names, dtypes and shapes are planned before the work: the work must keep to them."""
-    target, options = parity.form(name), options_for(name, shape)
+    target, options = get_target(name), options_for(name, shape)
     specs = target.outputs("weight", shape, options)
     written = parity.fresh(gaussian(1, shape), name, options)
     assert written.keys() == specs.keys()

@@ -1,4 +1,4 @@
-"""What the stock libraries make of a folder: the values, the deltas and the logits that qmerge's results are held against."""
+"""The references of qmerge's results: values, deltas and logits of a model folder, by the stock libraries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from qmerge.run import merge
 
 from .. import models
 
+# Name of a kind of base → arguments of BitsAndBytesConfig.
 BASES = {
     "bf16": None,
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -27,82 +28,103 @@ BASES = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }  # fmt: skip
-"""Name of a kind of base → arguments of BitsAndBytesConfig."""
+
+SCALES = ("SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def merged(out: Path, base: Path, adapter: Path, target: str, **more: Any) -> Path:
-    """qmerge's result, in float32 on the CPU."""
-    settings = {"base": str(base), "adapter": str(adapter), "target": target, "out": str(out), "device": "cpu"}
-    settings["rounding"] = "nearest"
+    """qmerge's output folder, made on the CPU by rounding to nearest."""
+    settings = {
+        "base": str(base),
+        "adapter": str(adapter),
+        "target": target,
+        "out": str(out),
+        "device": "cpu",
+        "rounding": "nearest",
+    }
     merge(make_recipe({**settings, **more}))
     return out
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of every file."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    result: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        result.update(load_file(path))
+    return result
 
 
 def values(folder: Path) -> dict[str, Tensor]:
     """Weight name → float32 values, by bitsandbytes where they are quantized."""
-    found, result = tensors(folder), {}
-    for name, tensor in found.items():
+    stored = tensors(folder)
+    result = {}
+    for name, tensor in stored.items():
         module, _, local = name.rpartition(".")
-        if f"{module}.SCB" in found and local == "weight":
-            result[name] = bnb.int8_vectorwise_dequant(tensor, found[f"{module}.SCB"])
-        elif f"{name}.absmax" in found:
-            result[name] = dequantized(name, found)
-        elif tensor.is_floating_point() and not is_scale(name, found):
+        if f"{module}.SCB" in stored and local == "weight":
+            result[name] = bnb.int8_vectorwise_dequant(tensor, stored[f"{module}.SCB"])
+        elif f"{name}.absmax" in stored:
+            result[name] = dequantized(name, stored)
+        elif tensor.is_floating_point() and not is_scale(name):
             result[name] = tensor.float()
     return result
 
 
-def dequantized(name: str, found: dict[str, Tensor]) -> Tensor:
-    parts = {other.removeprefix(f"{name}."): part for other, part in found.items() if other.startswith(f"{name}.")}
+def dequantized(name: str, stored: dict[str, Tensor]) -> Tensor:
+    """float32 values of a 4-bit weight, by bitsandbytes."""
+    prefix = f"{name}."
+    parts = {other.removeprefix(prefix): part for other, part in stored.items() if other.startswith(prefix)}
     state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
     state.dtype = torch.float32
-    return bnb.dequantize_4bit(found[name], state).reshape(state.shape)
+    return bnb.dequantize_4bit(stored[name], state).reshape(state.shape)
 
 
-def is_scale(name: str, found: dict[str, Tensor]) -> bool:
-    return name.endswith(".SCB") or any(
-        name.endswith(f".{part}") for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    )
+def is_scale(name: str) -> bool:
+    """Whether a tensor is a part of a quantized weight other than its codes."""
+    return name.rpartition(".")[2] in SCALES
 
 
 def quantized_names(folder: Path) -> set[str]:
     """Names of the weights that are quantized."""
-    found = tensors(folder)
-    return {name for name in found if f"{name}.absmax" in found or f"{name.removesuffix('weight')}SCB" in found} - {
-        name for name in found if is_scale(name, found)
-    }
+    stored = tensors(folder)
+    names = set()
+    for name in stored:
+        has_scale = f"{name}.absmax" in stored or f"{name.removesuffix('weight')}SCB" in stored
+        if has_scale and not is_scale(name):
+            names.add(name)
+    return names
 
 
 def adapted(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """A float32 model with the adapter beside it, unmerged."""
+    """A float32 model with an unmerged adapter."""
     return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
 
 
 def deltas(model: PreTrainedModel, adapter: Path) -> dict[str, Tensor]:
-    """Weight name → what peft adds to it, float32, with peft's own scaling."""
+    """Weight name → its delta by peft, float32, with peft's own scaling."""
     wrapped = adapted(model, adapter)
-    layers = {name: layer for name, layer in wrapped.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
-    found = {f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in layers.items()}
+    result = {}
+    for name, layer in wrapped.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            result[f"{name}.weight"] = layer.get_delta_weight("default").detach().clone()
     wrapped.unload()
-    return found
+    return result
 
 
 def float_model(folder: Path, like: dict[str, Tensor] | None = None) -> PreTrainedModel:
-    """A float32 model that carries exactly the values of a folder, whatever they are stored as."""
+    """A float32 model with exactly the values of a folder, in whatever format they are stored.
+
+    Args:
+        like: the values, if another library than bitsandbytes reads them.
+    """
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    found = like or values(folder)
-    transposed = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Conv1D)}
-    quantized = quantized_names(folder)
-    state = {name: value.T if name in transposed & quantized else value for name, value in found.items()}
+    state = dict(like or values(folder))
+    conv1d = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Conv1D)}
+    for name in conv1d & quantized_names(folder):
+        state[name] = state[name].T  # quantized as [O, I]
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
@@ -110,14 +132,12 @@ def float_model(folder: Path, like: dict[str, Tensor] | None = None) -> PreTrain
 
 
 def loaded(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """As a user loads it, and what transformers says about missing and unexpected tensors."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, device_map="cpu"
-    )  # fmt: skip
+    """The model as a user loads it, and transformers' lists of missing and unexpected tensors."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, device_map="cpu")
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The same stored weights, computed with in float32: a loader's choice of compute dtype is not under test."""
+    """The same model, computing in float32: a loader's choice of compute dtype is not tested here."""
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
@@ -129,7 +149,7 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """float32 values of every linear layer of a loaded model, as its own forward pass will see them."""
+    """float32 values of every linear layer of a loaded model, as its own forward pass uses them."""
     result = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -150,15 +170,14 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same in dtype, shape and every bit; missing ones too."""
+    """Names of tensors that differ in dtype, shape or a bit, or are missing from one side."""
     from .bnb import same
 
-    return sorted(
-        name
-        for name in one.keys() | other.keys()
-        if name not in one or name not in other or not same(one[name], other[name])
-    )
+    unpaired = one.keys() ^ other.keys()
+    changed = {name for name in one.keys() & other.keys() if not same(one[name], other[name])}
+    return sorted(unpaired | changed)
 
 
 def fresh_adapter(folder: Path, **config: Any) -> Path:
+    """An adapter of a small Llama; ``config`` is that of peft."""
     return models.adapter(models.llama(torch.float32), folder, **config)

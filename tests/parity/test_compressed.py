@@ -26,6 +26,7 @@ from qmerge.types import Rows
 from .. import models
 from ..formats.test_grids import ascending, gaussian
 from . import bases, stock
+from .bases import compressed
 from .bnb import fresh, opened, same, saved
 
 pytest.importorskip("compressed_tensors")
@@ -326,7 +327,7 @@ def test_words_that_are_not_full(name: str, sym: bool, tmp_path: Path) -> None:
     with Reader() as reader:
         weight, stored = opened(saved(parts, tmp_path), name, reader, options)
         assert weight.options == options
-        oracle = bases._read_compressed({f"x.{local}": part for local, part in parts.items()}, config, {})
+        oracle = compressed.read({f"x.{local}": part for local, part in parts.items()}, config, {})
         assert same(stored.values(Rows(0, 7)), oracle["x.weight"])
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmerge.errors import RecipeError
+from qmerge.formats import get_target
 from qmerge.formats._bnb4bit_find import BLOCK_SIZES, Bnb4bitOptions
 from qmerge.formats.base import NoOptions
 from qmerge.grids import DOWN, UP
@@ -144,7 +145,7 @@ def negative_absmax() -> tuple[Any, Tensor]:
         values_OI = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
         values_OI[0] = 0
         values_OI[1, 0] = 9  # the largest of the absmax, so that zero is no longer stored exactly
-        target = parity.form("nf4")
+        target = get_target("nf4")
         grid: Any = target.grid(target.scales(values_OI, options), (64, 64), options)
         if grid.absmax_B[0] < 0:
             return replace(grid, rounding_absmax_B=grid.absmax_B), values_OI
@@ -181,7 +182,7 @@ def test_nearest_with_a_hint_near_midpoints(name: str, block_size: int) -> None:
     options = Bnb4bitOptions(block_size)
     torch.manual_seed(block_size)
     base_OI = torch.randn(33, 96)  # the last block is short
-    target = parity.form(name)
+    target = get_target(name)
     grid = target.grid(target.scales(base_OI, options), (33, 96), options)
     table = bnb.get_4bit_type(name, device="cpu").sort().values
     absmax = grid.absmax_B.repeat_interleave(block_size)[: 33 * 96].view(33, 96)  # type: ignore[attr-defined]
@@ -220,7 +221,7 @@ def test_quant_state_text(dtype: str, double_quant: bool) -> None:
 def test_storage_that_does_not_fit_is_refused() -> None:
     options = Bnb4bitOptions(64, quant_storage="float32")
     with pytest.raises(RecipeError, match="do not fill whole float32 numbers"):
-        parity.form("nf4").outputs("weight", (3, 3), options)
+        get_target("nf4").outputs("weight", (3, 3), options)
 
 
 @quick
@@ -248,7 +249,7 @@ def test_int8_ties_and_order_of_multiplication() -> None:
     values_OI = torch.arange(-127, 128).float().div(2).repeat(64, 1) * torch.rand(64, 1).add(0.5)
     expected = parity.tensors_int8(values_OI)
     assert parity.same(parity.fresh(values_OI, "int8", NoOptions())["weight"], expected["weight"])
-    grid = parity.form("int8").grid(expected["SCB"], (64, 255), NoOptions())
+    grid = get_target("int8").grid(expected["SCB"], (64, 255), NoOptions())
     codes, scb = expected["weight"], expected["SCB"]
     assert parity.same(grid.decode(codes), bnb.int8_vectorwise_dequant(codes, scb))
     assert not torch.equal(codes * (scb / 127)[:, None], bnb.int8_vectorwise_dequant(codes, scb))  # the control

@@ -30,6 +30,7 @@ from qmerge.types import Rows, TensorInfo
 from .. import models
 from ..conftest import Cli, snapshot
 from . import bases, stock
+from .bases import compressed, fp8
 
 KINDS = [kind for kind in bases.KINDS if "fp8" in kind and not kind.startswith("torchao")]
 LOADABLE = [kind for kind in KINDS if kind in bases.LOADABLE]
@@ -121,7 +122,7 @@ def refused(
 ) -> None:  # fmt: skip
     """A damaged copy of a base is an error with these words, and nothing is written."""
     folder = shutil.copytree(source, tmp_path / "base")
-    tensors, metadata = bases._read(folder)
+    tensors, metadata = bases.read_tensors(folder)
     config = json.loads((folder / "config.json").read_text())
     damage(tensors, config["quantization_config"])
     save_file({name: part.contiguous() for name, part in tensors.items()}, folder / "model.safetensors", metadata)
@@ -247,9 +248,7 @@ def test_another_order_of_scales_is_seen(base: Made) -> None:
     folder = base("fp8")
     found = load_file(folder / "model.safetensors")
     parts = {"weight": found[f"{FIRST}.weight"], "weight_scale_inv": found[f"{FIRST}.weight_scale_inv"].flip(1)}
-    flipped = bases._read_fp8(
-        {f"{FIRST}.{n}": part for n, part in parts.items()}, bases.quantization_config(folder), {}
-    )
+    flipped = fp8.read({f"{FIRST}.{n}": part for n, part in parts.items()}, bases.quantization_config(folder), {})
     assert not torch.equal(flipped[f"{FIRST}.weight"], read(folder)[f"{FIRST}.weight"])
 
 
@@ -266,10 +265,10 @@ def test_exponents_are_powers_of_two(tmp_path: Path, dtype: str) -> None:
 def test_microscaled_groups(tmp_path: Path) -> None:
     """MXFP8 as compressed-tensors writes it: groups of 32 with exponents as scales."""
     pytest.importorskip("compressed_tensors")
-    scheme = bases._scheme("MXFP8A16")
+    scheme = compressed.make_scheme("MXFP8A16")
     linear = torch.nn.Linear(96, 64, bias=False).bfloat16()
     with torch.no_grad():
-        parts = bases._compressed_parts(linear, scheme)
+        parts = compressed.pack(linear, scheme)
     assert parts["weight_scale"].dtype == torch.uint8
     path = tmp_path / "model.safetensors"
     save_file({f"layer.{name}": part.contiguous() for name, part in parts.items()}, path)
@@ -294,7 +293,7 @@ def test_bytes_are_those_of_transformers(written: Made, dense: Made, adapter: Ma
     expected = dict(source)
     for name in [name for name in source if "proj" in name]:
         merged = source[name].float() + deltas[name] if name in deltas else source[name].float()
-        parts = bases._fp8_parts(SimpleNamespace(weight=merged, bias=None), config)  # type: ignore[arg-type]
+        parts = fp8.pack(SimpleNamespace(weight=merged, bias=None), config)  # type: ignore[arg-type]
         expected[name], expected[f"{name}_scale_inv"] = parts["weight"], parts["weight_scale_inv"]
     assert stock.differing(stock.tensors(out), expected) == []
 
@@ -413,7 +412,7 @@ def test_fresh_scales_are_those_of_transformers(base: Made, adapter: Made, tmp_p
     goal = goal_of(base("fp8"), adapter("even"), bases.LLAMA)
     config, found = bases.quantization_config(out), stock.tensors(out)
     for name in stock.deltas(models.llama(torch.float32, **bases.LLAMA), adapter("even")):
-        parts = bases._fp8_parts(SimpleNamespace(weight=goal[name], bias=None), config)  # type: ignore[arg-type]
+        parts = fp8.pack(SimpleNamespace(weight=goal[name], bias=None), config)  # type: ignore[arg-type]
         expected = {name: parts["weight"], f"{name}_scale_inv": parts["weight_scale_inv"]}
         assert stock.differing({n: found[n] for n in expected}, expected) == []
 

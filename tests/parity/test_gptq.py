@@ -157,7 +157,9 @@ def test_files_of_auto_gptq(tmp_path: Path, bits: int, order: str) -> None:
     grid = AffineGrid(scale_OG, zero_OG, group_I, 2**bits)
     codes_OI = torch.randint(0, 2**bits, (64, 128), generator=generator, dtype=torch.uint8)
     g_idx = group_I.int() if order == "act-order" else None
-    parts = bases.auto_gptq_packed(grid.decode(codes_OI), scale_OG, zero_OG, g_idx, bits, 32)
+    parts = bases.auto_gptq_packed(
+        grid.decode(codes_OI), scales_OG=scale_OG, zeros_OG=zero_OG, g_idx=g_idx, bits=bits, group_size=32
+    )
     save_file({f"layer.proj.{name}": part for name, part in parts.items()}, tmp_path / "model.safetensors")
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -280,7 +282,7 @@ def test_merged_into_float32_is_base_plus_delta(base: Made, adapter: Path, tmp_p
 
 
 def test_g_idx_is_always_written(base: Made, adapter: Path, tmp_path: Path) -> None:
-    """Old files lack it where groups are sequential; llama.cpp's converter accepted_options for it."""
+    """Old files lack it where groups are sequential; llama.cpp's converter asks for it."""
     folder = shutil.copytree(base("gptq"), tmp_path / "base")
     found = load_file(folder / "model.safetensors")
     save_file({n: part for n, part in found.items() if not n.endswith("g_idx")}, folder / "model.safetensors")

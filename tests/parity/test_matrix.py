@@ -1,6 +1,6 @@
 """Every base format into every target: what the stock loader computes with is the base plus the delta, within rounding.
 
-Bases are written by their own libraries (``bases.py``), the delta is peft's, the reference is a float32 model of both.
+Bases are written by their own libraries (``bases``), the delta is peft's, the reference is a float32 model of both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BASES = {
     "w4a16": "ct-int4-asym", "w8a16": "ct-int8", "w8a8": "ct-int8-w8a8", "nvfp4": "ct-nvfp4", "mxfp4a16": "ct-mxfp4",
     "mxfp4": "mxfp4", "hqq": "hqq", "torchao": "torchao-int8",
 }  # fmt: skip
-"""Format → the kind of ``bases.py`` that stands for it; None for those that bitsandbytes and plain saving make."""
+"""Format → the kind of ``bases`` that has it; None for those that bitsandbytes and plain saving make."""
 
 ERRORS = {
     "nf4": 0.10, "fp4": 0.15, "gptq": 0.12, "awq": 0.11, "w4a16": 0.12, "nvfp4": 0.11, "mxfp4a16": 0.15, "fp8": 0.03,

@@ -74,7 +74,9 @@ def goal_of(kind: str, folder: Path, adapter: Path) -> dict[str, Tensor]:
     """float32: every value that a library reads in a quantized base, plus what peft adds."""
     values = bases.values(folder)
     if kind == "mxfp4":  # its biases lie in the modules of the experts
-        values.update({name: part.float() for name, part in bases._read(folder)[0].items() if name.endswith("_bias")})
+        values.update(
+            {name: part.float() for name, part in bases.read_tensors(folder)[0].items() if name.endswith("_bias")}
+        )
     for name, delta in stock.deltas(dense_model(of(kind)), adapter).items():
         values[name] = values[name] + delta
     return {name: value for name, value in values.items() if not name.endswith(("_blocks", "_scales"))}
@@ -106,7 +108,7 @@ def test_every_part_belongs_to_its_weight(base: Made, kind: str) -> None:
 def test_scales_of_experts_at_their_ends(tmp_path: Path, base: Made) -> None:
     """No scale is NaN: 0 is 2^-127, and 255 is 2^128, which only makes 0 and 0.5 finite."""
     folder = shutil.copytree(base("mxfp4"), tmp_path / "base")
-    found, metadata = bases._read(folder)
+    found, metadata = bases.read_tensors(folder)
     found[f"{EXPERTS}.down_proj_scales"][0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     found[f"{EXPERTS}.down_proj_blocks"][0, 0, 1] = torch.arange(16, dtype=torch.uint8) % 2 * 17
     save_file(found, folder / "model.safetensors", metadata)
@@ -118,7 +120,7 @@ def test_scales_of_experts_at_their_ends(tmp_path: Path, base: Made) -> None:
 def test_high_nibble_first_would_be_wrong(tmp_path: Path, base: Made) -> None:
     """The control: the same bytes with their halves exchanged."""
     folder = shutil.copytree(base("mxfp4"), tmp_path / "base")
-    found, metadata = bases._read(folder)
+    found, metadata = bases.read_tensors(folder)
     name = f"{EXPERTS}.gate_up_proj"
     found[f"{name}_blocks"] = found[f"{name}_blocks"] << 4 | found[f"{name}_blocks"] >> 4
     save_file(found, folder / "model.safetensors", metadata)
@@ -287,7 +289,7 @@ def test_metadata_of_torchao_is_checked(
     base: Made, adapter: Made, tmp_path: Path, cli: Cli, change: Callable[[Any], Any], words: tuple[str, ...]
 ) -> None:
     folder = shutil.copytree(base("torchao-int8"), tmp_path / "base")
-    tensors, metadata = bases._read(folder)
+    tensors, metadata = bases.read_tensors(folder)
     said = json.loads(metadata[f"{Q}.weight"])
     change(said)
     metadata[f"{Q}.weight"] = json.dumps(said)
