@@ -68,7 +68,7 @@ class TensorSpec:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorInfo(TensorSpec):
     """A tensor on disk: its bytes are in ``file``, from ``offset`` on (counted from the start of the file)."""
 
@@ -81,7 +81,7 @@ class Options(Protocol):
     """How one format stores one weight: a frozen dataclass that the format defines (empty for most formats)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weight:
     """One logical matrix (or vector), stored as one tensor or several.
 

@@ -255,7 +255,7 @@ def test_another_order_of_scales_is_seen(base: Made) -> None:
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "U8"])
 def test_exponents_are_powers_of_two(tmp_path: Path, dtype: str) -> None:
     (tmp_path / "bytes").write_bytes(bytes(range(256)))
-    info = TensorInfo(dtype, (2, 128), "scale", tmp_path / "bytes", 0)
+    info = TensorInfo(dtype, (2, 128), name="scale", file=tmp_path / "bytes", offset=0)
     with Reader() as reader:
         found = read_scales(info, reader)
     assert found.flatten().tolist()[:255] == [2.0 ** (exponent - 127) for exponent in range(255)]
@@ -524,8 +524,8 @@ def test_codes_of_nan_are_refused(base: Made, adapter: Made, tmp_path: Path, cli
 def test_rows_may_lie_flat() -> None:
     """The control of the shapes: [O] is as good as [O, 1]."""
     info = {
-        "a.weight": TensorInfo("F8_E4M3", (6, 4), "a.weight", Path(), 0),
-        "a.weight_scale": TensorInfo("F32", (6,), "a.weight_scale", Path(), 0),
+        "a.weight": TensorInfo("F8_E4M3", (6, 4), name="a.weight", file=Path(), offset=0),
+        "a.weight_scale": TensorInfo("F32", (6,), name="a.weight_scale", file=Path(), offset=0),
     }
     (weight,) = FORMAT.find(info, Reader(), {"quant_method": "fbgemm_fp8"})
     assert weight.options == Fp8Options(block=ROW, scale="weight_scale", scale_dtype="F32") and weight.shape == (6, 4)
