@@ -1,4 +1,4 @@
-"""Was the adapter trained on this base? What names say; and which model a folder holds."""
+"""Was the adapter trained on this base, by the names that both declare? And which model is in a folder?"""
 
 from __future__ import annotations
 
@@ -162,20 +162,20 @@ def test_no_false_alarm(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_what_does_not_fit_is_said(case: str) -> None:
+def test_differences_are_warned_about(case: str) -> None:
     config, base, topic, part = WARNED[case]
     warned = {r.topic: r for r in declared.compare(config, base) if r.warning}
     assert list(warned) == [topic]
     assert part in warned[topic].warning and warned[topic].verdict == "differs"
 
 
-def test_way_out_of_other_quantizations_is_one_that_exists() -> None:
-    """--trained-on is offered only for what it can do."""
+def test_way_out_exists() -> None:
+    """--trained-on is suggested only for formats that it supports."""
     gptq = {"base_model_name_or_path": "me/Llama-3.1-8B-GPTQ"}
     assert not any("--trained-on" in remark.warning for remark in declared.compare(gptq, ON_HUB))
 
 
-def test_options_are_pefts() -> None:
+def test_options_are_those_of_peft() -> None:
     assert {field.name for field in fields(LoraConfig)} == declared.LORA_OPTIONS
     assert declared.other_options({"peft_type": "LORA", "r": 4, "unsloth_fixed": True}) == {"unsloth_fixed": True}
     oft = OFTConfig(target_modules=["q_proj"]).to_dict()
@@ -195,7 +195,7 @@ def test_chain(lora: Path, dense: Path, tmp_path: Path) -> None:
     assert found.verdict == "differs" and "--combine chain" in found.warning
     both = GivenBase(folder=dense, config=LLAMA, adapters=(lora.resolve(),), in_order=True)
     assert not of_chain(config, both).warning
-    assert of_chain(config, replace(both, in_order=False)).warning  # ties of the two, say
+    assert of_chain(config, replace(both, in_order=False)).warning  # combined with ties, for example
     assert not of_chain(
         {"base_model_name_or_path": str(dense)}, GivenBase(folder=dense, config=LLAMA)
     ).warning  # a model, no adapter
@@ -224,7 +224,7 @@ def unsloths(lora: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_command_says_it(cli: Cli, unsloths: Path, dense: Path, tmp_path: Path) -> None:
+def test_every_command_warns(cli: Cli, unsloths: Path, dense: Path, tmp_path: Path) -> None:
     common, part = ("--base", dense, "--adapter", unsloths), "unsloth_training_method=qlora"
     asked = {
         "plan": ("plan", *common, "--target", "bf16"),
@@ -235,7 +235,9 @@ def test_every_command_says_it(cli: Cli, unsloths: Path, dense: Path, tmp_path: 
         ran = cli(*arguments)
         assert ran.code == 0 and "warning: " in ran.err and part in ran.err
     assert any(part in line for line in json.loads((tmp_path / "out/qmerge.json").read_text())["warnings"])
-    assert part not in cli("measure", *common, "--target", "bf16", "--trained-on", "nf4").err  # the user's word counts
+    assert (
+        part not in cli("measure", *common, "--target", "bf16", "--trained-on", "nf4").err
+    )  # the user has answered counts
 
 
 def test_several_adapters_are_told_apart(cli: Cli, unsloths: Path, lora: Path, dense: Path) -> None:
@@ -247,7 +249,7 @@ def test_several_adapters_are_told_apart(cli: Cli, unsloths: Path, lora: Path, d
 # --- inspect ---------------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_what_it_was_trained_on(cli: Cli, unsloths: Path, dense: Path) -> None:
+def test_inspect_shows_the_base_of_training(cli: Cli, unsloths: Path, dense: Path) -> None:
     models.edit_json(unsloths / "adapter_config.json", note={"run": 7}, base_model_name_or_path="me/llama")
     found = json.loads(cli("inspect", unsloths, "--json").out)
     assert found["changes"] == {"LoRA": 14} and found["config"]["unsloth_training_method"] == "qlora"
@@ -304,7 +306,7 @@ def test_fingerprint_sees_every_kind_of_change(dense: Path, nf4: Path, tmp_path:
 
 
 def test_fingerprint_reads_little(dense: Path) -> None:
-    """Counted by the reader: at most 64 tensors, 4 places, 1 KiB each."""
+    """At most 64 tensors are read, 1 KiB at 4 positions of each, as counted by the reader."""
 
     class Counting(Reader):
         total = 0
@@ -321,7 +323,7 @@ def test_fingerprint_reads_little(dense: Path) -> None:
     assert 0 < reader.total - before <= min(2**18, size / 2)
 
 
-def test_inspect_tells_which_model_it_is(cli: Cli, nf4: Path, lora: Path, tmp_path: Path) -> None:
+def test_inspect_identifies_a_model(cli: Cli, nf4: Path, lora: Path, tmp_path: Path) -> None:
     asked = ("--base", nf4, "--adapter", lora, "--target", "nf4", "--rounding", "nearest", "--out", tmp_path / "out")
     assert cli(*asked, "--device", "cpu").code == 0
     made = json.loads(cli("inspect", tmp_path / "out", "--json").out)

@@ -1,4 +1,4 @@
-"""Was the adapter trained on these weights? What its deltas say, against peft's own initialisations."""
+"""Was the adapter trained on these weights, by its deltas? Checked with peft's own initializations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def learned(model: PeftModel, size: float = 0.02) -> None:
 
 
 def initialised(base: Path, folder: Path, r: int = 8, alpha: int = 8, **options: Any) -> tuple[PeftModel, Path]:
-    """peft's own initialisation and a little training, saved as LLaMA-Factory does: the config says that all is plain."""
+    """peft's own initialization and a little training, saved as LLaMA-Factory does: the config declares a plain LoRA."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = LoraConfig(
         **{"r": r, "lora_alpha": alpha, "target_modules": models.LINEAR, "task_type": "CAUSAL_LM", **options}
@@ -65,7 +65,7 @@ def initialised(base: Path, folder: Path, r: int = 8, alpha: int = 8, **options:
     return wrapped, folder
 
 
-def look(base: Path, *adapters: object, **settings: Any) -> list[list[Alignment]]:
+def alignments_of(base: Path, *adapters: object, **settings: Any) -> list[list[Alignment]]:
     recipe = make_recipe(
         {"base": str(base), "adapter": list(map(str, adapters)), "target": "bf16", "device": "cpu", **settings}
     )
@@ -75,9 +75,11 @@ def look(base: Path, *adapters: object, **settings: Any) -> list[list[Alignment]
 
 
 def refused(base: Path, *adapters: object, **settings: Any) -> str:
-    """What is wrong; empty where nothing is."""
+    """The problem, in words; empty where there is none."""
     onto = settings.get("merge_onto", "dequantized")
-    return " ".join(deltas.find_problem(found, onto) or "" for found in look(base, *adapters, **settings)).strip()
+    return " ".join(
+        deltas.find_problem(found, onto) or "" for found in alignments_of(base, *adapters, **settings)
+    ).strip()
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,8 @@ def test_delta_that_holds_a_part_of_the_base_is_refused(
     assert not refused(tmp_path / "residual", adapter)
 
 
-def test_conv1d_is_looked_at_as_it_is_worked_on(tmp_path: Path) -> None:
-    """GPT-2's weights lie as [I, O]."""
+def test_conv1d_is_transposed(tmp_path: Path) -> None:
+    """GPT-2's weights are stored as [I, O]."""
     model = models.gpt2()
     gpt2 = models.save(model, tmp_path / "gpt2")
     settings = LoraConfig(r=8, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="pissa")
@@ -170,23 +172,23 @@ def test_adapter_that_is_in_the_base_already_is_refused(cli: Cli, base: Path, tm
     assert cli(*asked, "--device", "cpu").code == 0
     with pytest.raises(AdapterError, match=r"merged into this base already, according to its qmerge\.json"):
         refused(tmp_path / "merged", adapter)
-    (tmp_path / "merged/qmerge.json").unlink()  # the numbers know it, too
+    (tmp_path / "merged/qmerge.json").unlink()  # the deltas show it, too
     assert "merged into this base already" in refused(tmp_path / "merged", adapter)
 
 
-def test_quantized_base_is_looked_at_too(base: Path, tmp_path: Path) -> None:
-    """A PiSSA adapter on the 4-bit copy of the original is as wrong; also among others."""
+def test_quantized_base_is_checked_too(base: Path, tmp_path: Path) -> None:
+    """A PiSSA adapter does not belong on the 4-bit copy of the original either; alone, or among other adapters."""
     quantized = models.quantize(base, tmp_path / "nf4", **NF4_CONFIG)
     _, pissa = initialised(base, tmp_path / "pissa", init_lora_weights="pissa")
     _, plain = initialised(base, tmp_path / "plain", target_modules=["up_proj"])
     _, other = initialised(base, tmp_path / "other", target_modules=["q_proj"], init_lora_weights="pissa")
-    assert [bool(deltas.find_problem(found, "")) for found in look(quantized, plain, other)] == [False, True]
+    assert [bool(deltas.find_problem(found, "")) for found in alignments_of(quantized, plain, other)] == [False, True]
     assert "residual model" in refused(quantized, pissa) and not refused(quantized, plain)
     for settings in (
         {"adapter": [f"{plain}=0.5", f"{pissa}=0.5"]},
         {"adapter": [str(plain), str(pissa)], "combine": "chain"},
     ):
-        both = look(quantized, **settings)  # type: ignore[arg-type]
+        both = alignments_of(quantized, **settings)  # type: ignore[arg-type]
         assert [bool(deltas.find_problem(found, "dequantized")) for found in both] == [False, True]
 
 
@@ -202,7 +204,7 @@ def test_every_command_refuses_and_writes_nothing(cli: Cli, base: Path, tmp_path
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
 @pytest.mark.parametrize("size", [1e-3, 0.02, 0.5])
 def test_large_but_plain_deltas_pass(base: Path, tmp_path: Path, init: Any, size: float) -> None:
-    """No size makes a plain delta suspicious of this."""
+    """A plain delta of any size is accepted."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapter = models.adapter(model, tmp_path / "a", size, init_lora_weights=init)
     assert not refused(base, adapter)
@@ -220,8 +222,8 @@ def test_large_deltas_are_warned_about(cli: Cli, base: Path, tmp_path: Path, siz
 
 
 def test_chance_stays_below_the_threshold() -> None:
-    """cos of a delta and what it could be of an independent weight has a standard deviation of 1/√rows at most; few rows
-    would go over the threshold without that bound."""
+    """The cosine of a delta and the projection of an independent weight has a standard deviation of 1/√rows at most.
+    Without that bound, matrices with few rows would exceed the threshold by chance."""
     torch.manual_seed(0)
     cosines = {rows: torch.tensor([chance(rows) for _ in range(500)]) for rows in (8, 512)}
     assert float(cosines[512].std()) < 1.1 / 512**0.5 and float(cosines[512].max()) < deltas.RELATED_COSINE
@@ -249,17 +251,17 @@ def chance(rows: int) -> float:
 
 
 def test_aligned_but_small_is_not_refused() -> None:
-    """A layer that got a little louder: its delta is along the base, but no part that was taken out of it."""
+    """A layer that got a little louder: its delta is aligned with the base, but was never taken out of it."""
     louder = alignment(rows=2**10, to_base=0.4, base_share=0.4 / 0.02)
     assert not louder.holds_base and replace(louder, base_share=1.0).holds_base
     assert not replace(louder, base_share=0.0).holds_base  # it was taken out
     assert not replace(louder, to_base=-0.4, base_share=-1.0).holds_base  # weight decay
 
 
-def test_alignment_is_what_it_says(base: Path, tmp_path: Path) -> None:
+def test_alignment_against_numpy(base: Path, tmp_path: Path) -> None:
     """Against numpy's own arithmetic, on whole weights."""
     _, adapter = initialised(base, tmp_path / "adapter", init_lora_weights="pissa")
-    weights, (found,) = load_file(base / "model.safetensors"), look(base, adapter)
+    weights, (found,) = load_file(base / "model.safetensors"), alignments_of(base, adapter)
     with Reader() as reader:
         updates = read_adapter(adapter, reader).updates
     assert len(found) == deltas.MODULES
@@ -274,7 +276,7 @@ def test_alignment_is_what_it_says(base: Path, tmp_path: Path) -> None:
         assert a.relative_size == pytest.approx(float(D.norm() / W.norm()), rel=1e-5) and a.rows == len(W)
 
 
-def test_inspect_says_what_is_wrong_with_a_base(cli: Cli, base: Path, dense: Path, tmp_path: Path) -> None:
+def test_inspect_shows_what_is_wrong_with_a_base(cli: Cli, base: Path, dense: Path, tmp_path: Path) -> None:
     _, adapter = initialised(base, tmp_path / "adapter", init_lora_weights="pissa")
     assert cli("inspect", adapter).code == 0  # the folder alone does not show it
     ran = cli("inspect", adapter, "--base", base)

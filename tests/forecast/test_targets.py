@@ -1,4 +1,4 @@
-"""Which target: what fits, what disturbs least, and that it says so; and what is told of targets side by side."""
+"""--target auto: the target that fits and disturbs least, with its reason; and tables that compare targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen(size: str) -> str:
 
 
 def test_sizes_are_those_of_the_files(every: dict[str, candidates.Candidate], tmp_path: Path) -> None:
-    """Planned from headers; written, they are as large, but for room that is kept for texts."""
+    """Sizes are planned from headers. Written files are as large, except for space that is kept for texts."""
     for target in ("nf4", "gptq", "fp16"):
         out = tmp_path / target
         qmerge.merge(**INPUTS, target=target, rounding="nearest", out=str(out), quiet=True)
@@ -55,7 +55,7 @@ def test_order_of_disturbance_is_that_of_whole_models(every: dict[str, candidate
 
 @pytest.mark.parametrize(("size", "target"), [("2.05MB", "awq"), ("2.5MB", "nf4"), ("5MB", "fp16"), ("1GB", "fp16")])
 def test_the_best_that_fits(size: str, target: str) -> None:
-    """fp32 fits into a gigabyte, too, but what it adds to fp16 is negligible."""
+    """fp32 fits into a gigabyte, too, but its gain over fp16 is negligible."""
     assert chosen(size) == target
 
 
@@ -64,7 +64,7 @@ def test_nothing_fits() -> None:
         chosen("1MB")
 
 
-def test_auto_says_why_and_records_what_it_took(cli: Cli, tmp_path: Path) -> None:
+def test_auto_gives_a_reason_and_records_the_target(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = cli(*BASE, "--target", "auto", "--max-size", "2.5MB", "--rounding", "nearest", "--out", out)
     assert ran.code == 0, ran.err
@@ -81,7 +81,9 @@ def test_auto_says_why_and_records_what_it_took(cli: Cli, tmp_path: Path) -> Non
         (("--target", "auto", "--max-size", "big"), ("size 'big'", "5GB")),
     ],
 )
-def test_bad_wishes(cli: Cli, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_contradictory_settings_are_refused(
+    cli: Cli, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     ran = cli(*BASE, *arguments, "--out", tmp_path / "out")
     assert ran.code == 2 and all(word in ran.err for word in words), ran.err
     assert not (tmp_path / "out").exists()
@@ -113,18 +115,18 @@ def test_plan_shows_every_target_in_80_columns(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("onto", "words"), [("dequantized", "--merge-onto original is without it"), ("original", "is gone")]
 )
-def test_how_far_the_original_is(cli: Cli, tmp_path: Path, onto: str, words: str) -> None:
+def test_distance_to_the_original(cli: Cli, tmp_path: Path, onto: str, words: str) -> None:
     """Against ‖original − dequantized‖ / ‖delta‖ over all rows; here every weight is small enough to be read whole."""
     from ..parity import stock
 
     original, base = tmp_path / "original", tmp_path / "base"
-    minus = {**INPUTS, "adapter": f"{INPUTS['adapter']}=-1"}  # stands for a 16-bit model
+    minus = {**INPUTS, "adapter": f"{INPUTS['adapter']}=-1"}  # plays the 16-bit model
     qmerge.merge(**minus, target="fp32", rounding="nearest", out=str(original), quiet=True)
     (original / "qmerge.json").unlink()
     qmerge.merge(
         base=str(original), adapter=INPUTS["adapter"], target="nf4", rounding="nearest", out=str(base), quiet=True
     )
-    (base / "qmerge.json").unlink()  # it says that the adapter is in there
+    (base / "qmerge.json").unlink()  # it records that the adapter is merged already
     ran = cli(
         "--base", base, "--adapter", INPUTS["adapter"], "--original", original, "--merge-onto", onto, "--target", "bf16",
         "--out", tmp_path / "out", *(() if onto == "original" else ("--rounding", "preserve", "--calibration", "none")),

@@ -1,4 +1,4 @@
-"""Warnings before and after a run: the same trouble is said once."""
+"""Warnings before and after a run: the same trouble is shown once."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def quantized(name: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def checkpoint(folder: Path, layers: int) -> Path:
-    """An NF4 model of so many layers, one file each."""
+    """An NF4 model with this number of layers, one file per layer."""
     folder.mkdir()
     weight_map: dict[str, str] = {}
     for layer in range(layers):
@@ -130,7 +130,7 @@ def test_four_times_the_model_takes_no_more_memory(
     assert four - one < allowed, f"{one / MB:.0f} MB, then {four / MB:.0f} MB; allowed {allowed / MB:.0f} MB more"
 
 
-def test_peak_is_what_the_plan_says(small: tuple[Path, Path], tmp_path: Path) -> None:
+def test_peak_is_as_planned(small: tuple[Path, Path], tmp_path: Path) -> None:
     settings = {"base": str(small[0]), "adapter": str(small[1]), "target": "nf4", "out": str(tmp_path / "out")}
     with Reader() as reader:
         planned = make_plan(make_recipe({**settings, "device": "cpu"}), reader).peak_memory
@@ -139,7 +139,7 @@ def test_peak_is_what_the_plan_says(small: tuple[Path, Path], tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A bfloat16 embedding that is 420 MB in float32 beside one small adapted layer."""
+    """A bfloat16 embedding that is 420 MB in float32, and one small adapted layer."""
     tmp = tmp_path_factory.mktemp("wide")
     base = tmp / "base"
     base.mkdir()

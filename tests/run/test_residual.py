@@ -1,4 +1,4 @@
-"""The residual adapter, which compensates for rounding; and a merged model that cannot be judged."""
+"""The residual adapter, which compensates for rounding; and a merge whose --verify fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def with_residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return out, merged(out, residual=4, **MORE)
 
 
-def test_the_residual_is_the_best_of_its_rank() -> None:
+def test_residual_is_the_best_of_its_rank() -> None:
     """Against numpy's full decomposition in the metric: nothing of rank 3 comes closer (Eckart, Young)."""
     with Reader() as reader:
         plan = make_plan(make_recipe({**INPUTS, "rounding": "preserve"}), reader)
@@ -59,8 +59,8 @@ def test_the_residual_is_the_best_of_its_rank() -> None:
     assert found.error_with < found.error_without
 
 
-def test_the_residual_brings_the_model_closer(with_residual: tuple[Path, Any], tmp_path: Path) -> None:
-    """Than a merge without it. Stock peft, on top of the merged model, gives the same logits as the two in one."""
+def test_residual_brings_the_model_closer(with_residual: tuple[Path, Any], tmp_path: Path) -> None:
+    """The model with it has a lower KL than one without. Stock peft loads it on top and computes the same logits."""
     out, report = with_residual
     record = report.data.residual
     assert record.rank == 4 and record.noise_with < record.noise_without
@@ -85,7 +85,7 @@ def test_the_residual_brings_the_model_closer(with_residual: tuple[Path, Any], t
         torch.testing.assert_close(with_residual, together(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_judge_that_fails_leaves_the_model(tmp_path: Path) -> None:
+def test_model_stays_when_verify_fails(tmp_path: Path) -> None:
     text = tmp_path / "one.txt"
     text.write_text("a")
     with pytest.raises(RecipeError):

@@ -1,5 +1,5 @@
-"""Runs that are killed, interrupted, or run out of room, at any moment: what they leave, and that ``--resume`` ends with
-the bytes of an undisturbed run."""
+"""Runs that are killed, interrupted, or run out of disk space at any moment: the files that they leave behind, and
+``--resume``, which must end with the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER = {"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{
 
 
 class Saboteur:
-    """Counts the moments at which a run changes the disk, and strikes at one of them.
+    """Counts the moments at which a run changes the disk, and calls ``strike`` at one of them.
 
     ``mode``: before the change, half-way through it (where it has a half), or after it.
     """
@@ -114,7 +114,7 @@ def finished(process: BaseProcess) -> int:
 
 
 class Job:
-    """One merge into several shards, and what it gives undisturbed."""
+    """One merge into several shards, and its undisturbed result."""
 
     def __init__(self, base: Path, adapter: Path, tmp: Path, target: str, **more: Any) -> None:
         self.base, self.adapter, self.tmp = base, adapter, tmp
@@ -131,7 +131,7 @@ class Job:
         self.bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
 
     def out(self) -> Path:
-        """A new folder; always the same path, since the recipe that is written names it."""
+        """A new folder. It has always the same path, because the recipe in the output names it."""
         shutil.rmtree(self.tmp / "out", ignore_errors=True)
         return self.tmp / "out"
 
@@ -159,7 +159,7 @@ class Job:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file by its bytes; of qmerge.json (and the page made from it) everything but date and duration."""
+    """Every file as bytes; of qmerge.json (and of the page made from it) everything except date and duration."""
     found: dict[str, Any] = {**snapshot(folder), "qmerge.html": (folder / "qmerge.html").exists()}
     report = json.loads((folder / "qmerge.json").read_text())
     found["qmerge.json"] = {name: value for name, value in report.items() if name not in ("created", "seconds")}
@@ -167,7 +167,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def check_unfinished(job: Job, out: Path) -> None:
-    """Nothing carries a final name that is not whole, and the folder does not load as a model unless all of it is."""
+    """A file with its final name is complete, and the folder loads as a model only when all files are."""
     for path in out.glob("*.safetensors"):
         assert snapshot(out)[path.name] == job.hashes[path.name], f"{path.name} has its name, but is not whole"
         with safe_open(path, "pt") as opened:
@@ -202,7 +202,7 @@ def test_there_is_enough_to_interrupt(job: Job) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["before", "half", "after"])
 def test_killed_anywhere(job: Job, mode: str) -> None:
-    """Random moments, and moments of a kind of their own (renames, finish, clean-up)."""
+    """Random moments, and moments that happen once (renames, finish, clean-up)."""
     numbers = random.Random(mode)
     rare = [label for label in set(job.moments) if job.moments.count(label) == 1 and not label.startswith("hash")]
     chosen = numbers.sample(range(1, len(job.moments) + 1), 8) + [
@@ -304,7 +304,7 @@ def test_a_shard_that_is_gone_is_written_again(job: Job) -> None:
     "spoiled", [b"\x00" * 4096 + b"\n", b'{"step": "x"}\n', b"no json\n", b"[1]\n", b'{"step": "x", "sha']
 )
 def test_a_spoiled_journal_costs_work_but_no_bytes(job: Job, spoiled: bytes, cli: Cli) -> None:
-    """After a power cut a journal may end in zeros; whatever stands in it, the result is right or the error is clear."""
+    """After a power cut a journal may end in zeros. Whatever it contains, the result is right or the error is clear."""
     out = job.killed(job.moment("journal step", -1))
     with (out / JOURNAL).open("ab") as file:
         file.write(spoiled)
@@ -381,7 +381,7 @@ def test_resume_refuses_what_has_changed(unfinished: tuple[Job, Path], name: str
 
 
 def test_resume_goes_on_where_nothing_has_changed(unfinished: tuple[Job, Path], cli: Cli) -> None:
-    """The control of those refusals."""
+    """The control of the refusals above."""
     job, out = unfinished
     ran = cli(*job.arguments(out, "--resume", "--workers", "2", "--max-memory", "1GB"))
     assert ran.code == 0, ran.err
@@ -464,7 +464,7 @@ def test_no_room_in_the_middle(job: Job, cli: Cli, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_room_for_a_shard(job: Job, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room is taken before the work on a shard begins."""
+    """Disk space is reserved before the work on a shard begins."""
 
     def full(*arguments: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -477,8 +477,8 @@ def test_no_room_for_a_shard(job: Job, cli: Cli, monkeypatch: pytest.MonkeyPatch
     assert contents(out) == job.whole
 
 
-def test_no_room_is_counted_without_what_is_there(job: Job, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run needs room only for what is not there yet."""
+def test_resume_needs_space_for_missing_bytes_only(job: Job, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run needs space only for the bytes that are missing."""
     out = job.killed(job.moment("journal step", -1))
     there = sum(path.stat().st_size for path in out.iterdir())
     usage = shutil._ntuple_diskusage(10**12, 10**12, 64 * 2**20 + job.bytes - there)  # type: ignore[attr-defined]
