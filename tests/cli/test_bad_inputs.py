@@ -704,7 +704,7 @@ def test_a_licence_page_that_is_no_yaml_does_not_stop_the_merge(place: Place, cl
         ("base: a\nadapter: b\ntarget: nf4\nmerge_onto: orginal\n", ("merge_onto", "orginal", "original")),
         ("adapter: b\ntarget: nf4\n", ("base is needed", "--base")),
         ("base: a\nadapter: b\ntarget: nf4\n", ("--out",)),
-        ("base: a\nbase: c\nadapter: b\ntarget: nf4\nout: d\n", ("base", "twice")),
+        ("base: a\nbase: c\nadapter: b\ntarget: nf4\nout: d\n", ("duplicate key 'base'",)),
         ("base: !!python/object/apply:os.system ['true']\n", ("recipe.yaml", "not valid YAML")),
     ],
 )
