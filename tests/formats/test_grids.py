@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,12 @@ QUANTIZED = ["nf4", "fp4", "int8"]
 SHAPE = (16, 64)
 
 
-def grid_for(name: str, values_OI: Tensor) -> Grid:
-    """A fresh grid with the format's defaults."""
+def grid_for(name: str, values_OI: Tensor, inputs_I: Tensor | None = None, **asked: Any) -> Grid:
+    """A fresh grid for these values, with the format's defaults and the options that are asked for."""
     target = get_target(name)
     shape = (values_OI.shape[0], values_OI.shape[1])
-    options = target.options(target.options_for_model({}, [shape]), None, "BF16")
-    return target.grid(target.scales(values_OI, options), shape, options)
+    options = target.options(target.options_for_model(asked, [shape]), None, "BF16")
+    return target.grid(target.scales(values_OI, options, inputs_I), shape, options, inputs_I)
 
 
 def gaussian(seed: int = 0, shape: tuple[int, int] = SHAPE) -> Tensor:
@@ -51,8 +52,8 @@ def test_step_walks_every_16_bit_number(dtype: torch.dtype, direction: int) -> N
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
     ordered = every.double().unique()  # sorted; 0 and -0 are one
-    place = torch.searchsorted(ordered, every.double())
-    expected = ordered[(place + direction).clamp(0, len(ordered) - 1)]
+    position = torch.searchsorted(ordered, every.double())
+    expected = ordered[(position + direction).clamp(0, len(ordered) - 1)]
     assert torch.equal(FloatGrid(dtype).step(every, direction).double(), expected)
 
 
@@ -124,10 +125,10 @@ def test_nearest_floor_and_gap_by_brute_force(name: str) -> None:
     assert bool((error_OI <= best_OI + 1e-6).all())
     below_OI = torch.where(levels <= goal_OI, levels, levels[:1]).amax(dim=0)
     assert torch.equal(grid.decode(grid.floor(goal_OI)).double(), below_OI)
-    codes_OI, place_OI = grid.nearest(goal_OI), None
-    place_OI = (levels == grid.decode(codes_OI)).int().argmax(dim=0, keepdim=True)
+    codes_OI = grid.nearest(goal_OI)
+    position_OI = (levels == grid.decode(codes_OI)).int().argmax(dim=0, keepdim=True)
     for direction in (UP, DOWN):
-        neighbour_OI = levels.gather(0, (place_OI + direction).clamp(0, len(levels) - 1))[0]
+        neighbour_OI = levels.gather(0, (position_OI + direction).clamp(0, len(levels) - 1))[0]
         expected_OI = (neighbour_OI.float() - grid.decode(codes_OI)).abs()
         gap_OI = grid.gap(codes_OI, torch.full(SHAPE, float(direction)))
         assert torch.equal(gap_OI, expected_OI.masked_fill(expected_OI == 0, math.inf))
@@ -135,7 +136,7 @@ def test_nearest_floor_and_gap_by_brute_force(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_some_rows_of_a_grid_are_the_same_grid(name: str) -> None:
-    values_OI = gaussian(shape=(96, 96))  # NF4 blocks straddle rows
+    values_OI = gaussian(shape=(96, 96))  # NF4 blocks span rows
     grid = grid_for(name, values_OI)
     codes_OI = grid.nearest(values_OI)
     for start in range(0, 96, 2 * grid.row_step):
@@ -146,7 +147,7 @@ def test_some_rows_of_a_grid_are_the_same_grid(name: str) -> None:
 
 
 def test_the_two_zeros_of_fp4() -> None:
-    """Two codes, one value: neither is the other's neighbour, and the one that is there stays."""
+    """Two codes have one value: neither is the other's neighbour, and the base's own code stays."""
     values_OI = gaussian()
     grid = grid_for("fp4", values_OI)
     codes = [torch.full(SHAPE, code, dtype=torch.uint8) for code in range(16)]
@@ -188,8 +189,8 @@ CLOSED_FORM = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 @pytest.mark.parametrize(("name", "size"), CLOSED_FORM)
 @pytest.mark.parametrize("on_grid", [True, False], ids=["base on the grid", "base anywhere"])
 def test_expected_slope_against_a_simulation(name: str, size: float, on_grid: bool) -> None:
-    """Within five standard errors of the simulation, and 0.1 % for what is left out by design (thresholds further than
-    ``reach`` levels, and levels so narrow that the sum is taken as an integral)."""
+    """Within five standard errors of the simulation, and 0.1 % for the approximations: thresholds further than ``FINE_LEVELS``
+    levels are left out, and a sum over narrow levels is taken as an integral."""
     values_OI = gaussian(3, (64, 256))
     grid = grid_for(name, values_OI)
     base_OI = grid.decode(grid.nearest(values_OI)) if on_grid else values_OI

@@ -1,4 +1,4 @@
-"""AWQ: what gptqmodel packs is read bit for bit, and what is written gptqmodel dequantizes to the same."""
+"""AWQ: qmerge reads gptqmodel's files bit for bit, and gptqmodel dequantizes qmerge's to the same values."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from .. import models
+from ..formats.test_grids import grid_for
 from . import bases, stock
 from .bnb import same
+from .reading import read
 
 pytest.importorskip("gptqmodel")
 KINDS = ["awq", "awq-g32"]
@@ -32,38 +34,22 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base of every kind, the dense one, and adapters on all and on some layers."""
+    """A base of every kind, the dense one, adapters on all and on some layers, and a merged model."""
     home = tmp_path_factory.mktemp("awq")
-    made = {kind: bases.make(kind, home / kind) for kind in KINDS}
-    made["dense"] = models.save(models.llama(torch.float16, **bases.LLAMA), home / "dense")
+    paths = {kind: bases.make(kind, home / kind) for kind in KINDS}
+    paths["dense"] = models.save(models.llama(torch.float16, **bases.LLAMA), home / "dense")
     full = models.llama(torch.float32, **bases.LLAMA)
-    made["all"] = models.adapter(full, home / "all")
-    made["some"] = models.adapter(full, home / "some", target_modules=["q_proj", "down_proj"])
-    made["written"] = stock.merged(home / "written", made["dense"], made["all"], "awq", group_size=64)
-    return made
+    paths["all"] = models.adapter(full, home / "all")
+    paths["some"] = models.adapter(full, home / "some", target_modules=["q_proj", "down_proj"])
+    paths["written"] = stock.merged(home / "written", paths["dense"], paths["all"], "awq", group_size=64)
+    return paths
 
 
-def values_of(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
-    """float32 values of the quantized weights as qmerge reads them, ``step`` rows at a time."""
-    found = {}
-    with Reader() as reader:
-        for name, weight in scan(folder, reader).weights.items():
-            if weight.format == "awq":
-                stored, rows = FORMAT.open(weight, reader, CPU), weight.shape[0]
-                starts = range(0, rows, step or rows)
-                found[name] = torch.cat([stored.values(Rows(at, min(at + (step or rows), rows))) for at in starts])
-    return found
-
-
-def all_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("step", [None, 8, 40])
+@pytest.mark.parametrize("step", [0, 8, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_gptqmodel_reads(kind: str, step: int | None, folders: dict[str, Path]) -> None:
+def test_reads_what_gptqmodel_reads(kind: str, step: int, folders: dict[str, Path]) -> None:
     oracle = bases.oracle(folders[kind])
-    assert len(oracle) == 14 and all_same(values_of(folders[kind], step), oracle)
+    assert len(oracle) == 14 and not stock.differing(read(folders[kind], step), oracle)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +68,7 @@ def test_codes_are_those_that_gptqmodel_unpacks(kind: str, folders: dict[str, Pa
 def test_control_another_order_of_fields_differs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = bases.oracle(folders["awq"])
     monkeypatch.setattr(awq, "FIELD_OF_ROW", list(range(8)))
-    assert not all_same(values_of(folders["awq"]), oracle)
+    assert stock.differing(read(folders["awq"]), oracle)
 
 
 def test_packs_as_gptqmodel_does() -> None:
@@ -98,12 +84,12 @@ def test_packs_as_gptqmodel_does() -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_gptqmodel_reads(folders: dict[str, Path]) -> None:
+def test_gptqmodel_reads_the_same_values(folders: dict[str, Path]) -> None:
     oracle = bases.oracle(folders["written"])
-    assert len(oracle) == 14 and all_same(values_of(folders["written"]), oracle)
+    assert len(oracle) == 14 and not stock.differing(read(folders["written"]), oracle)
 
 
-def test_codes_are_nearest_to_what_was_merged(folders: dict[str, Path]) -> None:
+def test_codes_are_nearest_to_the_merged_weight(folders: dict[str, Path]) -> None:
     """Within half a step of base + peft's delta, or at an end of the range."""
     deltas = stock.deltas(models.llama(torch.float32, **bases.LLAMA), folders["all"])
     dense = load_file(folders["dense"] / "model.safetensors")
@@ -119,7 +105,7 @@ def test_codes_are_nearest_to_what_was_merged(folders: dict[str, Path]) -> None:
         assert float((stored_OI - merged_OI).norm() / merged_OI.norm()) < 0.1
 
 
-def test_fits_better_than_least_and_greatest(folders: dict[str, Path]) -> None:
+def test_fits_better_than_the_extremes(folders: dict[str, Path]) -> None:
     """The library's rule (AutoAWQ's pseudo_quantize_tensor): scales from the extremes of every group."""
     weight_OI = load_file(folders["dense"] / "model.safetensors")[f"{Q_PROJ}.weight"].float()
     groups_OGN = weight_OI.view(len(weight_OI), -1, 64)
@@ -127,18 +113,19 @@ def test_fits_better_than_least_and_greatest(folders: dict[str, Path]) -> None:
     scale = (high - low) / 15
     zero = (-low / scale).round().clamp(0, 15)
     theirs = (((groups_OGN / scale + zero).round().clamp(0, 15) - zero) * scale).view_as(weight_OI)
-    grid = FORMAT.grid(FORMAT.scales(weight_OI, AwqOptions(64)), weight_OI.shape, AwqOptions(64))  # type: ignore[arg-type]
+    grid = grid_for("awq", weight_OI, group_size=64)
     ours = grid.decode(grid.nearest(weight_OI))
     assert float((ours - weight_OI).norm()) < 0.97 * float((theirs - weight_OI).norm())
 
 
-def test_scales_heed_the_inputs() -> None:
+def test_scales_depend_on_the_inputs() -> None:
     values_OI = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     inputs_I = torch.where(torch.arange(64) < 8, 100.0, 0.01)
     errors = []
     for seen in (None, inputs_I):
-        grid = FORMAT.grid(FORMAT.scales(values_OI, AwqOptions(64), seen), (16, 64), AwqOptions(64))
-        errors.append(float(((grid.decode(grid.nearest(values_OI)) - values_OI).square() * inputs_I).sum()))
+        grid = grid_for("awq", values_OI, seen, group_size=64)
+        error_OI = grid.decode(grid.nearest(values_OI)) - values_OI
+        errors.append(float((error_OI.square() * inputs_I).sum()))
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -176,7 +163,7 @@ def test_the_stock_loader_reads_it(folders: dict[str, Path]) -> None:
     assert stock.distance(unmerged, expected) > 14 * 2**-11
 
 
-# --- old folders, and what is wrong ----------------------------------------------------------------------------------
+# --- old folders, bad bases ----------------------------------------------------------------------------------
 
 
 def test_old_folders_have_a_config_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -187,7 +174,7 @@ def test_old_folders_have_a_config_of_their_own(folders: dict[str, Path], tmp_pa
     (old / "quant_config.json").write_text(
         json.dumps({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"})
     )
-    assert all_same(values_of(old), bases.oracle(folders["awq"]))
+    assert not stock.differing(read(old), bases.oracle(folders["awq"]))
     out = stock.merged(tmp_path / "out", old, folders["some"], "awq")
     assert bases.quantization_config(out) == bases.quantization_config(folders["awq"])
 

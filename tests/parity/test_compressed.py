@@ -1,4 +1,4 @@
-"""compressed-tensors: what the library packs is read bit for bit, and what is written it decompresses to the same."""
+"""compressed-tensors: qmerge reads the library's files bit for bit, and the library decompresses qmerge's to the same values."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from qmerge.formats import _compressed_int, _fp4, get_target
 from qmerge.formats._compressed import CompressedOptions
 from qmerge.formats._compressed_config import scheme_of
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
-from qmerge.formats.base import ModuleLayout, TargetFormat
+from qmerge.formats.base import ModuleLayout
 from qmerge.formats.mxfp4a16 import powers_of_two
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
 from .. import models
-from ..formats.test_grids import ascending, gaussian
+from ..formats.test_grids import ascending, gaussian, grid_for
 from . import bases, stock
 from .bases import compressed
 from .bnb import fresh, opened, same, saved
+from .reading import read
 
 pytest.importorskip("compressed_tensors")
 CPU = torch.device("cpu")
@@ -49,10 +50,6 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "ct-mxfp4": ("mxfp4a16", {}),
 }
 """Kind of base → target and options that write the like of it."""
-
-
-def form(name: str) -> TargetFormat[Any]:
-    return get_target(name)
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +75,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def values_of(path: Path, step: int | None = None) -> dict[str, Tensor]:
-    """float32 values of the quantized weights as qmerge reads them, ``step`` rows at a time."""
-    found = {}
-    with Reader() as reader:
-        for name, weight in scan(path, reader).weights.items():
-            if form(weight.format).info.is_quantized:
-                stored, rows = form(weight.format).open(weight, reader, CPU), weight.shape[0]
-                starts = range(0, rows, step or rows)
-                found[name] = torch.cat([stored.values(Rows(at, min(at + (step or rows), rows))) for at in starts])
-    return found
-
-
-def all_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [None, 1, 48])
+@pytest.mark.parametrize("step", [0, 1, 48])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_the_library_reads(kind: str, step: int | None, folder: Callable[[str], Path]) -> None:
+def test_reads_what_the_library_reads(kind: str, step: int, folder: Callable[[str], Path]) -> None:
     oracle = bases.oracle(folder(kind))
-    assert len(oracle) == 14 and all_same(values_of(folder(kind), step), oracle)
+    assert len(oracle) == 14 and not stock.differing(read(folder(kind), step), oracle)
     with Reader() as reader:
         formats = scan(folder(kind), reader).formats()
     assert formats[KINDS[kind]] == 14
@@ -117,7 +98,7 @@ def test_codes_are_those_that_the_library_unpacks(kind: str, folder: Callable[[s
     assert codes is not None
     with Reader() as reader:
         weight = scan(folder(kind), reader).weights[f"{Q_PROJ}.weight"]
-        ours = form(weight.format).open(weight, reader, CPU).codes(Rows(0, 256))
+        ours = get_target(weight.format).open(weight, reader, CPU).codes(Rows(0, 256))
     shape = torch.Size(weight.shape)
     if codes.dtype == torch.uint8:
         assert same(FP4_LEVELS.values_L[ours.int()], unpack_fp4_from_uint8(codes, *shape, dtype=torch.float32))
@@ -135,7 +116,7 @@ def test_control_the_other_nibble_first_differs(folder: Callable[[str], Path], m
     )
     monkeypatch.setattr(_fp4, "unpack_fp4", lambda packed: unpack_fp4((packed << 4) | (packed >> 4)))
     for kind in ("ct-int4", "ct-int4-asym", "ct-nvfp4", "ct-mxfp4"):
-        assert not all_same(values_of(folder(kind)), bases.oracle(folder(kind)))
+        assert stock.differing(read(folder(kind)), bases.oracle(folder(kind)))
 
 
 def test_control_the_order_of_operations_matters(folder: Callable[[str], Path]) -> None:
@@ -155,11 +136,11 @@ def test_zero_points_that_are_not_packed(folder: Callable[[str], Path], tmp_path
             tensors[name] = unpack_from_int32(tensors[name], 4, shape, packed_dim=0).contiguous()
 
     path = changed(folder("ct-int4-asym-g32"), tmp_path / "old", unpack)
-    assert all_same(values_of(path), bases.oracle(folder("ct-int4-asym-g32")))
+    assert not stock.differing(read(path), bases.oracle(folder("ct-int4-asym-g32")))
 
 
 def test_act_order_of_older_files(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """``weight_g_idx``: the library that made it is gone; undoing the order gives what this one reads."""
+    """``weight_g_idx``: the library no longer makes it. Undoing the order gives the values that it reads without one."""
     order = torch.randperm(256, generator=torch.Generator().manual_seed(3))
     name = f"{Q_PROJ}.weight_packed"
 
@@ -176,11 +157,11 @@ def test_act_order_of_older_files(folder: Callable[[str], Path], tmp_path: Path)
     path = changed(folder("ct-int4-g32"), tmp_path / "ordered", reorder)
     oracle = bases.oracle(folder("ct-int4-g32"))
     oracle[f"{Q_PROJ}.weight"] = oracle[f"{Q_PROJ}.weight"][:, order]
-    assert all_same(values_of(path), oracle)
+    assert not stock.differing(read(path), oracle)
     out = stock.merged(tmp_path / "out", path, folder("some"), "w4a16")
     assert {n.rpartition(".")[2] for n in stock.differing(stock.tensors(path), stock.tensors(out))} == {"weight_packed"}
     fresh = stock.merged(tmp_path / "fresh", path, folder("some"), "w4a16", scales="fresh")
-    assert len(values_of(fresh)) == 14
+    assert len(read(fresh)) == 14
 
 
 def test_groups_by_pattern_and_by_class() -> None:
@@ -194,8 +175,8 @@ def test_groups_by_pattern_and_by_class() -> None:
             "none": {"targets": ["re:.*attn"], "weights": None, "input_activations": eight},
         },
     }
-    found = [scheme_of(name, config) for name in ("model.layers.0.mlp.down_proj", "model.x", "model.xy")]
-    assert [scheme.weights["num_bits"] for scheme in found if scheme] == [8, 8, 4]
+    schemes = [scheme_of(name, config) for name in ("model.layers.0.mlp.down_proj", "model.x", "model.xy")]
+    assert [scheme.weights["num_bits"] for scheme in schemes if scheme] == [8, 8, 4]
     assert scheme_of("a", {"config_groups": {"g": {"targets": ["re:b"], "weights": four}}}) is None
 
 
@@ -205,7 +186,7 @@ def test_groups_by_pattern_and_by_class() -> None:
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_what_is_written_the_library_reads(kind: str, folder: Callable[[str], Path]) -> None:
     oracle = bases.oracle(folder(f"to {kind}"))
-    assert len(oracle) == 14 and all_same(values_of(folder(f"to {kind}")), oracle)
+    assert len(oracle) == 14 and not stock.differing(read(folder(f"to {kind}")), oracle)
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
@@ -230,7 +211,7 @@ def test_codes_are_what_the_library_chooses(kind: str, folder: Callable[[str], P
         for name, weight in scan(path, reader).weights.items():
             if name not in oracle:
                 continue
-            grid: Any = form(weight.format).open(weight, reader, CPU).grid
+            grid: Any = get_target(weight.format).open(weight, reader, CPU).grid
             zeros = grid.zero_OG - grid.levels_count / 2 if hasattr(grid, "zero_OG") else None
             merged_OI = dense[name].float() + deltas[name]
             theirs = fake_quantize(merged_OI, grid.scale_OG, zeros, scheme.weights)
@@ -242,35 +223,34 @@ def schemes(path: Path) -> dict[str, Any]:
 
     config = bases.quantization_config(path)
     given = {name: value for name, value in config.items() if name in QuantizationConfig.model_fields}
-    found: dict[str, Any] = QuantizationConfig(**given).config_groups
-    return found
+    groups: dict[str, Any] = QuantizationConfig(**given).config_groups
+    return groups
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_scales_are_no_worse_than_the_librarys(kind: str, folder: Callable[[str], Path]) -> None:
-    """The same weights, with scales from least and greatest values as the library makes them."""
+    """The same weights, with scales from the extremes of every group as the library makes them."""
     target, asked = WRITTEN[kind]
     dense, oracle = load_file(folder("dense") / "model.safetensors"), bases.oracle(folder(kind))
     theirs = ours = 0.0
     for name in list(oracle)[:7]:
         weight_OI = dense[name].float()
-        shape = (weight_OI.shape[0], weight_OI.shape[1])
-        options = form(target).options(form(target).options_for_model(asked, [shape]), None, "BF16")
-        grid = form(target).grid(form(target).scales(weight_OI, options), shape, options)
+        grid = grid_for(target, weight_OI, **asked)
         theirs += float((oracle[name] - weight_OI).square().sum())
         ours += float((grid.decode(grid.nearest(weight_OI)) - weight_OI).square().sum())
     assert ours < theirs, (ours, theirs)
 
 
 @pytest.mark.parametrize("target", ["w4a16", "nvfp4", "mxfp4a16"])
-def test_scales_heed_the_inputs(target: str) -> None:
+def test_scales_depend_on_the_inputs(target: str) -> None:
     values_OI = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     inputs_I = torch.where(torch.arange(64) % 8 < 1, 100.0, 0.01)
-    options, errors = form(target).options({}, None, "BF16"), []
-    options = form(target).options({"group_size": 32}, None, "BF16") if target == "w4a16" else options
+    asked = {"group_size": 32} if target == "w4a16" else {}
+    errors = []
     for seen in (None, inputs_I):
-        grid = form(target).grid(form(target).scales(values_OI, options, seen), (16, 64), options, seen)
-        errors.append(float(((grid.decode(grid.nearest(values_OI)) - values_OI).square() * inputs_I).sum()))
+        grid = grid_for(target, values_OI, seen, **asked)
+        error_OI = grid.decode(grid.nearest(values_OI)) - values_OI
+        errors.append(float((error_OI.square() * inputs_I).sum()))
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -278,7 +258,7 @@ def test_scales_heed_the_inputs(target: str) -> None:
 def test_same_format_keeps_scales(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = stock.merged(tmp_path / "out", folder(kind), folder("some"), KINDS[kind])
     before, after = stock.tensors(folder(kind)), stock.tensors(out)
-    codes = form(KINDS[kind]).codes_part("weight")
+    codes = get_target(KINDS[kind]).codes_part("weight")
     adapted = [n for n in before if n.endswith(f".{codes}") and ("q_proj" in n or "down_proj" in n)]
     assert stock.differing(before, after) == sorted(adapted)
     assert bases.quantization_config(out) == bases.quantization_config(folder(kind))
@@ -288,11 +268,11 @@ def test_same_format_keeps_scales(kind: str, folder: Callable[[str], Path], tmp_
 def test_fresh_scales_of_the_same_format(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = stock.merged(tmp_path / "out", folder(kind), folder("some"), KINDS[kind], scales="fresh")
     assert bases.quantization_config(out) == bases.quantization_config(folder(kind))
-    assert all_same(values_of(out), bases.oracle(out))
+    assert not stock.differing(read(out), bases.oracle(out))
 
 
-def test_what_a_base_has_beside_goes_along(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Static scales of the inputs are copied; they cannot be made anew."""
+def test_static_scales_of_inputs_are_copied(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Fresh ones cannot be made: they were measured on data."""
 
     def add(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale")]:
@@ -309,9 +289,9 @@ def test_what_a_base_has_beside_goes_along(folder: Callable[[str], Path], tmp_pa
 
 
 def test_from_one_layout_to_another(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """The base's list of what is left dense stays, its scheme does not."""
+    """The base's list of dense modules stays, its scheme does not."""
     out = stock.merged(tmp_path / "out", folder("ct-nvfp4"), folder("some"), "w4a16")
-    assert all_same(values_of(out), bases.oracle(out))
+    assert not stock.differing(read(out), bases.oracle(out))
     config = bases.quantization_config(out)
     assert (config["format"], config["ignore"]) == ("pack-quantized", ["lm_head"])
 
@@ -322,7 +302,7 @@ def test_words_that_are_not_full(name: str, sym: bool, tmp_path: Path) -> None:
     """33 columns, 7 rows: codes and zero points end in the middle of a word."""
     options = CompressedOptions(format=name, sym=sym)
     parts = fresh(gaussian(1, (7, 33)), name, options)
-    config = form(name).quantization_config(options, {}, "bfloat16", ModuleLayout())
+    config = get_target(name).quantization_config(options, {}, "bfloat16", ModuleLayout())
     assert config is not None
     with Reader() as reader:
         weight, stored = opened(saved(parts, tmp_path), name, reader, options)
@@ -363,19 +343,18 @@ def test_fp4_rounds_as_the_library_does() -> None:
 def test_walking_up_meets_every_level_once() -> None:
     values_OI = gaussian()
     for target in ("nvfp4", "mxfp4a16"):
-        options = form(target).options({}, None, "BF16")
-        grid = form(target).grid(form(target).scales(values_OI, options), (16, 64), options)
+        grid = grid_for(target, values_OI)
         levels = ascending(grid, values_OI)
         assert len(levels) == 15 and bool((levels.diff(dim=0) > 0).all())
 
 
 def test_the_two_zeros() -> None:
-    """Two codes, one value: neither is the other's neighbour, and the one that is there stays."""
+    """Two codes have one value: neither is the other's neighbour, and the base's own code stays."""
     grid = LevelsGrid(FP4_LEVELS, torch.tensor([[1.0, 0.5], [2.0, -0.25]]), 4)
     minus, plus = (torch.full((2, 7), code, dtype=torch.uint8) for code in (7, 8))
     assert bool((grid.decode(minus) == 0).all()) and bool((grid.decode(plus) == 0).all())
     for zero in (minus, plus):
-        assert bool((grid.decode(grid.step(zero, UP)) > 0).all()), "negative scales turn round what is up"
+        assert bool((grid.decode(grid.step(zero, UP)) > 0).all()), "a negative scale reverses the order"
         assert bool((grid.decode(grid.step(zero, DOWN)) < 0).all())
         assert torch.equal(grid.nearest(torch.zeros(2, 7), zero), zero)
     low, high = grid.ends()
@@ -386,8 +365,7 @@ def test_columns_one_by_one_are_rounded_alike() -> None:
     values_OI, columns = gaussian(), torch.randperm(64, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([3, 0, 11])
     for target in ("w4a16", "nvfp4", "mxfp4a16"):
-        options = form(target).options(form(target).options_for_model({}, [(16, 64)]), None, "BF16")
-        grid = form(target).grid(form(target).scales(values_OI, options), (16, 64), options)
+        grid = grid_for(target, values_OI)
         nearest, whole = grid.column_rounder(columns, rows), grid.decode(grid.nearest(values_OI))
         for i, column in enumerate(columns.tolist()):
             assert torch.equal(nearest(i, values_OI[rows, column]), whole[rows, column])
@@ -404,13 +382,12 @@ def test_scales_of_zero_leave_zero() -> None:
 
 def test_weights_of_zeros_large_and_small() -> None:
     """NVFP4's global scale: the same for all ordinary weights, another one where FP8 would not hold the scales."""
-    for size, whole in ((0.0, 256.0), (1.0, 256.0), (30.0, 64.0), (1e-6, 2.0**31)):
+    for size, global_scale in ((0.0, 256.0), (1.0, 256.0), (30.0, 64.0), (1e-6, 2.0**31)):
         values_OI = torch.full((2, 32), size)
-        options = form("nvfp4").options({}, None, "BF16")
-        grid: Any = form("nvfp4").grid(form("nvfp4").scales(values_OI, options), (2, 32), options)
+        grid: Any = grid_for("nvfp4", values_OI)
         assert bool(grid.scale_OG.isfinite().all()) and bool((grid.scale_OG > 0).all())
         assert float((grid.decode(grid.nearest(values_OI)) - values_OI).abs().max()) <= size / 32
-        assert grid.global_scale == whole
+        assert grid.global_scale == global_scale
 
 
 def test_powers_of_two() -> None:
@@ -420,7 +397,7 @@ def test_powers_of_two() -> None:
     assert same(powers_of_two(every.int()), decompress_mx_scale(every).float())
 
 
-# --- what is wrong ---------------------------------------------------------------------------------------------------
+# --- bad bases ---------------------------------------------------------------------------------------------------
 
 
 def changed(path: Path, out: Path, edit: Callable[[dict[str, Tensor]], Any] | None = None, **config: Any) -> Path:
@@ -448,7 +425,7 @@ def put(part: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tens
 
 
 def weights(**args: Any) -> dict[str, Any]:
-    """A config whose weights are said to be otherwise."""
+    """A config with other ``weights`` of its scheme."""
     return {"weights": args}
 
 
@@ -530,28 +507,32 @@ def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(
         RecipeError, match=r"x.weight has 96 inputs, which is not a multiple of .* 64: use --group-size 32"
     ):
-        form("w4a16").check("x.weight", (64, 96), CompressedOptions(format="w4a16", group_size=64))
+        get_target("w4a16").check("x.weight", (64, 96), CompressedOptions(format="w4a16", group_size=64))
     with pytest.raises(
         RecipeError, match=r"x.weight has 24 inputs, which is not a multiple of .* 16: use --target w4a16 or nf4"
     ):
-        form("nvfp4").check("x.weight", (64, 24), CompressedOptions(format="nvfp4", group_size=16))
-    assert form("w4a16").options_for_model({}, [(64, 96), (64, 128)]) == {"group_size": 32}
-    assert form("w8a8").options_for_model({}, [(64, 96)]) == {}
+        get_target("nvfp4").check("x.weight", (64, 24), CompressedOptions(format="nvfp4", group_size=16))
+    assert get_target("w4a16").options_for_model({}, [(64, 96), (64, 128)]) == {"group_size": 32}
+    assert get_target("w8a8").options_for_model({}, [(64, 96)]) == {}
 
 
 def test_dense_modules_are_ignored_once() -> None:
     layout = ModuleLayout(("a.q",), ("a.k", "a.v"), ("lm_head",), ("a.experts",))
     options = CompressedOptions(format="w4a16", group_size=128)
-    fresh = form("w4a16").quantization_config(options, {}, "bfloat16", layout)
+    fresh = get_target("w4a16").quantization_config(options, {}, "bfloat16", layout)
     assert fresh is not None and fresh["ignore"] == ["lm_head", "a.k", "a.v", r"re:a\.experts"]
-    kept = form("w4a16").quantization_config(
+    kept = get_target("w4a16").quantization_config(
         options, {**fresh, "ignore": ["re:a.[kv]", "re:.*experts"]}, "bfloat16", layout
     )
     assert kept is not None and kept["ignore"] == ["re:a.[kv]", "re:.*experts"]
 
 
-def test_cautions_are_for_what_few_loaders_read() -> None:
-    assert not form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128), {})
-    (asymmetric,) = form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128, sym=False), {})
-    (ordered,) = form("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128, act_order=True), {})
+def test_warnings_are_about_options_that_few_loaders_read() -> None:
+    assert not get_target("w4a16").target_warnings(CompressedOptions(format="w4a16", group_size=128), {})
+    (asymmetric,) = get_target("w4a16").target_warnings(
+        CompressedOptions(format="w4a16", group_size=128, sym=False), {}
+    )
+    (ordered,) = get_target("w4a16").target_warnings(
+        CompressedOptions(format="w4a16", group_size=128, act_order=True), {}
+    )
     assert "dequantize=True" in asymmetric and "weight_g_idx" in ordered

@@ -1,9 +1,10 @@
-"""NF4, FP4 and int8 against bitsandbytes, bit for bit: what is read, and what is written with a fresh grid."""
+"""NF4, FP4 and int8 against bitsandbytes, bit for bit: reading, and writing on a fresh grid."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from qmerge.errors import RecipeError
 from qmerge.formats import get_target
 from qmerge.formats._bnb4bit_find import BLOCK_SIZES, Bnb4bitOptions
-from qmerge.formats.base import NoOptions
+from qmerge.formats.base import NoOptions, Stored
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
@@ -83,11 +84,16 @@ def cases(draw: st.DrawFn) -> Case:
         storage = "uint8"
     options = Bnb4bitOptions(draw(st.sampled_from(BLOCK_SIZES)), draw(st.booleans()), storage, "float32")
     fill, scale = draw(st.sampled_from(FILLS)), draw(st.sampled_from(SCALES))
-    return Case(draw(st.sampled_from(["nf4", "fp4"])), shape, options, scale, fill, draw(st.integers(0, 2**31)))
+    name, seed = draw(st.sampled_from(["nf4", "fp4"])), draw(st.integers(0, 2**31))
+    return Case(name=name, shape=shape, options=options, scale=scale, fill=fill, seed=seed)
 
 
-def by_blocks(stored: Any, name: str, shape: tuple[int, int], options: Any, read: str, many: int = 1) -> Tensor:
-    return torch.cat([getattr(stored, read)(rows) for rows in parity.row_blocks(name, shape, options, many)])
+def values_by_blocks(stored: Stored, blocks: Iterable[Rows]) -> Tensor:
+    return torch.cat([stored.values(rows) for rows in blocks])
+
+
+def codes_by_blocks(stored: Stored, blocks: Iterable[Rows]) -> Tensor:
+    return torch.cat([stored.codes(rows) for rows in blocks])
 
 
 @quick
@@ -101,9 +107,9 @@ def test_reading_4bit(case: Case, many: int) -> None:
         expected_OI = parity.dequantized_4bit(packed, state)
         assert (weight.shape, weight.options) == (case.shape, case.options)
         assert equal(stored.values(Rows(0, case.shape[0])), expected_OI)
-        assert equal(by_blocks(stored, case.name, case.shape, case.options, "values", many), expected_OI)
-        codes_OI = by_blocks(stored, case.name, case.shape, case.options, "codes", many)
-        assert equal(stored.grid.decode(codes_OI), expected_OI)
+        blocks = list(parity.row_blocks(case.name, case.shape, case.options, many))
+        assert equal(values_by_blocks(stored, blocks), expected_OI)
+        assert equal(stored.grid.decode(codes_by_blocks(stored, blocks)), expected_OI)
 
 
 @quick
@@ -149,11 +155,11 @@ def negative_absmax() -> tuple[Any, Tensor]:
         grid: Any = target.grid(target.scales(values_OI, options), (64, 64), options)
         if grid.absmax_B[0] < 0:
             return replace(grid, rounding_absmax_B=grid.absmax_B), values_OI
-    raise AssertionError("none found")
+    raise AssertionError("no seed makes a negative absmax")
 
 
 def test_nearest_where_absmax_is_negative() -> None:
-    """Rounding to a kept grid must find the nearest of the values that the loader will see, the sign included."""
+    """Rounding to a kept grid finds the nearest of the values that the loader reads, the sign included."""
     grid, values_OI = negative_absmax()
     levels_L = bnb.get_4bit_type("nf4", device="cpu") * grid.absmax_B[0]
     goal_OI = values_OI.clone()
@@ -164,21 +170,21 @@ def test_nearest_where_absmax_is_negative() -> None:
 
 
 def test_floor_and_steps_where_absmax_is_negative() -> None:
-    """What stochastic rounding relies on: the value below, and the one above it."""
+    """Stochastic rounding needs the value below and the one above it."""
     grid, values_OI = negative_absmax()
     levels_L = (bnb.get_4bit_type("nf4", device="cpu") * grid.absmax_B[0]).sort().values
     goal_OI = values_OI.clone()
     goal_OI[0] = torch.linspace(-0.99, 0.99, 64) * grid.absmax_B[0].abs()
     below_OI = grid.floor(goal_OI)
-    place_I = torch.searchsorted(levels_L, goal_OI[0], right=True)
-    assert torch.equal(grid.decode(below_OI)[0], levels_L[place_I - 1])
-    assert torch.equal(grid.decode(grid.step(below_OI, UP))[0], levels_L[place_I])
+    position_I = torch.searchsorted(levels_L, goal_OI[0], right=True)
+    assert torch.equal(grid.decode(below_OI)[0], levels_L[position_I - 1])
+    assert torch.equal(grid.decode(grid.step(below_OI, UP))[0], levels_L[position_I])
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_nearest_with_a_hint_near_midpoints(name: str, block_size: int) -> None:
-    """Values on the thresholds and one float to either side of them: where a shortcut would go wrong first."""
+    """Values on the thresholds and one float to either side of them, where a shortcut would fail first."""
     options = Bnb4bitOptions(block_size)
     torch.manual_seed(block_size)
     base_OI = torch.randn(33, 96)  # the last block is short
@@ -237,7 +243,8 @@ def test_int8(rows: int, columns: int, scale: float, zeros: bool, seed: int) -> 
         expected_OI = bnb.int8_vectorwise_dequant(expected["weight"], expected["SCB"])
         assert weight.shape == (rows, columns)
         assert parity.same(stored.values(Rows(0, rows)), expected_OI)
-        assert parity.same(by_blocks(stored, "int8", (rows, columns), NoOptions(), "values"), expected_OI)
+        blocks = parity.row_blocks("int8", (rows, columns), NoOptions())
+        assert parity.same(values_by_blocks(stored, blocks), expected_OI)
         near_OI = stored.codes(Rows(0, rows))
         assert torch.equal(stored.grid.nearest(expected_OI), near_OI)
         goal_OI = expected_OI * 1.01

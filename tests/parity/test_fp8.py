@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError
-from qmerge.formats import get_format
 from qmerge.formats._fp8_blocks import ROW
 from qmerge.formats._scaled_float import ScaledFloatGrid
 from qmerge.formats.base import ModuleLayout
@@ -31,6 +30,7 @@ from .. import models
 from ..conftest import Cli, snapshot
 from . import bases, stock
 from .bases import compressed, fp8
+from .reading import read
 
 KINDS = [kind for kind in bases.KINDS if "fp8" in kind and not kind.startswith("torchao")]
 LOADABLE = [kind for kind in KINDS if kind in bases.LOADABLE]
@@ -91,26 +91,8 @@ def size_name(kind: str) -> str:
     return "odd" if kind.endswith("odd") else "even"
 
 
-def read(folder: Path, block: int = 0, decoded: bool = False) -> dict[str, Tensor]:
-    """float32 values of every quantized weight, as qmerge reads them: whole or by rows, and as the grid decodes codes."""
-    found = {}
-    with Reader() as reader:
-        for name, weight in scan(folder, reader).weights.items():
-            form = get_format(weight.format)
-            if form.info.is_quantized:
-                stored = form.open(weight, reader, torch.device("cpu"))
-                size = block or weight.shape[0]
-                places = [Rows(at, min(at + size, weight.shape[0])) for at in range(0, weight.shape[0], size)]
-                parts = [
-                    stored.grid.rows(rows).decode(stored.codes(rows)) if decoded else stored.values(rows)
-                    for rows in places
-                ]
-                found[name] = torch.cat(parts).view(weight.shape)
-    return found
-
-
 def goal_of(folder: Path, adapter: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """float32: every value that a library reads in a quantized base, plus what peft adds."""
+    """float32: every value of a quantized base as its library reads it, plus peft's delta."""
     values = bases.values(folder)
     for name, delta in stock.deltas(models.llama(torch.float32, **sizes), adapter).items():
         values[name] = values[name] + delta
@@ -173,8 +155,8 @@ def test_step_walks_every_level(direction: int) -> None:
     every = torch.arange(256, dtype=torch.uint8)
     every = every[every.view(torch.float8_e4m3fn).float().isfinite()][None]
     grid, levels = ScaledFloatGrid(torch.ones(1, 1), (1, 254), (1, 254)), every_level()
-    places = torch.searchsorted(levels, grid.decode(every)) + direction
-    assert torch.equal(grid.decode(grid.step(every, direction)), levels[places.clamp(0, len(levels) - 1)])
+    positions = torch.searchsorted(levels, grid.decode(every)) + direction
+    assert torch.equal(grid.decode(grid.step(every, direction)), levels[positions.clamp(0, len(levels) - 1)])
     assert grid.levels_count == len(levels) == 253
 
 
@@ -246,8 +228,8 @@ def test_values_are_the_librarys(base: Made, kind: str) -> None:
 def test_another_order_of_scales_is_seen(base: Made) -> None:
     """The control: with the scales of two blocks exchanged, the values differ."""
     folder = base("fp8")
-    found = load_file(folder / "model.safetensors")
-    parts = {"weight": found[f"{FIRST}.weight"], "weight_scale_inv": found[f"{FIRST}.weight_scale_inv"].flip(1)}
+    tensors = load_file(folder / "model.safetensors")
+    parts = {"weight": tensors[f"{FIRST}.weight"], "weight_scale_inv": tensors[f"{FIRST}.weight_scale_inv"].flip(1)}
     flipped = fp8.read({f"{FIRST}.{n}": part for n, part in parts.items()}, bases.quantization_config(folder), {})
     assert not torch.equal(flipped[f"{FIRST}.weight"], read(folder)[f"{FIRST}.weight"])
 
@@ -257,9 +239,9 @@ def test_exponents_are_powers_of_two(tmp_path: Path, dtype: str) -> None:
     (tmp_path / "bytes").write_bytes(bytes(range(256)))
     info = TensorInfo(dtype, (2, 128), name="scale", file=tmp_path / "bytes", offset=0)
     with Reader() as reader:
-        found = read_scales(info, reader)
-    assert found.flatten().tolist()[:255] == [2.0 ** (exponent - 127) for exponent in range(255)]
-    assert found.shape == (2, 128) and bool(found[1, 127].isnan())
+        scales = read_scales(info, reader)
+    assert scales.flatten().tolist()[:255] == [2.0 ** (exponent - 127) for exponent in range(255)]
+    assert scales.shape == (2, 128) and bool(scales[1, 127].isnan())
 
 
 def test_microscaled_groups(tmp_path: Path) -> None:
@@ -272,10 +254,10 @@ def test_microscaled_groups(tmp_path: Path) -> None:
     assert parts["weight_scale"].dtype == torch.uint8
     path = tmp_path / "model.safetensors"
     save_file({f"layer.{name}": part.contiguous() for name, part in parts.items()}, path)
-    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme.model_dump(mode="json")}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme.model_dump(mode="json")}}
     exponents_OG = parts["weight_scale"].view(torch.float8_e8m0fnu).float()
     with Reader() as reader:
-        (weight,) = FORMAT.find(read_header(path, CheckpointError)[0], reader, said)
+        (weight,) = FORMAT.find(read_header(path, CheckpointError)[0], reader, config)
         values_OI = FORMAT.open(weight, reader, torch.device("cpu")).values(Rows(0, 64))
     assert torch.equal(values_OI, parts["weight"].float() * exponents_OG.repeat_interleave(32, 1))
     assert stock.distance(values_OI, linear.weight.float()) < 2**-4
@@ -312,7 +294,7 @@ def test_a_written_model_loads_in_transformers(written: Made) -> None:
 
 
 def test_logits_show_a_wrong_scale(written: Made, dense: Made) -> None:
-    """The control of the bound: what FP8 rounds away is far above it."""
+    """The control of the bound: FP8's rounding error is far above it."""
     rounded = models.logits(stock.float_model(written("even"), like=bases.values(written("even"))))
     assert stock.distance(rounded, models.logits(stock.float_model(dense("even")))) > 100 * BOUND
 
@@ -331,12 +313,12 @@ def test_config_is_the_one_that_transformers_writes(written: Made) -> None:
 
 
 def test_odd_blocks_come_with_a_caution(dense: Made, adapter: Made, tmp_path: Path, cli: Cli) -> None:
-    for sizes, told in (("odd", True), ("even", False)):
+    for sizes, is_warned in (("odd", True), ("even", False)):
         ran = cli(
             "--base", dense(sizes), "--adapter", adapter(sizes), "--target", "fp8", "--rounding", "nearest", "--out",
             tmp_path / sizes,
         )  # fmt: skip
-        assert ran.code == 0 and ("whole blocks of 128 x 128" in ran.err) == told, ran.err
+        assert ran.code == 0 and ("whole blocks of 128 x 128" in ran.err) == is_warned, ran.err
 
 
 def test_what_stays_dense_is_named() -> None:
@@ -410,11 +392,11 @@ def test_merged_bases_load_in_transformers(base: Made, adapter: Made, tmp_path: 
 def test_fresh_scales_are_those_of_transformers(base: Made, adapter: Made, tmp_path: Path) -> None:
     out = stock.merged(tmp_path / "out", base("fp8"), adapter("even"), "fp8", scales="fresh")
     goal = goal_of(base("fp8"), adapter("even"), bases.LLAMA)
-    config, found = bases.quantization_config(out), stock.tensors(out)
+    config, written = bases.quantization_config(out), stock.tensors(out)
     for name in stock.deltas(models.llama(torch.float32, **bases.LLAMA), adapter("even")):
         parts = fp8.pack(SimpleNamespace(weight=goal[name], bias=None), config)  # type: ignore[arg-type]
         expected = {name: parts["weight"], f"{name}_scale_inv": parts["weight_scale_inv"]}
-        assert stock.differing({n: found[n] for n in expected}, expected) == []
+        assert stock.differing({n: written[n] for n in expected}, expected) == []
 
 
 @pytest.mark.parametrize("kind", ["fp8-tensor", "fp8-ue8m0", "fbgemm-fp8", "ct-fp8-block"])
@@ -467,7 +449,7 @@ def put(local: str, change: Callable[[Tensor], Tensor], first: str = FIRST) -> D
     return damage
 
 
-def said(**changes: Any) -> Damage:
+def with_config(**changes: Any) -> Damage:
     return lambda tensors, config: config.update(changes)
 
 
@@ -482,10 +464,10 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "no_weight": ("fp8", without("weight"), (f"{FIRST}.weight_scale_inv", "parts", "Download")),
     "no_weight_ct": ("ct-fp8-channel", without("weight"), (f"{FIRST}.weight",)),
     "too_few_blocks": ("fp8", put("weight_scale_inv", lambda t: t[:1]), ("[1, 2]", "[2, 2]", "block of 128 x 128")),
-    "other_block": ("fp8", said(weight_block_size=[64, 64]), ("[2, 3]", "[4, 6]", "block of 64 x 64", "config.json")),
-    "no_block": ("fp8", said(weight_block_size=None), ("[2, 3]", "[1, 1]", "every row", "config.json")),
-    "block_as_text": ("fp8", said(weight_block_size="big"), ("'big'", "two positive integers")),
-    "block_of_zero": ("fp8", said(weight_block_size=[0, 128]), ("[0, 128]", "two positive integers")),
+    "other_block": ("fp8", with_config(weight_block_size=[64, 64]), ("[2, 3]", "[4, 6]", "block of 64 x 64", "config.json")),
+    "no_block": ("fp8", with_config(weight_block_size=None), ("[2, 3]", "[1, 1]", "every row", "config.json")),
+    "block_as_text": ("fp8", with_config(weight_block_size="big"), ("'big'", "two positive integers")),
+    "block_of_zero": ("fp8", with_config(weight_block_size=[0, 128]), ("[0, 128]", "two positive integers")),
     "scale_of_nan": ("fp8", put("weight_scale_inv", lambda t: t * torch.nan), ("weight_scale_inv holds NaN", "Download")),
     "scale_below_zero": ("fp8", put("weight_scale_inv", lambda t: -t), ("negative",)),
     "exponent_of_nan": (
@@ -498,7 +480,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "cube": ("fp8", put("weight", lambda t: t[None]), ("[1, 256, 256]", "[O, I]")),
     "rows_for_fbgemm": ("fbgemm-fp8", put("weight_scale", lambda t: t[:1]), ("[1, 1]", "[256, 1]", "every row")),
     "mixed_formats": ("fp8", both_formats, ("mixes several quantized formats",)),
-    "other_method": ("fp8", said(quant_method="gptq", bits=4), ("weight_scale_inv", "how it is quantized")),
+    "other_method": ("fp8", with_config(quant_method="gptq", bits=4), ("weight_scale_inv", "how it is quantized")),
     "no_config": ("fp8", lambda tensors, config: config.clear(), ("stored as fp8", "quant_method None")),
 }  # fmt: skip
 
@@ -511,18 +493,18 @@ def test_damaged_bases_are_refused(base: Made, adapter: Made, tmp_path: Path, cl
 
 
 def test_codes_of_nan_are_refused(base: Made, adapter: Made, tmp_path: Path, cli: Cli) -> None:
-    """Only seen while merging; what was written so far does not carry the final name."""
+    """Only merging finds them; the unfinished file does not have its final name."""
     folder = shutil.copytree(base("fp8"), tmp_path / "base")
-    found = load_file(folder / "model.safetensors")
-    found[f"{FIRST}.weight"].view(torch.uint8)[3, 5] = 0x7F
-    save_file(found, folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{FIRST}.weight"].view(torch.uint8)[3, 5] = 0x7F
+    save_file(tensors, folder / "model.safetensors")
     ran = cli("--base", folder, "--adapter", adapter("even"), "--target", "bf16", "--out", tmp_path / "out")
     assert isinstance(ran.error, NumbersError) and f"{FIRST}.weight" in ran.err and "NaN" in ran.err
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_rows_may_lie_flat() -> None:
-    """The control of the shapes: [O] is as good as [O, 1]."""
+def test_scales_of_rows_may_have_one_axis() -> None:
+    """The control of the shapes: [O] is read as [O, 1]."""
     info = {
         "a.weight": TensorInfo("F8_E4M3", (6, 4), name="a.weight", file=Path(), offset=0),
         "a.weight_scale": TensorInfo("F32", (6,), name="a.weight_scale", file=Path(), offset=0),

@@ -31,6 +31,7 @@ from qmerge.types import Rows
 from .. import models
 from ..conftest import Cli, snapshot
 from . import bases, stock
+from .reading import read
 
 pytest.importorskip("gptqmodel")
 
@@ -90,20 +91,6 @@ def written(dense: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
     return make
 
 
-def read(folder: Path, block: int = 0) -> dict[str, Tensor]:
-    """float32 values of every GPTQ weight, as qmerge reads them: whole, or ``block`` rows at a time."""
-    found = {}
-    with Reader() as reader:
-        for name, weight in scan(folder, reader).weights.items():
-            if weight.format == "gptq":
-                stored = FORMAT.open(weight, reader, torch.device("cpu"))
-                size = block or weight.shape[0]
-                starts = range(0, weight.shape[0], size)
-                parts = [stored.values(Rows(start, min(start + size, weight.shape[0]))) for start in starts]
-                found[name] = torch.cat(parts)
-    return found
-
-
 # --- bits on disk ----------------------------------------------------------------------------------------------------
 
 
@@ -136,8 +123,8 @@ def test_values_are_gptqmodels(base: Made, kind: str) -> None:
 
 def test_zeros_that_borrowed_are_given_back(base: Made) -> None:
     """The control: field by field, zeros of 0 in v1 come out wrong."""
-    found = load_file(base("gptq-asym-edge") / "model.safetensors")
-    words = found["model.layers.0.mlp.up_proj.qzeros"]
+    tensors = load_file(base("gptq-asym-edge") / "model.safetensors")
+    words = tensors["model.layers.0.mlp.up_proj.qzeros"]
     by_fields = (unpack_bits(words, 4) + 1) & 15
     by_words = unpack_bits(words + 0x11111111, 4)
     assert bool((by_words == 0).any()) and not torch.equal(by_fields, by_words)
@@ -181,14 +168,14 @@ def test_gptqmodel_reads_what_is_written(written: Made, kind: str) -> None:
     assert len(values) == 14 and stock.differing(values, bases.oracle(out)) == []
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config == json.loads((out / "quantize_config.json").read_text())
-    found = load_file(out / "model.safetensors")
+    tensors = load_file(out / "model.safetensors")
     columns = torch.arange(384, dtype=torch.int32)
-    g_idx = found["model.layers.1.mlp.down_proj.g_idx"]
+    g_idx = tensors["model.layers.1.mlp.down_proj.g_idx"]
     size = 384 if config["group_size"] == -1 else config["group_size"]
     assert torch.equal(g_idx, columns // size) == (kind != "act-order")
     assert config["desc_act"] == (kind == "act-order")
     assert torch.equal(g_idx.bincount(), (columns // size).bincount())
-    assert found["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
+    assert tensors["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
@@ -210,8 +197,8 @@ def test_auto_gptq_multiplies_alike(written: Made, kind: str) -> None:
     out = written(kind)
     config = json.loads((out / "quantize_config.json").read_text())
     name = "model.layers.0.mlp.down_proj"
-    found = load_file(out / "model.safetensors")
-    parts = {local: found[f"{name}.{local}"] for local in ("qweight", "qzeros", "scales", "g_idx")}
+    tensors = load_file(out / "model.safetensors")
+    parts = {local: tensors[f"{name}.{local}"] for local in ("qweight", "qzeros", "scales", "g_idx")}
     x = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
     product = bases.auto_gptq_product(parts, config["bits"], config["group_size"], x)
     expected = x @ read(out)[f"{name}.weight"].T
@@ -284,8 +271,8 @@ def test_merged_into_float32_is_base_plus_delta(base: Made, adapter: Path, tmp_p
 def test_g_idx_is_always_written(base: Made, adapter: Path, tmp_path: Path) -> None:
     """Old files lack it where groups are sequential; llama.cpp's converter asks for it."""
     folder = shutil.copytree(base("gptq"), tmp_path / "base")
-    found = load_file(folder / "model.safetensors")
-    save_file({n: part for n, part in found.items() if not n.endswith("g_idx")}, folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: part for n, part in tensors.items() if not n.endswith("g_idx")}, folder / "model.safetensors")
     out = stock.merged(tmp_path / "out", folder, adapter, "gptq")
     expected = stock.tensors(stock.merged(tmp_path / "with", base("gptq"), adapter, "gptq"))
     written = stock.tensors(out)
@@ -332,13 +319,13 @@ def ruled(base: Made, tmp_path: Path) -> Path:
     """A base with rules for single modules, as gptqmodel's ``dynamic`` has them: down_proj in 8 bits and groups of 32, v_proj
     dense."""
     folder, other = shutil.copytree(base("gptq"), tmp_path / "ruled"), bases.make("gptq-8bit", tmp_path / "other")
-    found, more = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    tensors, more = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
     values = bases.values(base("gptq"))
-    for name in [n for n in found if "v_proj" in n]:
-        del found[name]
-    found |= {name: part for name, part in more.items() if "down_proj" in name}
-    found |= {name: value.to(torch.bfloat16) for name, value in values.items() if "v_proj" in name}
-    save_file(found, folder / "model.safetensors")
+    for name in [n for n in tensors if "v_proj" in n]:
+        del tensors[name]
+    tensors |= {name: part for name, part in more.items() if "down_proj" in name}
+    tensors |= {name: value.to(torch.bfloat16) for name, value in values.items() if "v_proj" in name}
+    save_file(tensors, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     rules = {r"+:.*down_proj": {"bits": 8}, r"-:.*v_proj": {}}
     models.edit_json(folder / "config.json", quantization_config={**config, "dynamic": rules})
@@ -349,13 +336,13 @@ def ruled(base: Made, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("scales", ["keep", "fresh"])
 def test_rules_for_single_modules_survive(ruled: Path, adapter: Path, tmp_path: Path, scales: str) -> None:
-    """The output's config says what is stored: gptqmodel loads it, with the values that qmerge reads."""
+    """gptqmodel loads the output by its config, with the values that qmerge reads."""
     from gptqmodel import BACKEND, GPTQModel
 
     out = stock.merged(tmp_path / "out", ruled, adapter, "gptq", scales=scales)
     config = bases.quantization_config(out)
     assert config["bits"] == 4 and "-:^model\\.layers\\.0\\.self_attn\\.v_proj$" in config["dynamic"]
-    eight = {rule for rule, said in config["dynamic"].items() if said.get("bits") == 8}
+    eight = {rule for rule, changes in config["dynamic"].items() if changes.get("bits") == 8}
     assert eight == {f"+:^model\\.layers\\.{layer}\\.mlp\\.down_proj$" for layer in (0, 1)}
     values = {**bases.values(ruled), **read(out)}
     dense = {
@@ -376,7 +363,7 @@ def test_rules_for_single_modules_survive(ruled: Path, adapter: Path, tmp_path: 
 def test_symmetric_zeros_say_which_convention(
     base: Made, adapter: Path, tmp_path: Path, cli: Cli, kind: str, label: str
 ) -> None:
-    """The label is ignored, with a warning; what is written carries the right one."""
+    """The label is ignored, with a warning; the output has the right one."""
     folder = shutil.copytree(base(kind), tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     right = config["checkpoint_format"]
@@ -406,7 +393,7 @@ def without(local: str) -> Damage:
     return damage
 
 
-def said(**changes: Any) -> Damage:
+def with_config(**changes: Any) -> Damage:
     return lambda tensors, config: config.update(changes)
 
 
@@ -428,8 +415,8 @@ def mixed(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
 
 
 DAMAGED: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "wrong_bits": (said(bits=8), ("4 bits", "config says 8", "down_proj")),
-    "wrong_group_size": (said(group_size=64), ("groups of 64", "makes 6 for 384 inputs", "there are 3")),
+    "wrong_bits": (with_config(bits=8), ("4 bits", "config says 8", "down_proj")),
+    "wrong_group_size": (with_config(group_size=64), ("groups of 64", "makes 6 for 384 inputs", "there are 3")),
     "missing_scales": (without("scales"), (f"{FIRST}.scales is missing",)),
     "missing_zeros": (without("qzeros"), (f"{FIRST}.qzeros is missing",)),
     "g_idx_too_large": (put("g_idx", lambda t: t + 1), ("g_idx holds 1 to 2", "2 groups", "0 to 1")),

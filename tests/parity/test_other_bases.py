@@ -25,7 +25,8 @@ from qmerge.types import Rows
 from .. import models
 from ..conftest import Cli
 from . import bases, stock
-from .test_fp8 import BOUND, FEW, Damage, read, refused
+from .reading import read
+from .test_fp8 import BOUND, FEW, Damage, refused
 
 FAMILIES = ("mxfp4", "hqq", "torchao")
 KINDS = [kind for kind, settings in bases.KINDS.items() if settings["family"] in FAMILIES]
@@ -71,12 +72,13 @@ def of(kind: str) -> str:
 
 
 def goal_of(kind: str, folder: Path, adapter: Path) -> dict[str, Tensor]:
-    """float32: every value that a library reads in a quantized base, plus what peft adds."""
+    """float32: every value of a quantized base as its library reads it, plus peft's delta."""
     values = bases.values(folder)
-    if kind == "mxfp4":  # its biases lie in the modules of the experts
-        values.update(
-            {name: part.float() for name, part in bases.read_tensors(folder)[0].items() if name.endswith("_bias")}
-        )
+    if kind == "mxfp4":  # whose biases are in the modules of the quantized experts
+        tensors, _ = bases.read_tensors(folder)
+        for name, tensor in tensors.items():
+            if name.endswith("_bias"):
+                values[name] = tensor.float()
     for name, delta in stock.deltas(dense_model(of(kind)), adapter).items():
         values[name] = values[name] + delta
     return {name: value for name, value in values.items() if not name.endswith(("_blocks", "_scales"))}
@@ -96,7 +98,7 @@ def test_values_are_the_librarys(base: Made, kind: str, block: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_belongs_to_its_weight(base: Made, kind: str) -> None:
-    """Settings and all: what is left over would be copied into a model that knows nothing of it."""
+    """Settings and all: tensors that are left over would be copied into a model that has no use for them."""
     with Reader() as reader:
         weights = scan(base(kind), reader).weights.values()
     left = {name for weight in weights if weight.format not in FAMILIES for name in weight.parts}
@@ -108,10 +110,10 @@ def test_every_part_belongs_to_its_weight(base: Made, kind: str) -> None:
 def test_scales_of_experts_at_their_ends(tmp_path: Path, base: Made) -> None:
     """No scale is NaN: 0 is 2^-127, and 255 is 2^128, which only makes 0 and 0.5 finite."""
     folder = shutil.copytree(base("mxfp4"), tmp_path / "base")
-    found, metadata = bases.read_tensors(folder)
-    found[f"{EXPERTS}.down_proj_scales"][0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
-    found[f"{EXPERTS}.down_proj_blocks"][0, 0, 1] = torch.arange(16, dtype=torch.uint8) % 2 * 17
-    save_file(found, folder / "model.safetensors", metadata)
+    tensors, metadata = bases.read_tensors(folder)
+    tensors[f"{EXPERTS}.down_proj_scales"][0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
+    tensors[f"{EXPERTS}.down_proj_blocks"][0, 0, 1] = torch.arange(16, dtype=torch.uint8) % 2 * 17
+    save_file(tensors, folder / "model.safetensors", metadata)
     values = read(folder)[f"{EXPERTS}.down_proj"]
     assert stock.differing({"w": values}, {"w": bases.oracle(folder)[f"{EXPERTS}.down_proj"]}) == []
     assert bool(values.isfinite().all()) and float(values[0, 32:64, 0].max()) == 2.0**127
@@ -120,10 +122,10 @@ def test_scales_of_experts_at_their_ends(tmp_path: Path, base: Made) -> None:
 def test_high_nibble_first_would_be_wrong(tmp_path: Path, base: Made) -> None:
     """The control: the same bytes with their halves exchanged."""
     folder = shutil.copytree(base("mxfp4"), tmp_path / "base")
-    found, metadata = bases.read_tensors(folder)
+    tensors, metadata = bases.read_tensors(folder)
     name = f"{EXPERTS}.gate_up_proj"
-    found[f"{name}_blocks"] = found[f"{name}_blocks"] << 4 | found[f"{name}_blocks"] >> 4
-    save_file(found, folder / "model.safetensors", metadata)
+    tensors[f"{name}_blocks"] = tensors[f"{name}_blocks"] << 4 | tensors[f"{name}_blocks"] >> 4
+    save_file(tensors, folder / "model.safetensors", metadata)
     assert not torch.equal(read(folder)[name], read(base("mxfp4"))[name])
 
 
@@ -146,10 +148,10 @@ def test_other_layouts_of_hqq(tmp_path: Path, settings: dict[str, Any]) -> None:
     save_file(
         {f"layer.{name}": part.contiguous() for name, part in made.state_dict().items() if part is not None}, path
     )
-    form = get_format("hqq")
+    hqq = get_format("hqq")
     with Reader() as reader:
-        (weight,) = form.find(read_header(path, CheckpointError)[0], reader)
-        stored = form.open(weight, reader, torch.device("cpu"))
+        (weight,) = hqq.find(read_header(path, CheckpointError)[0], reader)
+        stored = hqq.open(weight, reader, torch.device("cpu"))
         values_OI = torch.cat([stored.values(Rows(at, at + 8)) for at in range(0, 40, 8)])
     meta = {**made.meta, "scale": made.meta["scale"].float(), "zero": made.meta["zero"].float()}
     expected = core.Quantizer.dequantize(made.W_q.data, {**meta, "compute_dtype": torch.float32})
@@ -175,14 +177,14 @@ def test_merged_is_base_plus_delta(base: Made, adapter: Made, tmp_path: Path, ki
 
 
 def test_experts_are_what_transformers_dequantizes(base: Made, adapter: Made, tmp_path: Path) -> None:
-    """Its own load of the MXFP4 model in bfloat16, with peft's adapter beside it, against our merged model."""
+    """The MXFP4 model in bfloat16 with peft's unmerged adapter, against our merged model."""
     out = stock.merged(tmp_path / "out", base("mxfp4"), adapter("gpt-oss"), "bf16")
     theirs, info = bases.loads(base("mxfp4"))
     assert not any(info.values()), info
-    state, found = theirs.state_dict(), stock.tensors(out)
-    experts = [name for name in found if name.endswith(("gate_up_proj", "down_proj"))]
+    state, written = theirs.state_dict(), stock.tensors(out)
+    experts = [name for name in written if name.endswith(("gate_up_proj", "down_proj"))]
     assert len(experts) == 4
-    assert stock.differing({n: found[n].float() for n in experts}, {n: state[n].float() for n in experts}) == []
+    assert stock.differing({n: written[n].float() for n in experts}, {n: state[n].float() for n in experts}) == []
     ours, without = models.logits(stock.in_float32(stock.loaded(out)[0])), models.logits(theirs)
     difference = stock.distance(ours, models.logits(stock.adapted(theirs, adapter("gpt-oss"))))
     assert difference < 2**-8, "only the merged layers are rounded, to bfloat16"
@@ -202,7 +204,7 @@ def test_bases_load_in_transformers_with_these_values(base: Made, kind: str) -> 
 @pytest.mark.parametrize("kind", ["hqq", "hqq-3bit", "torchao-int8", "torchao-fp8"])
 @pytest.mark.parametrize("target", ["int8", "nf4"])
 def test_written_in_another_format(base: Made, adapter: Made, tmp_path: Path, kind: str, target: str) -> None:
-    """A quantized target: what bitsandbytes reads back is near base + delta, and its loader finds all of it."""
+    """A quantized target: bitsandbytes reads values near base + delta, and its loader finds all tensors."""
     lora = adapter("llama")
     out = stock.merged(tmp_path / "out", base(kind), lora, target)
     model, info = stock.loaded(out)
@@ -277,11 +279,14 @@ def test_damaged_bases_are_refused(base: Made, adapter: Made, tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda said: said.clear(), ("metadata", "which of torchao's classes", "Download")),
-        (lambda said: said.update(_type="Int4Tensor"), ("Int4Tensor, which is not read", "Int8Tensor")),
-        (lambda said: said["_data"].update(block_size=[1]), ("block_size is [1]", "two positive integers")),
-        (lambda said: said["_data"].update(block_size=[1, 100]), ("1 x 100", "do not divide", "256 x 256")),
-        (lambda said: said["_tensor_data_names"].append("act_pre_scale"), ("_weight_act_pre_scale, which is missing",)),
+        (lambda declared: declared.clear(), ("metadata", "which of torchao's classes", "Download")),
+        (lambda declared: declared.update(_type="Int4Tensor"), ("Int4Tensor, which is not read", "Int8Tensor")),
+        (lambda declared: declared["_data"].update(block_size=[1]), ("block_size is [1]", "two positive integers")),
+        (lambda declared: declared["_data"].update(block_size=[1, 100]), ("1 x 100", "do not divide", "256 x 256")),
+        (
+            lambda declared: declared["_tensor_data_names"].append("act_pre_scale"),
+            ("_weight_act_pre_scale, which is missing",),
+        ),
     ],
     ids=["none", "other_class", "short_block", "odd_block", "more_parts"],
 )
@@ -290,10 +295,10 @@ def test_metadata_of_torchao_is_checked(
 ) -> None:
     folder = shutil.copytree(base("torchao-int8"), tmp_path / "base")
     tensors, metadata = bases.read_tensors(folder)
-    said = json.loads(metadata[f"{Q}.weight"])
-    change(said)
-    metadata[f"{Q}.weight"] = json.dumps(said)
-    if not said:
+    declared = json.loads(metadata[f"{Q}.weight"])
+    change(declared)
+    metadata[f"{Q}.weight"] = json.dumps(declared)
+    if not declared:
         del metadata[f"{Q}.weight"]
     save_file(tensors, folder / "model.safetensors", metadata)
     ran = cli("--base", folder, "--adapter", adapter("llama"), "--target", "bf16", "--out", tmp_path / "out")
