@@ -118,6 +118,7 @@ def _option(name: str) -> inspect.Parameter:
         help=f"{field.description}{_default_text(field)}",
         rich_help_panel=PANEL_OF_FIELD.get(name),
         metavar=METAVARS.get(name) or METAVARS_BY_TYPE.get(value_type, "NAME"),
+        show_default=False,  # the help text names it; None would say nothing
         autocompletion=_completer(name),
     )
     annotation: Any = Annotated[value_type | None, info]
