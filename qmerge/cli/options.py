@@ -111,10 +111,10 @@ def _option(name: str) -> inspect.Parameter:
     """A recipe field as an option, None where it is not given: then the recipe's default counts."""
     field = Recipe.model_fields[name]
     value_type = _value_type(field.annotation)
-    flag = f"--{name.replace('_', '-')}"
-    flags = [f"{flag}/--no-{flag[2:]}"] if value_type is bool else [flag]
+    words = name.replace("_", "-")
+    flags = f"--{words}/--no-{words}" if value_type is bool else f"--{words}"
     info = typer.Option(
-        *flags,
+        flags,
         help=f"{field.description}{_default_text(field)}",
         rich_help_panel=PANEL_OF_FIELD.get(name),
         metavar=METAVARS.get(name) or METAVARS_BY_TYPE.get(value_type, "NAME"),
