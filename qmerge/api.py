@@ -307,6 +307,8 @@ def measure(
     Raises:
         qmerge.errors.QmergeError: the merge is not possible.
     """
+    if isinstance(targets, str):  # one name: a string is a sequence of letters, too
+        targets = [targets]
     names = list(targets or [target or DEFAULT_TARGET])
     recipe = _recipe({**locals(), "target": names[0]})
 

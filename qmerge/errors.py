@@ -5,6 +5,7 @@ QmergeError                   the message is one line: what is wrong, where, wha
 ├── InputError        (3)     the input files
 │   ├── CheckpointError       the base or the original
 │   └── AdapterError          the adapter
+│       └── NeedsBaseError    the adapter can only be read together with its base
 ├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
 ├── RoomError         (6)     not enough room on the disk or under --max-memory
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on

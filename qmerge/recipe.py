@@ -132,7 +132,7 @@ class Recipe(BaseModel):
         description="add the delta to the dequantized base, as in training, or to the original 16-bit model",
     )
     original: str | None = Field(
-        None, description="use this original, the 16-bit model that a quantized base was made from: folder or Hub id"
+        None, description="read the 16-bit model that a quantized base was made from: folder or Hub id"
     )
     original_revision: str | None = Field(
         None, description="use this revision of the original on the Hub: branch, tag or commit (default: main)"

@@ -17,7 +17,7 @@ NAME_WIDTH = 18
 
 
 def formats_command(json: Json = False) -> None:
-    """List formats, ways to combine, roundings and metrics."""
+    """List formats, adapter kinds, ways to combine, roundings, metrics."""
     help_lines = {kind: _help_lines(kind) for kind in plugins.KINDS}
     if json:
         typer.echo(jsonlib.dumps(help_lines, indent=1, ensure_ascii=False))

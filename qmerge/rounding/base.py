@@ -24,7 +24,7 @@ class RoundingContext:
         rows: which rows of the weight these are.
         seed: of random draws.
         base_codes_OI: the base's own codes, where the target keeps the base's grid: most of them are right already.
-        objective: which errors matter, from calibration.
+        objective: which errors matter, from calibration and the adapter's directions; None for other roundings.
         delta_OI: float32, merged − base.
         original_OI: float32, the 16-bit weight with the delta, where it is given for a quantized base.
     """

@@ -1,4 +1,4 @@
-"""Round so that the layer's output moves as the adapter moved it: error feedback, then descent, in a calibrated metric.
+"""Round so that the layer's output moves as the adapter moved it: error feedback, then descent, on a calibrated objective.
 
     minimise  tr((Q − T) K (Q − T)ᵀ)   over codes on the grid; rows of Q are independent, columns are not
 
