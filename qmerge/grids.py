@@ -54,7 +54,7 @@ class Grid(ABC):
 
     @abstractmethod
     def decode(self, codes_OI: Tensor) -> Tensor:
-        """float32 values of codes, bit-identical to what the format's own library dequantizes to."""
+        """float32 values of codes, bit-identical to those of the format's own library."""
 
     @abstractmethod
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:

@@ -139,7 +139,7 @@ class Rows:
 
 
 class Update(ABC):
-    """What one adapter, or several together, do to one weight. Pure arithmetic in float32: knows no files and no names.
+    """The change of one weight by an adapter, or by several: arithmetic in float32, without files and names.
 
     A subclass defines ``rank``, ``shape``, ``apply`` and ``to``; it overrides the rest where the default is wrong for
     it.
@@ -195,7 +195,7 @@ class Update(ABC):
         return (self,)
 
     def fitted(self, shape: tuple[int, int]) -> Update:
-        """The update for a weight of this shape, where the adapter's tensors alone leave open what they are."""
+        """The update for a weight of this shape, where the adapter's tensors alone do not decide it."""
         return self
 
     def row_norms(self) -> Tensor | None:
@@ -216,7 +216,7 @@ class Replacement:
 
 
 Change: TypeAlias = Update | Replacement
-"""What an adapter does to one weight."""
+"""The change of one weight by an adapter."""
 
 
 Action = Literal["copy", "convert", "merge", "replace"]

@@ -1,4 +1,4 @@
-"""Adapters: kinds of them (one file each), how they are read, what they do to a weight, and how several become one.
+"""Adapters: their kinds (one file each), how they are read, how they change a weight, and how several become one.
 
 A plug-in defines ``KIND``, an ``AdapterKind`` (see ``base.py``), and its docstring's first line is its help text.
 """

@@ -1,4 +1,4 @@
-"""What an adapter kind defines. A plug-in in this folder sets ``KIND`` to an instance of a subclass of ``AdapterKind``."""
+"""The contract of an adapter kind. A plug-in in this folder sets ``KIND`` to an instance of a subclass of ``AdapterKind``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmerge.errors import AdapterError, listed
 from qmerge.types import Change
 
 Changes: TypeAlias = dict[str, tuple[Change, list[str]]]
-"""Name of a weight → what is done to it, and the names of the adapter's tensors that it is made of."""
+"""Name of a weight → its change, and the names of the adapter's tensors that the change is made of."""
 
 
 def add_change(changes: Changes, weight: str, change: Change, tensors: list[str]) -> None:
@@ -53,7 +53,7 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def updates(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None) -> Changes:
-        """What the adapter does to each weight, by the weight's name in the adapter (``reading/placement.py`` finds it on disk).
+        """The adapter's change of each weight, by the weight's name in the adapter (``reading/placement.py`` finds it on disk).
 
         Every tensor must be listed with the change that uses it: tensors that nothing lists are refused as left over.
 

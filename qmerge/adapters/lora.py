@@ -175,7 +175,7 @@ def add_parameter_change(
 
 
 def add_module_changes(changes: Changes, parts: LoraParts, config: Mapping[str, Any]) -> None:
-    """Add what the LoRA of one module does to its weight and to its bias.
+    """Add the changes of a module's weight and bias by its LoRA.
 
     Raises:
         AdapterError: half a pair, shapes that do not fit, or variants that peft does not combine.
@@ -191,7 +191,7 @@ def add_module_changes(changes: Changes, parts: LoraParts, config: Mapping[str, 
 
 
 def weight_update(parts: LoraParts, rank: int, scale: float, config: Mapping[str, Any]) -> Update:
-    """What the LoRA of one module does to its weight.
+    """The change of a module's weight by its LoRA.
 
     Raises:
         AdapterError: shapes that do not fit, or variants that peft does not combine.

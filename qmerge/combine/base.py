@@ -1,4 +1,4 @@
-"""What a method to combine deltas defines, its settings, and what several methods share: trimming, dropping, electing a sign."""
+"""The contract of a method to combine deltas, its settings, and common steps: trimming, dropping, electing a sign."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmerge.rounding.stochastic import uniform
 
 @dataclass(frozen=True, kw_only=True)
 class CombineSettings:
-    """What a method may know besides deltas and weights; each method uses some of it.
+    """Settings of a method besides deltas and weights; each method uses some of them.
 
     Attributes:
         density: fraction of each delta's entries to keep, in (0, 1].

@@ -1,4 +1,4 @@
-"""Drop entries at random and rescale, elect a sign per entry, average those that have it (arXiv 2311.03099, 2306.01708)."""
+"""Drop entries at random and rescale, elect a sign per entry, average the deltas that have it (arXiv 2311.03099)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drop entries at random, small ones of a row more often; elect a sign, average those that have it (arXiv 2406.11617)."""
+"""Drop entries at random, small ones more often; elect a sign, average the deltas that have it (arXiv 2406.11617)."""
 
 from __future__ import annotations
 

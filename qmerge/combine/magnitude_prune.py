@@ -1,4 +1,4 @@
-"""The weighted sum of the largest entries of each delta, a share of them by --density (peft's magnitude_prune)."""
+"""The weighted sum of the largest entries of each delta, a fraction of them by --density (peft's magnitude_prune)."""
 
 from __future__ import annotations
 

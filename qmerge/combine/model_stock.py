@@ -1,4 +1,4 @@
-"""The mean of the deltas, drawn towards the base by the angle between them (Model Stock, arXiv 2403.19522)."""
+"""The mean of the deltas, moved towards the base by the angle between them (Model Stock, arXiv 2403.19522)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep entries where the deltas differ most, weigh by energy, average those of the elected sign (SCE, arXiv 2408.07990)."""
+"""Keep entries where the deltas differ most, weight by energy, average those of the elected sign (arXiv 2408.07990)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weighted sum of the deltas, cut to its largest singular parts (add_weighted_adapter's svd in peft)."""
+"""The weighted sum of the deltas, cut to its largest singular parts (svd of peft's add_weighted_adapter)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trim each delta to its largest entries, elect a sign per entry, average those that have it (arXiv 2306.01708)."""
+"""Trim each delta to its largest entries, elect a sign per entry, average the deltas that have it (arXiv 2306.01708)."""
 
 from __future__ import annotations
 

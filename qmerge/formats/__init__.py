@@ -1,4 +1,4 @@
-"""Ways to store a weight, one file each, read and (most of them) written: what was written is read back to measure it.
+"""Ways to store a weight, one file each. All are read, most are written too: written weights are read back to measure them.
 
 A plug-in defines ``FORMAT``, a ``Format`` or a ``TargetFormat`` (see ``base``). The first line of its docstring is its help
 text.

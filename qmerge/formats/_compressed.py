@@ -1,4 +1,4 @@
-"""What all formats of compressed-tensors share: finding weights by the config's schemes, options, and the config itself.
+"""The base class of all formats of compressed-tensors: finding weights by the config's schemes, options, and the config itself.
 
 Scales have the model's dtype; values are (code − zero) · scale in float32.
 """
@@ -138,7 +138,7 @@ class Compressed(TargetFormat[CompressedOptions]):
             )
 
     def advice_for_inputs(self, columns: int) -> str:
-        """What to do if groups do not divide this number of inputs."""
+        """Advice for the user if groups do not divide this number of inputs."""
         return f"use --group-size {largest_group_size([columns])}"
 
     def codes_part(self, local: str) -> str:

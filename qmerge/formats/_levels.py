@@ -109,7 +109,7 @@ class LevelsGrid(Grid):
 
     @cached_property
     def _divisor_OG(self) -> Tensor:
-        """What values are divided by: infinity for a scale of zero, which leaves nothing but zero."""
+        """Divisors of values: infinity for a scale of zero, so that every value becomes zero."""
         return torch.where(self.scale_OG == 0, torch.inf, self.scale_OG)
 
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:

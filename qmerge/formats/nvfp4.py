@@ -91,7 +91,7 @@ def four_bits(values: Tensor) -> Tensor:
 
 
 def choose_global_scale(largest: float) -> float:
-    """A power of two that takes the largest scale into the upper part of what FP8 holds."""
+    """A power of two that takes the largest scale into the upper part of FP8's range."""
     if largest == 0 or 2.0**-3 <= largest * GLOBAL_SCALE <= LARGEST:
         return GLOBAL_SCALE
     exponent = torch.frexp(torch.tensor(LARGEST / largest, dtype=torch.float64)).exponent

@@ -115,7 +115,7 @@ FORMAT = Torchao()
 
 @dataclass(frozen=True)
 class _Declared:
-    """What the metadata of a file says about a weight."""
+    """The entry of a weight in the metadata of its file."""
 
     options: TorchaoOptions
     parts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a metric defines, what it sees of a merged weight, and how its sums add up over row blocks and over weights."""
+"""The contract of a metric, the rows that it measures, and how its sums add up over row blocks and over weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""clipped: share of merged values that lie more than half a step past the end of the grid, and are cut off there."""
+"""clipped: share of merged values that are more than half a step past the end of the grid, and are cut off there."""
 
 from __future__ import annotations
 

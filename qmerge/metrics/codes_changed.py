@@ -1,4 +1,4 @@
-"""codes_changed: share of stored codes that differ from what the base alone would be stored as."""
+"""codes_changed: share of stored codes that differ from the codes of the base alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cosine between what did change (stored - base) and what was meant to (delta)."""
+"""cosine between the actual change (stored - base) and the intended one (delta)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""output_kept: the share of the delta that survived in the layer's output, over the inputs of the calibration text."""
+"""output_kept: share of the delta that survived in the layer's output, over the inputs of the calibration text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""output_noise: the error of the layer's output over what the delta adds to it, for the inputs of the calibration text."""
+"""output_noise: error of the layer's output / change that the delta makes to it, over the calibration text."""
 
 from __future__ import annotations
 

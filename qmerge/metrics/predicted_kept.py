@@ -1,4 +1,4 @@
-"""predicted_kept: what nearest rounding keeps of a Gaussian delta of this size, by a closed form."""
+"""predicted_kept: share that nearest rounding keeps of a Gaussian delta of this size, by a closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rank_kept_median: survival of the middle rank of the delta."""
+"""rank_kept_median: survival of the delta's median rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rank_kept_min: survival of the rank of the delta that survived worst."""
+"""rank_kept_min: survival of the delta's worst rank."""
 
 from __future__ import annotations
 

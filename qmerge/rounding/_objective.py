@@ -3,8 +3,8 @@
 It weighs errors by the layer's inputs and by the input directions that the adapter reads.
 
     H = E[x xᵀ] / mean diagonal          x: inputs of the layer in the unmerged adapter model
-    P = V diag(s²/s₁²) Vᵀ                 delta = U diag(s) Vᵀ: what the adapter reads, by how much it writes
-    S = H V (Vᵀ H V)⁻¹ Vᵀ H               errors that correlate, over the inputs, with what the adapter reads
+    P = V diag(s²/s₁²) Vᵀ                 delta = U diag(s) Vᵀ: inputs that the adapter reads, by how much it writes
+    S = H V (Vᵀ H V)⁻¹ Vᵀ H               errors that correlate, over the inputs, with the inputs that the adapter reads
     K = H + READ · P + SPAN · S + damping
 
 H alone makes the layer's output error smallest, but leaves an error that is −delta in good part: small in each layer,
@@ -36,7 +36,7 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What calibration saw of one weight's inputs.
+    """Statistics of one weight's inputs, from calibration.
 
     Attributes:
         hessian_II: float32 E[x̃ x̃ᵀ], with x̃ the inputs in the model as merged so far (in the unmerged one, if not sequential).
@@ -66,7 +66,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Objective:
-    """K, and what else follows from the layer's inputs.
+    """K, and other results of calibration that a rounding uses.
 
     Attributes:
         K_II: float32, with damping, positive definite.
@@ -93,7 +93,7 @@ def make_objective(
     columns: int,
     device: torch.device,
 ) -> Objective:
-    """The objective from what is known of a weight.
+    """The objective of a weight, from calibration and from its delta.
 
     Args:
         statistics: of the inputs; None without calibration: every input counts alike (H = I).
@@ -110,7 +110,7 @@ def make_objective(
         v_IR, s_R = v_IR[:, carries], s_R[carries]
         read, span = (READ, SPAN) if statistics else (BLIND_READ, BLIND_SPAN)
         K_II += read * (v_IR * (s_R / s_R.max()).square()) @ v_IR.T
-        # H with damping, so that VᵀHV has an inverse where no input reaches what the adapter reads.
+        # H with damping, so that VᵀHV has an inverse also where the adapter reads directions without inputs.
         K_II += span * span_term(damped(H_II, DAMPING), v_IR)
     K_II, damping = made_definite(K_II)
     if statistics is None:
@@ -134,7 +134,7 @@ def normalized_hessian(statistics: InputStatistics | None, columns: int, device:
 
 
 def span_term(H_II: Tensor, v_IR: Tensor) -> Tensor:
-    """S = H V (Vᵀ H V)⁻¹ Vᵀ H: the projection, in the inner product of H, onto what the adapter reads."""
+    """S = H V (Vᵀ H V)⁻¹ Vᵀ H: the projection, in the inner product of H, onto the directions that the adapter reads."""
     Hv_IR = H_II @ v_IR
     term_II: Tensor = Hv_IR @ torch.linalg.solve(v_IR.T @ Hv_IR, Hv_IR.T)
     return term_II

@@ -1,4 +1,4 @@
-"""Round to nearest: the smallest error per entry; forgets every delta that stays under half a gap."""
+"""Round to nearest: the smallest error per entry, but changes below half a gap are lost."""
 
 from __future__ import annotations
 

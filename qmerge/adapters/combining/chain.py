@@ -68,7 +68,7 @@ class ChainedUpdate(SeveralUpdates):
 
 
 def chained(adapters: Sequence[Adapter], merged_files: Collection[str] = ()) -> Adapter:
-    """One adapter that does to every weight what all of them do, in order.
+    """One adapter that changes every weight as all of them do, in order.
 
     Args:
         adapters: in the order in which they are applied.
@@ -107,7 +107,7 @@ def _since_replacement(changes: Sequence[AdapterChange]) -> tuple[Replacement | 
 
 
 def in_order(updates: Sequence[Update]) -> Update:
-    """The updates of a weight as one. A single one stays what it is; of token rows that were trained twice, the later win."""
+    """The updates of a weight as one. A single one stays as it is; of token rows that were trained twice, the later win."""
     if len(updates) == 1:
         return updates[0]
     token_rows = [update for update in updates if isinstance(update, TokenRowsUpdate)]

@@ -95,7 +95,7 @@ class CombinedUpdate(SeveralUpdates):
 
 
 def delta_of(update: Update, base_OI: Tensor, rows: Rows) -> Tensor:
-    """float32 [rows, I]: what the update adds to the base.
+    """float32 [rows, I]: the change of the base by the update.
 
     Exact where the delta does not depend on the base; else the difference of two float32 numbers.
     """
@@ -143,7 +143,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float], method: str,
 def _combined_update(
     updates: Sequence[AdapterUpdate], weights: Sequence[float], method: str, settings: CombineSettings
 ) -> Update:
-    """One update of a weight. An update that is added alone, with weight 1, stays what it is, to the bit."""
+    """One update of a weight. An update that is added alone, with weight 1, stays the same, to the bit."""
     if method == "linear" and len(updates) == 1 and weights[updates[0].position] == 1:
         return updates[0].update
     positions = tuple(position for position, _ in updates)

@@ -125,7 +125,7 @@ def delta_cosine(sums: Mapping[str, float]) -> float | None:
 
 
 def sign_conflict(sums: Mapping[str, float]) -> float | None:
-    """Share of the common change that has opposite signs: what is lost when the deltas of a pair are added.
+    """Share of the common change that has opposite signs: it cancels when the deltas of a pair are added.
 
     Each entry counts by the smaller of its two magnitudes. None where no entry is changed by both, and where only factors were
     compared.

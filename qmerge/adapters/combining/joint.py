@@ -1,4 +1,4 @@
-"""Several adapters as one adapter: what combining them and chaining them share."""
+"""Several adapters as one adapter: the parts that combined and chained adapters share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qmerge.types import Change, Replacement, Update
 
 
 class AdapterChange(NamedTuple):
-    """What one adapter does to a weight; ``position`` is that of the adapter in the run."""
+    """The change of a weight by one adapter; ``position`` is that of the adapter in the run."""
 
     position: int
     change: Change
 
 
 class AdapterUpdate(NamedTuple):
-    """How one adapter updates a weight; ``position`` is that of the adapter in the run."""
+    """The update of a weight by one adapter; ``position`` is that of the adapter in the run."""
 
     position: int
     update: Update
@@ -126,7 +126,7 @@ def as_one_adapter(
 
 
 def _joint_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The first adapter's config, with what the others add about the understanding of tensors.
+    """The first adapter's config, with the options of the others that decide how tensors are read.
 
     Raises:
         AdapterError: ``fan_in_fan_out`` or ``ensure_weight_tying`` disagree.

@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT saves it → what it does to each weight, with every tensor accounted for."""
+"""An adapter folder as PEFT saves it → its change of each weight, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
         folder: as ``PeftModel.save_pretrained`` writes it.
         reader: of its tensors.
         name: of the adapter, where the file may contain several.
-        names: of the base's weights. None: names stay as the adapter has them, and what only the base can show is an error.
+        names: of the base's weights. None: names stay as the adapter has them, and adapters that need the base are an error.
 
     Raises:
         AdapterError: pickle, an unsupported kind or option, a tensor that is not part of a pair, NaN, a wrong rank.

@@ -62,7 +62,7 @@ def choose_adapter(source: hub.Source, location: str, name: str | None) -> hub.S
 
 
 def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -> hub.Source:
-    """The source as it is, where there is nothing to choose. Without any adapter, reading it will say what is missing."""
+    """The source as it is, where there is nothing to choose. Without any adapter, reading it will raise the error."""
     in_folder = [name for name, folder in folders.items() if folder == source.folder]
     below: list[str] = []
     for name in folders:

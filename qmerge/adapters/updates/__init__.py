@@ -1,1 +1,1 @@
-"""What adapters do to one weight: the arithmetic, in float32, without files."""
+"""How adapters change one weight: the arithmetic, in float32, without files."""

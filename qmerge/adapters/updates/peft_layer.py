@@ -46,7 +46,7 @@ CLEARED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PeftLayerUpdate(Update):
-    """What peft's own layer makes of one weight, or of the bias of the same layer.
+    """One weight, or the bias of the same layer, merged by peft's own layer.
 
     config     adapter_config.json, as far as it concerns this layer
     module     full name of the layer: patterns in the config are matched with it

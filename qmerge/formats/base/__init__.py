@@ -1,4 +1,4 @@
-"""What a format must define to be read (``Format``) and, where qmerge writes it too, to be a target (``TargetFormat``)."""
+"""Base classes of formats: ``Format`` for those that qmerge reads, ``TargetFormat`` for those that it writes too."""
 
 from qmerge.formats.base.format import NOT_QUANTIZED, Format, NoOptions, OptionsT
 from qmerge.formats.base.info import FormatInfo

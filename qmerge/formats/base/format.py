@@ -1,4 +1,4 @@
-"""What every format defines: how to find its weights in a checkpoint and how to read them."""
+"""The base class of all formats: how to find weights in a checkpoint and how to read them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class Stored(ABC):
     """One weight, opened for reading some rows at a time. Its scales are in memory, its codes are not."""
 
     grid: Grid
-    """The grid of the whole weight: what its codes mean."""
+    """The grid of the whole weight, which its codes belong to."""
 
     @abstractmethod
     def codes(self, rows: Rows) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a format defines in addition if qmerge writes it."""
+"""The base class of formats that qmerge writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_asked(options: OptionsT, asked: Mapping[str, Any]) -> OptionsT:
 
 
 class TargetFormat(Format[OptionsT]):
-    """A format that qmerge writes as well as reads: what was written is read back to measure it.
+    """A format that qmerge writes as well as reads: written weights are read back to measure them.
 
     Shapes are those of the weight, [O, I]. ``local`` is the name of the weight in its module, usually ``weight``.
     """
