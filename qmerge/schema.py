@@ -76,6 +76,8 @@ class CalibrationRecord(BaseModel):
     sequence_length: int = 0
     sequential: bool = False
     sha256: str | None = None
+    # Added later: reports without it are still read.
+    held_out_tokens: int = 0
 
     @property
     def text(self) -> str:

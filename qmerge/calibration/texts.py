@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ from qmerge.errors import CheckpointError, RecipeError
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
 
+HELD_OUT_SHARE = 1 / 8
+"""Share of a text's sequences that are held out, …"""
+
+FEWEST_HELD_OUT = 2
+"""… at least this many sequences, …"""
+
+MOST_HELD_OUT_TOKENS = 2048
+"""… and at most this many tokens. The whole model is judged on them."""
+
+FEWEST_SEQUENCES = 4
+"""Of a text with fewer sequences, nothing is held out: rounding needs them all."""
+
 CHAT_FIELDS = ("messages", "conversations")
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 
@@ -31,6 +44,46 @@ LONGEST_QUOTE = 200
 
 Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationTokens:
+    """The tokens of one run.
+
+    seen       token ids that rounding learns from, int64 [sequences, length] each
+    weights    one per batch of ``seen``: how much each of its tokens counts
+    held_out   token ids that rounding never sees, in the same form: the whole model is judged on them; may be empty
+    judged_on  what ``held_out`` is, in words: "2,048 tokens of train.jsonl"; "" where it is empty
+    """
+
+    seen: list[Tensor]
+    weights: list[float]
+    held_out: list[Tensor]
+    judged_on: str
+
+
+def hold_out(ids: Tensor, judged_on: str) -> CalibrationTokens:
+    """Split sequences into those to round with and those to judge with.
+
+    Args:
+        ids: int64 [sequences, length].
+        judged_on: where the sequences come from: "of train.jsonl".
+    """
+    count, length = ids.shape
+    if count < FEWEST_SEQUENCES:
+        seen = split_batches(ids)
+        return CalibrationTokens(seen=seen, weights=[1.0] * len(seen), held_out=[], judged_on="")
+    held_out_count = max(FEWEST_HELD_OUT, min(round(count * HELD_OUT_SHARE), MOST_HELD_OUT_TOKENS // length))
+    is_held_out = torch.zeros(count, dtype=torch.bool)
+    for number in range(held_out_count):  # from the middle of equal parts
+        is_held_out[(2 * number + 1) * count // (2 * held_out_count)] = True
+    seen = split_batches(ids[~is_held_out])
+    return CalibrationTokens(
+        seen=seen,
+        weights=[1.0] * len(seen),
+        held_out=split_batches(ids[is_held_out]),
+        judged_on=f"{held_out_count * length:,} tokens {judged_on}",
+    )
 
 
 def find_text(source: str) -> Path:

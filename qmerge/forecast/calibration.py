@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
 from qmerge.calibration.generate import generate_tokens
 from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.texts import CalibrationTokens
 from qmerge.errors import CheckpointError
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
@@ -22,18 +24,21 @@ BETTER_CALIBRATION = (
 )
 """KL ratios of NF4 → NF4 merges with ``preserve``, on held-out text."""
 
+JUDGED_ON = {"random": "drawn at random", "generate": "that the adapter model wrote"}
+"""Source → what its held-out tokens are, after "2,048 tokens"."""
+
 
 @dataclass(frozen=True)
 class Calibration:
     """The calibration of a run.
 
     record   what the report contains about it; None where no weight needs calibration
-    batches  token ids, int64 [sequences, length] each; None without calibration
+    tokens   None without calibration
     note     what the user should know, or nothing
     """
 
     record: CalibrationRecord | None
-    batches: list[Tensor] | None = None
+    tokens: CalibrationTokens | None = None
     note: str = ""
 
 
@@ -61,14 +66,17 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
         return Calibration(CalibrationRecord(source="none"), note=note)
     length = min(settings.sequence_length, texts.max_sequence_length(plan.config))
     batches = _token_batches(plan, context, length, report_progress)
+    source = _published_name(settings.source or "random")
+    tokens = texts.hold_out(torch.cat(batches), JUDGED_ON.get(source, f"of {source}"))
     record = CalibrationRecord(
-        source=_published_name(settings.source or "random"),
-        tokens=sum(batch.numel() for batch in batches),
+        source=source,
+        tokens=sum(batch.numel() for batch in tokens.seen),
+        held_out_tokens=sum(batch.numel() for batch in tokens.held_out),
         sequence_length=length,
         sequential=settings.sequential,
         sha256=texts.batches_sha256(batches),
     )
-    return Calibration(record, batches, note="" if settings.source else BETTER_CALIBRATION)
+    return Calibration(record, tokens, note="" if settings.source else BETTER_CALIBRATION)
 
 
 def _published_name(source: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
+from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.predict import Survival, original_gap, predict
@@ -28,7 +27,7 @@ class Preflight:
     predicted        survival of every merged weight, by nearest rounding (by stochastic, where the recipe names it)
     rounding_reason  why the plan has its roundings
     original_gap     ‖original − dequantized‖ / ‖delta‖; None without an original
-    batches          token ids to calibrate on, int64 [sequences, length] each; None without calibration
+    tokens           what to calibrate on; None without calibration
     calibration      what the report contains about the calibration; None where no weight is rounded with ``preserve``
     notes            what the user should know, a line each
     """
@@ -36,7 +35,7 @@ class Preflight:
     predicted: list[Survival]
     rounding_reason: str
     original_gap: float | None
-    batches: list[Tensor] | None
+    tokens: CalibrationTokens | None
     calibration: CalibrationRecord | None
     notes: tuple[str, ...]
 
@@ -97,7 +96,7 @@ def run_preflight(
         predicted=predicted,
         rounding_reason=reason,
         original_gap=gap,
-        batches=calibration.batches,
+        tokens=calibration.tokens,
         calibration=calibration.record,
         notes=tuple(notes),
     )

@@ -44,7 +44,7 @@ def _rehearse(recipe: Recipe, plan: Plan, context: RunContext, progress: Progres
     destination = MeasureOnly(context, plan.workers, progress)
     progress.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.rounded))
     try:
-        run_steps(plan, plan.rounded, destination, preflight.batches)
+        run_steps(plan, plan.rounded, destination, preflight.tokens)
     finally:
         progress.end()
     return destination.outcomes

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from qmerge.calibration.statistics import calibrated_groups
+from qmerge.calibration.texts import CalibrationTokens
 from qmerge.planning.plan import Plan
 from qmerge.run.destinations import Destination
 from qmerge.types import Step
 
 
-def run_steps(plan: Plan, steps: Sequence[Step], destination: Destination, batches: Sequence[Tensor] | None) -> None:
+def run_steps(
+    plan: Plan, steps: Sequence[Step], destination: Destination, tokens: CalibrationTokens | None
+) -> None:  # fmt: skip
     """Run every step once: first those that need no calibration, then the others group by group as calibration reaches
     them.
 
     Args:
         steps: all steps of the plan, or those that a measurement needs.
-        batches: token ids to calibrate on, int64 [sequences, length] each; None without calibration.
+        tokens: what to calibrate on; None without calibration.
     """
     others = list(steps)
-    if batches is not None:
+    if tokens is not None:
         others = [step for step in steps if step.rounding != "preserve"]
     # These do not depend on what calibration sees, nor does it depend on how they are rounded.
     destination.run(others, {})
-    if batches is not None and len(others) < len(steps):
+    if tokens is not None and len(others) < len(steps):
         groups = calibrated_groups(
             plan,
             destination.context,
-            batches,
+            tokens.seen,
             stored_values=destination.stored,
             report_progress=destination.progress.report,
         )
