@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,45 @@ FAR = 6.0
 
 # Where this many gaps of the grid fit into one standard deviation, a sum over its levels is an integral.
 MUCH_FINER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleTable:
+    """A grid as plain tensors, for kernels that round column by column: value = (level − zero) · scale.
+
+    The scale of an entry is at position ``(row · row_stride + column_offset_I[column]) // divisor``. A value is multiplied by
+    the inverse there. With a table of levels it becomes the level above as many edges as are below it. Without one, the zero
+    is added, and it becomes the nearest integer from ``first`` to ``last`` (ties to even).
+
+    Attributes:
+        scale: float32, flat, contiguous.
+        inverse: float32, as many; 0 where a scale is 0.
+        zero: float32, as many; unused with a table of levels.
+        row_stride: see above.
+        column_offset_I: int64.
+        divisor: see above.
+        levels_L: float32, ascending; empty if levels are integers.
+        edges: float32 [L − 1].
+        first: lowest integer.
+        last: highest integer.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    zero: Tensor
+    row_stride: int
+    column_offset_I: Tensor
+    divisor: int = 1
+    levels_L: Tensor
+    edges: Tensor
+    first: int = 0
+    last: int = 0
+
+    def padded(self, count: int) -> ScaleTable:
+        """The same with ``count`` levels: those that are added are never reached."""
+        levels_L = torch.cat([self.levels_L, self.levels_L[-1:].expand(count - len(self.levels_L))])
+        edges = torch.cat([self.edges, self.edges.new_full((count - 1 - len(self.edges),), math.inf)])
+        return replace(self, levels_L=levels_L.contiguous(), edges=edges.contiguous())
 
 
 class Grid(ABC):
@@ -72,6 +112,14 @@ class Grid(ABC):
             A function of i and the float32 values [len(rows)] of column ``columns[i]``. It returns the float32 values of the
             nearest levels, as a loader dequantizes them.
         """
+
+    def scale_table(self, columns: int) -> ScaleTable | None:
+        """What ``column_rounder`` computes, as tensors for a kernel on a GPU; None if this grid has no such form.
+
+        Args:
+            columns: I.
+        """
+        return None
 
     @abstractmethod
     def rows(self, rows: Rows) -> Grid:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.grids import ColumnRounder, Grid
+from qmerge.grids import ColumnRounder, Grid, ScaleTable
 from qmerge.types import Rows
 
 # Group size of one group for all inputs, as GPTQ, AWQ and llm-compressor write it.
@@ -117,6 +117,18 @@ class AffineGrid(Grid):
             return codes_O.sub_(zero_IO[i]).mul_(scale_IO[i])
 
         return nearest
+
+    def scale_table(self, columns: int) -> ScaleTable:
+        return ScaleTable(
+            scale=self.scale_OG.flatten(),
+            inverse=self._inverse_OG.flatten(),
+            zero=self.zero_OG.expand_as(self.scale_OG).flatten(),
+            row_stride=self.scale_OG.shape[1],
+            column_offset_I=self.group_I.long(),
+            levels_L=self.scale_OG.new_empty(0),
+            edges=self.scale_OG.new_empty(0),
+            last=self.levels_count - 1,
+        )
 
     def ends(self) -> tuple[Tensor, Tensor]:
         first_OG = -self.zero_OG * self.scale_OG

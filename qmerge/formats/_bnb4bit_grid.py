@@ -11,7 +11,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qmerge.formats._levels import next_codes
-from qmerge.grids import UP, ColumnRounder, Grid
+from qmerge.grids import UP, ColumnRounder, Grid, ScaleTable
 from qmerge.types import Parts, Rows
 
 # A value inside this part of its cell keeps its code, whatever float32 rounding does to the scaled value: the relative
@@ -144,6 +144,18 @@ class Bnb4bitGrid(Grid):
             return table.levels_L[codes_O].mul_(absmax_IO[i])
 
         return nearest
+
+    def scale_table(self, columns: int) -> ScaleTable:
+        return ScaleTable(
+            scale=self.absmax_B.contiguous(),
+            inverse=1.0 / without_zeros(self.absmax_B),
+            zero=torch.zeros_like(self.absmax_B),
+            row_stride=self.columns,
+            column_offset_I=torch.arange(columns, device=self.absmax_B.device),
+            divisor=self.block_size,
+            levels_L=self._table.levels_L,
+            edges=self._table.midpoints,
+        )
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         stepped_OI = self._step_levels(codes_OI, direction)

@@ -10,8 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qmerge.grids import DOWN, UP, ColumnRounder, Grid
+from qmerge.grids import DOWN, UP, ColumnRounder, Grid, ScaleTable
 from qmerge.types import Rows
+
+# The largest float32.
+LARGEST = torch.finfo(torch.float32).max
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # FP4's values by their codes on disk: a sign, two bits of exponent, one of mantissa.
@@ -141,6 +144,22 @@ class LevelsGrid(Grid):
             return self.levels.rounded(values_O / divisor_IO[i]).mul_(scale_IO[i])
 
         return nearest
+
+    def scale_table(self, columns: int) -> ScaleTable:
+        column_offset_I = torch.arange(columns, device=self.scale_OG.device) // self.group_size
+        if self.scale_OG.shape[1] == 1:
+            column_offset_I = torch.zeros_like(column_offset_I)
+        # The reciprocal of a very small scale would be infinite, and infinity times zero is NaN.
+        inverse_OG = (1.0 / self._divisor_OG).clamp(-LARGEST, LARGEST)
+        return ScaleTable(
+            scale=self.scale_OG.flatten(),
+            inverse=inverse_OG.flatten(),
+            zero=torch.zeros_like(inverse_OG).flatten(),
+            row_stride=self.scale_OG.shape[1],
+            column_offset_I=column_offset_I,
+            levels_L=self.levels.values_L,
+            edges=self.levels.edges,
+        )
 
     def ends(self) -> tuple[Tensor, Tensor]:
         first_OG = self.levels.values_L[0] * self.scale_OG

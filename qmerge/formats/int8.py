@@ -12,7 +12,7 @@ from qmerge.errors import CheckpointError
 from qmerge.formats._bnb4bit import bitsandbytes_config
 from qmerge.formats._tensors import check_dtype, check_finite, modules_with, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
-from qmerge.grids import ColumnRounder, Grid
+from qmerge.grids import ColumnRounder, Grid, ScaleTable
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
@@ -51,6 +51,20 @@ class Int8Grid(Grid):
             return (values_O * inverse_O).round_().clamp_(-LAST, LAST) * scale_O
 
         return nearest
+
+    def scale_table(self, columns: int) -> ScaleTable:
+        scale_O = self.scb_O * ONE_OVER_127
+        return ScaleTable(
+            scale=scale_O,
+            inverse=torch.where(scale_O == 0, scale_O, 1.0 / scale_O),
+            zero=torch.zeros_like(scale_O),
+            row_stride=1,
+            column_offset_I=torch.zeros(columns, dtype=torch.int64, device=scale_O.device),
+            levels_L=scale_O.new_empty(0),
+            edges=scale_O.new_empty(0),
+            first=-LAST,
+            last=LAST,
+        )
 
     def ends(self) -> tuple[Tensor, Tensor]:
         return -self.scb_O[:, None], self.scb_O[:, None]

@@ -12,7 +12,11 @@ weight is one row of memory.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +24,9 @@ from torch import Tensor
 from qmerge.grids import Grid
 from qmerge.rounding._objective import Objective, damped, make_objective, upper_factor
 from qmerge.rounding.base import Rounding, RoundingContext
+
+if TYPE_CHECKING:  # triton is there with CUDA builds of torch only
+    from qmerge.rounding._block_kernels import BlockKernels
 
 ORDERS = 4
 """Orders of the columns that are tried: as they are, what matters most first, and at random."""
@@ -33,6 +40,9 @@ ORIGINAL_SHARE = 0.17
 
 BLOCK = 64
 """Columns that are decided one by one between two matrix products."""
+
+TORCH_LOOPS = "QMERGE_TORCH_LOOPS"
+"""Environment variable: with "1", a GPU goes column by column with torch, too, to compare with the kernels."""
 
 ERROR_BLOCK = 512
 """Columns whose squared error is computed at once: bounds memory, and fixes the order of the sum."""
@@ -161,6 +171,9 @@ def feedback(problem: Problem) -> Tensor:
     """
     aim_IO = problem.aim_IO
     F_II = problem.factor_II
+    kernels = block_kernels(problem)
+    if kernels is not None:
+        return feedback_with_kernels(problem, kernels)
     diagonal = F_II.diagonal().tolist()
     errors_IO = torch.empty_like(aim_IO)
     levels_IO = torch.empty_like(aim_IO)
@@ -199,6 +212,9 @@ def sweep(levels_IO: Tensor, rows: Tensor, problem: Problem) -> tuple[Tensor, Te
     Returns:
         The levels, and which rows moved (bool).
     """
+    kernels = block_kernels(problem)
+    if kernels is not None:
+        return sweep_with_kernels(levels_IO, rows, problem, kernels)
     K_II = problem.K_II
     diagonal = K_II.diagonal().tolist()
     errors_IO = levels_IO - problem.aim_IO[:, rows]
@@ -218,6 +234,55 @@ def sweep(levels_IO: Tensor, rows: Tensor, problem: Problem) -> tuple[Tensor, Te
         errors_IO[start:stop] += change
         moved_O |= change.any(dim=0)
     return levels_IO, moved_O
+
+
+def block_kernels(problem: Problem) -> BlockKernels | None:
+    """The kernels for this problem; None where torch goes column by column: on a CPU, or on a grid without a scale table."""
+    if not kernels_run_on(problem.aim_IO.device) or os.environ.get(TORCH_LOOPS) == "1":
+        return None
+    table = problem.grid.scale_table(len(problem.columns))
+    if table is None:
+        return None
+    from qmerge.rounding._block_kernels import make_block_kernels
+
+    return make_block_kernels(table, problem.columns)
+
+
+@cache
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for this device."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def feedback_with_kernels(problem: Problem, kernels: BlockKernels) -> Tensor:
+    """``feedback`` with one kernel for each block."""
+    # Kernels read and write rows of memory.
+    aim_IO = problem.aim_IO.contiguous()
+    F_II = problem.factor_II.contiguous()
+    errors_IO = torch.empty_like(aim_IO)
+    levels_IO = torch.empty_like(aim_IO)
+    for start, stop in blocks(len(aim_IO), BLOCK):
+        carried = F_II[:start, start:stop].T @ errors_IO[:start]
+        kernels.feedback(
+            start, stop, aim_IO=aim_IO, carried=carried, factor_II=F_II, levels_IO=levels_IO, errors_IO=errors_IO
+        )
+    return levels_IO
+
+
+def sweep_with_kernels(
+    levels_IO: Tensor, rows: Tensor, problem: Problem, kernels: BlockKernels
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``sweep`` with one kernel for each block."""
+    K_II = problem.K_II.contiguous()
+    levels_IO = levels_IO.contiguous()
+    errors_IO = (levels_IO - problem.aim_IO[:, rows]).contiguous()
+    moved_O = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+    for start, stop in blocks(len(levels_IO), BLOCK):
+        slope = K_II[start:stop] @ errors_IO
+        kernels.sweep(
+            start, stop, slope=slope, K_II=K_II, levels_IO=levels_IO, errors_IO=errors_IO, rows=rows, moved_O=moved_O
+        )
+    return levels_IO, moved_O.bool()
 
 
 def squared_error(levels_IO: Tensor, problem: Problem) -> Tensor:
