@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmerge.recipe import JUDGED_TOKENS, Device, MergeOnto, Recipe, Scales, TrainedOn, make_recipe
-from qmerge.schema import FidelityRecord, ReportData, overall_kept
+from qmerge.recipe import DEFAULT_TARGET, JUDGED_TOKENS, Device, MergeOnto, Recipe, Scales, TrainedOn, make_recipe
+from qmerge.schema import FidelityRecord, ReportData, Verdict, overall_kept
 
 if TYPE_CHECKING:
     from qmerge.evaluation.verify import Check
 
 PathLike = str | Path
 """A folder or file; where the argument says so, also an id on the Hub (``owner/name``)."""
-
-DEFAULT_TARGET = "nf4"
-"""The target of ``plan`` and ``measure`` where none is given."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,29 @@ class Report:
     data: ReportData
 
     @property
+    def verdict(self) -> Verdict | None:
+        """What became of the fine-tuning: ``"kept"``, ``"mostly kept"``, ``"damaged"`` or ``"lost"``.
+
+        It is about the whole model, on tokens that rounding did not see; None where that was not measured (``verify`` does).
+        """
+        return self.data.fidelity.verdict if self.data.fidelity else None
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Share of the adapter's improvement of the loss that the whole model has; None where it was not measured."""
+        return self.data.fidelity.gain_kept if self.data.fidelity else None
+
+    @property
+    def kl_ratio(self) -> float | None:
+        """0: the whole model predicts like the adapter model, 1: as far off as the base; None where it was not measured."""
+        return self.data.fidelity.kl_ratio if self.data.fidelity else None
+
+    @property
     def kept(self) -> float | None:
         """Share of the delta that was kept, each weight counted by its ‖delta‖²; None for a delta of zero.
 
-        Where calibration saw the layers' inputs, it is measured in the layers' outputs on the calibration text; else in the
-        weights.
+        Where calibration saw the layers' inputs, it is measured in the layers' outputs on the calibration text, which rounding
+        was fitted to; else in the weights. A high share does not show that the whole model is good: ``verdict`` does.
         """
         return overall_kept(self.data.total.values)
 
@@ -59,11 +74,12 @@ class Report:
 
     def __str__(self) -> str:
         from qmerge.report.terminal.console import stdout
-        from qmerge.report.terminal.tables import survival_table
+        from qmerge.report.terminal.tables import report_tables
 
         console = stdout()
         with console.capture() as capture:
-            console.print(survival_table(self.data))
+            for table in report_tables(self.data):
+                console.print(table)
         return capture.get()
 
 
@@ -111,6 +127,7 @@ def merge(
     promote: str | None = None,
     verify: PathLike | None = None,
     min_kept: float | None = None,
+    max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int = 1,
@@ -159,7 +176,9 @@ def merge(
         residual: rank of an additional LoRA that compensates for the rounding error, written to ``out/residual``.
         promote: extra bytes, such as ``"100MB"``, for leaving the weights that keep least unquantized.
         verify: held-out text to compare the merged model with the unmerged one: a txt or jsonl file.
-        min_kept: recorded in the recipe only; on the command line, exit code 5 says that less was kept.
+        min_kept: recorded in the recipe only; on the command line, exit code 5 says that gain kept is less (where the whole
+            model was not measured: the share of the delta).
+        max_kl_ratio: recorded in the recipe only; on the command line, exit code 5 says that the KL ratio is larger.
         seed: seed of stochastic rounding, random calibration tokens and random combinations.
         device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: number of weights that are worked on at once.
@@ -169,7 +188,7 @@ def merge(
         quiet: show no progress; warnings are still shown.
 
     Returns:
-        A ``Report``: ``report.kept`` is the share of the delta that was kept.
+        A ``Report``: ``report.verdict`` says in a word what became of the fine-tuning, where the whole model was measured.
 
     Raises:
         qmerge.errors.QmergeError: the message is one line, the class says what kind of problem it is. No unfinished file has
@@ -219,6 +238,7 @@ def plan(
     promote: str | None = None,
     verify: PathLike | None = None,
     min_kept: float | None = None,
+    max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int = 1,
@@ -284,6 +304,7 @@ def measure(
     promote: str | None = None,
     verify: PathLike | None = None,
     min_kept: float | None = None,
+    max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int = 1,
@@ -389,8 +410,9 @@ def fidelity(
         quiet: show no progress.
 
     Returns:
-        Losses of the three models, ``gain_kept`` (1: the adapter's whole improvement of the loss was kept), ``kl_ratio`` (0:
-        predicts like the unmerged model, 1: like the base), and how often the most likely token is the same.
+        ``verdict`` (kept, mostly kept, damaged or lost), losses of the three models, ``gain_kept`` (1: the adapter's whole
+        improvement of the loss was kept), ``kl_ratio`` (0: predicts like the unmerged model, 1: like the base), and how often
+        the most likely token is the same.
 
     Raises:
         qmerge.errors.QmergeError: the folder or the text cannot be used.

@@ -10,13 +10,13 @@ QmergeError                   the message is one line: what is wrong, where, wha
 ├── RoomError         (6)     not enough room on the disk or under --max-memory
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
-Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but less was kept than --min-kept.
+Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio.
 """
 
 # Exit codes without an exception.
 OK = 0
 BUG = 1
-BELOW_MIN_KEPT = 5
+PAST_LIMIT = 5
 
 
 class QmergeError(Exception):

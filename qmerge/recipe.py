@@ -40,7 +40,7 @@ OPTIONS = (
 PATHS = ("base", "adapter", "original", "out", "patch", "calibration", "verify")
 """Fields that take a ``Path``, too."""
 
-WITHOUT_EFFECT_ON_WEIGHTS = {"out", "patch", "workers", "max_memory", "min_kept", "verify"}
+WITHOUT_EFFECT_ON_WEIGHTS = {"out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify"}
 """Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
 
 CHAIN = "chain"
@@ -50,6 +50,9 @@ combine deltas, because the delta of a later adapter may depend on what an earli
 CHAIN_HELP = (
     "Apply the adapters one after the other, in full and in order: each was trained on what those before it made."
 )
+
+DEFAULT_TARGET = "nf4"
+"""The target of ``plan`` and ``measure`` where none is given."""
 
 JUDGED_TOKENS = 20480
 """Tokens of a held-out text that fidelity is measured on: the hidden states of all of them are in memory, three times."""
@@ -196,7 +199,15 @@ class Recipe(BaseModel):
         None, description="compare the merged model with the unmerged one on this held-out text: txt or jsonl file"
     )
     min_kept: float | None = Field(
-        None, description="exit with code 5 if a smaller share of the delta than this is kept: -1 to 1", ge=-1, le=1
+        None,
+        description="exit with code 5 if gain kept (unmeasured: the share of the delta kept) is less than this, -1 to 1",
+        ge=-1,
+        le=1,
+    )
+    max_kl_ratio: float | None = Field(
+        None,
+        description="exit with code 5 if the KL ratio is larger than this (0: the adapter model, 1: the base) or unmeasured",
+        ge=0,
     )
 
     @field_validator(*PATHS, mode="before")

@@ -42,6 +42,31 @@ def percent_or_dash(share: float | None) -> str:
     return DASH if share is None else percent(share)
 
 
+def percent_with_tenths(share: float) -> str:
+    """A fraction of 1 near 1, where tenths of a percent tell good from very good. ``0.9667`` → ``96.7 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def share(value: float) -> str:
+    """A share kept: a percentage up to 100 %, and a factor above, which is too much rather than more than all.
+
+    ``0.78`` → ``78 %``, ``1.33`` → ``1.33x``.
+    """
+    if exceeds_all(value):
+        return f"{value:.2f}x"
+    return percent(value)
+
+
+def exceeds_all(value: float | None) -> bool:
+    """Whether a share kept is above 100 %, rounded to whole percents."""
+    return value is not None and round(100 * value) > 100
+
+
+def share_or_dash(value: float | None) -> str:
+    """As ``share``; a dash for None."""
+    return DASH if value is None else share(value)
+
+
 def decimal_or_dash(value: float | None) -> str:
     """As ``decimal``; a dash for None."""
     return DASH if value is None else decimal(value)

@@ -115,7 +115,9 @@ def test_measure_several_targets(dense: Path, lora: Path) -> None:
     assert [report.data.recipe["target"] for report in reports] == ["int8", "fp32"]
     (report,) = qmerge.measure(base=dense, adapter=lora, target="fp32", device="cpu", quiet=True)
     assert report.kept == reports[1].kept and report.noise == reports[1].noise
-    assert "What survived in fp32" in str(report) and "</b> of the adapter" in report._repr_html_()
+    assert "what survived in fp32" in str(report) and "of the adapter&#39;s change" in report._repr_html_()
+    assert (report.verdict, report.gain_kept, report.kl_ratio) == (None, None, None), "no whole model was measured"
+    assert str(report).startswith("No verdict")
 
 
 def test_inspect_is_the_json_of_the_command(dense: Path, lora: Path, cli: Cli) -> None:

@@ -53,6 +53,7 @@ SETTINGS = st.fixed_dictionaries(
         "workers": st.integers(1, 256),
         "max_memory": st.sampled_from(["1GB", "512MiB", "100"]),
         "min_kept": st.floats(-1, 1),
+        "max_kl_ratio": st.floats(0, 2),
     },
 )
 
@@ -98,6 +99,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"merge_onto": "base"}, ["merge_onto", "'dequantized'", "'original'"]),
         ({"workers": 0}, ["workers", "greater than or equal to 1", "0"]),
         ({"seed": -1}, ["seed", "-1"]),
+        ({"max_kl_ratio": -0.1}, ["max_kl_ratio", "greater than or equal to 0"]),
         ({"min_kept": 2}, ["min_kept", "less than or equal to 1"]),
         ({"max_memory": "much"}, ["'much'", "5GB"]),
         ({"trained_on": "nf4", "original": "x/y", "merge_onto": "original"}, ["trained_on", "original"]),
@@ -131,7 +133,7 @@ def test_every_field_is_described() -> None:
 
 def test_where_the_work_is_done_is_no_part_of_the_identity() -> None:
     one = make_recipe({**LEAST, "out": "x", "workers": 1, "max_memory": "1GB"})
-    two = make_recipe({**LEAST, "out": "y", "workers": 8, "max_memory": "2GB", "min_kept": 0.5})
+    two = make_recipe({**LEAST, "out": "y", "workers": 8, "max_memory": "2GB", "min_kept": 0.5, "max_kl_ratio": 0.1})
     assert one.identity() == two.identity()
     for changes in (
         {"seed": 1},

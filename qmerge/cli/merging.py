@@ -11,19 +11,16 @@ import typer
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
 from qmerge.errors import RecipeError
-from qmerge.recipe import Recipe, make_recipe, read_recipe
+from qmerge.recipe import DEFAULT_TARGET, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
     from qmerge.patch.make import Summary
 
 ALL_FIELDS = tuple(Recipe.model_fields)
-PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept"))
+PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept", "max_kl_ratio"))
 # measure writes nothing, and takes --target several times.
 WITHOUT_USE_FOR_MEASURE = ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
 MEASURE_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FOR_MEASURE)
-
-# What plan and measure assume where no target is given.
-DEFAULT_TARGET = "nf4"
 
 
 @with_recipe_options(*ALL_FIELDS)
@@ -111,7 +108,7 @@ def measure_command(
         _print_comparison(reports)
         for report in reports:
             progress.warn_again([f"{report.recipe['target']}: {line}" for line in report.warnings])
-    raise typer.Exit(exit_code(reports, recipe.min_kept))
+    raise typer.Exit(exit_code(reports, min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 
 def run_merge(settings: dict[str, Any], *, resume: bool, json: bool, quiet: bool) -> None:
@@ -138,7 +135,7 @@ def run_merge(settings: dict[str, Any], *, resume: bool, json: bool, quiet: bool
         progress.warn_again(report.warnings)
         for line in _closing_lines(recipe, report.seconds, patch):
             typer.echo(line)
-    raise typer.Exit(exit_code([report], recipe.min_kept))
+    raise typer.Exit(exit_code([report], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 
 def _recipe(settings: dict[str, Any]) -> Recipe:

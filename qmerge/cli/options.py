@@ -22,6 +22,7 @@ METAVARS = {
     **dict.fromkeys(("revision", "adapter_revision", "original_revision"), "REV"),
     **dict.fromkeys(("max_memory", "max_shard_size", "max_size", "promote"), "SIZE"),
     **dict.fromkeys(("density", "min_kept"), "SHARE"),
+    "max_kl_ratio": "RATIO",
     **dict.fromkeys(("patch", "verify"), "FILE"),
     "target": "FORMAT",
     "out": "DIR",
@@ -33,7 +34,18 @@ METAVARS = {
 METAVARS_BY_TYPE = {bool: "", int: "N"}
 
 # The first panel of the help, in this order; --resume follows.
-MOST_USED = ("base", "adapter", "target", "out", "calibration", "rounding", "verify", "min_kept", "device")
+MOST_USED = (
+    "base",
+    "adapter",
+    "target",
+    "out",
+    "calibration",
+    "rounding",
+    "verify",
+    "min_kept",
+    "max_kl_ratio",
+    "device",
+)
 
 PANEL_OF_FIELD: dict[str, str] = {}
 for _panel, _names in MORE_PANELS.items():

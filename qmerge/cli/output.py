@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
-from qmerge.errors import BELOW_MIN_KEPT, OK, StoppedError
+from qmerge.errors import OK, PAST_LIMIT, StoppedError
 from qmerge.schema import ReportData, overall_kept
 
 
@@ -20,34 +21,84 @@ def print_json(data: Any) -> None:
 
 
 def print_report(report: ReportData) -> None:
-    """What survived, how alike the adapters are, what was written in addition, and the whole model's fidelity."""
+    """What became of the whole model, then what survived layer by layer, how alike the adapters are, and what was written in
+    addition."""
     from qmerge.report.terminal.console import stdout
-    from qmerge.report.terminal.tables import extra_lines, fidelity_table, survival_table
+    from qmerge.report.terminal.tables import extra_lines, report_tables
 
-    stdout().print(survival_table(report))
+    for table in report_tables(report):
+        stdout().print(table)
     for line in extra_lines(report):
         typer.echo(line)
-    if report.fidelity:
-        stdout().print(fidelity_table(report.fidelity))
 
 
-def exit_code(reports: Sequence[ReportData], min_kept: float | None) -> int:
-    """5, with a line on stderr, where the worst of the models kept less than ``min_kept``; else 0."""
-    if min_kept is None:
-        return OK
-    for kept in sorted(_shares_kept(reports)):
-        if kept < min_kept:
-            print(f"qmerge: {kept:.4f} of the delta was kept, less than --min-kept {min_kept}", file=sys.stderr)
-            return BELOW_MIN_KEPT
-    return OK
+def exit_code(reports: Sequence[ReportData], *, min_kept: float | None, max_kl_ratio: float | None) -> int:
+    """5, with a line on stderr for each limit that a model is past, the worst model first named; else 0.
+
+    Args:
+        min_kept: smallest gain kept; of a model that was not measured as a whole, smallest share of the delta.
+        max_kl_ratio: largest KL ratio; a model without one is past it.
+    """
+    lines = [_below_min_kept(reports, min_kept), _past_max_kl_ratio(reports, max_kl_ratio)]
+    failed = [line for line in lines if line]
+    for line in failed:
+        print(f"qmerge: {line}", file=sys.stderr)
+    return PAST_LIMIT if failed else OK
 
 
-def _shares_kept(reports: Sequence[ReportData]) -> Iterator[float]:
-    """The share kept of each model. A delta of zero has none: there was nothing to keep."""
+@dataclass(frozen=True, kw_only=True)
+class _ShareKept:
+    """The number that ``--min-kept`` is about, what it is called, and where it is from."""
+
+    value: float
+    name: str
+    source: str
+
+
+def _below_min_kept(reports: Sequence[ReportData], least: float | None) -> str | None:
+    """What is wrong with the model that kept least, in words; None where it kept enough."""
+    if least is None:
+        return None
+    known = [share for share in map(_share_kept, reports) if share is not None]
+    worst = min(known, key=lambda share: share.value, default=None)
+    if worst is None or worst.value >= least:
+        return None
+    return f"{worst.name} {worst.value:.4f} is less than --min-kept {least:g} ({worst.source})"
+
+
+def _share_kept(report: ReportData) -> _ShareKept | None:
+    """Gain kept where the whole model was measured, else the share of the delta. A delta of zero has none: there was nothing
+    to keep."""
+    target = report.recipe["target"]
+    fidelity = report.fidelity
+    if fidelity and fidelity.gain_that_counts is not None:
+        return _ShareKept(
+            value=fidelity.gain_that_counts, name="gain kept", source=f"{target}: whole model, {fidelity.measured_on}"
+        )
+    kept = overall_kept(report.total.values)
+    if kept is None:
+        return None
+    where = "the layers' outputs" if report.outputs_measured else "the weights"
+    source = f"{target}: no gain was measured on the whole model; --verify TEXT does"
+    return _ShareKept(value=kept, name=f"share of the delta kept in {where}", source=source)
+
+
+def _past_max_kl_ratio(reports: Sequence[ReportData], most: float | None) -> str | None:
+    """What is wrong with the model that is farthest off, in words; None where all are near enough."""
+    if most is None:
+        return None
+    worst = 0.0
+    line = None
     for report in reports:
-        kept = overall_kept(report.total.values)
-        if kept is not None:
-            yield kept
+        target = report.recipe["target"]
+        fidelity = report.fidelity
+        if fidelity is None:
+            return f"--max-kl-ratio {most:g}: no KL ratio was measured ({target}); add --verify TEXT"
+        # An adapter without effect has no ratio, and nothing that could be far off.
+        if fidelity.kl_ratio is not None and fidelity.kl_ratio > max(most, worst):
+            worst = fidelity.kl_ratio
+            line = f"KL ratio {worst:.4f} is more than --max-kl-ratio {most:g} ({target}: {fidelity.measured_on})"
+    return line
 
 
 @contextmanager

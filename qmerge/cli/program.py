@@ -19,7 +19,7 @@ from qmerge.recipe import Recipe
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
-    "5 done, but less was kept than --min-kept; 6 no room; 130 interrupted (--resume goes on)."
+    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 130 interrupted (--resume goes on)."
 )
 
 app = typer.Typer(

@@ -18,7 +18,7 @@ from qmerge.report.terminal.console import NotedTable, make_table, stdout, with_
 from qmerge.report.terminal.progress import TerminalProgress
 from qmerge.report.terminal.tables import check_line, measured_table, survival_table
 from qmerge.schema import FidelityRecord, ReportData
-from qmerge.wording import fixed_or_dash, percent_or_dash
+from qmerge.wording import DASH, fixed_or_dash, percent_with_tenths
 
 TARGETS = ("nf4", "int8", "bf16")
 ROUNDINGS = ("nearest", "stochastic", "preserve")
@@ -88,12 +88,16 @@ def _fidelity(merged: Path, text: Path) -> FidelityRecord:
 def _fidelity_table(fidelity_of_rounding: dict[str, FidelityRecord]) -> NotedTable:
     """The merged models compared with the unmerged one, on text that was used for neither training nor calibration."""
     title = "The whole models, on held-out text"
-    table = make_table(title, ("rounding into nf4", "gain kept", "KL ratio", "same top token"))
+    table = make_table(title, ("rounding into nf4", "verdict", "gain kept", "KL ratio", "same top token"))
     for rounding, record in fidelity_of_rounding.items():
-        gain = percent_or_dash(record.gain_kept)
-        table.add_row(rounding, gain, fixed_or_dash(record.kl_ratio, 3), percent_or_dash(record.top1_agreement))
+        numbers = [
+            fixed_or_dash(record.gain_kept, 3),
+            fixed_or_dash(record.kl_ratio, 4),
+            percent_with_tenths(record.top1_agreement),
+        ]
+        table.add_row(rounding, record.verdict or DASH, *numbers)
     notes = [
-        ("gain kept", "share of what the adapter improves the loss by"),
+        ("gain kept", "share of what the adapter improves the loss by; 1 is all"),
         ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base"),
         ("same top token", "as the unmerged adapter model, share of all positions"),
     ]

@@ -67,7 +67,7 @@ def survival_warnings(survivals: Sequence[Survival], predicted: bool) -> list[st
         verb = "will be" if predicted else "was"
         lines.append(
             f"{len(lost)} of {len(survivals)} merged weights lose more than half of their delta; in all, {percent(total)} of "
-            f"the fine-tuning {verb} kept (each weight counted by the size of its delta)."
+            f"the delta {verb} kept (each weight counted by the size of its delta)."
         )
     return lines
 

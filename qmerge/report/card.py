@@ -12,18 +12,16 @@ from qmerge import hub, plugins
 from qmerge.formats import get_format
 from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
-from qmerge.report.headline import card_sentence
+from qmerge.report.headline import fidelity_remarks, measured_instead, unmeasured_lines, verdict_sentence
 from qmerge.schema import (
-    FidelityRecord,
     GroupRecord,
     InputRecord,
     PairRecord,
     ReportData,
     adapter_names,
     adapter_records,
-    overall_kept,
 )
-from qmerge.wording import DASH, percent_or_dash
+from qmerge.wording import DASH
 
 COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
@@ -96,16 +94,20 @@ def _page(report: ReportData) -> list[str]:
         f"# {escape_markdown(adapter_names(report.inputs))} merged into {escape_markdown(report.inputs[0].name)}",
         "",
         _how_stored(report),
-        card_sentence(report, percent_or_dash(overall_kept(report.total.values))),
         "",
-        "## What survived",
+        "## How much of the fine-tuning survived",
+        "",
+        *whole_model_lines(report),
+        *_warnings_section(report.warnings),
+        "",
+        "## Layer by layer",
+        "",
+        f"A diagnosis: it shows where the delta was lost. {measured_instead(report)}",
         "",
         *_survival_table(report),
         "",
         *(f"- {escape_markdown(plugins.help_line('metrics', name))}" for name in COLUMNS),
         *_pairs_section(report.interference),
-        *_fidelity_section(report.fidelity),
-        *_warnings_section(report.warnings),
         "",
         "## How it was made",
         "",
@@ -172,25 +174,30 @@ def _pair_row(pair: PairRecord) -> str:
     )
 
 
-def _fidelity_section(fidelity: FidelityRecord | None) -> list[str]:
+def whole_model_lines(report: ReportData) -> list[str]:
+    """The verdict and its numbers, or that the whole model was not measured."""
+    fidelity = report.fidelity
     if fidelity is None:
-        return []
+        first, *others = unmeasured_lines(report)
+        return [f"**{first}** {escape_markdown(' '.join(others))}"]
     cells = [
-        *(f"{loss:.4f}" for loss in (fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged)),
+        f"**{fidelity.verdict or DASH}**",
         _number(fidelity.gain_kept),
         _number(fidelity.kl_ratio),
         f"{fidelity.top1_agreement:.3g}",
         f"{fidelity.kl_p99:.3g}",
+        *(f"{loss:.4f}" for loss in (fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged)),
     ]
     return [
+        f"**{verdict_sentence(fidelity)}** Measured on the whole model, on {escape_markdown(fidelity.measured_on)}.",
         "",
-        "## The whole model, on held-out text",
-        "",
-        f"{fidelity.tokens} tokens of {escape_markdown(fidelity.text)}, compared with the unmerged adapter model.",
-        "",
-        "| loss of base | unmerged | merged | gain kept | KL ratio | same top token | KL, 99th percentile |",
-        "|---|---|---|---|---|---|---|",
+        "| verdict | gain kept | KL ratio | same top token | KL, 99th percentile | loss of base | unmerged | merged |",
+        "|---|---|---|---|---|---|---|---|",
         f"| {' | '.join(cells)} |",
+        "",
+        "- gain kept: share of the adapter's improvement of the loss; 1 is all",
+        "- KL ratio: 0 predicts like the unmerged adapter model, 1 is as far off as the base",
+        *(f"- {escape_markdown(line)}" for line in fidelity_remarks(fidelity)),
     ]
 
 

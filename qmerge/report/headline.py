@@ -1,12 +1,95 @@
-"""The most important number of a report, and where it was measured."""
+"""What a report says first: what became of the whole model, or that this was not measured. Every view shows these words."""
 
 from __future__ import annotations
 
-from qmerge.schema import ReportData
+from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, ReportData, Verdict, overall_kept
+from qmerge.wording import exceeds_all, share
+
+OTHER_TEXT = {
+    "generated": "Written by the adapter model.",
+    "general": "General text, not of your task.",
+    "mixed": "Not all of it is text of your task.",
+    "random": "Random tokens are no text.",
+}
+"""Kind of text → what to know about numbers that were measured on it."""
+
+GAIN_ABOVE_ALL = 1.02
+"""Above this, gain kept is explained. Equally good merges differ by about 0.01."""
+
+
+def verdict_sentence(fidelity: FidelityRecord) -> str:
+    """``The fine-tuning is mostly kept: …``, in one sentence."""
+    verdict = fidelity.verdict
+    if verdict is None:
+        return "No verdict: on this text, the adapter changes nothing."
+    return f"The fine-tuning is {verdict}: {_meaning(verdict, fidelity.gain_that_counts)}."
+
+
+def _meaning(verdict: Verdict, gain: float | None) -> str:
+    """What a verdict is about. ``gain``: gain kept, where it counts."""
+    if verdict == "kept":
+        return "the merged model predicts almost like the adapter model"
+    if verdict == "mostly kept":
+        return "the merged model differs a little from the adapter model"
+    if gain is None or gain >= LEAST_GAIN["mostly kept"]:
+        return "the merged model predicts differently from the adapter model"
+    if verdict == "damaged":
+        return "a good part of the adapter's gain is gone"
+    return "the adapter's gain is gone"
+
+
+def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
+    """What to know about the numbers of a whole model, a line each; empty where they speak for themselves."""
+    remarks = []
+    gain = fidelity.gain_kept
+    if gain is None:
+        remarks.append("The adapter does not lower the loss of this text: there is no gain to keep.")
+    elif fidelity.gain_that_counts is None:
+        remarks.append("The adapter hardly improves this text: the gain is chance, KL ratio decides.")
+    elif gain > GAIN_ABOVE_ALL:
+        remarks.append(_gain_above_all(fidelity.kl_ratio))
+    if fidelity.text_kind in OTHER_TEXT:
+        remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: qmerge verify OUT --text FILE")
+    return remarks
+
+
+def _gain_above_all(kl_ratio: float | None) -> str:
+    if kl_ratio is not None and kl_ratio > MOST_KL["mostly kept"]:
+        return f"A gain above 1 is no success: KL ratio {kl_ratio:.2f} shows that it is another model."
+    return "A gain above 1 is not better than 1: the aim is to be like the adapter model."
+
+
+def unmeasured_lines(report: ReportData) -> list[str]:
+    """The same for a report without numbers of the whole model: what was measured instead, and how to get them."""
+    return [
+        "No verdict: the whole model was not measured.",
+        measured_instead(report),
+        "To measure it: qmerge verify OUT --text FILE, or merge with --verify FILE.",
+    ]
+
+
+def measured_instead(report: ReportData) -> str:
+    """The share kept of the delta, and what it is worth, in one sentence."""
+    kept = overall_kept(report.total.values)
+    if kept is None:
+        return "The delta of every weight is zero: there is nothing to keep."
+    if report.outputs_measured:
+        return (
+            f"In the layers' outputs on {report.calibration_text}, which rounding was fitted to, {share_of(kept)} the adapter's "
+            f"effect; other text can give less."
+        )
+    return f"In the stored weights, {share_of(kept)} the adapter's change."
+
+
+def share_of(kept: float) -> str:
+    """What goes before "the adapter's change": ``there is 78 % of``, ``there is 1.33 times``."""
+    if exceeds_all(kept):
+        return f"there is {kept:.2f} times"
+    return f"there is {share(kept)} of"
 
 
 def kept_of_what(report: ReportData) -> str:
-    """What ``overall_kept`` is a share of; goes into "97 % … is kept".
+    """What ``overall_kept`` is a share of.
 
     In the layers' outputs it is measured on the text that rounding was calibrated on, and is about 100 % by construction:
     it must not be read as a result on other text.
@@ -14,17 +97,3 @@ def kept_of_what(report: ReportData) -> str:
     if report.outputs_measured:
         return f"of the adapter's effect on the layers' outputs on {report.calibration_text}"
     return "of the adapter's change to the weights"
-
-
-def card_sentence(report: ReportData, kept: str) -> str:
-    """The same for the model card (Markdown); ``kept`` is the share in words."""
-    if not report.outputs_measured:
-        return (
-            f"**{kept}** of the adapter's change is in the stored weights (100 % is all of it, 0 % is the base; each weight "
-            f"counts by the size of its change)."
-        )
-    tokens = f" ({report.calibration.tokens} tokens)" if report.calibration else ""
-    return (
-        f"**{kept}** of the adapter's effect on the layers' outputs is kept, measured on {report.calibration_text}{tokens}, "
-        f"which the rounding was fitted to. Other text can give less: `qmerge verify` measures that on a held-out text."
-    )

@@ -12,10 +12,18 @@ from typing import Any
 import jinja2
 
 from qmerge import plugins
-from qmerge.report.headline import kept_of_what
+from qmerge.report.headline import fidelity_remarks, kept_of_what, share_of, unmeasured_lines, verdict_sentence
 from qmerge.report.terminal.console import printable
 from qmerge.schema import ModulePairRecord, ReportData, WeightRecord, adapter_names, overall_kept
-from qmerge.wording import decimal_or_dash, fixed_or_dash, percent, percent_or_dash
+from qmerge.wording import (
+    decimal_or_dash,
+    exceeds_all,
+    fixed_or_dash,
+    percent,
+    percent_or_dash,
+    percent_with_tenths,
+    share_or_dash,
+)
 
 NAME = "qmerge.html"
 COLUMNS = (
@@ -23,11 +31,9 @@ COLUMNS = (
     "codes_changed", "relative_size",
 )  # fmt: skip
 SUMMARY_COLUMNS = COLUMNS[:6]  # a notebook cell is narrow
-# Metrics that are shown as percentages; all others are ratios.
-PERCENTAGES = {
-    "kept", "output_kept", "predicted_kept", "rank_kept_min", "rank_kept_median", "codes_changed", "relative_size",
-    "under_half_gap",
-}  # fmt: skip
+# How metrics are shown: shares of the delta (``wording.share``), percentages, and all others as ratios.
+SHARES = {"kept", "output_kept", "predicted_kept", "rank_kept_min", "rank_kept_median"}
+PERCENTAGES = {"codes_changed", "relative_size", "under_half_gap"}
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 PLOT_WIDTH = 560
@@ -40,10 +46,9 @@ PLOT_BOTTOM = -0.1
 def html_report(report: ReportData) -> str:
     """The whole page."""
     return _template("report.html").render(
-        report=report,
-        overall_kept=overall_kept,
-        kept_of_what=kept_of_what(report),
+        **_first_words(report),
         adapters=adapter_names(report.inputs),
+        has_more_than_all=any(_more_than_all(weight) for weight in report.weights),
         heat=heat_map(report.weights),
         plot=scatter_plot(report.weights),
         columns=COLUMNS,
@@ -55,9 +60,25 @@ def html_report(report: ReportData) -> str:
 
 def summary(report: ReportData) -> str:
     """A table for a notebook cell."""
-    return _template("summary.html").render(
-        report=report, columns=SUMMARY_COLUMNS, overall_kept=overall_kept, kept_of_what=kept_of_what(report)
-    )
+    return _template("summary.html").render(**_first_words(report), columns=SUMMARY_COLUMNS)
+
+
+def _first_words(report: ReportData) -> dict[str, Any]:
+    """What both templates say first, and the functions that they say it with."""
+    return {
+        "report": report,
+        "overall_kept": overall_kept,
+        "kept_of_what": kept_of_what(report),
+        "share_of": share_of,
+        "verdict_sentence": verdict_sentence,
+        "fidelity_remarks": fidelity_remarks,
+        "unmeasured_lines": unmeasured_lines(report),
+    }
+
+
+def _more_than_all(weight: WeightRecord) -> bool:
+    """Whether the page shows a share above 100 % of this weight, which it then explains."""
+    return any(exceeds_all(weight.values[name]) for name in SHARES)
 
 
 def _kept_or_last(weight: WeightRecord) -> float:
@@ -139,15 +160,26 @@ def scatter_plot(weights: Sequence[WeightRecord]) -> dict[str, Any]:
 
 
 def _colour(kept: float | None) -> str:
-    """From red (nothing kept) over yellow to green (all kept). The lightness rises, too, for those who see no colours."""
+    """From red (nothing kept) over yellow to green (all kept), and back again for more than all. The lightness rises with the
+    green, for those who see no colours."""
     if kept is None:
         return "#eeeeee"
-    level = min(max(kept, 0.0), 1.0)
+    level = max(1 - abs(1 - kept), 0.0)
     return f"hsl({level * 120:.0f} 65% {45 + 25 * level:.0f}%)"
 
 
 def _metric_value(value: float | None, metric: str) -> str:
+    if metric in SHARES:
+        return share_or_dash(value)
     return percent_or_dash(value) if metric in PERCENTAGES else decimal_or_dash(value)
+
+
+def _three_decimals(value: float | None) -> str:
+    return fixed_or_dash(value, 3)
+
+
+def _four_decimals(value: float | None) -> str:
+    return fixed_or_dash(value, 4)
 
 
 def _signed(value: float | None) -> str:
@@ -167,5 +199,9 @@ def _template(name: str) -> jinja2.Template:
         "percent": percent_or_dash,
         "decimal": decimal_or_dash,
         "signed": _signed,
+        "share": share_or_dash,
+        "percent_with_tenths": percent_with_tenths,
+        "three_decimals": _three_decimals,
+        "four_decimals": _four_decimals,
     }
     return environment.from_string((files("qmerge.report") / "templates" / name).read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from qmerge.metrics.base import Sums, over_weights, values_of
 from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan
 from qmerge.schema import (
+    FidelityRecord,
     FileRecord,
     GroupRecord,
     InputRecord,
@@ -48,6 +49,7 @@ def make_report(
     outputs: list[FileRecord],
     preflight: Preflight,
     outcomes: Mapping[str, Outcome],
+    fidelity: FidelityRecord | None,
     started: float,
 ) -> ReportData:
     """The report of a run.
@@ -59,6 +61,7 @@ def make_report(
         outputs: the weight files that were written; empty where nothing was.
         preflight: what was predicted, and what was settled before the run.
         outcomes: name of a merged weight → its sums.
+        fidelity: of the whole model on tokens that rounding did not see; None where calibration did not measure it.
         started: ``time.monotonic()`` at the start of the run.
     """
     sums_of_weight = {name: outcome.sums for name, outcome in outcomes.items()}
@@ -86,6 +89,7 @@ def make_report(
         bits_per_weight=plan.bits_per_weight,
         promoted=sorted(plan.promoted),
         interference=pairs,
+        fidelity=fidelity,
         warnings=_warnings(plan, preflight, weights=weights, sums_of_weight=sums_of_weight, pairs=pairs),
     )
 

@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, reader: Reader, *, resume: bool, progress: Progress)
 
 def show_preflight(plan: Plan, context: RunContext, rounding: str, progress: Progress) -> tuple[Plan, Preflight]:
     """Run the preflight, and show its notes and warnings before the long work begins."""
-    progress.stage("looking ahead", 1)
+    progress.stage("predicting what survives", 1)
     plan, preflight = run_preflight(plan, context, rounding=rounding, report_progress=progress.report)
     progress.end()
     for line in preflight.notes:
@@ -180,7 +180,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
     )
     run.progress.stage("merging", sum(step.weight.nbytes for step in plan.steps))
     try:
-        run_steps(plan, plan.steps, destination, run.preflight.tokens)
+        judged = run_steps(plan, plan.steps, destination, run.preflight.tokens)  # type: ignore[func-returns-value, unused-ignore]
     finally:
         destination.close()
     folder.write_index(run.out, destination.writers)
@@ -192,6 +192,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
         outputs=[FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)],
         preflight=run.preflight,
         outcomes=destination.outcomes,
+        fidelity=judged,
         started=run.started,
     )
     if run.recipe.residual and destination.residuals:
@@ -206,7 +207,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
 
 def add_fidelity(report: ReportData, run: Run, text: Path) -> ReportData:
     """Judge the finished model on a text, and write its reports again. The model stays, whatever happens."""
-    run.progress.stage("judging", 1)
+    run.progress.stage("measuring the merged model", 1)
     try:
         record = fidelity(
             run.out,

@@ -69,7 +69,19 @@ def test_help_fits_a_person(cli: Cli, arguments: tuple[str, ...]) -> None:
     ran = cli(*arguments)
     assert ran.code == 0, ran.err
     shown = plain(ran.out)
-    used = ("base", "adapter", "target", "out", "calibration", "rounding", "verify", "min-kept", "device", "resume")
+    used = (
+        "base",
+        "adapter",
+        "target",
+        "out",
+        "calibration",
+        "rounding",
+        "verify",
+        "min-kept",
+        "max-kl-ratio",
+        "device",
+        "resume",
+    )
     assert not [name for name in (*used, "json", "quiet", "version") if f"--{name} " not in shown]
     assert not [command for command in COMMANDS if not re.search(rf"│ {command} ", shown)]
     assert "--block-size" not in shown and "qmerge --help-all" in shown
@@ -161,7 +173,7 @@ def test_the_word_merge_may_be_left_out(cli: Cli, asked: list[str], tmp_path: Pa
 def test_merge_prints_a_table_on_stdout(cli: Cli, lossy: list[str]) -> None:
     ran = cli(*lossy)
     assert ran.code == 0
-    assert "What survived in nf4 (preserve)" in ran.out and "q_proj" in ran.out and "qmerge verify" in ran.out
+    assert "what survived in nf4 (preserve)" in ran.out and "q_proj" in ran.out and "qmerge verify" in ran.out
     assert "warning" not in ran.out
 
 
@@ -207,7 +219,7 @@ def test_min_kept_gates_the_exit_code(
     assert ran.code == code, ran.err
     assert (tmp_path / "out" / "config.json").exists(), "the model is written either way"
     if code == 5:
-        assert "--min-kept" in ran.err.splitlines()[-1] and f"{least}" in ran.err.splitlines()[-1]
+        assert "--min-kept" in ran.err.splitlines()[-1] and f"{least:g}" in ran.err.splitlines()[-1]
 
 
 def measured(cli: Cli, asked: list[str], *more: object) -> Any:

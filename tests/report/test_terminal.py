@@ -11,9 +11,16 @@ from rich.console import Console
 from qmerge.report.terminal import console, progress
 from qmerge.report.terminal.plan import targets_table
 from qmerge.report.terminal.progress import TerminalProgress
-from qmerge.report.terminal.tables import extra_lines, fidelity_table, measured_table, pair_line, survival_table
+from qmerge.report.terminal.tables import (
+    extra_lines,
+    fidelity_table,
+    measured_table,
+    pair_line,
+    report_tables,
+    survival_table,
+)
 
-from .reports import FIDELITY, PAIR, RESIDUAL, report
+from .reports import FIDELITY, PAIR, RESIDUAL, fidelity, report
 
 WIDTH = 80
 
@@ -55,7 +62,7 @@ def test_units_fit_the_size(total: int, line: str, clock: list[float], capsys: p
 def test_nothing_is_said_where_nothing_is_known(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     shown = TerminalProgress()
     for total in (0, 1, 1000):
-        shown.stage("looking ahead", total)
+        shown.stage("predicting what survives", total)
         clock[0] += 100
         shown.advance(0)
         shown.end()
@@ -64,7 +71,7 @@ def test_nothing_is_said_where_nothing_is_known(clock: list[float], capsys: pyte
 
 def test_parts_that_are_not_counted_in_bytes_are_named(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     shown = TerminalProgress()
-    shown.stage("looking ahead", 1)
+    shown.stage("predicting what survives", 1)
     shown.report("calibrating layer 1 of 4")  # too soon after the beginning
     clock[0] = 20.0
     shown.report("calibrating layer 2 of 4")
@@ -129,17 +136,63 @@ TARGETS = [
     [
         survival_table(report()), survival_table(report(output_kept=1.0, calibration="train.txt")),
         measured_table([report(), report(fidelity=FIDELITY)]), fidelity_table(FIDELITY),
-        fidelity_table(FIDELITY.model_copy(update={"gain_kept": None})), targets_table(TARGETS),
+        measured_table([report()]), fidelity_table(fidelity(None, 0.01)), fidelity_table(fidelity(1.177, 0.724)),
+        fidelity_table(fidelity(1.1, 0.01, 0.001, text_kind="mixed")),
+        fidelity_table(fidelity(0.935, 0.0147, text_kind="generated")), targets_table(TARGETS),
     ],
-    ids=["survival", "outputs", "measured", "fidelity", "no gain", "targets"],
+    ids=["survival", "outputs", "judged", "fidelity", "measured", "no gain", "gain above 1", "chance", "generated", "targets"],
 )  # fmt: skip
 def test_every_column_is_explained_within_80_columns(table: console.NotedTable) -> None:
     assert all(len(line) <= WIDTH for line in table.lines), table.lines
-    headers = [str(column.header) for column in table.table.columns]
+    headers = [str(column.header).replace("\n", " ") for column in table.table.columns]
     explained = " ".join(table.lines)
-    plain = {"", "modules", "n", "target", "size", "loss", "rounding", "KL, 99th %"}
+    plain = {"", "modules", "n", "target", "size", "loss", "rounding", "verdict", "KL, 99th %"}
     assert not [name for name in headers if name not in plain and name not in explained], explained
     assert all(len(line) <= WIDTH for line in printed(table).splitlines())
+
+
+def test_the_whole_model_heads_the_report() -> None:
+    head, layers = report_tables(report(output_kept=1.0, calibration="train.txt", fidelity=fidelity(0.975, 0.0058)))
+    lines = [line.rstrip() for line in printed(head).splitlines()]
+    assert " ".join(lines[:2]).startswith(
+        "The fine-tuning is kept: the merged model predicts almost like the adapter model."
+    )
+    assert "measured on 20,480 tokens of heldout.txt" in printed(head)
+    merged = next(line for line in lines if "merged" in line and "│" in line)
+    assert merged.replace("│", " ").split() == ["merged", "0.975", "0.0058", "94.8", "%", "0.4", "2.5125"]
+    assert printed(layers).startswith("Layer by layer")
+
+
+def test_a_report_without_the_whole_model_says_so() -> None:
+    head, _ = report_tables(report())
+    assert printed(head).splitlines() == [
+        "No verdict: the whole model was not measured.",
+        "In the stored weights, there is 78 % of the adapter's change.",
+        "To measure it: qmerge verify OUT --text FILE, or merge with --verify FILE.",
+    ]
+
+
+def test_a_gain_above_one_is_explained_not_praised() -> None:
+    assert "is no success: KL ratio 0.72 shows that it is another model" in printed(
+        fidelity_table(fidelity(1.177, 0.724))
+    )
+    assert "A gain above 1 is not better than 1" in printed(fidelity_table(fidelity(1.05, 0.01)))
+    assert "A gain above 1" not in printed(fidelity_table(fidelity(1.007, 0.004)))
+
+
+def test_more_than_all_is_a_factor_and_explained() -> None:
+    shown = printed(survival_table(report(output_kept=1.33, calibration="train.txt")))
+    assert "1.33x: moved 1.33 times as far" in shown and "133 %" not in shown
+    assert "1.33x" not in printed(survival_table(report(output_kept=1.0, calibration="train.txt")))
+
+
+def test_targets_side_by_side_have_verdicts() -> None:
+    shown = printed(
+        measured_table([report(fidelity=fidelity(0.935, 0.0147)), report(fidelity=fidelity(0.019, 0.975)), report()])
+    )
+    assert re.search(r"mostly kept +│ 0.94 │ 0.0147", shown) and re.search(r"lost +│ 0.02 │ 0.9750", shown)
+    assert "Whole models: measured on 20,480 tokens of heldout.txt" in shown
+    assert "The whole models were not measured" in printed(measured_table([report()]))
 
 
 def test_outputs_are_said_to_be_those_on_the_calibration_text() -> None:

@@ -8,7 +8,7 @@ from qmerge.report.terminal.console import NotedTable, make_table, print_warning
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.report.terminal.tables import loader_lines, pair_line
 from qmerge.schema import PairRecord
-from qmerge.wording import DASH, counted, fixed_or_dash, percent_or_dash, size_text, times
+from qmerge.wording import DASH, counted, fixed_or_dash, share_or_dash, size_text, times
 
 
 def show_plan(described: dict[str, Any], all_weights: bool) -> None:
@@ -59,7 +59,7 @@ def _work_lines(described: dict[str, Any]) -> list[str]:
 
 def _weight_line(weight: dict[str, Any]) -> str:
     shape = "x".join(str(length) for length in weight["shape"])
-    kept = percent_or_dash(weight["predicted_kept"]) if weight["rank"] else ""
+    kept = share_or_dash(weight["predicted_kept"]) if weight["rank"] else ""
     return f"  {weight['action']:<8}{weight['from']:>5} → {weight['to']:<5}{shape:>12}{kept:>9}  {weight['name']}"
 
 
@@ -71,7 +71,7 @@ def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
         table.add_row(target["target"], *_target_cells(target))
     notes = [
         ("bits", "per weight, scales included"),
-        ("kept", "share of the delta (over 100 %: the change comes out too large)"),
+        ("kept", "share of the delta (1.33x: the change comes out too large)"),
         ("noise", "rounding error; 1 is as large as the delta"),
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
@@ -85,7 +85,7 @@ def _target_cells(target: dict[str, Any]) -> list[str]:
     return [
         f"{target['bits_per_weight']:.3g}",
         size_text(target["bytes_out"]),
-        percent_or_dash(target["predicted_kept"]),
+        share_or_dash(target["predicted_kept"]),
         fixed_or_dash(target["predicted_noise"], 2),
         DASH if gap is None else times(gap),
     ]

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
 
 from qmerge.formats import get_format
+from qmerge.report.headline import fidelity_remarks, unmeasured_lines, verdict_sentence
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, PairRecord, ReportData, overall_kept
-from qmerge.wording import DASH, decimal_or_dash, fixed_or_dash, percent, percent_or_dash, size_text
+from qmerge.wording import (
+    DASH,
+    decimal_or_dash,
+    exceeds_all,
+    fixed_or_dash,
+    percent,
+    percent_or_dash,
+    percent_with_tenths,
+    share_or_dash,
+    size_text,
+)
 
 BITS_NOTE = ("bits", "per weight, scales included")
 DELTA_NOTE = ("delta", "size of the change, relative to the weights")
@@ -15,7 +29,17 @@ KEPT_NOTE = ("kept", "share of the delta that is in the stored weights")
 NOISE_NOTE = ("noise", "rounding error of the weights; 1 is as large as the delta")
 CODES_NOTE = ("codes", "share of the stored numbers that changed")
 GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
+SHARES = ("kept", "output_kept", "predicted_kept", "rank_kept_min")
 KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
+
+
+def report_tables(report: ReportData) -> list[RenderableType]:
+    """What became of the whole model, or that this was not measured; then the diagnosis, by kind of module."""
+    if report.fidelity is None:
+        head: RenderableType = Text("\n".join(unmeasured_lines(report)))
+    else:
+        head = fidelity_table(report.fidelity)
+    return [head, survival_table(report)]
 
 
 def survival_table(report: ReportData) -> NotedTable:
@@ -23,13 +47,14 @@ def survival_table(report: ReportData) -> NotedTable:
     outputs_seen = report.outputs_measured
     predicted = _predicted_name(report.rounding)
     measured = ("kept", "output kept", "output noise") if outputs_seen else ("kept", "worst rank", "noise")
-    title = f"What survived in {report.recipe['target']} ({report.rounding})"
+    title = f"Layer by layer: what survived in {report.recipe['target']} ({report.rounding})"
     table = make_table(title, ("modules", "n", "delta", predicted, *measured, "codes"))
     for group in report.groups:
         table.add_row(safe(group.name), *_survival_cells(group, outputs_seen))
     table.add_section()
     table.add_row("all", *_survival_cells(report.total, outputs_seen), style="bold")
-    return with_notes(table, _survival_notes(report, predicted, outputs_seen))
+    shown = [group.values[name] for group in [*report.groups, report.total] for name in SHARES]
+    return with_notes(table, _survival_notes(report, predicted, outputs_seen), above_all_lines(shown))
 
 
 def _predicted_name(rounding: str) -> str:
@@ -42,13 +67,13 @@ def _survival_cells(group: GroupRecord, outputs_seen: bool) -> list[str]:
     cells = [
         str(group.weights),
         percent_or_dash(values["relative_size"]),
-        percent_or_dash(values["predicted_kept"]),
-        percent_or_dash(values["kept"]),
+        share_or_dash(values["predicted_kept"]),
+        share_or_dash(values["kept"]),
     ]
     if outputs_seen:
-        cells += [percent_or_dash(values["output_kept"]), decimal_or_dash(values["output_noise"])]
+        cells += [share_or_dash(values["output_kept"]), decimal_or_dash(values["output_noise"])]
     else:
-        cells += [percent_or_dash(values["rank_kept_min"]), decimal_or_dash(values["noise"])]
+        cells += [share_or_dash(values["rank_kept_min"]), decimal_or_dash(values["noise"])]
     return [*cells, percent_or_dash(values["codes_changed"])]
 
 
@@ -71,69 +96,97 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
     return [*notes, CODES_NOTE]
 
 
+def above_all_lines(shares: Iterable[float | None]) -> list[str]:
+    """Explains shares above 100 %, where there are any."""
+    if not any(exceeds_all(share) for share in shares):
+        return []
+    return ["  1.33x: moved 1.33 times as far as the adapter moves it; not better than 100 %"]
+
+
 def measured_table(reports: Sequence[ReportData]) -> NotedTable:
-    """Targets side by side, measured; with the fidelity of whole models where a held-out text was given."""
+    """Targets side by side, measured; whole models first, where they were measured."""
     judged = any(report.fidelity for report in reports)
-    fidelity_columns = ("gain kept", "KL ratio") if judged else ()
-    table = make_table("What survives", ("target", "bits", "size", "kept", "noise", *fidelity_columns))
+    first = ("verdict", "gain\nkept", "KL\nratio") if judged else ()
+    last = ("kept",) if judged else ("kept", "noise")
+    table = make_table("What survives", ("target", *first, "bits", "size", *last))
     table.add_column("rounding")
+    if judged:
+        table.columns[1].no_wrap = True  # two words
     for report in reports:
-        cells = _measured_cells(report)
+        cells = [report.recipe["target"]]
         if judged:
             cells += _fidelity_cells(report.fidelity)
-        table.add_row(report.recipe["target"], *cells, report.rounding)
-    notes = [BITS_NOTE]
+        cells += [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out), share_or_dash(_kept(report))]
+        if not judged:
+            cells.append(decimal_or_dash(_noise(report)))
+        table.add_row(*cells, report.rounding)
+    lines = [
+        *above_all_lines(map(_kept, reports)),
+        *_measured_on_lines(reports),
+        *loader_lines([report.recipe["target"] for report in reports]),
+    ]
+    return with_notes(table, _measured_notes(reports, judged), lines)
+
+
+def _measured_notes(reports: Sequence[ReportData], judged: bool) -> list[tuple[str, str]]:
+    notes = [GAIN_NOTE, KL_NOTE, BITS_NOTE] if judged else [BITS_NOTE]
     if any(report.outputs_measured for report in reports):
         notes += [
             ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
             ("", "where rounding was calibrated (preserve); else in the weights"),
-            ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta"),
         ]
+        noise = ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta")
     else:
-        notes += [KEPT_NOTE, NOISE_NOTE]
-    if judged:
-        notes += [GAIN_NOTE, KL_NOTE]
-    return with_notes(table, notes, loader_lines([report.recipe["target"] for report in reports]))
+        notes.append(KEPT_NOTE)
+        noise = NOISE_NOTE
+    if not judged:
+        notes.append(noise)
+    return notes
 
 
-def _measured_cells(report: ReportData) -> list[str]:
+def _kept(report: ReportData) -> float | None:
+    return overall_kept(report.total.values)
+
+
+def _noise(report: ReportData) -> float | None:
     values = report.total.values
-    noise = values["noise"] if values["output_kept"] is None else values["output_noise"]
-    return [
-        f"{report.bits_per_weight:.3g}",
-        size_text(report.bytes_out),
-        percent_or_dash(overall_kept(values)),
-        decimal_or_dash(noise),
-    ]
+    return values["noise"] if values["output_kept"] is None else values["output_noise"]
+
+
+def _measured_on_lines(reports: Sequence[ReportData]) -> list[str]:
+    """What the whole models were measured on, each text once; that they were not measured, where none was."""
+    texts = dict.fromkeys(report.fidelity.measured_on for report in reports if report.fidelity)
+    if not texts:
+        return ["The whole models were not measured: --verify FILE does."]
+    return [f"Whole models: measured on {printable(text)}" for text in texts]
 
 
 def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
     if fidelity is None:
-        return [DASH, DASH]
-    return [decimal_or_dash(fidelity.gain_kept), fixed_or_dash(fidelity.kl_ratio, 4)]
+        return [DASH, DASH, DASH]
+    return [fidelity.verdict or DASH, decimal_or_dash(fidelity.gain_kept), fixed_or_dash(fidelity.kl_ratio, 4)]
 
 
 def fidelity_table(record: FidelityRecord) -> NotedTable:
-    """The whole model on held-out text, next to the base and the unmerged adapter model."""
-    title = f"The whole model, on {record.tokens} tokens of {safe(record.text)}"
-    table = make_table(title, ("", "loss", "gain kept", "KL ratio", "same top token", "KL, 99th %"))
-    # By definition, the base has kept nothing and the unmerged model everything.
-    base = ["base", f"{record.loss_base:.4f}", "0", "1"]
-    unmerged = ["unmerged", f"{record.loss_unmerged:.4f}", "1", "0"]
+    """What became of the fine-tuning: the whole model, next to the base and the unmerged adapter model."""
+    title = f"{verdict_sentence(record)}\nThe whole model, measured on {safe(record.measured_on)}"
+    table = make_table(title, ("", "gain kept", "KL ratio", "same top token", "KL, 99th %", "loss"))
     merged = [
         "merged",
-        f"{record.loss_merged:.4f}",
         fixed_or_dash(record.gain_kept, 3),
         fixed_or_dash(record.kl_ratio, 4),
-        percent_or_dash(record.top1_agreement),
+        percent_with_tenths(record.top1_agreement),
         f"{record.kl_p99:.2g}",
+        f"{record.loss_merged:.4f}",
     ]
-    for cells in (base, unmerged, merged):
+    # By definition, the base has kept nothing and the unmerged model everything.
+    base = ["base", "0", "1", "", "", f"{record.loss_base:.4f}"]
+    unmerged = ["unmerged", "1", "0", "", "", f"{record.loss_unmerged:.4f}"]
+    table.add_row(*merged, style="bold")
+    for cells in (base, unmerged):
         table.add_row(*cells)
     notes = [GAIN_NOTE, KL_NOTE, ("same top token", "as the unmerged model, share of all positions")]
-    if record.gain_kept is None:
-        return with_notes(table, notes, ["The adapter does not lower the loss of this text: there is no gain to keep."])
-    return with_notes(table, notes)
+    return with_notes(table, notes, fidelity_remarks(record))
 
 
 def loader_lines(targets: Sequence[str]) -> list[str]:
