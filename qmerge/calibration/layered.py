@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qmerge.calibration.forward import LayerCall, pausing_forward
+from qmerge.calibration.heap import release_freed_memory
 from qmerge.checkpoint.architecture import empty_model
 from qmerge.checkpoint.conversion import Conversion
 from qmerge.errors import CheckpointError
@@ -108,6 +109,7 @@ class LayeredModel:
             module, _, local = name.rpartition(".")
             empty = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
             self.model.get_submodule(module)._parameters[local] = empty
+        release_freed_memory()
 
     def layer_of(self, parameter: str) -> int | None:
         """Index of the decoder layer that a parameter belongs to."""

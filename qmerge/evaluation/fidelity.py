@@ -10,7 +10,6 @@ this needs no more memory than the merge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from qmerge.calibration import texts
 from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
+from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import scan
 from qmerge.planning.plan import Plan, make_plan
@@ -30,9 +30,6 @@ from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import FidelityRecord, read_report
 from qmerge.weights.context import RunContext, compute_device
 from qmerge.weights.values import dense_values
-
-POSITIONS = 256
-"""Token positions whose probabilities over the vocabulary are worked on at once."""
 
 
 def _report_to_nobody(_: str) -> None:
@@ -148,34 +145,32 @@ def _score_models(
     *,
     report_progress: Callable[[str], None],
 ) -> Scores:
-    """Run all batches through base, unmerged and merged model, layer by layer; logits exist for one batch at a time."""
+    """Run all batches through base, unmerged and merged model, layer by layer."""
     base_model, base_values = unmerged_model(plan, context, with_delta=False)
     adapter_model, adapter_values = unmerged_model(plan, context)
     # A merged model's config.json may name a quantizer; the plan's is that of a dense model of the same architecture.
     merged_model, merged_values = _stored_model(merged, plan.config, context.reader, context.device)
-    base = LayerwiseRun(base_model, base_values, batches, with_head=True)
-    unmerged = LayerwiseRun(adapter_model, adapter_values, batches, with_head=True)
-    merged_run = LayerwiseRun(merged_model, merged_values, batches, with_head=True)
-    runs = [base, unmerged, merged_run]
+    runs = [
+        LayerwiseRun(base_model, base_values, batches),
+        LayerwiseRun(adapter_model, adapter_values, batches),
+        LayerwiseRun(merged_model, merged_values, batches),
+    ]
+    last = len(base_model) - 1
     with stopping(runs):
         for run in runs:
             run.start()
-        for index in range(len(base_model)):
+        for index in range(last):
             report_progress(f"measuring fidelity: layer {index + 1} of {len(base_model)}")
             for run in runs:
                 run.run_layer(index)
-        # The three heads are in memory at once, so that no logits need to be kept.
+        report_progress(f"measuring fidelity: layer {last + 1} of {len(base_model)}")
+        finished = []
         for run in runs:
-            run.model.load(None, run.model.names(None), run.values)
-        scores = Scores()
-        for batch, ids in enumerate(batches):
-            scores.add(
-                ids.to(context.device),
-                base=base.logits(batch),
-                unmerged=unmerged.logits(batch),
-                merged=merged_run.logits(batch),
-            )
-        return scores
+            with run.model.loaded(last, run.values):
+                finished.append(finish_run(run))
+    report_progress("measuring fidelity: comparing predictions")
+    base, unmerged, merged_run = finished
+    return score_runs(base, unmerged, merged_run, batches)
 
 
 def _stored_model(
@@ -211,81 +206,3 @@ def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
                 run.run_layer(index)
             with model.loaded(None, values), torch.inference_mode():
                 return run.logits(0).float()
-
-
-@dataclass
-class Scores:
-    """Sums over tokens, in float64. All positions predict a token; the loss of the last one is unknown.
-
-    losses       sums of the cross entropy, [3]: base, unmerged, merged
-    predicted    number of positions with a loss
-    divergences  per part of a batch, float32 [2, positions]: KL(unmerged ‖ base) and KL(unmerged ‖ merged)
-    agreed       positions where unmerged and merged model have the same likeliest token
-    """
-
-    losses: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    predicted: int = 0
-    divergences: list[Tensor] = field(default_factory=list)
-    agreed: int = 0
-
-    def add(self, ids_NL: Tensor, *, base: Tensor, unmerged: Tensor, merged: Tensor) -> None:
-        """Add the logits [N, L, V] of the three models for a batch of token ids [N, L]."""
-        # −1: the token after the last one of a sequence is not known.
-        no_token = torch.full_like(ids_NL[:, :1], -1)
-        next_ids = torch.cat([ids_NL[:, 1:], no_token], dim=1).flatten()
-        for start in range(0, len(next_ids), POSITIONS):
-            positions = slice(start, start + POSITIONS)
-            self._add_positions(
-                next_ids[positions],
-                base=_log_probabilities(base, positions),
-                unmerged=_log_probabilities(unmerged, positions),
-                merged=_log_probabilities(merged, positions),
-            )
-
-    def _add_positions(self, next_ids: Tensor, *, base: Tensor, unmerged: Tensor, merged: Tensor) -> None:
-        """next_ids: int64 [positions]; log-probabilities: float32 [positions, V]."""
-        known = next_ids >= 0
-        target = next_ids.clamp(min=0)[:, None]
-        for model, log_probabilities in enumerate((base, unmerged, merged)):
-            self.losses[model] -= log_probabilities.gather(-1, target)[known].double().sum().cpu()
-        self.predicted += int(known.sum())
-        self.divergences.append(torch.stack([kl_divergence(unmerged, base), kl_divergence(unmerged, merged)]).cpu())
-        self.agreed += int((unmerged.argmax(-1) == merged.argmax(-1)).sum())
-
-    def record(self, text: str, *, tokens: int, length: int) -> FidelityRecord:
-        """The means, as qmerge.json has them.
-
-        Args:
-            text: name of the text's file.
-            tokens, length: of the whole text, and of one sequence.
-        """
-        base, unmerged, merged = (self.losses / self.predicted).tolist()
-        to_base, to_merged = torch.cat(self.divergences, dim=1).double()
-        kl_base = float(to_base.mean())
-        kl_merged = float(to_merged.mean())
-        return FidelityRecord(
-            text=text,
-            tokens=tokens,
-            sequence_length=length,
-            loss_base=base,
-            loss_unmerged=unmerged,
-            loss_merged=merged,
-            # An adapter that does not lower the loss on this text has no gain to keep.
-            gain_kept=(base - merged) / (base - unmerged) if base > unmerged else None,
-            kl_base=kl_base,
-            kl_merged=kl_merged,
-            # Equal outputs: an adapter without effect.
-            kl_ratio=kl_merged / kl_base if kl_base > 0 else None,
-            top1_agreement=self.agreed / tokens,
-            kl_p99=float(to_merged.quantile(0.99)),
-        )
-
-
-def _log_probabilities(logits_NLV: Tensor, positions: slice) -> Tensor:
-    """float32 [positions, V] of some positions, counted through all sequences."""
-    return torch.log_softmax(logits_NLV.flatten(0, 1)[positions].float(), -1)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of every position, from log-probabilities [positions, V]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
 import time
@@ -21,7 +20,8 @@ import qmerge.demo
 from qmerge.calibration import texts
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun
-from qmerge.evaluation.fidelity import Scores
+from qmerge.calibration.scores import FinishedRun
+from qmerge.evaluation import fidelity
 from qmerge.schema import FidelityRecord
 
 from .. import models
@@ -189,7 +189,7 @@ def test_experts_and_tied_embeddings(make: Any, tmp_path: Path, monkeypatch: pyt
 def test_one_layer_of_one_model_is_in_memory(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While hidden states go through the layers, one layer of one of the three models is in memory, and nothing else."""
     made: list[LayeredModel] = []
-    load, run = LayeredModel.load, LayerwiseRun.run_loaded_layer
+    load, run, finish = LayeredModel.load, LayerwiseRun.run_loaded_layer, fidelity.finish_run
 
     def loading(self: LayeredModel, *arguments: Any) -> None:
         made.append(self) if self not in made else None
@@ -197,13 +197,21 @@ def test_one_layer_of_one_model_is_in_memory(merged: Path, monkeypatch: pytest.M
 
     held: list[list[tuple[int, int | None]]] = []
 
-    def running(self: LayerwiseRun, is_last: bool = False) -> None:
+    def note_what_is_in_memory() -> None:
         named = [(i, n, p) for i, model in enumerate(made) for n, p in model.model.named_parameters()]
         held.append(sorted({(i, made[i].layer_of(n)) for i, n, p in named if not p.is_meta}, key=str))
+
+    def running(self: LayerwiseRun, is_last: bool = False) -> None:
+        note_what_is_in_memory()
         run(self, is_last)
+
+    def finishing(self: LayerwiseRun) -> FinishedRun:
+        note_what_is_in_memory()
+        return finish(self)
 
     monkeypatch.setattr(LayeredModel, "load", loading)
     monkeypatch.setattr(LayerwiseRun, "run_loaded_layer", running)
+    monkeypatch.setattr(fidelity, "finish_run", finishing)
     judged(merged)
     assert held == [[(model, layer)] for layer in range(len(made[0])) for model in range(3)]
 
@@ -221,28 +229,6 @@ def test_no_pass_is_left_waiting_after_an_error(merged: Path, monkeypatch: pytes
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.01)
     assert threading.active_count() <= before
-
-
-def test_scores_of_a_large_vocabulary_in_parts() -> None:
-    """Positions are worked on in parts; the sums do not depend on their size."""
-    generator = torch.Generator().manual_seed(0)
-    logits = [torch.randn(5, 70, 300, generator=generator) for _ in range(3)]
-    ids = torch.randint(0, 300, (5, 70), generator=generator)
-    scores = Scores()
-    scores.add(ids, base=logits[0], unmerged=logits[1], merged=logits[2])
-    record = scores.record("x", tokens=350, length=70)
-    logs = [torch.log_softmax(x.double(), -1) for x in logits]
-    loss = float(-logs[0][:, :-1].gather(-1, ids[:, 1:, None]).mean())
-    divergence = float((logs[1].exp() * (logs[1] - logs[2])).sum(-1).mean())
-    assert record.loss_base == pytest.approx(loss, rel=1e-6) and record.kl_merged == pytest.approx(divergence, rel=1e-5)
-
-
-def test_no_gain_to_keep() -> None:
-    scores = Scores()
-    logits = torch.zeros(1, 4, 8)
-    scores.add(torch.zeros(1, 4, dtype=torch.long), base=logits, unmerged=logits, merged=logits)
-    record = scores.record("x", tokens=4, length=4)
-    assert record.gain_kept is None and record.loss_base == pytest.approx(math.log(8))
 
 
 def test_on_the_command_line(merged: Path, cli: Cli) -> None:
