@@ -86,13 +86,14 @@ class BlockKernels:
         table = self.table
         return (
             self.offset_I[start:stop], table.scale, table.inverse, table.zero, table.levels_L, table.edges,
-            table.row_stride, table.divisor, float(table.first), float(table.last), start, stop - start,
+            table.row_stride, float(table.first), float(table.last), start, stop - start,
         )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
         # Without fused multiply-add: level − old level must be 0 where both are the same.
         return {
             "LEVEL_BITS": self.level_bits,
+            "DIVISOR": self.table.divisor,
             "BLOCK": BLOCK,
             "TILE": self.tile,
             "num_warps": self.warps,
@@ -137,8 +138,8 @@ def _nearest(
 @triton.jit
 def _feedback_block(
     aim_ptr, carried_ptr, factor_ptr, levels_ptr, errors_ptr, rows_ptr,
-    offset_ptr, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr, row_stride, divisor, first, last, start, count,
-    inputs, outputs, LEVEL_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    offset_ptr, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr, row_stride, first, last, start, count,
+    inputs, outputs, LEVEL_BITS: tl.constexpr, DIVISOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = lane < outputs
@@ -153,7 +154,7 @@ def _feedback_block(
         aim = tl.load(aim_ptr + j * outputs + lane, mask=inside, other=0.0)
         diagonal = tl.load(factor_ptr + j * inputs + j)
         carried_here = tl.sum(tl.where(index[:, None] == i, carried, 0.0), axis=0)
-        place = (row_place + tl.load(offset_ptr + i)) // divisor
+        place = (row_place + tl.load(offset_ptr + i)) // DIVISOR
         level = _nearest(
             aim - carried_here / diagonal, place, inside, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr,
             first, last, LEVEL_BITS,
@@ -168,8 +169,8 @@ def _feedback_block(
 @triton.jit
 def _sweep_block(
     slope_ptr, K_ptr, levels_ptr, errors_ptr, moved_ptr, rows_ptr,
-    offset_ptr, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr, row_stride, divisor, first, last, start, count,
-    inputs, outputs, LEVEL_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    offset_ptr, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr, row_stride, first, last, start, count,
+    inputs, outputs, LEVEL_BITS: tl.constexpr, DIVISOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = lane < outputs
@@ -186,7 +187,7 @@ def _sweep_block(
         error = tl.load(errors_ptr + j * outputs + lane, mask=inside, other=0.0)
         diagonal = tl.load(K_ptr + j * inputs + j)
         slope_here = tl.sum(tl.where(index[:, None] == i, slope, 0.0), axis=0)
-        place = (row_place + tl.load(offset_ptr + i)) // divisor
+        place = (row_place + tl.load(offset_ptr + i)) // DIVISOR
         level = _nearest(
             before - slope_here / diagonal, place, inside, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr,
             first, last, LEVEL_BITS,

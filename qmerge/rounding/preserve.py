@@ -44,6 +44,9 @@ BLOCK = 64
 TORCH_LOOPS = "QMERGE_TORCH_LOOPS"
 """Environment variable: with "1", a GPU goes column by column with torch, too, to compare with the kernels."""
 
+OLDEST_CAPABILITY = (7, 0)
+"""Triton compiles for GPUs from Volta on. (A P100 has 6.0.)"""
+
 ERROR_BLOCK = 512
 """Columns whose squared error is computed at once: bounds memory, and fixes the order of the sum."""
 
@@ -251,7 +254,9 @@ def block_kernels(problem: Problem) -> BlockKernels | None:
 @cache
 def kernels_run_on(device: torch.device) -> bool:
     """Whether Triton is there and compiles for this device."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def feedback_with_kernels(problem: Problem, kernels: BlockKernels) -> Tensor:

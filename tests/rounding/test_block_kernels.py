@@ -54,6 +54,36 @@ def test_some_rows_stay_in_the_second_sweep(differences: dict[str, dict[str, int
     assert any(found["rows that stay"] for found in differences.values())
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("level_bits", [0, 4])
+@pytest.mark.parametrize("kernel", ["_feedback_block", "_sweep_block"])
+def test_kernels_compile_without_fused_multiply_add(kernel: str, level_bits: int, capability: int) -> None:
+    """For a T4 and an H100, by Triton's own compiler, which needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qmerge.rounding import _block_kernels
+
+    function = getattr(_block_kernels, kernel)
+    constants = {"LEVEL_BITS": level_bits, "DIVISOR": 64, "BLOCK": 64, "TILE": 16}
+    types = {"rows_ptr": "*i64", "offset_ptr": "*i64", "moved_ptr": "*i32", "first": "fp32", "last": "fp32"}
+    signature = {}
+    for name in function.arg_names:
+        default = "*fp32" if name.endswith("_ptr") else "i32"
+        signature[name] = "constexpr" if name in constants else types.get(name, default)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    fused = {}
+    for option in (False, True):
+        made = triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": option})
+        fused[option] = made.asm["ptx"].count("fma.")
+    assert fused[False] == 0
+    assert fused[True] > 0, "the control: the option decides"
+
+
 def test_torch_goes_column_by_column_on_a_cpu() -> None:
     problem, _ = CASES[0].problem()
     assert preserve.block_kernels(problem) is None
