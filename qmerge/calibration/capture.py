@@ -1,9 +1,9 @@
-"""The inputs of the weights of a decoder layer: every matrix product with one of them is recorded."""
+"""The inputs of the weights of a decoder layer: matrix products with one of them are recorded, or wait."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,29 +25,30 @@ class MatrixProduct:
     x: Tensor
 
 
-class AllInputsSeen(Exception):  # noqa: N818  (it is not an error)
-    """Every wanted weight has been multiplied with something: the rest of the layer need not be run."""
-
-
 PRODUCTS: dict[Any, tuple[int, int]] = {nn.functional.linear: (0, 1), torch.addmm: (1, 2)}
 """Function → positions of its arguments input and weight. (GPT-2's Conv1D calls ``addmm``.)"""
 
+ADDITIONS = (torch.Tensor.add, torch.Tensor.add_, torch.add)
+"""What adds the output of a block to the residual stream (``+`` and ``+=`` come as the first two)."""
+
 
 class ProductCapture(TorchFunctionMode):
-    """Inside, every product of an input with a wanted weight is recorded in ``products``, whatever code makes it.
+    """Inside, ``seen`` is called for every product of an input with a wanted weight, whatever code makes it.
 
     A weight is recognized by the memory of its values, not by its module: so slices of stacked experts are recognized too.
+    The residual stream is followed through the layer: it begins as the layer's input, and every addition makes the next.
 
     Args:
         wanted: weights of one decoder layer, which is loaded, by their names on disk.
-        stop: raise ``AllInputsSeen`` as soon as every wanted weight has been seen.
+        stream: the residual stream where the layer begins, float32 [sequences, length, width].
+
+    Attributes:
+        stream: the residual stream at the moment.
     """
 
-    def __init__(self, model: LayeredModel, wanted: Sequence[str], stop: bool = False) -> None:
+    def __init__(self, model: LayeredModel, wanted: Sequence[str], stream: Tensor) -> None:
         super().__init__()
-        self.products: list[MatrixProduct] = []
-        self._stop = stop
-        self._missing = set(wanted)
+        self.stream = stream
         # (address of the storage, offset in it) → weights on disk. A slice shares the storage of the whole tensor.
         self._weights: dict[tuple[int, int], tuple[str, ...]] = {}
         for parameter, names in _by_parameter(model, wanted).items():
@@ -60,18 +61,125 @@ class ProductCapture(TorchFunctionMode):
     ) -> Any:
         """torch calls this for every function that is called inside."""
         if func in PRODUCTS:
-            input_position, weight_position = PRODUCTS[func]
-            self._record(args[input_position], args[weight_position])
-        return func(*args, **(kwargs or {}))
+            return self._multiply(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if func in ADDITIONS and len(args) > 1 and isinstance(args[1], Tensor):
+            self._follow(args[0], args[1], result)
+        return result
 
-    def _record(self, x: Tensor, weight: Tensor) -> None:
+    def seen(self, product: MatrixProduct) -> None:
+        """A product is about to be computed."""
+
+    def computed(self, names: tuple[str, ...], output: Tensor) -> None:
+        """A product has been computed."""
+
+    def added(self, block_output: Tensor) -> None:
+        """``block_output`` has been added to the residual stream."""
+
+    def _multiply(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        input_position, weight_position = PRODUCTS[func]
+        x, weight = args[input_position], args[weight_position]
         names = self._weights.get((weight.untyped_storage().data_ptr(), int(weight.storage_offset())))
-        if not names:
+        if names:
+            self.seen(MatrixProduct(names, x.detach().reshape(-1, x.shape[-1]).float()))
+        output = func(*args, **kwargs)
+        if names:
+            self.computed(names, output)
+        return output
+
+    def _follow(self, one: Tensor, other: Tensor, result: Tensor) -> None:
+        if result.shape != self.stream.shape:
             return
-        self.products.append(MatrixProduct(names, x.detach().reshape(-1, x.shape[-1]).float()))
-        self._missing.difference_update(names)
-        if self._stop and not self._missing:  # before the product itself is computed
+        for operand, block_output in ((one, other), (other, one)):
+            if _same_memory(operand, self.stream):
+                self.added(block_output)
+                self.stream = result
+                return
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+class RecordedProducts(ProductCapture):
+    """All products of one batch, and which weights write into the residual stream.
+
+    Attributes:
+        products: in the order in which the layer's code makes them.
+        into_stream: weights whose product is added to the residual stream as it is.
+    """
+
+    def __init__(self, model: LayeredModel, wanted: Sequence[str], stream: Tensor) -> None:
+        super().__init__(model, wanted, stream)
+        self.products: list[MatrixProduct] = []
+        self.into_stream: set[str] = set()
+        # They are kept alive, so that no address is used twice.
+        self._outputs: list[tuple[tuple[str, ...], Tensor]] = []
+
+    def seen(self, product: MatrixProduct) -> None:
+        self.products.append(product)
+
+    def computed(self, names: tuple[str, ...], output: Tensor) -> None:
+        self._outputs.append((names, output))
+
+    def added(self, block_output: Tensor) -> None:
+        for names, output in self._outputs:
+            if _same_memory(output, block_output) and len(names) == 1:
+                self.into_stream.update(names)
+
+
+class AllInputsSeen(Exception):  # noqa: N818  (it is not an error)
+    """Every wanted weight has been multiplied with something: the rest of the layer need not be run."""
+
+
+class StoppingProducts(RecordedProducts):
+    """The same, but ``AllInputsSeen`` is raised before the last wanted weight is multiplied."""
+
+    def __init__(self, model: LayeredModel, wanted: Sequence[str], stream: Tensor) -> None:
+        super().__init__(model, wanted, stream)
+        self._missing = set(wanted)
+
+    def seen(self, product: MatrixProduct) -> None:
+        super().seen(product)
+        self._missing.difference_update(product.names)
+        if not self._missing:
             raise AllInputsSeen
+
+
+@dataclass(frozen=True)
+class GroupReached:
+    """A batch waits before the first product of a group: the group's input x [tokens, I], and the residual stream."""
+
+    x: Tensor
+    stream: Tensor
+
+
+class PausingProducts(ProductCapture):
+    """Inside a ``ForwardPass``: waits before the first product of each group, until the caller has rounded its weights.
+
+    Args:
+        groups: names of the weights of each group, in the order of the layer's code.
+        pause: hands a ``GroupReached`` to the caller, and returns when the caller goes on.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        groups: Sequence[Sequence[str]],
+        stream: Tensor,
+        pause: Callable[[GroupReached], Any],
+    ) -> None:
+        super().__init__(model, [name for names in groups for name in names], stream)
+        self._groups = iter(groups)
+        self._reached: set[str] = set()
+        self._pause = pause
+
+    def seen(self, product: MatrixProduct) -> None:
+        if self._reached.issuperset(product.names):
+            return
+        self._reached = set(next(self._groups))
+        assert self._reached.issuperset(product.names), "a batch takes another way through the layer than the first one"
+        self._pause(GroupReached(product.x, self.stream))
 
 
 def _by_parameter(model: LayeredModel, names: Sequence[str]) -> dict[str, list[str]]:

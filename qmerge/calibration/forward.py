@@ -41,16 +41,16 @@ class ForwardPass:
         self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self._thread.start()
 
-    def advance(self, layer_output: Any = None) -> Any:
-        """Go on with the output of the layer at which it waits (None at the start).
+    def advance(self, answer: Any = None) -> Any:
+        """Go on with what it waits for: the output of a layer (None at the start).
 
         Returns:
-            The next ``LayerCall``, or the result of ``call``.
+            What it stops at next (a ``LayerCall``), or the result of ``call``.
 
         Raises:
             BaseException: whatever the model's code raised.
         """
-        self._to_thread.put(layer_output)
+        self._to_thread.put(answer)
         result, error = self._to_caller.get()
         if error is not None:
             raise error
@@ -61,9 +61,9 @@ class ForwardPass:
         # A pass that has ended already never reads this message.
         self._to_thread.put(_Stopped())
 
-    def pause(self, layer_call: LayerCall) -> Any:
-        """For the thread: hand a call to the caller of ``advance``, and wait for the layer's output."""
-        self._to_caller.put((layer_call, None))
+    def pause(self, found: Any) -> Any:
+        """For the thread: hand something to the caller of ``advance``, and wait for the answer."""
+        self._to_caller.put((found, None))
         return self._wait()
 
     def _run(self, call: Callable[[], Any]) -> None:
@@ -92,11 +92,16 @@ _running = threading.local()
 """``forward_pass``: the pass that this thread belongs to."""
 
 
+def pause(found: Any) -> Any:
+    """Inside a pass: hand something to the caller of ``advance``, and wait for the answer."""
+    forward_pass: ForwardPass = _running.forward_pass
+    return forward_pass.pause(found)
+
+
 def pausing_forward(index: int) -> Callable[..., Any]:
     """The forward function that decoder layer ``index`` is given: it computes nothing, but pauses the pass."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        forward_pass: ForwardPass = _running.forward_pass
-        return forward_pass.pause(LayerCall(index, args, kwargs))
+        return pause(LayerCall(index, args, kwargs))
 
     return forward

@@ -103,6 +103,16 @@ class LayeredModel:
             if tensor.is_meta:
                 raise CheckpointError(f"the base has no values for {parameter} of {type(self.model).__name__}")
 
+    @contextmanager
+    def same_memory(self, parameters: Iterable[str]) -> Iterator[None]:
+        """What is loaded into these parameters inside is copied into the tensors that they had before."""
+        before = {name: self.model.get_parameter(name) for name in parameters}
+        yield
+        for name, parameter in before.items():
+            parameter.data.copy_(self.model.get_parameter(name).data)
+            module, _, local = name.rpartition(".")
+            self.model.get_submodule(module)._parameters[local] = parameter
+
     def unload(self, index: int | None) -> None:
         """Free the weights of a decoder layer."""
         for name, tensor in self._tensors(index):

@@ -55,13 +55,17 @@ class LayerwiseRun:
 
         After the last layer the passes wait until the head is loaded: ``logits`` goes on with them.
         """
-        for batch, forward_pass in enumerate(self._passes):
-            # Only hidden states are kept between two layers, those of every batch.
+        for batch in range(len(self._passes)):
             output = self.model.run_layer(self.waiting[batch])
             if is_last:
                 self._last_outputs.append(output)
             else:
-                self.waiting[batch] = forward_pass.advance(output)
+                self.go_on(batch, output)
+
+    def go_on(self, batch: int, output: Any) -> None:
+        """One batch goes on to the next decoder layer, with the output of the one at which it waits."""
+        # Only hidden states are kept between two layers, those of every batch.
+        self.waiting[batch] = self._passes[batch].advance(output)
 
     def logits(self, batch: int) -> Tensor:
         """Logits [sequences, length, vocabulary] of one batch. Every layer has been run, and the head is loaded."""

@@ -1,28 +1,44 @@
-"""Statistics of the inputs of every weight that ``preserve`` rounds: H = E[x xᵀ], as in GPTQ, and how x differs after rounding.
+"""The calibration pass: statistics of the inputs of every weight that ``preserve`` rounds, and what the rounded model is worth.
 
 Decoder layer by decoder layer, the same text runs through two models: the unmerged adapter model, and the model as merged so
-far. Weights that share an input (q, k and v; gate and up) form a group. The groups of a layer are calibrated, rounded and
-loaded into the merged model one after the other, so that each can compensate for the rounding before it
-(``InputStatistics.correction``). With ``sequential`` off, only the unmerged model runs, and a layer's weights are one group.
+far. Weights that share an input (q, k and v; gate and up) form a group. When all batches have come to a group, its weights
+are rounded and loaded into the merged model, and all batches go on with them: so each group can compensate for the rounding
+before it (``InputStatistics``). With ``sequential`` off, only the unmerged model runs.
+
+Some of the text is held out: it adds nothing to the statistics, but goes through both models, and through the base, with
+their heads. How far the merged model is from the unmerged one on it is what rounding did to the whole model.
+
 Nothing of a layer stays in memory but the hidden states that go into the next.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qmerge.calibration.capture import AllInputsSeen, MatrixProduct, ProductCapture, without_expert_number
-from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.capture import (
+    AllInputsSeen,
+    GroupReached,
+    MatrixProduct,
+    PausingProducts,
+    RecordedProducts,
+    StoppingProducts,
+    without_expert_number,
+)
+from qmerge.calibration.forward import ForwardPass, LayerCall, pause
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
+from qmerge.calibration.scores import FinishedRun, finish_run, score_runs
 from qmerge.calibration.sums import InputSums
+from qmerge.calibration.texts import CalibrationTokens
 from qmerge.calibration.unmerged import steps_with_values, unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.rounding.base import InputStatistics
+from qmerge.schema import FidelityRecord
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
 
@@ -34,107 +50,241 @@ class CalibratedGroup(NamedTuple):
     statistics: dict[str, InputStatistics]
 
 
-def calibrated_groups(
-    plan: Plan,
-    context: RunContext,
-    batches: Sequence[Tensor],
-    *,
-    stored_values: Callable[[Step], Tensor],
-    report_progress: Callable[[str], None],
-) -> Iterator[CalibratedGroup]:
-    """Calibrate a plan's weights, group by group; the steps of a group must be done before the next one is asked for.
+@dataclass(frozen=True)
+class LayerGroups:
+    """How the code of one decoder layer uses the weights that are calibrated.
+
+    Attributes:
+        groups: names of weights that share an input, in the order of the layer's code.
+        into_stream: weights whose product is added to the residual stream as it is (o_proj, down_proj).
+        once: whether each weight is multiplied once, with all tokens. Experts are not: they take turns with some tokens each.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    into_stream: frozenset[str]
+    once: bool
+
+
+class CalibrationPass:
+    """One calibration of a plan.
 
     Args:
-        batches: token ids, int64 [sequences, length] each.
         stored_values: of a step that has been done, the float32 values [O, I] that a loader will read.
         report_progress: called with one line per decoder layer.
 
-    Yields:
-        All steps that are rounded with ``preserve``, each once. Those that the text does not reach come last, without
-        statistics.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture, or the base lacks a parameter.
+    Attributes:
+        merged: the model as merged so far; the unmerged one where the plan is not sequential.
+        fidelity: of the merged model on the held-out tokens, when all groups are done; None where none are held out.
     """
-    yield from _Calibration(plan, context, stored_values).run(batches, report_progress)
 
-
-class _Calibration:
-    """One calibration of a plan. ``merged``: the model as merged so far; None where the plan is not sequential."""
-
-    def __init__(self, plan: Plan, context: RunContext, stored_values: Callable[[Step], Tensor]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        context: RunContext,
+        tokens: CalibrationTokens,
+        *,
+        stored_values: Callable[[Step], Tensor],
+        report_progress: Callable[[str], None],
+    ) -> None:
+        self.plan = plan
+        self.context = context
+        self.tokens = tokens
+        self.stored_values = stored_values
+        self.report_progress = report_progress
         self.steps = steps_with_values(plan)
         self.preserved = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
-        self.context = context
-        self.stored_values = stored_values
+        # Other steps were done before the first layer: the merged model has their stored values from the start.
+        self.done = {step.name for step in plan.rounded if step.name not in self.preserved}
         self.unmerged, self.unmerged_values = unmerged_model(plan, context)
-        self.merged: LayeredModel | None = None
+        self.merged = self.unmerged
         if plan.recipe.sequential:
             self.merged, _ = unmerged_model(plan, context)
-        self.done: set[str] = set()
+        self.fidelity: FidelityRecord | None = None
+        self._known_groups: dict[tuple[str, ...], LayerGroups] = {}
 
-    def run(self, batches: Sequence[Tensor], report_progress: Callable[[str], None]) -> Iterator[CalibratedGroup]:
-        """Calibrate layer by layer; see ``calibrated_groups``."""
-        runs = [LayerwiseRun(self.unmerged, self.unmerged_values, batches)]
-        if self.merged:
-            runs.append(LayerwiseRun(self.merged, self.unmerged_values, batches))
-        with stopping(runs):
-            for run in runs:
+    @property
+    def sequential(self) -> bool:
+        """Whether two models run."""
+        return self.merged is not self.unmerged
+
+    def groups(self) -> Iterator[CalibratedGroup]:
+        """Calibrate group by group; the steps of a group must be done before the next one is asked for.
+
+        Yields:
+            All steps that are rounded with ``preserve``, each once. Those that the text does not reach come last, without
+            statistics.
+
+        Raises:
+            CheckpointError: transformers does not know the architecture, or the base lacks a parameter.
+        """
+        runs = [LayerwiseRun(self.unmerged, self.unmerged_values, self.tokens.seen)]
+        if self.sequential:
+            runs.append(LayerwiseRun(self.merged, self._merged_values, self.tokens.seen))
+        judged = self._judged_runs()
+        finished: list[FinishedRun] = []
+        with stopping([*runs, *judged]):
+            for run in (*runs, *judged):
                 run.start()
             for index in range(len(self.unmerged)):
-                report_progress(f"calibrating layer {index + 1} of {len(self.unmerged)}")
+                self.report_progress(f"calibrating layer {index + 1} of {len(self.unmerged)}")
                 yield from self._layer(index, runs)
-        # lm_head is in no decoder layer, and an expert may not get a single token of the text.
-        unreached = [step for name, step in self.preserved.items() if name not in self.done]
-        if unreached:
-            yield CalibratedGroup(unreached, {})
+                finished = self._run_judged(index, judged)
+                for run in runs:
+                    run.model.unload(index)
+            # lm_head is in no decoder layer, and an expert may not get a single token of the text.
+            unreached = [step for name, step in self.preserved.items() if name not in self.done]
+            if unreached:
+                yield CalibratedGroup(unreached, {})
+                self.done.update(step.name for step in unreached)
+            if finished:
+                self.fidelity = self._score(finished)
+
+    def _judged_runs(self) -> list[LayerwiseRun]:
+        """Base, unmerged and merged model on the held-out tokens. Without two models there is none that was merged."""
+        if not self.tokens.held_out or not self.sequential:
+            return []
+        base, base_values = unmerged_model(self.plan, self.context, with_delta=False)
+        models = [
+            (base, base_values),
+            (self.unmerged, self.unmerged_values),
+            (self.merged, self._merged_values),
+        ]
+        return [LayerwiseRun(model, values, self.tokens.held_out) for model, values in models]
+
+    def _run_judged(self, index: int, judged: Sequence[LayerwiseRun]) -> list[FinishedRun]:
+        """Run the held-out tokens through a layer, when it has all of its stored weights.
+
+        Returns:
+            The runs, after the last layer; else nothing.
+        """
+        finished = []
+        for run in judged:
+            if run.model not in (self.unmerged, self.merged):  # the base: its layer is not loaded yet
+                run.model.load(index, run.model.names(index), run.values)
+            if index + 1 == len(self.unmerged):
+                finished.append(finish_run(run))
+            else:
+                run.run_loaded_layer()
+            if run.model not in (self.unmerged, self.merged):
+                run.model.unload(index)
+        return finished
+
+    def _score(self, finished: Sequence[FinishedRun]) -> FidelityRecord:
+        base, unmerged, merged = finished
+        held_out = self.tokens.held_out
+        return score_runs(base, unmerged, merged, held_out).record(
+            self.tokens.judged_on, tokens=sum(ids.numel() for ids in held_out), length=held_out[0].shape[1]
+        )
 
     def _layer(self, index: int, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:
-        # Both models begin a layer with the unmerged weights. The merged one gets the stored weights group by group.
+        # The merged model begins a layer with what is stored already, and gets the other weights group by group.
         for run in runs:
             run.model.load(index, run.model.names(index), run.values)
-        for names in self._groups(index, runs[0]):
-            statistics = self._statistics(names, runs)
-            yield CalibratedGroup([self.preserved[name] for name in names], statistics)
-            # The caller has done the steps: their stored values can be read now.
-            self.done.update(names)
-            if self.merged:
-                self._load_stored(self.merged, index, names)
-        is_last = index + 1 == len(self.unmerged)
-        for run in runs:
-            if not is_last:  # nothing after the last layer is calibrated, so its outputs are not needed
+        layer = self._layer_groups(index, runs[0])
+        if layer.once:
+            yield from self._in_one_pass(index, layer, runs)
+            return
+        yield from self._in_repeated_passes(index, layer, runs)
+        if index + 1 < len(self.unmerged):  # nothing after the last layer is calibrated, so its outputs are not needed
+            for run in runs:
                 run.run_loaded_layer()
-            run.model.unload(index)
 
-    def _groups(self, index: int, run: LayerwiseRun) -> list[list[str]]:
-        """Names of the weights to calibrate in a layer, in the groups in which they are rounded."""
+    # --- the groups of a layer ---
+
+    def _layer_groups(self, index: int, run: LayerwiseRun) -> LayerGroups:
         wanted = [name for name in self.unmerged.names(index) if name in self.preserved]
-        if not wanted:
-            return []
-        # The first batch is enough: every batch takes the same way through the layer's code.
-        with ProductCapture(run.model, wanted) as capture:
-            run.model.run_layer(run.waiting[0])
-        groups = groups_by_input(capture.products, wanted)
-        if self.merged or not groups:
-            return groups
-        return [list(itertools.chain.from_iterable(groups))]
+        # Layers with the same weights have the same code: only the first of them is tried out.
+        key = tuple(_without_layer(name, index) for name in wanted)
+        known = self._known_groups.get(key)
+        if known is None:
+            known = _renamed(self._try_out(run, wanted), lambda name: _without_layer(name, index))
+            self._known_groups[key] = known
+        name_of = dict(zip(key, wanted, strict=True))
+        return _renamed(known, name_of.__getitem__)
 
-    def _statistics(self, names: Sequence[str], runs: Sequence[LayerwiseRun]) -> dict[str, InputStatistics]:
-        """Statistics of a group's inputs over all batches."""
+    def _try_out(self, run: LayerwiseRun, wanted: Sequence[str]) -> LayerGroups:
+        """Run one batch through the layer: every batch takes the same way through its code."""
+        if not wanted:
+            return LayerGroups((), frozenset(), once=True)
+        call = run.waiting[0]
+        with RecordedProducts(run.model, wanted, residual_stream(call)) as capture:
+            run.model.run_layer(call)
+        groups = groups_by_input(capture.products, wanted)
+        multiplied = [name for product in capture.products for name in product.names]
+        has_experts = any(without_expert_number(name) != name for name in wanted)
+        return LayerGroups(
+            tuple(map(tuple, groups)),
+            frozenset(capture.into_stream),
+            once=not has_experts and sorted(multiplied) == sorted(wanted),
+        )
+
+    # --- every batch runs through the layer once ---
+
+    def _in_one_pass(self, index: int, layer: LayerGroups, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:
+        passes = [[_pausing_pass(run, call, layer) for call in run.waiting] for run in runs]
+        try:
+            for names in layer.groups:
+                statistics = self._sum_up(names, layer, passes)
+                yield from self._rounded(index, names, statistics)
+            for run, passes_of_run in zip(runs, passes, strict=True):
+                for batch, layer_pass in enumerate(passes_of_run):
+                    output = layer_pass.advance()
+                    if index + 1 < len(run.model):
+                        run.go_on(batch, output)
+        finally:
+            for layer_pass in (one for passes_of_run in passes for one in passes_of_run):
+                layer_pass.stop()
+
+    def _sum_up(
+        self, names: Sequence[str], layer: LayerGroups, passes: Sequence[Sequence[ForwardPass]]
+    ) -> dict[str, InputStatistics]:
+        """Let all batches arrive at a group, and add their inputs."""
         sums = InputSums(names, self.context.device)
-        for batch in range(len(runs[0].waiting)):
-            # Which experts get tokens is not known before the layer ends; other groups end with their last weight.
-            products_of_runs = [_products(run, batch, names, stop=not sums.has_experts) for run in runs]
-            unmerged = products_of_runs[0] if self.merged else None
-            sums.add(unmerged, products_of_runs[-1])
+        into_stream = [name for name in names if name in layer.into_stream]
+        for batch, weight in enumerate(self.tokens.weights):
+            reached: list[GroupReached] = [passes_of_run[batch].advance() for passes_of_run in passes]
+            merged = reached[-1]
+            products = [[MatrixProduct(tuple(names), group.x)] for group in reached]
+            unmerged_products = products[0] if self.sequential else None
+            sums.add(unmerged_products, products[-1], weight)
+            if self.sequential and into_stream:
+                missing = reached[0].stream - merged.stream
+                sums.add_missing(into_stream, missing.flatten(0, -2), merged.x, weight)
         return sums.statistics()
 
-    def _load_stored(self, merged: LayeredModel, index: int, names: Sequence[str]) -> None:
-        """Load the stored values of some weights into the merged model."""
+    # --- every batch begins the layer again for every group ---
+
+    def _in_repeated_passes(
+        self, index: int, layer: LayerGroups, runs: Sequence[LayerwiseRun]
+    ) -> Iterator[CalibratedGroup]:
+        """For experts, which a batch does not reach one after the other."""
+        for names in layer.groups:
+            sums = InputSums(names, self.context.device)
+            for batch, weight in enumerate(self.tokens.weights):
+                # Which experts get tokens is not known before the layer ends; other groups end with their last weight.
+                products_of_runs = [_products(run, batch, names, stop=not sums.has_experts) for run in runs]
+                unmerged = products_of_runs[0] if self.sequential else None
+                sums.add(unmerged, products_of_runs[-1], weight)
+            yield from self._rounded(index, names, sums.statistics())
+
+    # --- the merged model ---
+
+    def _rounded(
+        self, index: int, names: Sequence[str], statistics: dict[str, InputStatistics]
+    ) -> Iterator[CalibratedGroup]:
+        """Have a group rounded, and load its stored values into the merged model."""
+        yield CalibratedGroup([self.preserved[name] for name in names], statistics)
+        # The caller has done the steps: their stored values can be read now.
+        self.done.update(names)
+        if self.sequential:
+            self._load_stored(index, names)
+
+    def _load_stored(self, index: int, names: Iterable[str]) -> None:
         # A parameter that holds several weights (stacked experts) is made anew of all of them.
-        changed = {merged.parameters[name] for name in names}
-        parts = [name for name in merged.names(index) if merged.parameters[name] in changed]
-        merged.load(index, parts, self._merged_values)
+        changed = {self.merged.parameters[name] for name in names}
+        parts = [name for name in self.merged.names(index) if self.merged.parameters[name] in changed]
+        with self.merged.same_memory(changed):  # the batches that wait have the tensors in hand
+            self.merged.load(index, parts, self._merged_values)
 
     def _merged_values(self, name: str) -> Tensor:
         if name not in self.done:
@@ -146,12 +296,41 @@ class _Calibration:
         return values_OI.view(step.weight.shape)
 
 
+def _pausing_pass(run: LayerwiseRun, call: LayerCall, layer: LayerGroups) -> ForwardPass:
+    """One batch on its way through a layer; it stops at every group, and ends with the layer's output."""
+
+    def run_layer() -> Any:
+        with PausingProducts(run.model, layer.groups, residual_stream(call), pause):
+            return run.model.run_layer(call)
+
+    return ForwardPass(run_layer)
+
+
 def _products(run: LayerwiseRun, batch: int, names: Sequence[str], *, stop: bool) -> list[MatrixProduct]:
     """Products with some weights of the layer at which the run waits."""
-    with ProductCapture(run.model, names, stop) as capture, suppress(AllInputsSeen):
-        run.model.run_layer(run.waiting[batch])
+    call = run.waiting[batch]
+    recorder = StoppingProducts if stop else RecordedProducts
+    with recorder(run.model, names, residual_stream(call)) as capture, suppress(AllInputsSeen):
+        run.model.run_layer(call)
     products: list[MatrixProduct] = capture.products
     return products
+
+
+def residual_stream(call: LayerCall) -> Tensor:
+    """The hidden states [sequences, length, width] that a decoder layer is called with."""
+    if call.args:
+        return call.args[0]
+    return call.kwargs["hidden_states"]
+
+
+def _without_layer(name: str, index: int) -> str:
+    """``model.layers.3.mlp.experts.3.w1`` → ``model.layers.*.mlp.experts.3.w1``: only the layer's number is taken out."""
+    return re.sub(rf"\.{index}\.", ".*.", name, count=1)
+
+
+def _renamed(layer: LayerGroups, rename: Callable[[str], str]) -> LayerGroups:
+    groups = tuple(tuple(map(rename, names)) for names in layer.groups)
+    return LayerGroups(groups, frozenset(map(rename, layer.into_stream)), layer.once)
 
 
 def groups_by_input(products: Sequence[MatrixProduct], wanted: Sequence[str]) -> list[list[str]]:

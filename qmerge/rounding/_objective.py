@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmerge.types import Rows
+
 READ, SPAN = 5.0, 5.0
 """Factors of P and S with calibration."""
 
@@ -29,6 +31,9 @@ DAMPING, MOST_DAMPING = 0.01, 1.0
 
 CORRECTION_DAMPING = 0.002
 """Damping of E[x̃ x̃ᵀ] in the correction of earlier rounding, relative to its mean diagonal."""
+
+COMPENSATION_DAMPING = 0.002
+"""The same, in the compensation for what the residual stream has lost."""
 
 NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest one are rounding errors of the decomposition, not ranks of the delta."""
@@ -43,12 +48,15 @@ class InputStatistics:
         cross_II: float32 E[(x − x̃) x̃ᵀ], with x the inputs in the unmerged model; None if not sequential.
         tokens: number of inputs.
         borrowed: share of the Hessian that comes from the other experts of the layer, 0 to 1.
+        missing_OI: float32 E[(r − r̃) x̃ᵀ], where the weight's product is added to the residual stream: r in the unmerged
+            model, r̃ in the one as merged so far; else None.
     """
 
     hessian_II: Tensor
     cross_II: Tensor | None
     tokens: int
     borrowed: float = 0.0
+    missing_OI: Tensor | None = None
 
     def correction(self) -> Tensor | None:
         """float32 R [I, I]: with T (I + R) instead of T, the layer makes up for the effect of rounding on its inputs.
@@ -56,11 +64,23 @@ class InputStatistics:
         The least-squares answer to T x = T' x̃: T' = T E[x x̃ᵀ] E[x̃ x̃ᵀ]⁻¹ (Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692).
         None if calibration was not sequential.
         """
-        if self.cross_II is None:
+        return self._explained(self.cross_II, CORRECTION_DAMPING)
+
+    def compensation(self) -> Tensor | None:
+        """float32 [O, I]: added to T, the layer also makes up for what the residual stream has lost before it.
+
+        The least-squares answer to r + T x = r̃ + T' x̃ (WaterSIC, arXiv 2603.04956). None where the weight's product is not
+        added to the residual stream, and if calibration was not sequential.
+        """
+        return self._explained(self.missing_OI, COMPENSATION_DAMPING)
+
+    def _explained(self, cross_OI: Tensor | None, damping: float) -> Tensor | None:
+        """C E[x̃ x̃ᵀ]⁻¹, the part of something that the inputs x̃ explain; C is its product with them."""
+        if cross_OI is None:
             return None
         # Without damping, directions in which inputs hardly occur would be corrected by noise.
-        damped_II = damped(self.hessian_II, CORRECTION_DAMPING)
-        solved: Tensor = torch.linalg.solve(damped_II, self.cross_II.T).T
+        damped_II = damped(self.hessian_II, damping)
+        solved: Tensor = torch.linalg.solve(damped_II, cross_OI.T).T
         return solved.contiguous()
 
 
@@ -73,18 +93,24 @@ class Objective:
         damping: share of its mean diagonal that was added to K.
         hessian_II: float32 H, the inputs alone; None without calibration.
         correction_II: float32 R (``InputStatistics.correction``).
+        compensation_OI: float32 (``InputStatistics.compensation``).
     """
 
     K_II: Tensor
     damping: float
     hessian_II: Tensor | None
     correction_II: Tensor | None
+    compensation_OI: Tensor | None
 
-    def aim(self, merged_OI: Tensor) -> Tensor:
-        """float32 [O, I]: the values to round, the merged weight corrected for the effect of rounding in earlier layers."""
-        if self.correction_II is None:
-            return merged_OI
-        return merged_OI + merged_OI @ self.correction_II
+    def aim(self, merged_OI: Tensor, rows: Rows) -> Tensor:
+        """float32 [O, I]: the values to round: some rows of the merged weight, corrected for the effect of rounding in
+        earlier layers."""
+        aim_OI = merged_OI
+        if self.correction_II is not None:
+            aim_OI = aim_OI + merged_OI @ self.correction_II
+        if self.compensation_OI is not None:
+            aim_OI = aim_OI + self.compensation_OI[rows.start : rows.stop]
+        return aim_OI
 
 
 def make_objective(
@@ -114,11 +140,14 @@ def make_objective(
         K_II += span * span_term(damped(H_II, DAMPING), v_IR)
     K_II, damping = made_definite(K_II)
     if statistics is None:
-        return Objective(K_II, damping, hessian_II=None, correction_II=None)
-    correction_II = statistics.correction()
-    if correction_II is not None:
-        correction_II = correction_II.to(device)
-    return Objective(K_II, damping, H_II, correction_II)
+        return Objective(K_II, damping, hessian_II=None, correction_II=None, compensation_OI=None)
+    return Objective(
+        K_II,
+        damping,
+        hessian_II=H_II,
+        correction_II=statistics.correction(),
+        compensation_OI=statistics.compensation(),
+    )
 
 
 def normalized_hessian(statistics: InputStatistics | None, columns: int, device: torch.device) -> Tensor:

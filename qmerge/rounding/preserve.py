@@ -58,7 +58,7 @@ class Preserve(Rounding):
         """Never worse than the nearest codes, row by row, by the same objective."""
         objective = context.objective or make_objective(None, None, values_OI.shape[1], values_OI.device)
         nearest_IO = grid.decode(grid.nearest(values_OI, context.base_codes_OI)).T.contiguous()
-        aim_IO = objective.aim(toward_original(values_OI, context)).T.contiguous()
+        aim_IO = objective.aim(toward_original(values_OI, context), context.rows).T.contiguous()
         best_IO = nearest_IO
         best_error_O = torch.full((len(values_OI),), torch.inf, dtype=torch.float64, device=values_OI.device)
         problems = [in_order(columns, aim_IO, objective, grid) for columns in column_orders(objective.K_II)]

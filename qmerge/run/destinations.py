@@ -172,4 +172,8 @@ class MeasureOnly(Destination):
         self.progress.advance(step.weight.nbytes, step.name)
 
     def stored(self, step: Step) -> Tensor:
-        return stored_values(step, self._sinks[step.name].read, self.context)
+        sink = self._sinks.get(step.name)
+        if sink is None:  # done earlier, without calibration: the same again
+            sink = MemorySink()
+            run_step(step, sink, self.context)
+        return stored_values(step, sink.read, self.context)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import qmerge
 import qmerge.demo
 from qmerge.calibration import texts
 from qmerge.calibration.generate import generate_tokens
-from qmerge.calibration.statistics import calibrated_groups
+from qmerge.calibration.statistics import CalibrationPass, LayerGroups
 from qmerge.calibration.sums import InputSums
+from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint.journal import Journal
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
@@ -33,6 +35,7 @@ from ..conftest import NF4, snapshot
 
 DEMO = Path(qmerge.demo.__file__).parent
 BATCHES = [torch.arange(48).view(3, 16) * k % 96 for k in (1, 5, 7)]
+WEIGHTS: list[float] = []
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
@@ -48,9 +51,9 @@ def collected(base: Path, adapter: Path, **settings: Any) -> list[tuple[list[str
         )
         context = make_run_context(plan, reader)
         stored = settings_stored(plan, context)
-        for steps, inputs in calibrated_groups(
-            plan, context, BATCHES, stored_values=stored, report_progress=lambda line: None
-        ):
+        tokens = CalibrationTokens(seen=BATCHES, weights=WEIGHTS or [1.0] * len(BATCHES), held_out=[], judged_on="")
+        calibration = CalibrationPass(plan, context, tokens, stored_values=stored, report_progress=lambda line: None)
+        for steps, inputs in calibration.groups():
             found.append(([step.name for step in steps], inputs))
     return found
 
@@ -181,6 +184,85 @@ def test_later_groups_see_what_was_stored(
             current.get_submodule(module).weight.data *= 0.9
 
 
+def test_what_the_residual_stream_lacks(
+    bases: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E[(r − r̃) x̃ᵀ] of o_proj and down_proj, against hooks on two dense models."""
+    base, adapter = bases["llama"]
+    unmerged = dense_reference(base, adapter, tmp_path / "dense")
+    current = dense_reference(base, adapter, tmp_path / "again")
+
+    def weakened(plan: Any, context: Any) -> Any:
+        from qmerge.weights.values import merged_values
+
+        return lambda step: 0.9 * merged_values(step, context)
+
+    monkeypatch.setattr(f"{__name__}.settings_stored", weakened)
+    # The residual stream is the input of the norm in front of each block.
+    streams = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}
+    for names, inputs in collected(base, adapter):
+        modules = [name.removesuffix(".weight") for name in names]
+        kind = modules[0].rpartition(".")[2]
+        if kind in streams:
+            stream = ".".join([*modules[0].split(".")[:3], streams[kind]])
+            with (
+                inputs_of(unmerged, [stream]) as whole,
+                inputs_of(current, [stream, *modules]) as seen,
+                torch.no_grad(),
+            ):
+                for ids in BATCHES:
+                    unmerged(input_ids=ids), current(input_ids=ids)
+            missing, x = torch.cat(whole[stream]) - torch.cat(seen[stream]), torch.cat(seen[modules[0]])
+            found = inputs[names[0]].missing_OI
+            assert found is not None
+            scale = float(torch.cat(whole[stream]).abs().max() * x.abs().max())
+            torch.testing.assert_close(found, missing.T @ x / len(x), rtol=1e-3, atol=1e-5 * scale)
+        else:
+            assert all(inputs[name].missing_OI is None for name in names)
+        for module in modules:
+            current.get_submodule(module).weight.data *= 0.9
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_pass_through_a_layer_equals_one_per_group(
+    name: str, bases: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halved(plan: Any, context: Any) -> Any:
+        from qmerge.weights.values import merged_values
+
+        return lambda step: 0.5 * merged_values(step, context)
+
+    monkeypatch.setattr(f"{__name__}.settings_stored", halved)
+    in_one_pass = collected(*bases[name])
+    try_out = CalibrationPass._try_out
+
+    def repeated(self: CalibrationPass, *args: Any) -> LayerGroups:
+        return replace(try_out(self, *args), once=False)
+
+    monkeypatch.setattr(CalibrationPass, "_try_out", repeated)
+    in_repeated_passes = collected(*bases[name])
+    assert [names for names, _ in in_one_pass] == [names for names, _ in in_repeated_passes]
+    for (_, found), (_, expected) in zip(in_one_pass, in_repeated_passes, strict=True):
+        for key, statistics in expected.items():
+            assert torch.equal(found[key].hessian_II, statistics.hessian_II)
+            assert torch.equal(found[key].cross_II, statistics.cross_II)
+
+
+def test_a_batch_counts_by_its_weight(bases: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight 2 for a batch is the same as the batch twice."""
+    key = "model.layers.1.mlp.down_proj.weight"
+    monkeypatch.setattr(f"{__name__}.BATCHES", [BATCHES[0], BATCHES[1], BATCHES[1]])
+    expected = dict(pair for _, inputs in collected(*bases["llama"]) for pair in inputs.items())[key]
+    monkeypatch.setattr(f"{__name__}.BATCHES", BATCHES[:2])
+    monkeypatch.setattr(f"{__name__}.WEIGHTS", [1.0, 2.0])
+    found = dict(pair for _, inputs in collected(*bases["llama"]) for pair in inputs.items())[key]
+    same(found.hessian_II, expected.hessian_II)
+    monkeypatch.setattr(f"{__name__}.WEIGHTS", [1.0, 1.0])
+    other = dict(pair for _, inputs in collected(*bases["llama"]) for pair in inputs.items())[key]
+    with pytest.raises(AssertionError):
+        same(other.hessian_II, expected.hessian_II)
+
+
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 SMALL = {**models.LLAMA, "hidden_size": 32, "intermediate_size": 48}
@@ -262,6 +344,7 @@ def test_experts_that_see_little_borrow() -> None:
     tokens = {names[0]: 12, names[1]: 2, names[2]: 0}
     sums = InputSums(names, torch.device("cpu"))
     sums.tokens = tokens
+    sums.counts = dict(tokens)
     sums.leaders = {names[0]: names[0], names[1]: names[1]}
     sums.hessians = {names[e]: own[e] * tokens[names[e]] for e in own}
     result = sums.statistics()
