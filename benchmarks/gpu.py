@@ -47,7 +47,8 @@ from torch import Tensor
 import qmerge
 from qmerge.formats import get_target
 from qmerge.grids import Grid
-from qmerge.rounding import nearest, preserve
+from qmerge.rounding import _loops, nearest, preserve
+from qmerge.rounding._loops import TorchLoops
 from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
@@ -137,12 +138,12 @@ def peak_memory() -> float:
 @contextmanager
 def torch_loops(wanted: bool = True) -> Iterator[None]:
     """Torch goes column by column, as without Triton."""
-    before = os.environ.get(preserve.TORCH_LOOPS, "")
-    os.environ[preserve.TORCH_LOOPS] = "1" if wanted else "0"
+    before = os.environ.get(_loops.TORCH_LOOPS, "")
+    os.environ[_loops.TORCH_LOOPS] = "1" if wanted else "0"
     try:
         yield
     finally:
-        os.environ[preserve.TORCH_LOOPS] = before
+        os.environ[_loops.TORCH_LOOPS] = before
 
 
 @contextmanager
@@ -167,7 +168,7 @@ class SweptRows:
         """Count while the block runs."""
         sweep = preserve.sweep
 
-        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor]:
+        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor, Tensor]:
             self.count += len(rows)
             return sweep(levels_IO, rows, problem)
 
@@ -361,7 +362,7 @@ def count_differences(left: Path, right: Path) -> tuple[int, int]:
 
 def kernels(sizes: Sizes, rates: Rates) -> None:
     """One pass of feedback and one sweep, by shape of the kernels."""
-    kernels_run = preserve.kernels_run_on(DEVICE)
+    kernels_run = _loops.is_compiled_for(DEVICE)
     say("| weight [O, I] | grid | variant | feedback, ms | sweep, ms |\n|---|---|---|---|---|")
     for target in ("nf4", "gptq"):
         example = Example((sizes.hidden, sizes.hidden), target)
@@ -371,8 +372,8 @@ def kernels(sizes: Sizes, rates: Rates) -> None:
         say(
             f"{label} products alone | {1e3 * products_of_feedback(problem):.1f} | {1e3 * products_of_sweep(problem):.1f} |"
         )
-        with torch_loops():
-            say(f"{label} torch's loops | {pass_times(problem, start_IO, None)} |")
+        by_torch = replace(problem, loops=TorchLoops(problem.grid, problem.columns))
+        say(f"{label} torch's loops | {pass_times(by_torch, start_IO)} |")
         table = problem.grid.scale_table(len(problem.columns))
         if not kernels_run or table is None:
             say(f"{label} kernels | not run: they need CUDA and Triton | |")
@@ -381,9 +382,9 @@ def kernels(sizes: Sizes, rates: Rates) -> None:
 
         made = make_block_kernels(table, problem.columns)
         for tile, warps in ((16, 1), (8, 1), (32, 1), (32, 2), (64, 4)):
-            chosen = replace(made, tile=tile, warps=warps)
-            compile_seconds = seconds_of(partial(preserve.feedback_with_kernels, problem, chosen))
-            times = pass_times(problem, start_IO, chosen)
+            chosen = replace(problem, loops=replace(made, tile=tile, warps=warps))
+            compile_seconds = seconds_of(partial(preserve.feedback, chosen))
+            times = pass_times(chosen, start_IO)
             say(f"{label} tiles of {tile} rows, {warps} warps (first call {compile_seconds:.1f} s) | {times} |")
 
     show_kernels(Example((sizes.hidden, sizes.hidden), "nf4"))
@@ -410,7 +411,7 @@ def products_of_feedback(problem: preserve.Problem) -> float:
     aim_IO, F_II = problem.aim_IO, problem.factor_II
 
     def products() -> None:
-        for start, stop in preserve.blocks(len(aim_IO), preserve.BLOCK):
+        for start, stop in preserve.blocks(len(aim_IO), _loops.BLOCK):
             _ = F_II[:start, start:stop].T @ aim_IO[:start]
 
     products()
@@ -422,28 +423,24 @@ def products_of_sweep(problem: preserve.Problem) -> float:
     aim_IO, K_II = problem.aim_IO, problem.K_II
 
     def products() -> None:
-        for start, stop in preserve.blocks(len(aim_IO), preserve.BLOCK):
+        for start, stop in preserve.blocks(len(aim_IO), _loops.BLOCK):
             _ = K_II[start:stop] @ aim_IO
 
     products()
     return seconds_of(products)
 
 
-def pass_times(problem: preserve.Problem, start_IO: Tensor, kernels: Any) -> str:
+def pass_times(problem: preserve.Problem, start_IO: Tensor) -> str:
     """Milliseconds of feedback and of a sweep; the second call of each with kernels, the first with torch."""
     rows = torch.arange(start_IO.shape[1], device=DEVICE)
 
     def feedback() -> object:
-        if kernels is None:
-            return preserve.feedback(problem)
-        return preserve.feedback_with_kernels(problem, kernels)
+        return preserve.feedback(problem)
 
     def sweep() -> object:
-        if kernels is None:
-            return preserve.sweep(start_IO.clone(), rows, problem)
-        return preserve.sweep_with_kernels(start_IO.clone(), rows, problem, kernels)
+        return preserve.sweep(start_IO.clone(), rows, problem)
 
-    if kernels is not None:
+    if not isinstance(problem.loops, TorchLoops):
         sweep()
     return f"{1e3 * seconds_of(feedback):.1f} | {1e3 * seconds_of(sweep):.1f}"
 

@@ -79,7 +79,7 @@ class SweptRows:
         """Count while the block runs."""
         sweep = preserve.sweep
 
-        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor]:
+        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor, Tensor]:
             self.count += len(rows)
             return sweep(levels_IO, rows, problem)
 

@@ -50,11 +50,7 @@ class BlockKernels:
         self, start: int, stop: int, *, aim_IO: Tensor, carried: Tensor, factor_II: Tensor, levels_IO: Tensor,
         errors_IO: Tensor,
     ) -> None:  # fmt: skip
-        """Feedback of columns ``start`` to ``stop``: writes these rows of ``levels_IO`` and ``errors_IO``.
-
-        Args:
-            carried: float32 [stop − start, O], the errors of all earlier blocks.
-        """
+        """See ``ColumnLoops``."""
         outputs = aim_IO.shape[1]
         rows = torch.arange(outputs, device=aim_IO.device)
         _feedback_block[self._programs(outputs)](
@@ -63,19 +59,12 @@ class BlockKernels:
         )  # fmt: skip
 
     def sweep(
-        self, start: int, stop: int, *, slope: Tensor, K_II: Tensor, levels_IO: Tensor, errors_IO: Tensor, rows: Tensor,
-        moved_O: Tensor,
-    ) -> None:  # fmt: skip
-        """One sweep over columns ``start`` to ``stop``: changes these rows of ``levels_IO`` and ``errors_IO``.
-
-        Args:
-            slope: float32 [stop − start, O], K (Q − T) of the block.
-            rows: int64 [O], the rows of the weight.
-            moved_O: int32, becomes 1 where a row moved.
-        """
+        self, start: int, stop: int, *, slope: Tensor, K_II: Tensor, levels_IO: Tensor, errors_IO: Tensor, rows: Tensor
+    ) -> None:
+        """See ``ColumnLoops``."""
         outputs = levels_IO.shape[1]
         _sweep_block[self._programs(outputs)](
-            slope, K_II, levels_IO, errors_IO, moved_O, rows, *self._grid_arguments(start, stop),
+            slope, K_II, levels_IO, errors_IO, rows, *self._grid_arguments(start, stop),
             len(levels_IO), outputs, **self._options(),
         )  # fmt: skip
 
@@ -154,6 +143,7 @@ def _feedback_block(
         aim = tl.load(aim_ptr + j * outputs + lane, mask=inside, other=0.0)
         diagonal = tl.load(factor_ptr + j * inputs + j)
         carried_here = tl.sum(tl.where(index[:, None] == i, carried, 0.0), axis=0)
+        tl.store(carried_ptr + i * outputs + lane, carried_here, mask=inside)
         place = (row_place + tl.load(offset_ptr + i)) // DIVISOR
         level = _nearest(
             aim - carried_here / diagonal, place, inside, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr,
@@ -168,7 +158,7 @@ def _feedback_block(
 
 @triton.jit
 def _sweep_block(
-    slope_ptr, K_ptr, levels_ptr, errors_ptr, moved_ptr, rows_ptr,
+    slope_ptr, K_ptr, levels_ptr, errors_ptr, rows_ptr,
     offset_ptr, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr, row_stride, first, last, start, count,
     inputs, outputs, LEVEL_BITS: tl.constexpr, DIVISOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -180,23 +170,21 @@ def _sweep_block(
     slope = tl.load(
         slope_ptr + index[:, None] * outputs + lane[None, :], mask=in_block[:, None] & inside[None, :], other=0.0
     )
-    moved = tl.load(moved_ptr + lane, mask=inside, other=0)
     for i in range(count):
         j = (start + i).to(tl.int64)
         before = tl.load(levels_ptr + j * outputs + lane, mask=inside, other=0.0)
         error = tl.load(errors_ptr + j * outputs + lane, mask=inside, other=0.0)
         diagonal = tl.load(K_ptr + j * inputs + j)
         slope_here = tl.sum(tl.where(index[:, None] == i, slope, 0.0), axis=0)
+        tl.store(slope_ptr + i * outputs + lane, slope_here, mask=inside)
         place = (row_place + tl.load(offset_ptr + i)) // DIVISOR
         level = _nearest(
             before - slope_here / diagonal, place, inside, scale_ptr, inverse_ptr, zero_ptr, table_ptr, edges_ptr,
             first, last, LEVEL_BITS,
         )  # fmt: skip
         change = tl.where(level == before, 0.0, level - before)
-        moved = tl.where(level == before, moved, 1)
         tl.store(levels_ptr + j * outputs + lane, level, mask=inside)
         tl.store(errors_ptr + j * outputs + lane, error + change, mask=inside)
         # K is symmetric: its row j is its column j.
         K_here = tl.load(K_ptr + j * inputs + start + index, mask=in_block & (index > i), other=0.0)
         slope += K_here[:, None] * change[None, :]
-    tl.store(moved_ptr + lane, moved, mask=inside)

@@ -1,4 +1,4 @@
-"""The Triton kernels against torch, by Triton's interpreter: no GPU is needed. (On a GPU: test_gpu.py.)"""
+"""The compiled loops against torch's: those for the CPU, and those for a GPU by Triton's interpreter. (On a GPU: test_gpu.py.)"""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from qmerge.rounding import preserve
+from qmerge.rounding import _cpu_kernels, preserve
+from qmerge.rounding._loops import TORCH_LOOPS, TorchLoops
 
-from .problems import CASES
+from .problems import CASES, Case
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs triton, which CPU builds of torch leave out: pip install triton (290 MB)"
 )
 ROOT = Path(__file__).parent.parent.parent
+# Of feedback (levels, squared error) and a sweep (levels, moved rows, what the squared error fell by): sums, whose last bits
+# depend on torch's vector instructions.
+SQUARED_ERRORS = (1, 4)
 STEPS = ("feedback", "sweep", "second sweep")
 
 
@@ -69,7 +74,7 @@ def test_kernels_compile_without_fused_multiply_add(kernel: str, level_bits: int
 
     function = getattr(_block_kernels, kernel)
     constants = {"LEVEL_BITS": level_bits, "DIVISOR": 64, "BLOCK": 64, "TILE": 16}
-    types = {"rows_ptr": "*i64", "offset_ptr": "*i64", "moved_ptr": "*i32", "first": "fp32", "last": "fp32"}
+    types = {"rows_ptr": "*i64", "offset_ptr": "*i64", "first": "fp32", "last": "fp32"}
     signature = {}
     for name in function.arg_names:
         default = "*fp32" if name.endswith("_ptr") else "i32"
@@ -84,7 +89,32 @@ def test_kernels_compile_without_fused_multiply_add(kernel: str, level_bits: int
     assert fused[True] > 0, "the control: the option decides"
 
 
-def test_torch_goes_column_by_column_on_a_cpu() -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_for_the_cpu_they_choose_the_levels_that_torch_chooses(
+    case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu_kernels, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    problem, nearest_IO = case.problem()
+    assert isinstance(problem.loops, _cpu_kernels.CpuKernels)
+    by_torch = replace(problem, loops=TorchLoops(problem.grid, problem.columns))
+    rows = case.rows()
+    found = [*preserve.feedback(problem), *preserve.sweep(nearest_IO[:, rows].clone(), rows, problem)]
+    expected = [*preserve.feedback(by_torch), *preserve.sweep(nearest_IO[:, rows].clone(), rows, by_torch)]
+    for number, (mine, of_torch) in enumerate(zip(found, expected, strict=True)):
+        if number in SQUARED_ERRORS:
+            torch.testing.assert_close(mine, of_torch, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(mine, of_torch)
+    table = problem.grid.scale_table(len(problem.columns))
+    assert table is not None
+    wrong = _cpu_kernels.make_cpu_kernels(replace(table, inverse=table.inverse * 1.2), problem.columns)
+    other_IO, _ = preserve.feedback(replace(problem, loops=wrong))
+    assert not torch.equal(other_IO, expected[0]), "the control: other scales lead to other levels"
+
+
+def test_torch_goes_column_by_column_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TORCH_LOOPS, "1")
     problem, _ = CASES[0].problem()
-    assert preserve.block_kernels(problem) is None
-    assert not preserve.kernels_run_on(torch.device("cpu"))
+    assert isinstance(problem.loops, TorchLoops)

@@ -14,6 +14,7 @@ from torch import Tensor
 import qmerge
 from qmerge.demo import build
 from qmerge.rounding import preserve
+from qmerge.rounding._loops import TORCH_LOOPS, TorchLoops
 
 from .problems import CASES, Case
 
@@ -29,14 +30,14 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 
 def both_ways(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Levels of feedback, levels of a sweep and which rows moved: with the kernels, and with torch's loops."""
-    problem, nearest_IO = case.problem("cuda")
     rows = case.rows("cuda")
     found = []
-    for loops in ("0", "1"):
-        monkeypatch.setenv(preserve.TORCH_LOOPS, loops)
-        assert (preserve.block_kernels(problem) is None) == (loops == "1")
-        levels_IO, moved_O = preserve.sweep(nearest_IO[:, rows].clone(), rows, problem)
-        found.append((preserve.feedback(problem), levels_IO, moved_O))
+    for torch_loops in ("0", "1"):
+        monkeypatch.setenv(TORCH_LOOPS, torch_loops)
+        problem, nearest_IO = case.problem("cuda")
+        assert isinstance(problem.loops, TorchLoops) == (torch_loops == "1")
+        levels_IO, moved_O, _ = preserve.sweep(nearest_IO[:, rows].clone(), rows, problem)
+        found.append((preserve.feedback(problem)[0], levels_IO, moved_O))
     return found
 
 
@@ -75,9 +76,8 @@ def test_the_comparison_can_tell() -> None:
     table = problem.grid.scale_table(len(problem.columns))
     assert table is not None
     wrong = make_block_kernels(replace(table, inverse=table.inverse * 1.2), problem.columns)
-    right = make_block_kernels(table, problem.columns)
-    found_IO = preserve.feedback_with_kernels(problem, wrong)
-    assert share_that_differs(found_IO, preserve.feedback_with_kernels(problem, right)) > 0.1
+    found_IO, _ = preserve.feedback(replace(problem, loops=wrong))
+    assert share_that_differs(found_IO, preserve.feedback(problem)[0]) > 0.1
 
 
 @needs_cuda

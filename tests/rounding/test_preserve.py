@@ -76,10 +76,10 @@ def test_feedback_is_gptq_with_another_quantizer(target: str) -> None:
     16 levels, in every row of a fine grid, whose squared error is the same all the same."""
     problem, aim_OI, grid = problem_for(target)
     expected_OI = gptq(aim_OI, problem.K_II, grid)
-    same_O = (expected_OI == preserve.feedback(problem).T).all(dim=1)
+    same_O = (expected_OI == preserve.feedback(problem)[0].T).all(dim=1)
     assert float(same_O.float().mean()) >= (0.9 if target in ("nf4", "fp4") else 0)
     found, expected = (
-        float(squared_error(x, aim_OI, problem.K_II).sum()) for x in (preserve.feedback(problem).T, expected_OI)
+        float(squared_error(x, aim_OI, problem.K_II).sum()) for x in (preserve.feedback(problem)[0].T, expected_OI)
     )
     assert found == pytest.approx(expected, rel=0.02)
     nearest_OI = grid.decode(grid.nearest(aim_OI))
@@ -95,8 +95,9 @@ def test_a_sweep_never_raises_the_error(target: str) -> None:
     rows = torch.arange(SHAPE[0])
     before = squared_error(levels_IO.T, aim_OI, problem.K_II)
     for _ in range(4):
-        levels_IO, _ = preserve.sweep(levels_IO.clone(), rows, problem)
+        levels_IO, _, gained_O = preserve.sweep(levels_IO.clone(), rows, problem)
         after = squared_error(levels_IO.T, aim_OI, problem.K_II)
+        torch.testing.assert_close(before - after, gained_O, rtol=1e-3, atol=1e-5 * float(before.max()))
         assert bool((after <= before * (1 + 1e-5)).all())
         before = after
 
@@ -104,7 +105,7 @@ def test_a_sweep_never_raises_the_error(target: str) -> None:
 def test_descent_ends_where_no_single_code_can_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preserve, "SWEEPS", 100)
     problem, aim_OI, grid = problem_for("nf4", (4, 32))
-    found_OI = preserve.descend(preserve.feedback(problem), problem).T
+    found_OI = preserve.descend(preserve.feedback(problem)[0], problem)[0].T
     best = squared_error(found_OI, aim_OI, problem.K_II)
     codes_OI = grid.nearest(found_OI)
     for j, code in product(range(32), range(16)):
