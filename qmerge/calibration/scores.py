@@ -21,7 +21,7 @@ from qmerge.calibration.forward import ForwardPass, LayerCall
 from qmerge.calibration.heap import release_freed_memory
 from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun
-from qmerge.schema import FidelityRecord
+from qmerge.schema import FidelityRecord, TextKind
 
 POSITIONS = 64
 """Token positions, over all sequences of a batch, whose logits are in memory at once. A few more where the sequences of a
@@ -176,12 +176,16 @@ class Scores:
         self.divergences.append(torch.stack([kl_divergence(unmerged, base), kl_divergence(unmerged, merged)]).cpu())
         self.agreed += int((unmerged.argmax(-1) == merged.argmax(-1)).sum())
 
-    def record(self, text: str, *, tokens: int, length: int) -> FidelityRecord:
+    def record(
+        self, text: str, *, tokens: int, length: int, text_kind: TextKind = "given", measured_on: str = ""
+    ) -> FidelityRecord:
         """The means, as qmerge.json has them.
 
         Args:
             text: name of the text's file.
             tokens, length: of the whole text, and of one sequence.
+            text_kind: see ``TextKind``.
+            measured_on: what the text is, in words; "" for ``text`` and its tokens.
         """
         base, unmerged, merged = (self.losses / self.predicted).tolist()
         to_base, to_merged = torch.cat(self.divergences, dim=1).double()
@@ -189,6 +193,8 @@ class Scores:
         kl_merged = float(to_merged.mean())
         return FidelityRecord(
             text=text,
+            text_kind=text_kind,
+            measured_on=measured_on,
             tokens=tokens,
             sequence_length=length,
             loss_base=base,

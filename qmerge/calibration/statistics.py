@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -38,9 +39,12 @@ from qmerge.calibration.texts import CalibrationTokens
 from qmerge.calibration.unmerged import steps_with_values, unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.rounding.base import InputStatistics
-from qmerge.schema import FidelityRecord
+from qmerge.schema import FidelityRecord, TextKind
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
+
+TEXT_KINDS: dict[str, TextKind] = {"random": "random", "generate": "generated", "general": "general"}
+"""Source of the calibration → kind of the held-out text. All others are text of the user's."""
 
 
 class CalibratedGroup(NamedTuple):
@@ -172,8 +176,13 @@ class CalibrationPass:
     def _score(self, finished: Sequence[FinishedRun]) -> FidelityRecord:
         base, unmerged, merged = finished
         held_out = self.tokens.held_out
+        source = self.plan.calibration.source or "generate"
         return score_runs(base, unmerged, merged, held_out).record(
-            self.tokens.judged_on, tokens=sum(ids.numel() for ids in held_out), length=held_out[0].shape[1]
+            Path(source).name,
+            tokens=sum(ids.numel() for ids in held_out),
+            length=held_out[0].shape[1],
+            text_kind=TEXT_KINDS.get(source, "held out"),
+            measured_on=f"{self.tokens.judged_on}, which rounding did not see",
         )
 
     def _layer(self, index: int, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:
@@ -318,9 +327,8 @@ def _products(run: LayerwiseRun, batch: int, names: Sequence[str], *, stop: bool
 
 def residual_stream(call: LayerCall) -> Tensor:
     """The hidden states [sequences, length, width] that a decoder layer is called with."""
-    if call.args:
-        return call.args[0]
-    return call.kwargs["hidden_states"]
+    hidden_states: Tensor = call.args[0] if call.args else call.kwargs["hidden_states"]
+    return hidden_states
 
 
 def _without_layer(name: str, index: int) -> str:

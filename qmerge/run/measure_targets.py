@@ -70,7 +70,7 @@ def measure_target(
     destination = MeasureOnly(context, plan.workers, progress)
     progress.stage(f"measuring {plan.target}", sum(step.weight.nbytes for step in plan.rounded))
     try:
-        judged = run_steps(plan, plan.rounded, destination, preflight.tokens)  # type: ignore[func-returns-value, unused-ignore]
+        judged = run_steps(plan, plan.rounded, destination, preflight.tokens)
     finally:
         progress.end()
     return make_report(

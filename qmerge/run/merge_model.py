@@ -180,7 +180,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
     )
     run.progress.stage("merging", sum(step.weight.nbytes for step in plan.steps))
     try:
-        judged = run_steps(plan, plan.steps, destination, run.preflight.tokens)  # type: ignore[func-returns-value, unused-ignore]
+        judged = run_steps(plan, plan.steps, destination, run.preflight.tokens)
     finally:
         destination.close()
     folder.write_index(run.out, destination.writers)

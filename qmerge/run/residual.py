@@ -18,7 +18,7 @@ from torch import Tensor
 from qmerge.rounding.base import InputStatistics, make_objective, upper_factor
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import ResidualRecord
-from qmerge.types import Step, dot
+from qmerge.types import Rows, Step, dot
 from qmerge.weights.context import RunContext
 from qmerge.weights.values import base_values, merged_values
 
@@ -65,7 +65,7 @@ def fit_residual(
     factor_II = upper_factor(objective.K_II)
     assert factor_II is not None, "make_objective gave an objective without a factor"
     # The error to make up for is that against the aim, which corrects the rounding of earlier layers, too.
-    u_OR, s_R, v_IR = leading_triplets((objective.aim(merged_OI) - stored_OI) @ factor_II, rank)
+    u_OR, s_R, v_IR = leading_triplets((objective.aim(merged_OI, Rows(0, step.shape[0])) - stored_OI) @ factor_II, rank)
     B_OR = u_OR * s_R.sqrt()
     A_RI = torch.linalg.solve_triangular(factor_II, (v_IR * s_R.sqrt()).T, upper=True, left=False)
 

@@ -412,6 +412,22 @@ def test_the_same_again_gives_the_same_bytes(preserved: Path, tmp_path: Path) ->
     assert snapshot(tmp_path / "again")["model.safetensors"] == snapshot(preserved)["model.safetensors"]
 
 
+def test_the_model_is_judged_as_it_was_written(preserved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of the calibration pass are those of ``fidelity``, which reads the finished folder, on the same tokens."""
+    report = json.loads((preserved / "qmerge.json").read_text())
+    found = report["fidelity"]
+    assert found["text_kind"] == "held out" and "which rounding did not see" in found["measured_on"]
+    ids = torch.cat(
+        texts.token_batches(DEMO / "calibration.txt", DEMO / "base-nf4", tokens=2048, length=64, vocab_size=1024)
+    )
+    held_out = texts.hold_out(ids, "x").held_out
+    monkeypatch.setattr(texts, "token_batches", lambda *_, **__: held_out)
+    expected = qmerge.fidelity(out=str(preserved), text=str(DEMO / "heldout.txt"), sequence_length=64, quiet=True)
+    for key in ("tokens", "loss_base", "loss_unmerged", "loss_merged", "kl_base", "kl_merged", "top1_agreement"):
+        assert found[key] == pytest.approx(getattr(expected, key), rel=1e-5)
+    assert 0.9 < found["gain_kept"] < 1.1 and 0 < found["kl_ratio"] < 0.1
+
+
 def test_measuring_sees_what_merging_stores(preserved: Path) -> None:
     """The values of the merged model come from memory in one and from the file in the other."""
     settings = {name: value for name, value in asked(Path("x")).items() if name != "out"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -10,10 +13,18 @@ import torch
 
 from qmerge.calibration.heap import release_freed_memory
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 def test_memory_below_a_block_in_use_is_released() -> None:
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc keeps such memory, and has a function that releases it")
+    # A process of its own: memory that other tests have freed would be used again.
+    subprocess.run([sys.executable, "-c", f"from {__name__} import use_memory; use_memory()"], check=True, cwd=ROOT)
+
+
+def use_memory() -> None:
+    """Use memory, free it, release it."""
     process = psutil.Process()
     before = process.memory_info().rss
     # Blocks too small to be mapped one by one (at most 32 MiB, once such a block has been freed).
