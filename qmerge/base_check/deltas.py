@@ -70,6 +70,7 @@ largest that was measured is 0.054."""
 class Alignment:
     """One LoRA against its weight. The field names are those of ``qmerge inspect --json``.
 
+    rms            rms of D, by which the largest deltas are chosen
     rows           rows of the weight that were read
     relative_size  ‖D‖ / ‖W‖; None for a weight of zeros
     to_base        cos(D, W P); None for a delta of zero
@@ -79,6 +80,7 @@ class Alignment:
     """
 
     module: str
+    rms: float
     rows: int
     relative_size: float | None
     to_base: float | None
@@ -206,6 +208,7 @@ class _AlignmentSums:
             error_share = sums["D E"] / sums["D D"]
         return Alignment(
             module=self._step.label,
+            rms=_rms(self._lora),
             rows=self._rows,
             relative_size=relative_size,
             to_base=_cosine(sums["D W"], sums["D D"], sums["WP WP"]),

@@ -196,9 +196,12 @@ def delta_squared(update: Update, sampled: float, fraction: float) -> float:
 
 def original_gap(plan: Plan, predicted: Iterable[Survival], context: RunContext) -> float | None:
     """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a sample of their rows: the quantization error
-    of the base, in sizes of the delta. None without an original, or for a delta of zero."""
+    of the base, in sizes of the delta. None without an original, for a delta of zero, and for an adapter that is right on
+    16-bit values only: it is merged onto the original, and there is nothing to compare."""
     original = plan.inputs.original
     if original is None:
+        return None
+    if any(step.update is not None and step.update.needs_dense for step in plan.merged):
         return None
     errors = 0.0
     deltas = sum(survival.delta_squared for survival in predicted)

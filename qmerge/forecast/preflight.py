@@ -46,7 +46,7 @@ class Preflight:
             sizes[survival.module] = survival.relative_size
         lines = input_warnings(plan)
         lines += delta_size_warnings(plan, sizes)
-        lines += original_warnings(plan.merge_onto, self.original_gap)
+        lines += warnings_about_original(plan, self.original_gap)
         # The predictions are about nearest rounding: they mean nothing for weights that are rounded with preserve.
         rounding_of = {step.label: step.rounding for step in plan.merged}
         others = [survival for survival in self.predicted if rounding_of[survival.module] != "preserve"]
@@ -88,10 +88,7 @@ def run_preflight(
         calibration = prepare_calibration(plan, context, report_progress)
     if calibration.note:
         notes.append(calibration.note)
-    gap = None
-    # An adapter that is right on 16-bit values only is merged onto the original: there is nothing to compare.
-    if not any(step.update is not None and step.update.needs_dense for step in plan.merged):
-        gap = original_gap(plan, predicted, context)
+    gap = original_gap(plan, predicted, context)
     return plan, Preflight(
         predicted=predicted,
         rounding_reason=reason,
@@ -99,6 +96,19 @@ def run_preflight(
         tokens=calibration.tokens,
         calibration=calibration.record,
         notes=tuple(notes),
+    )
+
+
+def warnings_about_original(plan: Plan, gap: float | None) -> list[str]:
+    """The price of the base that the plan merges onto, where its original is known (``original_warnings``)."""
+    # An adapter that is right on 16-bit values only has no other base to be merged onto.
+    if any(step.update is not None and step.update.needs_dense for step in plan.merged):
+        return []
+    return original_warnings(
+        plan.merge_onto,
+        gap,
+        dense_target=get_target(plan.target).info.is_dense,
+        trained_on=plan.recipe.trained_on,
     )
 
 
@@ -130,6 +140,12 @@ def input_warnings(plan: Plan) -> list[str]:
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]
         lines += get_format(name).base_warnings(stored, base.quantization)
+    return lines + target_warnings(plan)
+
+
+def target_warnings(plan: Plan) -> list[str]:
+    """Warnings about the target and how it is written, a line each."""
+    lines: list[str] = []
     target = get_target(plan.target)
     for options in _options_used(plan):
         shapes: dict[str, tuple[int, int]] = {}

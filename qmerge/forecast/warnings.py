@@ -153,24 +153,40 @@ def _way_out(survival: Survival) -> str:
 # --- the base, the grid, other adapters ------------------------------------------------------------------------------
 
 
-def original_warnings(merge_onto: str, gap: float | None) -> list[str]:
+ANOTHER_MODEL = (
+    "Added to the 16-bit original and kept in 16 bits, it makes another model than the one that was trained: on SmolLM2-135M its "
+    "loss was lower than the adapter model's (gain kept 1.18), but its KL ratio was 0.72 (docs/benchmarks.md)"
+)
+"""About a QLoRA adapter that was trained on quantized weights."""
+
+
+def original_warnings(
+    merge_onto: str, gap: float | None, *, dense_target: bool, trained_on: str | None
+) -> list[str]:  # fmt: skip
     """The price of merging onto the original or onto the dequantized base, where they differ much.
 
     Args:
         gap: ‖original − dequantized‖ / ‖delta‖; None without an original.
+        dense_target: whether the merged weights are stored in 16 or 32 bits.
+        trained_on: how training quantized a dense base, which then is the original.
     """
+    if trained_on and merge_onto == "original" and dense_target:
+        return [f"the adapter was trained on values that were quantized ({trained_on}). {ANOTHER_MODEL}"]
     if gap is None or gap < NEAR_ORIGINAL:
         return []
-    difference = f"original and dequantized base differ by {times(gap)} the delta"
-    line = (
-        f"{difference}: merging onto the dequantized one gives the model that was trained, with the base's quantization error. "
-        f"--merge-onto original is without it; compare on held-out text (--verify)"
-    )
+    line = f"original and dequantized base differ by {times(gap)} the delta"
     if merge_onto == "original":
-        line = (
-            f"{difference}: the adapter was trained on the dequantized one, and what it learned to correct is gone in the "
-            f"original. Compare on held-out text (--verify) with --merge-onto dequantized"
+        line += (
+            ": the adapter was trained on the dequantized one, and what it learned to correct is gone in the original. Compare "
+            "on held-out text (--verify) with --merge-onto dequantized"
         )
+    else:
+        line += (
+            ": merging onto the dequantized one gives the model that was trained, with the base's quantization error. "
+            "--merge-onto original is without it; compare on held-out text (--verify)"
+        )
+    if dense_target:
+        line += f". {ANOTHER_MODEL}"
     return [line]
 
 

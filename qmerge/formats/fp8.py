@@ -80,6 +80,7 @@ class Fp8(TargetFormat[Fp8Options]):
         quant_method="fp8",
         other_read_methods=("fbgemm_fp8", "compressed-tensors"),
         loaders="vLLM, SGLang, transformers (without a GPU it dequantizes)",
+        quantizes_activations=True,
     )
 
     def find(

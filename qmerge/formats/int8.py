@@ -91,7 +91,13 @@ class StoredInt8(Stored):
 class Int8(TargetFormat[NoOptions]):
     """Tensors: ``weight`` int8 [O, I], ``SCB`` float32 [O], ``weight_format`` uint8 (0: row-major)."""
 
-    info = FormatInfo(name="int8", quant_method="bitsandbytes", loaders="transformers, vLLM (CUDA)", takes_conv1d=True)
+    info = FormatInfo(
+        name="int8",
+        quant_method="bitsandbytes",
+        loaders="transformers, vLLM (CUDA)",
+        takes_conv1d=True,
+        quantizes_activations=True,
+    )
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -130,6 +136,14 @@ class Int8(TargetFormat[NoOptions]):
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: NoOptions) -> Parts:
         assert isinstance(grid, Int8Grid)
         return {"SCB": grid.scb_O.cpu(), "weight_format": torch.zeros((), dtype=torch.uint8)}
+
+    def target_warnings(self, options: NoOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        warning = (
+            "int8: bitsandbytes quantizes the activations to int8, too, which no number here includes. On SmolLM2-135M the KL "
+            "ratio was 0.073 as it runs, but 0.019 by the stored values. Test the model on your task; w8a16 and bf16 leave "
+            "activations alone"
+        )
+        return [warning]
 
     def quantization_config(
         self, options: NoOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout

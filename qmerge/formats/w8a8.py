@@ -20,7 +20,12 @@ from qmerge.types import TORCH_DTYPES, Parts, TensorSpec
 class W8a8(CompressedInt):
     """Tensors: ``weight`` int8 [O, I], ``weight_scale`` [O, 1], and where asymmetric ``weight_zero_point`` int8 [O, 1]."""
 
-    info = FormatInfo(name="w8a8", quant_method=QUANT_METHOD, loaders="vLLM, SGLang, transformers")
+    info = FormatInfo(
+        name="w8a8",
+        quant_method=QUANT_METHOD,
+        loaders="vLLM, SGLang, transformers",
+        quantizes_activations=True,
+    )
     kinds = (("int-quantized", "int", 8), ("naive-quantized", "int", 8))
     bits = 8
     codes_tensor = "weight"

@@ -14,9 +14,9 @@ import torch
 from qmerge.adapters.combining.interference import PairSums, delta_cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
 from qmerge.forecast.predict import Survival, total_kept
-from qmerge.forecast.preflight import Preflight, input_warnings
+from qmerge.forecast.preflight import Preflight, input_warnings, warnings_about_original
 from qmerge.forecast.roundings import rounding_names
-from qmerge.forecast.warnings import clipping_warnings, interference_warnings, original_warnings, survival_warnings
+from qmerge.forecast.warnings import clipping_warnings, interference_warnings, survival_warnings
 from qmerge.metrics.base import Sums, over_weights, values_of
 from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan
@@ -201,7 +201,7 @@ def _warnings(
         *delta_size_warnings(plan, relative_sizes),
         *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
         *interference_warnings(pairs, plan.recipe.combine),
-        *original_warnings(plan.merge_onto, preflight.original_gap),
+        *warnings_about_original(plan, preflight.original_gap),
         *survival_warnings(survivals, predicted=False),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import LlamaForCausalLM
 from qmerge.adapters.reading.folder import read_adapter
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.base_check import deltas
-from qmerge.base_check.deltas import Alignment
+from qmerge.base_check.deltas import MODULES, Alignment
 from qmerge.errors import AdapterError
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
@@ -234,6 +235,7 @@ def test_chance_stays_below_the_threshold() -> None:
 def alignment(rows: int, to_base: float, base_share: float) -> Alignment:
     return Alignment(
         module="m",
+        rms=1e-3,
         rows=rows,
         relative_size=0.02,
         to_base=to_base,
@@ -284,3 +286,12 @@ def test_inspect_shows_what_is_wrong_with_a_base(cli: Cli, base: Path, dense: Pa
     misfit = cli("inspect", adapter, "--base", dense, "--json")
     assert misfit.code == 3 and "Is this the base" in json.loads(misfit.out)["problem"]
     assert cli("inspect", adapter, "--base-revision", "main").code == 2
+
+
+def test_inspect_sorts_by_the_number_that_it_shows(cli: Cli, dense: Path, lora: Path) -> None:
+    ran = cli("inspect", lora, "--base", dense)
+    table = ran.out.split("Do its largest deltas contain a part of the base?")[1]
+    shown = [float(number) for number in re.findall(r"│ +(\d\.\d+e[-+]\d+) │", table)]
+    assert len(shown) == MODULES and shown == sorted(shown, reverse=True) and len(set(shown)) > 1
+    described = json.loads(cli("inspect", lora, "--base", dense, "--json").out)
+    assert [f"{alignment['rms']:.2e}" for alignment in described["alignments"]] == [f"{number:.2e}" for number in shown]

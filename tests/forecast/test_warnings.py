@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qmerge.forecast.predict import Survival
-from qmerge.forecast.warnings import is_same_warning, survival_warnings
+from qmerge.forecast.warnings import is_same_warning, original_warnings, survival_warnings
+
+from .. import models
+from ..conftest import Cli
 
 LOST = Survival(
     module="model.layers.0.self_attn.q_proj",
@@ -65,3 +70,52 @@ def test_an_untrained_adapter_changes_nothing() -> None:
     zero = replace(LOST, kept=None, noise=None, gap_to_delta=None, relative_size=0.0, delta_squared=0.0)
     (line,) = survival_warnings([zero], predicted=True)
     assert "changes nothing" in line and "never trained" in line
+
+
+# --- the 16-bit original ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("merge_onto", "gap", "dense_target", "trained_on", "warned", "another"),
+    [
+        ("original", 8.0, True, None, True, True),
+        ("original", 8.0, False, None, True, False),
+        ("dequantized", 8.0, True, None, True, True),
+        ("original", 0.2, True, None, False, False),  # the two bases are nearly the same
+        ("original", None, True, None, False, False),
+        ("original", None, True, "nf4-dq", True, True),
+        ("original", None, False, "nf4-dq", False, False),
+        ("dequantized", None, True, "nf4-dq", False, False),
+    ],
+)
+def test_the_original_in_16_bits_is_another_model(
+    merge_onto: str, gap: float | None, dense_target: bool, trained_on: str | None, warned: bool, another: bool
+) -> None:
+    lines = original_warnings(merge_onto, gap, dense_target=dense_target, trained_on=trained_on)
+    assert len(lines) == int(warned)
+    assert ("gain kept 1.18" in " ".join(lines) and "KL ratio was 0.72" in " ".join(lines)) == another
+
+
+def test_plan_says_so(cli: Cli, nf4: Path, dense: Path, tmp_path: Path) -> None:
+    usual = models.adapter(models.llama(), tmp_path / "usual", size=1e-3)  # the bases differ by more than this delta
+    inputs = ("plan", "--base", nf4, "--adapter", usual, "--original", dense, "--device", "cpu")
+    assert "KL ratio was 0.72" in cli(*inputs).err
+    assert "KL ratio was 0.72" in cli(*inputs, "--merge-onto", "original", "--target", "bf16").err
+    assert "KL ratio was 0.72" not in cli(*inputs[:5], "--target", "bf16").err
+
+
+# --- int8 ------------------------------------------------------------------------------------------------------------
+
+
+def test_loaders_of_int8_quantize_activations(cli: Cli, nf4: Path, lora: Path, tmp_path: Path) -> None:
+    """The numbers are about stored values; bitsandbytes runs int8 with int8 activations."""
+    inputs = ("--base", nf4, "--adapter", lora, "--device", "cpu")
+    every = cli("plan", *inputs)
+    assert re.search(r"fp8.*int8.*: loaders quantize activations, too", every.out.replace("w8a8, ", "")), every.out
+    as_it_runs = "KL ratio was 0.073 as it runs, but 0.019 by the stored values"
+    assert as_it_runs not in every.err
+    assert as_it_runs in cli("plan", *inputs, "--target", "int8").err
+    assert as_it_runs not in cli("plan", *inputs, "--target", "w8a16").err
+    ran = cli(*inputs, "--target", "int8", "--out", tmp_path / "out")
+    assert ran.err.count(as_it_runs) == 1
+    assert as_it_runs in (tmp_path / "out" / "README.md").read_text()

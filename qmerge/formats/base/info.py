@@ -39,6 +39,9 @@ class FormatInfo:
     takes_single_experts: bool = False
     """Whether loaders accept quantized experts that are separate on disk and stacked in memory."""
 
+    quantizes_activations: bool = False
+    """Whether loaders quantize the activations as well, which no number of qmerge includes."""
+
     lists_dense: bool = False
     """Whether ``quantization_config`` must list the modules that stay dense, even if the base's config listed them."""
 

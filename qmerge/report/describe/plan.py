@@ -11,9 +11,10 @@ from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
-from qmerge.forecast.predict import Survival, predict
+from qmerge.forecast.predict import Survival, original_gap, predict
+from qmerge.forecast.preflight import target_warnings, warnings_about_original
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
-from qmerge.forecast.warnings import interference_warnings, survival_warnings
+from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, make_run_context, plan_from
 from qmerge.recipe import Recipe
@@ -57,8 +58,13 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             predicted = predict(plan, context)
             described |= _describe_work(plan, predicted)
             relative_sizes = {survival.module: survival.relative_size for survival in predicted}
+            described["warnings"] += target_warnings(plan)
             described["warnings"] += delta_size_warnings(plan, relative_sizes)
+            gap = original_gap(plan, predicted, context)
+            described["warnings"] += warnings_about_original(plan, gap)
             described["warnings"] += survival_warnings(predicted, predicted=True)
+        elif recipe.original:
+            described["warnings"].append(f"the adapter was trained on the quantized base. {ANOTHER_MODEL}")
         return described
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stderr, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
-from qmerge.wording import DASH, fixed_or_dash, percent_or_dash, size_text
+from qmerge.wording import DASH, fixed_or_dash, size_text
 
 
 def show_adapter(described: dict[str, Any]) -> None:
@@ -74,17 +74,17 @@ def _comparison_table(remarks: list[dict[str, str]]) -> Table:
 def _alignments_table(alignments: list[dict[str, Any]]) -> NotedTable:
     table = make_table("Do its largest deltas contain a part of the base?", ())
     table.add_column("module", overflow="fold")
-    for name in ("delta", "cos(D, W)", "cos(D, W-NF4)"):
+    for name in ("rms(delta)", "cos(D, W)", "cos(D, W-NF4)"):
         table.add_column(name, justify="right")
     for alignment in alignments:
         table.add_row(
             safe(alignment["module"]),
-            percent_or_dash(alignment["relative_size"]),
+            f"{alignment['rms']:.2e}",
             fixed_or_dash(alignment["to_base"], 3),
             fixed_or_dash(alignment["to_error"], 3),
         )
     notes = [
-        ("delta", "size of the change, relative to the weight"),
+        ("rms(delta)", "typical size of a change to one weight entry; the largest come first"),
         ("cos(D, W)", "cosine of the delta and the base's weight"),
         ("cos(D, W-NF4)", "cosine of the delta and the weight's rounding error in NF4"),
     ]

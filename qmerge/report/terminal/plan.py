@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from qmerge.formats import get_format
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.report.terminal.tables import loader_lines, pair_line
@@ -75,7 +77,16 @@ def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
         ("noise", "rounding error; 1 is as large as the delta"),
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
-    return with_notes(table, notes, loader_lines([target["target"] for target in targets]))
+    names = [target["target"] for target in targets]
+    return with_notes(table, notes, [*loader_lines(names), *activation_lines(names)])
+
+
+def activation_lines(targets: Sequence[str]) -> list[str]:
+    """Targets whose loaders quantize more than the numbers are about."""
+    names = [target for target in targets if get_format(target).info.quantizes_activations]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: loaders quantize activations, too, which no number includes"]
 
 
 def _target_cells(target: dict[str, Any]) -> list[str]:
