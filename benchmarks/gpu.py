@@ -1,15 +1,16 @@
 """Correctness, speed and memory of qmerge on a GPU, in under 4 minutes, without a network.
 
-    python benchmarks/gpu.py [--small] [--only equality,kernels,layers,decoder]
+    python benchmarks/gpu.py [--small] [--only tests,kernels,layers,decoder,merges]
 
 Needs Python 3.10 or later with torch (a CUDA build), triton, transformers, peft, accelerate and safetensors. If the machine
 has no network, bring wheels of: bitsandbytes, pydantic, pydantic_core, annotated_types, typing_inspection, typing_extensions,
 optimum; and, where they are missing, typer, rich, psutil, pyyaml, jinja2, filelock and pytest.
 
-equality   kernels against torch, and merges of the demo model on CUDA against merges on the CPU
+tests      the kernels against torch (tests/rounding/test_gpu.py)
 kernels    one pass of feedback: products alone, with the kernels in several shapes, with torch's loops
 layers     the weights of an 8B Llama (4096 and 14336 wide), NF4 to NF4 and to GPTQ, nearest and preserve
 decoder    a merge of one whole decoder layer of that size, calibrated on 16,384 tokens; extrapolated to 32 layers
+merges     the demo model, merged on CUDA and on the CPU: how many bytes differ
 
 Each section prints Markdown. One that fails prints its traceback, and the next one begins. With --small, sizes are tiny and
 the CPU is used where there is no GPU: it tests this script. Statistics, weights and the adapter are random: times and memory
@@ -56,6 +57,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RANK = 16
 LAYERS = 32
 BUDGET = 225.0
+
+# Grid → rows of a program and its warps, to be compared.
+VARIANTS = {"nf4": ((16, 1), (8, 1), (32, 1), (32, 2), (64, 4)), "gptq": ((16, 1),)}
 STARTED = time.monotonic()
 
 # Rated speeds by the makers: float32 without tensor cores in TFLOP/s, memory in GB/s.
@@ -305,8 +309,16 @@ def show_machine(rates: Rates) -> None:
     say(f"float32 products {rates.float32:.0f} GFLOP/s, TF32 {rates.tf32:.0f} GFLOP/s, copies {rates.copy:.0f} GB/s")
 
 
-def equality(sizes: Sizes, rates: Rates) -> None:
-    """Kernels against torch, CUDA against the CPU."""
+def tests(sizes: Sizes, rates: Rates) -> None:
+    """The kernels against torch, and a control that must differ."""
+    options = ["-q", "-rA", "--no-header", "--durations=3", "-p", "no:cacheprovider", "-k", "kernels or comparison"]
+    command = [sys.executable, "-m", "pytest", "tests/rounding/test_gpu.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    say(f"```\n{(done.stdout + done.stderr)[-6000:]}\n```")
+
+
+def merges(sizes: Sizes, rates: Rates) -> None:
+    """CUDA against the CPU."""
     say("| demo model | differing bytes of tensors | of bytes | share | kept: CPU, GPU | seconds: CPU, GPU |")
     say("|---|---|---|---|---|---|")
     demo = ROOT / "qmerge" / "demo"
@@ -330,20 +342,6 @@ def equality(sizes: Sizes, rates: Rates) -> None:
                 f"| {target} {rounding} | {differing} | {total} | {differing / total:.2e} | {kept[0]:.4f}, {kept[1]:.4f} "
                 f"| {seconds[0]:.1f}, {seconds[1]:.1f} |"
             )
-    say("\nTests (tests/rounding/test_gpu.py):\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/rounding/test_gpu.py",
-        "-q",
-        "-rA",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    say(f"```\n{(done.stdout + done.stderr)[-5000:]}\n```")
 
 
 def count_differences(left: Path, right: Path) -> tuple[int, int]:
@@ -362,7 +360,7 @@ def count_differences(left: Path, right: Path) -> tuple[int, int]:
 
 def kernels(sizes: Sizes, rates: Rates) -> None:
     """One pass of feedback and one sweep, by shape of the kernels."""
-    kernels_run = _loops.is_compiled_for(DEVICE)
+    kernels_run = DEVICE.type == "cuda" and _loops.is_compiled_for(DEVICE)
     say("| weight [O, I] | grid | variant | feedback, ms | sweep, ms |\n|---|---|---|---|---|")
     for target in ("nf4", "gptq"):
         example = Example((sizes.hidden, sizes.hidden), target)
@@ -376,12 +374,12 @@ def kernels(sizes: Sizes, rates: Rates) -> None:
         say(f"{label} torch's loops | {pass_times(by_torch, start_IO)} |")
         table = problem.grid.scale_table(len(problem.columns))
         if not kernels_run or table is None:
-            say(f"{label} kernels | not run: they need CUDA and Triton | |")
+            say(f"{label} as on this device (Triton needs CUDA) | {pass_times(problem, start_IO)} |")
             continue
         from qmerge.rounding._block_kernels import make_block_kernels
 
         made = make_block_kernels(table, problem.columns)
-        for tile, warps in ((16, 1), (8, 1), (32, 1), (32, 2), (64, 4)):
+        for tile, warps in VARIANTS[target]:
             chosen = replace(problem, loops=replace(made, tile=tile, warps=warps))
             compile_seconds = seconds_of(partial(preserve.feedback, chosen))
             times = pass_times(chosen, start_IO)
@@ -623,10 +621,11 @@ def write_adapter(folder: Path, sizes: Sizes) -> None:
 
 
 SECTIONS: dict[str, Callable[[Sizes, Rates], None]] = {
-    "equality": equality,
+    "tests": tests,
     "kernels": kernels,
     "layers": layers,
     "decoder": decoder,
+    "merges": merges,
 }
 
 
