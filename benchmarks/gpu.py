@@ -251,7 +251,7 @@ class Example:
         """Which errors matter."""
         return make_objective(self.statistics, self.directions, self.shape[1], DEVICE)
 
-    def context(self, objective: Objective) -> RoundingContext:
+    def context(self, objective: Objective | None) -> RoundingContext:
         """Everything a rounding gets besides the values and the grid."""
         return RoundingContext(
             name="example",
@@ -270,15 +270,15 @@ class Example:
         """Of the products in one rounding with preserve, as often as they were done."""
         outputs, inputs = self.shape
         product = 2 * outputs * inputs**2
-        # For every order: feedback and three squared errors are half a product each, as the factor of K is triangular;
-        # factoring K takes inputs³ / 3. Then sweeps; then compensation: a product and two squared errors.
-        orders = preserve.ORDERS * (2 * product + inputs**3 / 3)
+        # For every order: feedback is half a product, as the factor of K is triangular, and factoring K takes inputs³ / 3.
+        orders = preserve.ORDERS * (product / 2 + inputs**3 / 3)
+        # Then sweeps, two squared errors (half a product each), and the product of K with the delta.
         return (orders + swept_rows / outputs * product + 2 * product) / 1e9
 
     def gigabytes(self, swept_rows: int) -> float:
         """Least traffic of that rounding: every pass reads the aim and K, and writes levels and errors."""
         outputs, inputs = self.shape
-        passes = preserve.ORDERS * 4 + swept_rows / outputs + 3
+        passes = preserve.ORDERS + swept_rows / outputs + 3
         return passes * (3 * outputs * inputs + inputs**2) * 4 / 1e9
 
 
@@ -292,7 +292,7 @@ def make_grid(target: str, values_OI: Tensor) -> Grid:
 
 def error_of(codes_OI: Tensor, example: Example, objective: Objective) -> float:
     """The squared error in the objective, summed over rows, in float32."""
-    error_OI = example.grid.decode(codes_OI) - objective.aim(example.merged_OI)
+    error_OI = example.grid.decode(codes_OI) - objective.aim(example.merged_OI, Rows(0, example.shape[0]))
     return float(((error_OI @ objective.K_II) * error_OI).sum(dtype=torch.float64))
 
 
@@ -465,7 +465,7 @@ def layers(sizes: Sizes, rates: Rates) -> None:
 
 def show_nearest(example: Example, rates: Rates) -> None:
     """A row of the table."""
-    context = example.context(Objective(torch.empty(0), 0.0, None, None))
+    context = example.context(None)
     start_of_memory()
 
     def work() -> Tensor:
