@@ -21,7 +21,7 @@ from qmerge.schema import (
     adapter_names,
     adapter_records,
 )
-from qmerge.wording import DASH
+from qmerge.wording import DASH, fixed_or_dash
 
 COLUMNS = (
     "kept", "output_kept", "output_noise", "predicted_kept", "noise", "cosine", "codes_changed", "relative_size",
@@ -182,8 +182,8 @@ def whole_model_lines(report: ReportData) -> list[str]:
         return [f"**{first}** {escape_markdown(' '.join(others))}"]
     cells = [
         f"**{fidelity.verdict or DASH}**",
-        _number(fidelity.gain_kept),
-        _number(fidelity.kl_ratio),
+        fixed_or_dash(fidelity.gain_kept, 3),
+        fixed_or_dash(fidelity.kl_ratio, 4),
         f"{fidelity.top1_agreement:.3g}",
         f"{fidelity.kl_p99:.3g}",
         *(f"{loss:.4f}" for loss in (fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged)),

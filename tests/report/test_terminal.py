@@ -183,6 +183,9 @@ def test_a_gain_above_one_is_explained_not_praised() -> None:
 def test_more_than_all_is_a_factor_and_explained() -> None:
     shown = printed(survival_table(report(output_kept=1.33, calibration="train.txt")))
     assert "1.33x: moved 1.33 times as far" in shown and "133 %" not in shown
+    assert "1.02x: moved 1.02 times as far" in printed(
+        survival_table(report(output_kept=1.02, calibration="train.txt"))
+    )
     assert "1.33x" not in printed(survival_table(report(output_kept=1.0, calibration="train.txt")))
 
 

@@ -19,6 +19,7 @@ from qmerge.wording import (
     percent,
     percent_or_dash,
     percent_with_tenths,
+    share,
     share_or_dash,
     size_text,
 )
@@ -97,10 +98,11 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
 
 
 def above_all_lines(shares: Iterable[float | None]) -> list[str]:
-    """Explains shares above 100 %, where there are any."""
-    if not any(exceeds_all(share) for share in shares):
+    """Explains shares above 100 %, where there are any, by the largest one."""
+    largest = max((value for value in shares if value is not None), default=0.0)
+    if not exceeds_all(largest):
         return []
-    return ["  1.33x: moved 1.33 times as far as the adapter moves it; not better than 100 %"]
+    return [f"  {share(largest)}: moved {largest:.2f} times as far as the adapter moves it; not better than 100 %"]
 
 
 def measured_table(reports: Sequence[ReportData]) -> NotedTable:
