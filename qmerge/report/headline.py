@@ -28,11 +28,11 @@ def verdict_sentence(fidelity: FidelityRecord) -> str:
 def _meaning(verdict: Verdict, gain: float | None) -> str:
     """What a verdict is about. ``gain``: gain kept, where it counts."""
     if verdict == "kept":
-        return "the merged model predicts almost like the adapter model"
+        return "the model predicts almost like the adapter model"
     if verdict == "mostly kept":
-        return "the merged model differs a little from the adapter model"
+        return "with small differences from the adapter model"
     if gain is None or gain >= LEAST_GAIN["mostly kept"]:
-        return "the merged model predicts differently from the adapter model"
+        return "the model predicts unlike the adapter model"
     if verdict == "damaged":
         return "a good part of the adapter's gain is gone"
     return "the adapter's gain is gone"

@@ -137,13 +137,16 @@ TARGETS = [
         survival_table(report()), survival_table(report(output_kept=1.0, calibration="train.txt")),
         measured_table([report(), report(fidelity=FIDELITY)]), fidelity_table(FIDELITY),
         measured_table([report()]), fidelity_table(fidelity(None, 0.01)), fidelity_table(fidelity(1.177, 0.724)),
+        fidelity_table(fidelity(0.975, 0.0058)),
         fidelity_table(fidelity(1.1, 0.01, 0.001, text_kind="mixed")),
         fidelity_table(fidelity(0.935, 0.0147, text_kind="generated")), targets_table(TARGETS),
     ],
-    ids=["survival", "outputs", "judged", "fidelity", "measured", "no gain", "gain above 1", "chance", "generated", "targets"],
+    ids=["survival", "outputs",
+         "judged", "fidelity", "measured", "no gain", "gain above 1", "kept", "chance", "generated", "targets"],
 )  # fmt: skip
 def test_every_column_is_explained_within_80_columns(table: console.NotedTable) -> None:
     assert all(len(line) <= WIDTH for line in table.lines), table.lines
+    assert all(len(line) <= WIDTH for line in str(table.table.title).splitlines()), table.table.title
     headers = [str(column.header).replace("\n", " ") for column in table.table.columns]
     explained = " ".join(table.lines)
     plain = {"", "modules", "n", "target", "size", "loss", "rounding", "verdict", "KL, 99th %"}
@@ -154,10 +157,8 @@ def test_every_column_is_explained_within_80_columns(table: console.NotedTable) 
 def test_the_whole_model_heads_the_report() -> None:
     head, layers = report_tables(report(output_kept=1.0, calibration="train.txt", fidelity=fidelity(0.975, 0.0058)))
     lines = [line.rstrip() for line in printed(head).splitlines()]
-    assert " ".join(lines[:2]).startswith(
-        "The fine-tuning is kept: the merged model predicts almost like the adapter model."
-    )
-    assert "measured on 20,480 tokens of heldout.txt" in printed(head)
+    assert " ".join(lines[:2]).startswith("The fine-tuning is kept: the model predicts almost like the adapter model.")
+    assert "Measured on 20,480 tokens of heldout.txt" in printed(head)
     merged = next(line for line in lines if "merged" in line and "│" in line)
     assert merged.replace("│", " ").split() == ["merged", "0.975", "0.0058", "94.8", "%", "0.4", "2.5125"]
     assert printed(layers).startswith("Layer by layer")

@@ -171,7 +171,7 @@ def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
 
 def fidelity_table(record: FidelityRecord) -> NotedTable:
     """What became of the fine-tuning: the whole model, next to the base and the unmerged adapter model."""
-    title = f"{verdict_sentence(record)}\nThe whole model, measured on {safe(record.measured_on)}"
+    title = f"{verdict_sentence(record)}\nMeasured on {safe(record.measured_on)}"
     table = make_table(title, ("", "gain kept", "KL ratio", "same top token", "KL, 99th %", "loss"))
     merged = [
         "merged",
