@@ -67,6 +67,27 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     return _download(reference, revision, error)
 
 
+def find_local(reference: str, revision: str | None) -> Path | None:
+    """The folder of a model that is on this machine, without asking the Hub; None where it is not.
+
+    Args:
+        reference: a folder, or a Hub id, which is looked up in the cache.
+        revision: branch, tag or commit of a Hub id.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(reference):
+        return None
+    try:
+        return Path(snapshot_download(reference, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
 def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Source:
     import huggingface_hub
     from huggingface_hub.errors import (

@@ -73,7 +73,7 @@ def verify_command(
     """
     from qmerge.calibration.texts import read_texts
     from qmerge.evaluation.fidelity import fidelity_of_folder
-    from qmerge.evaluation.verify import verify
+    from qmerge.evaluation.verify import Check, verify
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress
     from qmerge.report.terminal.tables import check_line, fidelity_table
@@ -83,18 +83,21 @@ def verify_command(
     if text:
         read_texts(text)  # a text that cannot be used is refused before gigabytes are hashed and loaded
     checks = verify(out, reload, loader)
-    all_ok = all(check.ok for check in checks)
     fidelity = None
-    if text and all_ok:  # the fidelity of a damaged folder would only distract from what is wrong with it
-        fidelity = fidelity_of_folder(
-            out,
-            text,
-            against=against,
-            tokens=tokens,
-            length=sequence_length,
-            device=device,
-            progress=TerminalProgress(quiet),
-        )
+    if text:
+        try:
+            fidelity = fidelity_of_folder(
+                out,
+                text,
+                against=against,
+                tokens=tokens,
+                length=sequence_length,
+                device=device,
+                progress=TerminalProgress(quiet),
+            )
+        except InputError as error:  # the results of the other checks are shown all the same
+            checks.append(Check("text", False, str(error)))
+    all_ok = all(check.ok for check in checks)
     if json:
         described = {"checks": [vars(check) for check in checks]}
         if fidelity:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge import hub
 from qmerge.calibration import texts
 from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import scan
+from qmerge.errors import CheckpointError
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
@@ -61,6 +63,8 @@ def fidelity_of_folder(
     recipe = _recipe_of_folder(folder, against, device)
     try:
         progress.stage("measuring fidelity", 1)
+        if against is None:
+            _check_inputs_at_hand(recipe, folder)
         return fidelity(
             folder,
             recipe,
@@ -72,6 +76,23 @@ def fidelity_of_folder(
         )
     finally:
         progress.end()
+
+
+def _check_inputs_at_hand(recipe: Recipe, folder: Path) -> None:
+    """Raise CheckpointError where the base or an adapter of the recipe in a folder cannot be found from here."""
+    revisions = {recipe.base: recipe.revision}
+    revisions |= {adapter: recipe.adapter_revision for adapter, _ in recipe.adapters}
+    for name, revision in revisions.items():
+        path = name.partition("#")[0]
+        if Path(path).expanduser().exists():
+            continue
+        try:
+            hub.resolve(path, revision, CheckpointError)
+        except CheckpointError as cause:
+            raise CheckpointError(
+                f"{cause}. The name comes from the recipe in {folder / REPORT_NAME}, where a relative path starts at the folder "
+                f"that the merge was started in; --against BASE ADAPTER overrides it"
+            ) from cause
 
 
 def _recipe_of_folder(folder: Path, against: tuple[str, str] | None, device: str) -> Recipe:

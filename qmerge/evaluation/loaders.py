@@ -1,4 +1,4 @@
-"""Stock loaders: each loads a folder with its own code and computes logits for a few tokens.
+"""Stock loaders: each loads a folder with its own code and computes logits for one sentence.
 
 For ``qmerge verify --loader``. Each needs the library of its name. gptqmodel and auto-gptq are not dependencies of qmerge.
 """
@@ -20,7 +20,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
+from qmerge.calibration import texts
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.fidelity import logits_of_folder
@@ -28,15 +30,34 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 from qmerge.weights.values import dense_values
 
-TOKENS = 8
-"""Number of token ids that a loaded model must compute logits for."""
+SENTENCE = "Water boils at 100 degrees and freezes at zero. The book that she read last week is on the table."
+"""Ordinary text, which a loaded model must compute logits for. Hidden states of seldom trained tokens (the first ids are often
+special tokens) can be so large that compute dtypes alone make logits differ by 30 %."""
+
+TOKENS = 16
+"""Number of token ids that replace the sentence where a folder has no tokenizer."""
 
 LOGITS_TOLERANCE, LOGITS_TOLERANCE_8BIT_ACTIVATIONS = 0.05, 0.1
-"""Relative distance of logits from those of the stored values: bfloat16 is off by about half a percent on small models and
-by a few on deep ones, activations in 8 bits by more."""
+"""Relative distance of logits from those of the stored values. float32 is off by less than 1e-5. Formats whose loaders compute
+in 16 bits are off by about half a percent on small models and by a few on deep ones, activations in 8 bits by more."""
 
 PRODUCT_TOLERANCE = 1e-5
 """Relative: two float32 sums over up to 2**14 inputs, in different orders, differ by about √n · 2**-24."""
+
+
+class WrongLogitsError(CheckpointError):
+    """A library loads a folder, but its logits are too far from those of the stored values.
+
+    library   name and version
+    distance  ‖logits − expected‖ / ‖expected‖
+    """
+
+    def __init__(self, library: str, distance: float) -> None:
+        super().__init__(
+            f"{library} loads it, but its logits are {100 * distance:.0f} % off those of the stored values: it reads other values"
+        )
+        self.library = library
+        self.distance = distance
 
 
 def load_with_transformers(folder: Path) -> str:
@@ -67,7 +88,25 @@ def load_with_transformers(folder: Path) -> str:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise CheckpointError(f"{library} reports {problem}: {sorted(info[problem])[:3]}")
+    _compute_in_float32(model, quantization_config(folder))
     return f"{type(model).__name__} with {library}, {check_logits(model, folder, library)}"
+
+
+def _compute_in_float32(model: Any, quantization: dict[str, Any]) -> None:
+    """Let a dense or bitsandbytes model compute in float32, so that only other values can make its logits differ.
+
+    Models in other formats stay as they are: their layers have dtypes of their own.
+    """
+    if quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return
+    for tensor in model.parameters():
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layer
+            module.compute_dtype = torch.float32
+            # The kernel for AVX512-BF16 computes in bfloat16, and repacks the weights.
+            module.support_avx512bf16_for_cpu = False
 
 
 def _cpu_kernel(folder: Path) -> dict[str, Any]:
@@ -186,30 +225,40 @@ LOADERS: dict[str, Callable[[Path], str]] = {
 
 
 def check_logits(model: Any, folder: Path, library: str) -> str:
-    """Compare a loaded model's logits for a few token ids with those of the stored values.
+    """Compare a loaded model's logits for a sentence with those of the stored values.
 
     Returns:
         One line with the result.
 
     Raises:
-        CheckpointError: NaN, or further off than any compute dtype explains: the loader reads other values.
+        WrongLogitsError: further off than any compute dtype explains.
+        CheckpointError: NaN, or the library fails.
     """
-    ids_NL = torch.arange(1, TOKENS + 1)[None]
+    ids_NL = question_ids(folder)
     with as_checkpoint_error(library), silenced(), torch.no_grad():
         logits = model(input_ids=ids_NL).logits.float()
     if not bool(logits.isfinite().all()):
         raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
     # Computed by transformers' own code from the values that qmerge reads.
     expected = logits_of_folder(folder, ids_NL)
-    error = float((logits - expected).norm() / expected.norm())
+    distance = float((logits - expected).norm() / expected.norm())
     tolerance = LOGITS_TOLERANCE
     if rounds_activations(quantization_config(folder)):
         tolerance = LOGITS_TOLERANCE_8BIT_ACTIVATIONS
-    if error > tolerance:
-        raise CheckpointError(
-            f"{library} loads it, but its logits are {error:.0%} off those of the stored values: it reads other values"
-        )
-    return f"answers within {error:.1%} of the stored values"
+    if distance > tolerance:
+        raise WrongLogitsError(library, distance)
+    return f"answers within {100 * distance:.1f} % of the stored values"
+
+
+def question_ids(folder: Path) -> Tensor:
+    """Token ids [1, L] of a sentence; ids from the middle of the vocabulary where no tokenizer in the folder knows any."""
+    vocab_size = texts.vocab_size(json.loads((folder / "config.json").read_text()))
+    ids: list[int] = []
+    with contextlib.suppress(CheckpointError), silenced():
+        ids = texts.load_tokenizer(folder)(SENTENCE)["input_ids"]
+    if len(ids) < 2 or max(ids) >= vocab_size:
+        return (vocab_size // 2 + torch.arange(TOKENS) % max(1, vocab_size // 2))[None]
+    return torch.tensor(ids)[None]
 
 
 def import_library(module: str, package: str, how_to_install: str) -> ModuleType:
