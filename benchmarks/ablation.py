@@ -59,7 +59,7 @@ def variants(calibration: str) -> list[Variant]:
         Variant("+ sequential (all of preserve)", whole),
         Variant("with 16 orders", whole, {"ORDERS": 16}),
         Variant("on text that the adapter model writes", {**whole, "calibration": "generate"}),
-        Variant("on random tokens (the default)", {**whole, "calibration": "random"}),
+        Variant("on random tokens", {**whole, "calibration": "random"}),
         Variant("without calibration", {**whole, "calibration": "none"}),
     ]
 

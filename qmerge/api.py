@@ -153,8 +153,9 @@ def merge(
         revision: revision of the base on the Hub: branch, tag or commit.
         adapter_revision: revision of the adapter on the Hub.
         rounding: ``"nearest"``, ``"stochastic"``, ``"preserve"``, or ``"auto"``: preserve where nearest keeps too little.
-        calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``,
-            ``"random"`` (the default) or ``"none"``.
+        calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``
+            (text that the adapter model writes: the default), ``"general"`` (text that ships with qmerge), ``"random"`` or
+            ``"none"``.
         calibration_tokens: number of tokens to calibrate on.
         sequence_length: tokens per sequence of the calibration text.
         sequential: calibrate each layer on the outputs of the rounded layers before it (better, slower).

@@ -4,6 +4,7 @@ QmergeError                   the message is one line: what is wrong, where, wha
 ├── RecipeError       (2)     the command line or the recipe
 ├── InputError        (3)     the input files
 │   ├── CheckpointError       the base or the original
+│   │   └── TokenizerError    its tokenizer
 │   └── AdapterError          the adapter
 │       └── NeedsBaseError    the adapter can only be read together with its base
 ├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
@@ -44,6 +45,10 @@ class InputError(QmergeError):
 
 class CheckpointError(InputError):
     """The base or the original is wrong."""
+
+
+class TokenizerError(CheckpointError):
+    """The tokenizer cannot be loaded, or does not belong to the model."""
 
 
 class AdapterError(InputError):

@@ -121,8 +121,8 @@ class Recipe(BaseModel):
     )
     calibration: str | None = Field(
         None,
-        description="calibrate preserve rounding on this: text or jsonl file, Hub dataset, generate, random or none "
-        "(default: random)",
+        description="calibrate preserve rounding on this: text or jsonl file, Hub dataset, generate, general, random "
+        "or none (default: generate)",
     )
     calibration_tokens: int = Field(16384, description="calibrate on this many tokens", ge=1)
     sequence_length: int = Field(512, description="cut the calibration text into sequences of this many tokens", ge=2)
@@ -178,7 +178,7 @@ class Recipe(BaseModel):
     )
     # --- where and with which resources ---
     seed: int = Field(
-        0, description="seed stochastic rounding, random calibration tokens and random combinations with this", ge=0
+        0, description="seed stochastic rounding, generated text, random tokens and random combinations with this", ge=0
     )
     device: Device = Field("auto", description="compute on this device: auto, cpu or cuda")
     workers: int = Field(1, description="work on this many weights at once", ge=1, le=256)

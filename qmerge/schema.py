@@ -64,10 +64,14 @@ def numbered_roles(records: Sequence[InputRecord]) -> list[tuple[str, InputRecor
     return numbered_records
 
 
+BUILT_IN_SOURCES = ("generate", "general", "random", "none")
+"""Sources of calibration that are no text of the user."""
+
+
 class CalibrationRecord(BaseModel):
     """The text that ``preserve`` rounding was calibrated on.
 
-    ``source`` is ``random``, ``generate``, ``none``, or the name of a file or data set; ``sha256`` is that of the token ids.
+    ``source`` is one of ``BUILT_IN_SOURCES``, or the name of a file or data set; ``sha256`` is that of the token ids.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,7 +80,8 @@ class CalibrationRecord(BaseModel):
     sequence_length: int = 0
     sequential: bool = False
     sha256: str | None = None
-    # Added later: reports without it are still read.
+    # Added later: reports without them are still read.
+    general_tokens: int = 0
     held_out_tokens: int = 0
 
     @property
@@ -86,7 +91,14 @@ class CalibrationRecord(BaseModel):
             return "random tokens"
         if self.source == "generate":
             return "text that the model wrote"
+        if self.source == "general":
+            return "qmerge's general text"
         return "the calibration text"
+
+    @property
+    def is_users_text(self) -> bool:
+        """Whether the user gave a text."""
+        return self.source not in BUILT_IN_SOURCES
 
 
 class SeenRecord(BaseModel):

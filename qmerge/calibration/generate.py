@@ -1,8 +1,13 @@
-"""Text that the adapter model itself writes, to calibrate where no text of the task is at hand (LLM-QAT, arXiv 2305.17888)."""
+"""Text that the adapter model itself writes, to calibrate where no text of the task is at hand (LLM-QAT, arXiv 2305.17888).
+
+Sequences start from what ``starts.py`` gives. Where the tokenizer has a chat template, some start from an open turn of the user:
+the model writes a question and then the answer (Magpie, arXiv 2406.08464).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,114 +15,192 @@ import psutil
 import torch
 from torch import Tensor
 
-from qmerge.calibration import texts
 from qmerge.calibration.forward import ForwardPass
+from qmerge.calibration.layered import LayeredModel, Values
+from qmerge.calibration.starts import Start, Starts
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.weights.context import RunContext
+
+GENERATED_LENGTH = 256
+"""Tokens per sequence where the model stays in memory."""
+
+SEQUENCES_AT_ONCE = 32
+"""Sequences that grow together where the model stays in memory: the cache of their keys and values needs memory, too."""
+
+STREAMED_LENGTH = 64
+"""Tokens per sequence where it does not: for every token, the whole model is read again. All sequences grow together."""
 
 
 def generate_tokens(
     plan: Plan,
     context: RunContext,
+    starts: Starts,
     *,
     tokens: int,
     length: int,
     seed: int,
     report_progress: Callable[[str], None],
-) -> list[Tensor]:
-    """Sample sequences from the unmerged adapter model, at temperature 1.
-
-    Every sequence begins with the start-of-text token (with one random token, where the model has none). All sequences
-    grow by one token at a time. The layers stay in memory where the float32 model fits twice into the free memory; else
-    every token reads them all again, which is slow.
+) -> Tensor:
+    """Sample sequences from the unmerged adapter model, at temperature 1 and from all tokens.
 
     Args:
-        tokens: how many in all; at least one sequence is written.
-        length: tokens per sequence.
+        starts: what the sequences start from.
+        tokens: how many in all, starts included; at least one sequence is written.
+        length: tokens per sequence, at most.
         report_progress: called with one line per token of a sequence.
 
     Returns:
-        Token ids, int64 [sequences, length] each.
+        Token ids, int64 [sequences, length].
 
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
-    model = _GeneratorModel(plan, context)
+    model: _WholeModel | _StreamedModel
+    layered, values = unmerged_model(plan, context)
+    if _fits(layered):
+        model = _WholeModel(layered, values)
+        length = min(length, GENERATED_LENGTH)
+        at_once = SEQUENCES_AT_ONCE
+    else:
+        model = _StreamedModel(layered, values)
+        length = min(length, STREAMED_LENGTH)
+        at_once = max(1, tokens // length)
     random = torch.Generator().manual_seed(seed)
-    first_ids = torch.full((max(1, tokens // length), 1), model.first_token(random))
-    batches = [_GrowingBatch(ids, model.new_cache()) for ids in texts.split_batches(first_ids, length)]
+    count = max(1, tokens // length)
+    writers = [_Writer(mine, starts.turn_end) for mine in starts.for_sequences(count, random)]
+    batches = []
+    for first in range(0, count, at_once):
+        together = writers[first : first + at_once]
+        which = f"sequences {first + 1} to {first + len(together)} of {count}"
+        report = partial(_report_position, report_progress, length, which)
+        batches.append(_write(model, together, length=length, random=random, report_position=report))
+    return torch.cat(batches)
+
+
+def _report_position(report_progress: Callable[[str], None], length: int, which: str, position: int) -> None:
+    report_progress(f"generating token {position + 1} of {length}, {which}")
+
+
+def _write(
+    model: _WholeModel | _StreamedModel,
+    writers: Sequence[_Writer],
+    *,
+    length: int,
+    random: torch.Generator,
+    report_position: Callable[[int], None],
+) -> Tensor:
+    """Sequences that grow together by one token at a time: int64 [sequences, length]."""
+    cache = model.new_cache()
+    ids = torch.empty(len(writers), length, dtype=torch.int64)
+    ids[:, 0] = torch.tensor([writer.first() for writer in writers])
     for position in range(1, length):
-        report_progress(f"generating token {position + 1} of {length}")
-        for batch, logits in zip(batches, model.next_logits(batches), strict=True):
-            probabilities = torch.softmax(logits[:, -1].float(), -1).cpu()  # where the random generator is
-            batch.append(torch.multinomial(probabilities, 1, generator=random))
-    return [batch.ids for batch in batches]
+        report_position(position)
+        sampled = _sample(model.next_logits(ids[:, position - 1 : position], cache), random)
+        for number, writer in enumerate(writers):
+            ids[number, position] = writer.next(sampled[number])
+    return ids
 
 
-class _GrowingBatch:
-    """Sequences that are being written: token ids so far, int64 [sequences, length], and the cache of keys and values."""
-
-    def __init__(self, first_ids: Tensor, cache: Any) -> None:
-        self.ids = first_ids
-        self.cache = cache
-
-    @property
-    def last_ids(self) -> Tensor:
-        """[sequences, 1]: all before are in the cache."""
-        return self.ids[:, -1:]
-
-    def append(self, next_ids: Tensor) -> None:
-        """Add one token, int64 [sequences, 1], to every sequence."""
-        self.ids = torch.cat([self.ids, next_ids], dim=1)
+def _sample(logits: Tensor, random: torch.Generator) -> list[int]:
+    """One token id per row of logits [sequences, vocabulary]."""
+    probabilities = torch.softmax(logits.float(), -1).cpu()  # where the random generator is
+    ids: list[int] = torch.multinomial(probabilities, 1, generator=random).flatten().tolist()
+    return ids
 
 
-class _GeneratorModel:
-    """The unmerged adapter model, one token of all sequences at a time."""
+class _Writer:
+    """One sequence: says which token comes next, the sampled one or a given one.
 
-    def __init__(self, plan: Plan, context: RunContext) -> None:
-        self.context = context
-        self.config = plan.config
-        self.model, self.values = unmerged_model(plan, context)
-        nbytes = 4 * sum(parameter.numel() for parameter in self.model.model.parameters())
-        self.keeps_layers = 2 * nbytes < psutil.virtual_memory().available
-        self._load(None)
-        if self.keeps_layers:
-            for index in range(len(self.model)):
-                self._load(index)
+    Args:
+        starts: of the first text, and of those that follow when a chat has ended.
+    """
 
-    def first_token(self, random: torch.Generator) -> int:
-        """The start-of-text token of the config, else a random token."""
-        start_of_text = self.config.get("bos_token_id")
-        if isinstance(start_of_text, int):  # null where the model has none
-            return int(start_of_text)
-        model: Any = self.model.model
-        vocab_size = int(model.get_input_embeddings().num_embeddings)
-        return int(torch.randint(vocab_size, (1,), generator=random))
+    def __init__(self, starts: Iterator[Start], turn_end: int | None) -> None:
+        self._starts = starts
+        self._turn_end = turn_end
+        self._given: deque[int] = deque()
+        self._reply: Sequence[int] = ()
+        self._is_chat = False
+        self._begin()
+
+    def first(self) -> int:
+        """The first token id."""
+        return self._given.popleft()
+
+    def next(self, sampled: int) -> int:
+        """The next token id."""
+        if self._given:
+            return self._given.popleft()
+        if sampled == self._turn_end and self._is_chat:
+            if self._reply:  # the user's turn ends: the assistant's begins
+                self._given.extend(self._reply)
+                self._reply = ()
+            else:
+                self._begin()
+        return sampled
+
+    def _begin(self) -> None:
+        start = next(self._starts)
+        self._given.extend(start.ids)
+        self._reply = start.reply
+        self._is_chat = start.is_chat
+
+
+def _fits(layered: LayeredModel) -> bool:
+    """Whether the float32 values of a model fit twice into the free memory."""
+    nbytes = 4 * sum(parameter.numel() for parameter in layered.model.parameters())
+    free = psutil.virtual_memory().available
+    if layered.device.type == "cuda":
+        free = torch.cuda.mem_get_info(layered.device)[0]
+    return 2 * nbytes < free
+
+
+class _WholeModel:
+    """The unmerged adapter model in memory, as transformers runs it."""
+
+    def __init__(self, layered: LayeredModel, values: Values) -> None:
+        self._model = layered.load_whole(values)
+        self._device = layered.device
 
     def new_cache(self) -> Any:
-        """An empty cache of keys and values for one batch."""
-        from transformers import DynamicCache
+        """An empty cache of keys and values."""
+        return _new_cache(self._model)
 
-        return DynamicCache(config=self.model.model.config)
+    def next_logits(self, last_ids: Tensor, cache: Any) -> Tensor:
+        """Logits [sequences, vocabulary] for the token after ``last_ids`` [sequences, 1]; those before are in the cache."""
+        with torch.inference_mode():
+            output = self._model(input_ids=last_ids.to(self._device), past_key_values=cache, use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
-    def next_logits(self, batches: Sequence[_GrowingBatch]) -> list[Tensor]:
-        """Logits [sequences, 1, vocabulary] of every batch for its next token."""
-        passes = [self._forward_pass(batch) for batch in batches]
-        results = [forward_pass.advance() for forward_pass in passes]
-        for index in range(len(self.model)):
-            if not self.keeps_layers:
-                self._load(index)
-            for number, forward_pass in enumerate(passes):
-                results[number] = forward_pass.advance(self.model.run_layer(results[number]))
-            if not self.keeps_layers:
-                self.model.unload(index)
-        return [output.logits for output in results]
 
-    def _forward_pass(self, batch: _GrowingBatch) -> ForwardPass:
-        model: Any = self.model.model
-        input_ids = batch.last_ids.to(self.context.device)
-        return ForwardPass(partial(model, input_ids=input_ids, past_key_values=batch.cache, use_cache=True))
+class _StreamedModel:
+    """The same, with one decoder layer in memory at a time."""
 
-    def _load(self, index: int | None) -> None:
-        self.model.load(index, self.model.names(index), self.values)
+    def __init__(self, layered: LayeredModel, values: Values) -> None:
+        self._layered = layered
+        self._values = values
+        layered.load(None, layered.names(None), values)
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values."""
+        return _new_cache(self._layered.model)
+
+    def next_logits(self, last_ids: Tensor, cache: Any) -> Tensor:
+        """As that of ``_WholeModel``."""
+        model: Any = self._layered.model
+        input_ids = last_ids.to(self._layered.device)
+        forward_pass = ForwardPass(partial(model, input_ids=input_ids, past_key_values=cache, use_cache=True))
+        result = forward_pass.advance()
+        for index in range(len(self._layered)):
+            with self._layered.loaded(index, self._values):
+                result = forward_pass.advance(self._layered.run_layer(result))
+        logits: Tensor = result.logits[:, -1]
+        return logits
+
+
+def _new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)

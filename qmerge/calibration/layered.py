@@ -113,6 +113,18 @@ class LayeredModel:
             module, _, local = name.rpartition(".")
             self.model.get_submodule(module)._parameters[local] = parameter
 
+    def load_whole(self, values: Values) -> Any:
+        """Load every weight and take the pauses out: from here on, the model is an ordinary one.
+
+        Raises:
+            CheckpointError: see ``load``.
+        """
+        for index in (None, *range(len(self))):
+            self.load(index, self.names(index), values)
+        for layer, forward in zip(self.layers, self._layer_forwards, strict=True):
+            layer.forward = forward
+        return self.model
+
     def unload(self, index: int | None) -> None:
         """Free the weights of a decoder layer."""
         for name, tensor in self._tensors(index):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qmerge import hub
-from qmerge.errors import CheckpointError, RecipeError
+from qmerge.errors import CheckpointError, RecipeError, TokenizerError
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
@@ -84,6 +84,12 @@ def hold_out(ids: Tensor, judged_on: str) -> CalibrationTokens:
         held_out=split_batches(ids[is_held_out]),
         judged_on=f"{held_out_count * length:,} tokens {judged_on}",
     )
+
+
+def add_batches(tokens: CalibrationTokens, ids: Tensor, weight: float) -> CalibrationTokens:
+    """The same with more sequences, int64 [sequences, length], for rounding to learn from."""
+    added = split_batches(ids)
+    return replace(tokens, seen=[*tokens.seen, *added], weights=[*tokens.weights, *[weight] * len(added)])
 
 
 def find_text(source: str) -> Path:
@@ -191,20 +197,29 @@ def token_batches(
 
     Raises:
         RecipeError: the text cannot be read, or has fewer than two tokens.
-        CheckpointError: the tokenizer cannot be loaded, or makes tokens that the model does not know.
+        TokenizerError: the tokenizer cannot be loaded, or makes tokens that the model does not know.
     """
     ids = tokenize(read_texts(source), tokenizer_folder)[:tokens]
     if len(ids) < 2:
         raise RecipeError(f"{source}: {len(ids)} tokens; at least 2 are needed")
-    # The embedding has no row for such an id: torch would fail in the middle of the work.
-    if max(ids) >= vocab_size:
-        raise CheckpointError(
-            f"{tokenizer_folder}: the tokenizer makes token {max(ids)}, but the model knows {vocab_size}: does it belong to "
-            f"another model?"
-        )
+    check_vocabulary(ids, vocab_size, tokenizer_folder)
     length = min(length, len(ids))
     sequences = len(ids) // length
     return split_batches(torch.tensor(ids[: sequences * length]).view(sequences, length))
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int, tokenizer_folder: Path) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        TokenizerError: an id is not below ``vocab_size``.
+    """
+    # The embedding has no row for such an id: torch would fail in the middle of the work.
+    if max(ids, default=0) >= vocab_size:
+        raise TokenizerError(
+            f"{tokenizer_folder}: the tokenizer makes token {max(ids)}, but the model knows {vocab_size}: does it belong to "
+            f"another model?"
+        )
 
 
 def split_batches(ids: Tensor, length: int | None = None) -> list[Tensor]:
@@ -218,9 +233,17 @@ def tokenize(documents: Sequence[Document], tokenizer_folder: Path) -> list[int]
 
     Raises:
         RecipeError: a chat, but the tokenizer has no chat template, or its template refuses it.
-        CheckpointError: the tokenizer cannot be loaded.
+        TokenizerError: the tokenizer cannot be loaded.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
+    return tokenize_with(load_tokenizer(tokenizer_folder), documents)
+
+
+def tokenize_with(tokenizer: Any, documents: Sequence[Document]) -> list[int]:
+    """The same, with a tokenizer that is loaded already.
+
+    Raises:
+        RecipeError: a chat, but the tokenizer has no chat template, or its template refuses it.
+    """
     ids: list[int] = []
     for document in documents:
         if ids and tokenizer.eos_token_id is not None:  # between documents, not before the first one
@@ -247,14 +270,14 @@ def load_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of a folder, from local files only; code in the folder is not run.
 
     Raises:
-        CheckpointError: transformers cannot load one.
+        TokenizerError: transformers cannot load one.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as cause:  # transformers passes on whatever a tokenizer's file or class raises
-        raise CheckpointError(
+        raise TokenizerError(
             f"{folder}: no tokenizer that transformers can load, so no text can be read: {_quoted(cause)}"
         ) from cause
     tokenizer.model_max_length = 2**40  # texts are cut into sequences later: no warning about their length

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
+from qmerge.calibration.general import general_tokens
 from qmerge.calibration.generate import generate_tokens
 from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.starts import find_starts
 from qmerge.calibration.texts import CalibrationTokens
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, TokenizerError
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
 from qmerge.weights.context import RunContext
 
-BETTER_CALIBRATION = (
-    "Calibrating on random tokens (the default). Text of your task is far better: on SmolLM2-135M the KL ratio was 0.107 with "
-    "random tokens, 0.015 with --calibration generate and 0.006 with --calibration train.jsonl (docs/benchmarks.md)."
-)
-"""KL ratios of NF4 → NF4 merges with ``preserve``, on held-out text."""
+GENERAL_SHARE = 0.25
+"""Tokens of the general text that are added to all other text, as a share of the tokens that were asked for …"""
 
-JUDGED_ON = {"random": "drawn at random", "generate": "that the adapter model wrote"}
+GENERAL_WEIGHT = 1.0
+"""… and how much each of them counts. Without it, a model changes where the text of the task does not show it."""
+
+JUDGED_ON = {
+    "general": "of qmerge's general text",
+    "generate": "that the adapter model wrote",
+    "random": "drawn at random",
+}
 """Source → what its held-out tokens are, after "2,048 tokens"."""
 
 
@@ -47,66 +53,118 @@ NO_CALIBRATION = Calibration(None)
 
 
 def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callable[[str], None]) -> Calibration:
-    """Read, generate or draw the tokens that the plan asks for. The default is random tokens.
+    """Read, generate or draw the tokens that the plan asks for. The default is generated text.
 
     Raises:
         RecipeError: the text cannot be used.
-        CheckpointError: the model cannot be run, and the plan asks for calibration.
+        CheckpointError: the model cannot be run, or its tokenizer not be loaded, and the plan asks for calibration.
     """
     settings = plan.calibration
     if settings.source == "none":
         return Calibration(CalibrationRecord(source="none"))
+    is_default = settings.source in (None, "default")
     try:
         # Only to find out, before the long work, whether transformers can run the model.
         LayeredModel(plan.config, (), context.device)
     except CheckpointError as error:
-        if settings.source:
+        if not is_default:
             raise  # the user asked for calibration, and gets it or an error
         note = f"No calibration (as with --calibration none), because the model cannot be run: {error}"
         return Calibration(CalibrationRecord(source="none"), note=note)
-    length = min(settings.sequence_length, texts.max_sequence_length(plan.config))
-    batches = _token_batches(plan, context, length, report_progress)
-    source = _published_name(settings.source or "random")
-    tokens = texts.hold_out(torch.cat(batches), JUDGED_ON.get(source, f"of {source}"))
-    record = CalibrationRecord(
-        source=source,
-        tokens=sum(batch.numel() for batch in tokens.seen),
-        held_out_tokens=sum(batch.numel() for batch in tokens.held_out),
-        sequence_length=length,
-        sequential=settings.sequential,
-        sha256=texts.batches_sha256(batches),
-    )
-    return Calibration(record, tokens, note="" if settings.source else BETTER_CALIBRATION)
+    if not is_default:
+        return _Preparation(plan, context, report_progress).calibration(str(settings.source))
+    try:
+        return _Preparation(plan, context, report_progress).calibration("generate")
+    except TokenizerError as error:
+        calibration = _Preparation(plan, context, report_progress).calibration("random")
+        note = f"Calibrating on random tokens, which is much worse than on text (docs/benchmarks.md): {error}"
+        return replace(calibration, note=note)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """The calibration of a plan from a source that is given."""
+
+    plan: Plan
+    context: RunContext
+    report_progress: Callable[[str], None]
+
+    def calibration(self, source: str) -> Calibration:
+        """Tokens of a source, with a share of general text; a part is held out."""
+        settings = self.plan.calibration
+        published = _published_name(source)
+        ids = self._token_ids(source)
+        tokens = texts.hold_out(ids, JUDGED_ON.get(source, f"of {published}"))
+        general_count = ids.numel() if source == "general" else 0
+        if source not in ("general", "random"):  # where random tokens are asked for, nothing else is added
+            general = self._general(round(GENERAL_SHARE * settings.tokens))
+            general_count = general.numel()
+            tokens = texts.add_batches(tokens, general, GENERAL_WEIGHT)
+        record = CalibrationRecord(
+            source=published,
+            tokens=_count(tokens.seen),
+            general_tokens=general_count,
+            held_out_tokens=_count(tokens.held_out),
+            sequence_length=ids.shape[1],
+            sequential=settings.sequential,
+            sha256=texts.batches_sha256([*tokens.seen, *tokens.held_out]),
+        )
+        return Calibration(record, tokens)
+
+    @property
+    def _length(self) -> int:
+        """Tokens per sequence."""
+        return min(self.plan.calibration.sequence_length, texts.max_sequence_length(self.plan.config))
+
+    @property
+    def _vocab_size(self) -> int:
+        return texts.vocab_size(self.plan.config)
+
+    def _token_ids(self, source: str) -> Tensor:
+        """int64 [sequences, length]."""
+        settings = self.plan.calibration
+        tokenizer_folder = self.plan.inputs.tokenizer_folder
+        if source == "random":
+            return torch.cat(
+                texts.random_tokens(self._vocab_size, tokens=settings.tokens, length=self._length, seed=settings.seed)
+            )
+        if source == "general":
+            return self._general(settings.tokens)
+        if source == "generate":
+            return generate_tokens(
+                self.plan,
+                self.context,
+                find_starts(tokenizer_folder, vocab_size=self._vocab_size, seed=settings.seed),
+                tokens=settings.tokens,
+                length=self._length,
+                seed=settings.seed,
+                report_progress=self.report_progress,
+            )
+        batches = texts.token_batches(
+            texts.find_text(source),
+            tokenizer_folder,
+            tokens=settings.tokens,
+            length=self._length,
+            vocab_size=self._vocab_size,
+        )
+        return torch.cat(batches)
+
+    def _general(self, tokens: int) -> Tensor:
+        """A cut of the general text: int64 [sequences, length]."""
+        return general_tokens(
+            self.plan.inputs.tokenizer_folder,
+            tokens=tokens,
+            length=max(2, min(tokens, self._length)),
+            vocab_size=self._vocab_size,
+        )
+
+
+def _count(batches: list[Tensor]) -> int:
+    return sum(batch.numel() for batch in batches)
 
 
 def _published_name(source: str) -> str:
     """The source in the report. Reports are published: of a file they have the name, not the folder."""
-    if source in ("random", "generate"):
+    if source in JUDGED_ON:
         return source
     return Path(source).name
-
-
-def _token_batches(
-    plan: Plan, context: RunContext, length: int, report_progress: Callable[[str], None]
-) -> list[Tensor]:  # fmt: skip
-    settings = plan.calibration
-    source = settings.source or "random"
-    if source == "random":
-        vocab_size = texts.vocab_size(plan.config)
-        return texts.random_tokens(vocab_size, tokens=settings.tokens, length=length, seed=settings.seed)
-    if source == "generate":
-        return generate_tokens(
-            plan,
-            context,
-            tokens=settings.tokens,
-            length=length,
-            seed=settings.seed,
-            report_progress=report_progress,
-        )
-    return texts.token_batches(
-        texts.find_text(source),
-        plan.inputs.tokenizer_folder,
-        tokens=settings.tokens,
-        length=length,
-        vocab_size=texts.vocab_size(plan.config),
-    )

@@ -41,12 +41,13 @@ SIGN_ELECTING = ("ties", "dare_ties", "della", "sce")
 # --- survival --------------------------------------------------------------------------------------------------------
 
 
-def survival_warnings(survivals: Sequence[Survival], predicted: bool) -> list[str]:
+def survival_warnings(survivals: Sequence[Survival], predicted: bool, *, has_text: bool = False) -> list[str]:
     """One line per rank and kind of trouble, the worst first.
 
     Args:
         survivals: of the merged weights.
         predicted: before the run, from the closed form; else measured on what was written.
+        has_text: the user gave a text to calibrate on.
     """
     lines = []
     if not any(survival.delta_squared for survival in survivals):
@@ -58,9 +59,9 @@ def survival_warnings(survivals: Sequence[Survival], predicted: bool) -> list[st
     # A weight that lost its delta is warned about once, also where its noise is loud.
     loud = [survival for survival in survivals if _is_loud(survival) and not _is_lost(survival)]
     for group in _by_rank(lost):
-        lines.append(_lost_line(group, predicted))
+        lines.append(_lost_line(group, predicted, has_text))
     for group in _by_rank(loud):
-        lines.append(_loud_line(group, predicted))
+        lines.append(_loud_line(group, predicted, has_text))
     # How bad it is in all: the lost weights may be the ones with small deltas.
     total = total_kept(survivals)
     if total is not None and len(lost) > 1:
@@ -112,7 +113,7 @@ def _lost_squares(group: Sequence[Survival]) -> float:
     return sum(survival.delta_squared * (1 - (survival.kept or 0)) for survival in group)
 
 
-def _lost_line(group: Sequence[Survival], predicted: bool) -> str:
+def _lost_line(group: Sequence[Survival], predicted: bool, has_text: bool) -> str:
     first = group[0]
     sizes = span(percent, [survival.relative_size for survival in group])
     steps = span(times, [survival.gap_to_delta for survival in group])
@@ -121,17 +122,17 @@ def _lost_line(group: Sequence[Survival], predicted: bool) -> str:
     return (
         f"{_modules(group)}: rank {first.rank}, delta is {sizes} of the weight, "
         f"a{article(first.target)} {first.target.upper()} step is {steps} larger; "
-        f"{kept} {verb} {first.rounding} rounding. {_way_out(first)}"
+        f"{kept} {verb} {first.rounding} rounding. {_way_out(first, has_text)}"
     )
 
 
-def _loud_line(group: Sequence[Survival], predicted: bool) -> str:
+def _loud_line(group: Sequence[Survival], predicted: bool, has_text: bool) -> str:
     first = group[0]
     verb = "will be" if predicted else "is"
     noise = span(times, [survival.noise for survival in group])
     return (
         f"{_modules(group)}: rank {first.rank}, the delta is kept on average, but {first.rounding} rounding noise {verb} "
-        f"{noise} its size. {_way_out(first)}"
+        f"{noise} its size. {_way_out(first, has_text)}"
     )
 
 
@@ -139,9 +140,11 @@ def _modules(group: Sequence[Survival]) -> str:
     return module_names([survival.module for survival in group])
 
 
-def _way_out(survival: Survival) -> str:
+def _way_out(survival: Survival, has_text: bool) -> str:
     if survival.rounding == "preserve":
-        ways = ["--calibration with text of your training", "more --calibration-tokens"]
+        ways = ["more --calibration-tokens"]
+        if not has_text:
+            ways.insert(0, "--calibration with text of your training")
     else:
         ways = ["--rounding preserve"]
     # bf16 itself loses small deltas: it has 8 bits of mantissa, fp16 has 11.

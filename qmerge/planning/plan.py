@@ -44,7 +44,8 @@ class Shard:
 class CalibrationSettings:
     """How a run calibrates, as the recipe asks for it.
 
-    source           a text file, a dataset on the Hub, ``random``, ``generate`` or ``none``; None: the default (random)
+    source           a text file, a dataset on the Hub, ``generate``, ``general``, ``random`` or ``none``; None or ``default``:
+                     ``generate``, with ``random`` or ``none`` in its place where it cannot be done
     tokens           tokens to calibrate on
     sequence_length  tokens per sequence
     sequential       each layer is calibrated after the layers before it were rounded

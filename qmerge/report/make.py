@@ -196,13 +196,14 @@ def _warnings(
     # Over all weights together: a share that is alarming in a small weight may not matter.
     clipped = values_of(over_weights(sums_of_weight.values()))["clipped"]
     survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
+    has_text = preflight.calibration is not None and preflight.calibration.is_users_text
     return [
         *input_warnings(plan),
         *delta_size_warnings(plan, relative_sizes),
         *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
         *interference_warnings(pairs, plan.recipe.combine),
         *warnings_about_original(plan, preflight.original_gap),
-        *survival_warnings(survivals, predicted=False),
+        *survival_warnings(survivals, predicted=False, has_text=has_text),
     ]
 
 
