@@ -34,6 +34,22 @@ class Destination(ABC):
         self.workers = workers
         self.progress = progress
         self.outcomes: dict[str, Outcome] = {}
+        self._counted: set[str] = set()
+
+    def start_stage(self, label: str, steps: Sequence[Step]) -> None:
+        """Begin a stage of the progress for these steps.
+
+        Where weights are rounded with ``preserve``, the bytes of those are counted, and no others: they take nearly all the
+        time. (Copied embeddings, which come first, would let the time left begin with seconds instead of minutes.)
+        """
+        counted = [step for step in steps if step.rounding == "preserve"] or steps
+        self._counted = {step.name for step in counted}
+        self.progress.stage(label, sum(step.weight.nbytes for step in counted))
+
+    def count(self, step: Step) -> None:
+        """Report that a step is done, if its stage counts it."""
+        if step.name in self._counted:
+            self.progress.advance(step.weight.nbytes, step.name)
 
     @abstractmethod
     def run(self, steps: Sequence[Step], inputs: Mapping[str, InputStatistics]) -> None:
@@ -108,7 +124,7 @@ class OutputFolder(Destination):
                 stored_OI = self.stored(step)
                 residual = fit_residual(step, stored_OI, inputs, context=self.context, rank=self.residual_rank)
                 self.residuals[step.name] = residual
-        self.progress.advance(step.weight.nbytes, step.name)
+        self.count(step)
 
     def _earlier_record(self, step: Step) -> dict[str, Any] | None:
         """What an earlier run has noted about a step, if the bytes on disk are still those that it wrote."""
@@ -169,7 +185,7 @@ class MeasureOnly(Destination):
         outcome = run_step(step, sink, self.context, inputs)
         if outcome is not None:
             self.outcomes[step.name] = outcome
-        self.progress.advance(step.weight.nbytes, step.name)
+        self.count(step)
 
     def stored(self, step: Step) -> Tensor:
         sink = self._sinks.get(step.name)

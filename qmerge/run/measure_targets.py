@@ -68,7 +68,7 @@ def measure_target(
     # Its warnings are in the report, next to those about what was measured.
     plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
     destination = MeasureOnly(context, plan.workers, progress)
-    progress.stage(f"measuring {plan.target}", sum(step.weight.nbytes for step in plan.rounded))
+    destination.start_stage(f"measuring {plan.target}", plan.rounded)
     try:
         judged = run_steps(plan, plan.rounded, destination, preflight.tokens)
     finally:

@@ -178,7 +178,7 @@ def write_model(run: Run, *, resume: bool) -> ReportData:
         residual_rank=run.recipe.residual,
         progress=run.progress,
     )
-    run.progress.stage("merging", sum(step.weight.nbytes for step in plan.steps))
+    destination.start_stage("merging", plan.steps)
     try:
         judged = run_steps(plan, plan.steps, destination, run.preflight.tokens)
     finally:

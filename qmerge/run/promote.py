@@ -42,7 +42,7 @@ def _rehearse(recipe: Recipe, plan: Plan, context: RunContext, progress: Progres
     """What the plan would do to every merged weight."""
     plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)
     destination = MeasureOnly(context, plan.workers, progress)
-    progress.stage("measuring which weights survive worst", sum(step.weight.nbytes for step in plan.rounded))
+    destination.start_stage("measuring which weights survive worst", plan.rounded)
     try:
         run_steps(plan, plan.rounded, destination, preflight.tokens)
     finally:
