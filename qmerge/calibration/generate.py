@@ -104,8 +104,11 @@ def _write(
 
 def _sample(logits: Tensor, random: torch.Generator) -> list[int]:
     """One token id per row of logits [sequences, vocabulary]."""
-    probabilities = torch.softmax(logits.float(), -1).cpu()  # where the random generator is
-    ids: list[int] = torch.multinomial(probabilities, 1, generator=random).flatten().tolist()
+    # Half the time of torch.multinomial, which draws a random number per token of the vocabulary.
+    cumulative = torch.softmax(logits.float(), -1).cumsum(-1).cpu()  # where the random generator is
+    drawn = torch.rand(len(cumulative), 1, generator=random) * cumulative[:, -1:]
+    positions = torch.searchsorted(cumulative, drawn, right=True).clamp(max=cumulative.shape[-1] - 1)
+    ids: list[int] = positions.flatten().tolist()
     return ids
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
+from qmerge import hub
 from qmerge.calibration import texts
 from qmerge.calibration.general import general_tokens
 from qmerge.calibration.generate import generate_tokens
@@ -74,7 +76,8 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
     if not is_default:
         return _Preparation(plan, context, report_progress).calibration(str(settings.source))
     try:
-        return _Preparation(plan, context, report_progress).calibration("generate")
+        calibration = _Preparation(plan, context, report_progress).calibration("generate")
+        return replace(calibration, note=_dataset_note(plan.inputs.adapter_files_folder))
     except TokenizerError as error:
         calibration = _Preparation(plan, context, report_progress).calibration("random")
         note = f"Calibrating on random tokens, which is much worse than on text (docs/benchmarks.md): {error}"
@@ -157,6 +160,22 @@ class _Preparation:
             length=max(2, min(tokens, self._length)),
             vocab_size=self._vocab_size,
         )
+
+
+def _dataset_note(adapter_folder: Path) -> str:
+    """Names the dataset that the adapter's own card names; "" where it names none."""
+    from huggingface_hub import ModelCard
+
+    try:
+        datasets = ModelCard.load(adapter_folder / "README.md").data.to_dict().get("datasets") or []
+    except (ValueError, OSError, AttributeError, yaml.YAMLError):  # no card, or whatever a stranger's card holds
+        return ""
+    if isinstance(datasets, str):
+        datasets = [datasets]
+    for name in datasets:
+        if hub.HUB_ID.fullmatch(str(name)):
+            return f"The adapter's card names the dataset {name}: --calibration {name} would be closer to the task."
+    return ""
 
 
 def _count(batches: list[Tensor]) -> int:

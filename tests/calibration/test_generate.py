@@ -151,3 +151,11 @@ def test_a_model_that_does_not_fit_is_read_once_per_token(
     ids = written(planned, demo_starts(), report_progress=lines.append)
     assert ids.shape == (64, 4)
     assert lines == [f"generating token {number} of 4, sequences 1 to 64 of 64" for number in (2, 3, 4)]
+
+
+def test_samples_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    logits = probabilities.log().expand(20_000, 4)
+    counts = torch.bincount(torch.tensor(generate._sample(logits, torch.Generator().manual_seed(0))), minlength=4)
+    assert counts[1] == 0
+    torch.testing.assert_close(counts / 20_000, probabilities, rtol=0, atol=0.02)

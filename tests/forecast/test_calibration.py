@@ -12,7 +12,7 @@ import pytest
 import qmerge.demo
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.errors import TokenizerError
-from qmerge.forecast.calibration import GENERAL_SHARE, Calibration, prepare_calibration
+from qmerge.forecast.calibration import GENERAL_SHARE, Calibration, _dataset_note, prepare_calibration
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
@@ -79,6 +79,24 @@ def test_without_a_tokenizer_the_default_is_random_tokens(without_tokenizer: Pat
     calibration = prepared(None, without_tokenizer)
     assert calibration.record == prepared("random").record
     assert "random tokens" in calibration.note and "no tokenizer" in calibration.note
+
+
+@pytest.mark.parametrize(
+    ("card", "named"),
+    [
+        ("---\ndatasets:\n- ./data\n- someone/man-pages\n---\n# An adapter\n", "someone/man-pages"),
+        ("---\ndatasets: someone/man-pages\n---\n", "someone/man-pages"),
+        ("---\nlicense: mit\n---\n", ""),
+        ("# No metadata\n", ""),
+        ("---\ndatasets: [\n---\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_dataset_of_the_adapters_card_is_named(card: str | None, named: str, tmp_path: Path) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    note = _dataset_note(tmp_path)
+    assert (f"--calibration {named} " in note) if named else note == ""
 
 
 @pytest.mark.parametrize("asked", ["generate", "general"])
