@@ -39,25 +39,22 @@ class Variant:
 
 
 def variants(calibration: str) -> list[Variant]:
-    """All rows. A part is switched off by its constant: no sweeps, a factor of 0, a function that changes nothing."""
+    """All rows. A part is switched off by its constant: a factor of 0, endless damping, a function that changes nothing."""
     whole = {"rounding": "preserve", "calibration": calibration, "sequence_length": 128}
     parallel = {**whole, "sequential": False}
-    one_order = {"ORDERS": 1}
     no_read = {"READ": 0.0}
-    no_span = {"SPAN": 0.0}
     no_compensation = {"compensate_delta_loss": lambda levels_IO, *_: levels_IO}
-    inputs_only = {**one_order, **no_read, **no_span, **no_compensation}
+    no_stream = {"COMPENSATION_DAMPING": 1e9}
     return [
         Variant("nearest", {"rounding": "nearest"}),
         Variant("stochastic", {"rounding": "stochastic"}),
-        Variant("feedback in H (GPTQ's)", parallel, {**inputs_only, "SWEEPS": 0}),
-        Variant("+ descent", parallel, inputs_only),
-        Variant("+ P: what the adapter reads", parallel, {**one_order, **no_span, **no_compensation}),
-        Variant("+ S: errors along with it", parallel, {**one_order, **no_compensation}),
-        Variant("+ 4 orders of the columns", parallel, no_compensation),
+        Variant("feedback and descent in H", parallel, {**no_read, **no_compensation}),
+        Variant("+ P: what the adapter reads", parallel, no_compensation),
         Variant("+ aim past what is lost along the delta", parallel),
-        Variant("+ sequential (all of preserve)", whole),
-        Variant("with 16 orders", whole, {"ORDERS": 16}),
+        Variant("+ sequential", whole, no_stream),
+        Variant("+ the residual stream (all of preserve)", whole),
+        Variant("with --effort fast", {**whole, "effort": "fast"}),
+        Variant("with --effort best", {**whole, "effort": "best"}),
         Variant("on text that the adapter model writes", {**whole, "calibration": "generate"}),
         Variant("on random tokens", {**whole, "calibration": "random"}),
         Variant("without calibration", {**whole, "calibration": "none"}),

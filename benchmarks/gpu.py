@@ -50,7 +50,7 @@ from qmerge.formats import get_target
 from qmerge.grids import Grid
 from qmerge.rounding import _loops, nearest, preserve
 from qmerge.rounding._loops import TorchLoops
-from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
+from qmerge.rounding.base import EFFORTS, InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,14 +271,14 @@ class Example:
         outputs, inputs = self.shape
         product = 2 * outputs * inputs**2
         # For every order: feedback is half a product, as the factor of K is triangular, and factoring K takes inputs³ / 3.
-        orders = preserve.ORDERS * (product / 2 + inputs**3 / 3)
+        orders = EFFORTS["default"].orders * (product / 2 + inputs**3 / 3)
         # Then sweeps, two squared errors (half a product each), and the product of K with the delta.
         return (orders + swept_rows / outputs * product + 2 * product) / 1e9
 
     def gigabytes(self, swept_rows: int) -> float:
         """Least traffic of that rounding: every pass reads the aim and K, and writes levels and errors."""
         outputs, inputs = self.shape
-        passes = preserve.ORDERS + swept_rows / outputs + 3
+        passes = EFFORTS["default"].orders + swept_rows / outputs + 3
         return passes * (3 * outputs * inputs + inputs**2) * 4 / 1e9
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 from qmerge.rounding import preserve
-from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
+from qmerge.rounding.base import EFFORTS, InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
 BLOCK_SIZE = 64
@@ -107,9 +107,9 @@ def measure_rate(size: int) -> float:
 
 def products_done(swept_rows: int, size: int) -> float:
     """Products of two size × size matrices that one rounding consists of."""
-    # For every order: feedback and three squared errors are half a product each, as the factor of K is triangular, and
-    # factoring K is a sixth of one (size³ / 3 multiplications and additions).
-    orders = preserve.ORDERS * (0.5 * 4 + 1 / 6)
+    # For every order: feedback is half a product, as the factor of K is triangular, and factoring K is a sixth of one
+    # (size³ / 3 multiplications and additions).
+    orders = EFFORTS["default"].orders * (0.5 + 1 / 6)
     sweeps = swept_rows / size
     # Compensation for the loss along the delta: one product, and two squared errors.
     compensation = 1 + 2 * 0.5

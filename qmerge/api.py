@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmerge.recipe import DEFAULT_TARGET, JUDGED_TOKENS, Device, MergeOnto, Recipe, Scales, TrainedOn, make_recipe
+from qmerge.recipe import (
+    DEFAULT_TARGET,
+    JUDGED_TOKENS,
+    Device,
+    EffortName,
+    MergeOnto,
+    Recipe,
+    Scales,
+    TrainedOn,
+    make_recipe,
+)
 from qmerge.schema import FidelityRecord, ReportData, Verdict, overall_kept
 
 if TYPE_CHECKING:
@@ -105,6 +115,7 @@ def merge(
     revision: str | None = None,
     adapter_revision: str | None = None,
     rounding: str = "auto",
+    effort: EffortName = "default",
     calibration: PathLike | None = None,
     calibration_tokens: int = 16384,
     sequence_length: int = 512,
@@ -153,6 +164,7 @@ def merge(
         revision: revision of the base on the Hub: branch, tag or commit.
         adapter_revision: revision of the adapter on the Hub.
         rounding: ``"nearest"``, ``"stochastic"``, ``"preserve"``, or ``"auto"``: preserve where nearest keeps too little.
+        effort: how long ``preserve`` searches: ``"fast"``, ``"default"`` or ``"best"``.
         calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``
             (text that the adapter model writes: the default), ``"general"`` (text that ships with qmerge), ``"random"`` or
             ``"none"``.
@@ -217,6 +229,7 @@ def plan(
     revision: str | None = None,
     adapter_revision: str | None = None,
     rounding: str = "auto",
+    effort: EffortName = "default",
     calibration: PathLike | None = None,
     calibration_tokens: int = 16384,
     sequence_length: int = 512,
@@ -283,6 +296,7 @@ def measure(
     revision: str | None = None,
     adapter_revision: str | None = None,
     rounding: str = "auto",
+    effort: EffortName = "default",
     calibration: PathLike | None = None,
     calibration_tokens: int = 16384,
     sequence_length: int = 512,

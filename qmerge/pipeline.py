@@ -29,7 +29,7 @@ from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
 from qmerge.metrics.base import MergedRows, Sums, added, plain, sums_of
 from qmerge.rounding import get_rounding
-from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
+from qmerge.rounding.base import EFFORTS, InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update
@@ -275,6 +275,7 @@ def choose_codes(work: Work, block: Block) -> Tensor:
         name=work.step.name,
         rows=block.rows,
         seed=work.context.seed,
+        effort=EFFORTS[work.context.effort],
         base_codes_OI=block.kept_codes_OI,
         objective=work.objective,
         delta_OI=delta_OI,

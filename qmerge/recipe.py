@@ -18,6 +18,7 @@ from qmerge.errors import RecipeError, listed
 from qmerge.formats import get_target
 
 MergeOnto = Literal["dequantized", "original"]
+EffortName = Literal["fast", "default", "best"]
 TrainedOn = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 Scales = Literal["keep", "fresh"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -118,6 +119,10 @@ class Recipe(BaseModel):
     rounding: str = Field(
         "auto",
         description="round in this way: nearest, stochastic, preserve, or auto (preserve where nearest keeps too little)",
+    )
+    effort: EffortName = Field(
+        "default",
+        description="how long preserve searches: fast, default or best (docs/benchmarks.md has the cost of each)",
     )
     calibration: str | None = Field(
         None,

@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,12 +38,9 @@ from qmerge.calibration.texts import CalibrationTokens
 from qmerge.calibration.unmerged import steps_with_values, unmerged_model
 from qmerge.planning.plan import Plan
 from qmerge.rounding.base import InputStatistics
-from qmerge.schema import FidelityRecord, TextKind
+from qmerge.schema import FidelityRecord
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
-
-TEXT_KINDS: dict[str, TextKind] = {"random": "random", "generate": "generated", "general": "general"}
-"""Source of the calibration → kind of the held-out text. All others are text of the user's."""
 
 
 class CalibratedGroup(NamedTuple):
@@ -176,12 +172,11 @@ class CalibrationPass:
     def _score(self, finished: Sequence[FinishedRun]) -> FidelityRecord:
         base, unmerged, merged = finished
         held_out = self.tokens.held_out
-        source = self.plan.calibration.source or "generate"
         return score_runs(base, unmerged, merged, held_out).record(
-            Path(source).name,
+            self.tokens.source,
             tokens=sum(ids.numel() for ids in held_out),
             length=held_out[0].shape[1],
-            text_kind=TEXT_KINDS.get(source, "held out"),
+            text_kind=self.tokens.text_kind,
             measured_on=f"{self.tokens.judged_on}, which rounding did not see",
         )
 
@@ -248,17 +243,17 @@ class CalibrationPass:
         self, names: Sequence[str], layer: LayerGroups, passes: Sequence[Sequence[ForwardPass]]
     ) -> dict[str, InputStatistics]:
         """Let all batches arrive at a group, and add their inputs."""
-        sums = InputSums(names, self.context.device)
+        sums = InputSums(names, self.context.device, of_task=self.tokens.is_of_task)
         into_stream = [name for name in names if name in layer.into_stream]
-        for batch, weight in enumerate(self.tokens.weights):
+        for batch in range(len(self.tokens.seen)):
             reached: list[GroupReached] = [passes_of_run[batch].advance() for passes_of_run in passes]
             merged = reached[-1]
             products = [[MatrixProduct(tuple(names), group.x)] for group in reached]
             unmerged_products = products[0] if self.sequential else None
-            sums.add(unmerged_products, products[-1], weight)
+            sums.add(unmerged_products, products[-1])
             if self.sequential and into_stream:
                 missing = reached[0].stream - merged.stream
-                sums.add_missing(into_stream, missing.flatten(0, -2), merged.x, weight)
+                sums.add_missing(into_stream, missing.flatten(0, -2), merged.x)
         return sums.statistics()
 
     # --- every batch begins the layer again for every group ---
@@ -268,12 +263,12 @@ class CalibrationPass:
     ) -> Iterator[CalibratedGroup]:
         """For experts, which a batch does not reach one after the other."""
         for names in layer.groups:
-            sums = InputSums(names, self.context.device)
-            for batch, weight in enumerate(self.tokens.weights):
+            sums = InputSums(names, self.context.device, of_task=self.tokens.is_of_task)
+            for batch in range(len(self.tokens.seen)):
                 # Which experts get tokens is not known before the layer ends; other groups end with their last weight.
                 products_of_runs = [_products(run, batch, names, stop=not sums.has_experts) for run in runs]
                 unmerged = products_of_runs[0] if self.sequential else None
-                sums.add(unmerged, products_of_runs[-1], weight)
+                sums.add(unmerged, products_of_runs[-1])
             yield from self._rounded(index, names, sums.statistics())
 
     # --- the merged model ---

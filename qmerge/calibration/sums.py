@@ -22,37 +22,34 @@ class InputSums:
 
     Args:
         names: weights of one decoder layer, by their names on disk.
+        of_task: whether the text is the user's own.
 
     Attributes:
         hessians: leader → Σ x̃ x̃ᵀ, float32 [I, I].
         crosses: leader → Σ (x − x̃) x̃ᵀ, float32 [I, I].
         missing: weight that writes into the residual stream → Σ (r − r̃) x̃ᵀ, float32 [O, I].
         tokens: weight → number of inputs that it got.
-        counts: weight → the same number, each input counted by the weight of its batch: what the sums are divided by.
         leaders: weight → its leader; a weight that got no input has none.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, names: Sequence[str], device: torch.device, *, of_task: bool = True) -> None:
         self.names = names
         self.has_experts = any(without_expert_number(name) != name for name in names)
         self.hessians: dict[str, Tensor] = {}
         self.crosses: dict[str, Tensor] = {}
         self.missing: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = dict.fromkeys(names, 0)
-        self.counts: dict[str, float] = dict.fromkeys(names, 0.0)
         self.leaders: dict[str, str] = {}
         self._device = device
+        self._of_task = of_task
 
-    def add(
-        self, unmerged: Sequence[MatrixProduct] | None, merged: Sequence[MatrixProduct], weight: float = 1.0
-    ) -> None:
+    def add(self, unmerged: Sequence[MatrixProduct] | None, merged: Sequence[MatrixProduct]) -> None:
         """Add the products of one batch.
 
         Args:
             unmerged: products in the unmerged model, one for each of ``merged``; None: there is only one model. Not used
                 for experts: the two models may send a token to different experts, so inputs cannot be paired.
             merged: products in the model as merged so far.
-            weight: how much each token of the batch counts.
         """
         # The same text runs through both models: product k of one belongs to product k of the other.
         unmerged_inputs: list[Tensor] | None = None
@@ -65,15 +62,14 @@ class InputSums:
             leader = leader_of_input.setdefault((x.data_ptr(), len(x)), product.names[0])
             for name in product.names:
                 self.tokens[name] += len(x)
-                self.counts[name] += weight * len(x)
                 self.leaders[name] = leader
             if leader != product.names[0]:  # this input has been added already
                 continue
-            self._add_product(self.hessians, leader, x, x, weight)
+            self._add_product(self.hessians, leader, x, x)
             if unmerged_inputs is not None:
-                self._add_product(self.crosses, leader, unmerged_inputs[position] - x, x, weight)
+                self._add_product(self.crosses, leader, unmerged_inputs[position] - x, x)
 
-    def add_missing(self, names: Sequence[str], missing_TO: Tensor, x: Tensor, weight: float = 1.0) -> None:
+    def add_missing(self, names: Sequence[str], missing_TO: Tensor, x: Tensor) -> None:
         """Add, for weights that write into the residual stream, what the merged model's stream lacks before they do.
 
         Args:
@@ -81,30 +77,28 @@ class InputSums:
             x: float32 x̃ [T, I].
         """
         for name in names:
-            self._add_product(self.missing, name, missing_TO, x, weight)
+            self._add_product(self.missing, name, missing_TO, x)
 
-    def _add_product(
-        self, sums: dict[str, Tensor], name: str, left_TL: Tensor, right_TI: Tensor, weight: float
-    ) -> None:
+    def _add_product(self, sums: dict[str, Tensor], name: str, left_TL: Tensor, right_TI: Tensor) -> None:
         """Add leftᵀ · right, of T tokens, to a sum."""
         if name not in sums:  # its size is known only now
             sums[name] = torch.zeros(left_TL.shape[1], right_TI.shape[1], device=self._device)
-        sums[name].addmm_(left_TL.T, right_TI, alpha=weight)
+        sums[name].addmm_(left_TL.T, right_TI)
 
     def statistics(self) -> dict[str, InputStatistics]:
         """Means over all batches, by weight. A weight without any input is left out, unless other experts lend to it."""
         # Experts differ in the number of tokens that they get, so each sum has its own count.
         result: dict[str, InputStatistics] = {}
         for name, leader in self.leaders.items():
-            count = self.counts[name]
+            tokens = self.tokens[name]
             cross_II = self.crosses.get(leader)
             if cross_II is not None:
-                cross_II = cross_II / count
+                cross_II = cross_II / tokens
             missing_OI = self.missing.get(name)
             if missing_OI is not None:
-                missing_OI = missing_OI / count
-            hessian_II = self.hessians[leader] / count
-            result[name] = InputStatistics(hessian_II, cross_II, self.tokens[name], missing_OI=missing_OI)
+                missing_OI = missing_OI / tokens
+            hessian_II = self.hessians[leader] / tokens
+            result[name] = InputStatistics(hessian_II, cross_II, tokens, of_task=self._of_task, missing_OI=missing_OI)
         if self.has_experts:
             for experts in self._expert_groups():
                 result |= self._with_borrowed(experts, result)
@@ -129,7 +123,7 @@ class InputSums:
         sum_II = torch.zeros_like(self.hessians[self.leaders[seen[0]]])
         for name in seen:
             sum_II = sum_II + self.hessians[self.leaders[name]]
-        shared_II = sum_II / sum(self.counts[name] for name in seen)
+        shared_II = sum_II / sum(self.tokens[name] for name in seen)
         result: dict[str, InputStatistics] = {}
         for name in experts:
             own_share = min(1.0, self.tokens[name] / len(shared_II))
@@ -138,5 +132,5 @@ class InputSums:
             mixed_II = (1 - own_share) * shared_II
             if name in own:
                 mixed_II = mixed_II + own_share * own[name].hessian_II
-            result[name] = InputStatistics(mixed_II, None, self.tokens[name], 1 - own_share)
+            result[name] = InputStatistics(mixed_II, None, self.tokens[name], 1 - own_share, self._of_task)
         return result

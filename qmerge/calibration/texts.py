@@ -18,11 +18,12 @@ from torch import Tensor
 
 from qmerge import hub
 from qmerge.errors import CheckpointError, RecipeError, TokenizerError
+from qmerge.schema import TextKind
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
 
-HELD_OUT_SHARE = 1 / 8
+HELD_OUT_SHARE = 1 / 4
 """Share of a text's sequences that are held out, …"""
 
 FEWEST_HELD_OUT = 2
@@ -46,50 +47,69 @@ Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
 
 
+TEXT_KINDS: dict[str, TextKind] = {"generate": "generated", "general": "general", "random": "random"}
+"""Source → kind of text. All others are the user's own."""
+
+JUDGED_ON = {
+    "general": "of qmerge's general text",
+    "generate": "that the adapter model wrote",
+    "random": "drawn at random",
+}
+"""Source → what its held-out tokens are, after "2,048 tokens"."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTokens:
     """The tokens of one run.
 
     seen       token ids that rounding learns from, int64 [sequences, length] each
-    weights    one per batch of ``seen``: how much each of its tokens counts
     held_out   token ids that rounding never sees, in the same form: the whole model is judged on them; may be empty
     judged_on  what ``held_out`` is, in words: "2,048 tokens of train.jsonl"; "" where it is empty
+    source     what the tokens are from: a file's name, ``generate``, ``general`` or ``random``
     """
 
     seen: list[Tensor]
-    weights: list[float]
     held_out: list[Tensor]
     judged_on: str
+    source: str
+
+    @property
+    def text_kind(self) -> TextKind:
+        """What ``held_out`` is, as the report has it."""
+        return TEXT_KINDS.get(self.source, "held out")
+
+    @property
+    def is_of_task(self) -> bool:
+        """Whether the text is the user's own."""
+        return self.source not in TEXT_KINDS
 
 
-def hold_out(ids: Tensor, judged_on: str) -> CalibrationTokens:
+def hold_out(ids: Tensor, source: str) -> CalibrationTokens:
     """Split sequences into those to round with and those to judge with.
 
     Args:
         ids: int64 [sequences, length].
-        judged_on: where the sequences come from: "of train.jsonl".
+        source: see ``CalibrationTokens``.
     """
     count, length = ids.shape
     if count < FEWEST_SEQUENCES:
-        seen = split_batches(ids)
-        return CalibrationTokens(seen=seen, weights=[1.0] * len(seen), held_out=[], judged_on="")
+        return CalibrationTokens(seen=split_batches(ids), held_out=[], judged_on="", source=source)
     held_out_count = max(FEWEST_HELD_OUT, min(round(count * HELD_OUT_SHARE), MOST_HELD_OUT_TOKENS // length))
     is_held_out = torch.zeros(count, dtype=torch.bool)
     for number in range(held_out_count):  # from the middle of equal parts
         is_held_out[(2 * number + 1) * count // (2 * held_out_count)] = True
-    seen = split_batches(ids[~is_held_out])
     return CalibrationTokens(
-        seen=seen,
-        weights=[1.0] * len(seen),
+        seen=split_batches(ids[~is_held_out]),
         held_out=split_batches(ids[is_held_out]),
-        judged_on=f"{held_out_count * length:,} tokens {judged_on}",
+        judged_on=f"{held_out_count * length:,} tokens {JUDGED_ON.get(source, f'of {source}')}",
+        source=source,
     )
 
 
-def add_batches(tokens: CalibrationTokens, ids: Tensor, weight: float) -> CalibrationTokens:
+def add_batches(tokens: CalibrationTokens, ids: Tensor) -> CalibrationTokens:
     """The same with more sequences, int64 [sequences, length], for rounding to learn from."""
     added = split_batches(ids)
-    return replace(tokens, seen=[*tokens.seen, *added], weights=[*tokens.weights, *[weight] * len(added)])
+    return replace(tokens, seen=[*tokens.seen, *added])
 
 
 def find_text(source: str) -> Path:

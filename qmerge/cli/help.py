@@ -18,7 +18,7 @@ MORE_PANELS = {
     "Several adapters": ("combine", "density"),
     "Output": ("patch", "max_size", "max_shard_size", "residual", "promote"),
     "Merging and rounding": ("merge_onto", "scales", "seed"),
-    "Calibration": ("calibration_tokens", "sequence_length", "sequential"),
+    "Calibration": ("effort", "calibration_tokens", "sequence_length", "sequential"),
     "How a format is stored": (
         "block_size", "double_quant", "quant_storage", "bits", "group_size", "sym", "act_order", "static_groups",
         "checkpoint_format",

@@ -11,7 +11,7 @@ from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.predict import Survival, original_gap, predict
-from qmerge.forecast.roundings import choose_roundings, rounding_names
+from qmerge.forecast.roundings import choose_roundings, rounding_names, without_calibration
 from qmerge.forecast.warnings import original_warnings, survival_warnings
 from qmerge.formats import get_format, get_target
 from qmerge.planning.plan import Plan
@@ -82,10 +82,13 @@ def run_preflight(
     reason = "as asked"
     if rounding == "auto":
         plan, reason = choose_roundings(plan, predicted)
-        notes.append(f"Rounding {rounding_names(plan)}: {reason}.")
     calibration = NO_CALIBRATION
     if any(step.rounding == "preserve" for step in plan.rounded):
         calibration = prepare_calibration(plan, context, report_progress)
+        if rounding == "auto" and calibration.tokens is None:
+            plan, reason = without_calibration(plan, reason)
+    if rounding == "auto":
+        notes.append(f"Rounding {rounding_names(plan)}: {reason}.")
     if calibration.note:
         notes.append(calibration.note)
     gap = original_gap(plan, predicted, context)

@@ -192,7 +192,13 @@ def make_run_context(plan: Plan, reader: Reader) -> RunContext:
         RecipeError: the recipe asks for CUDA, and torch finds no CUDA device.
     """
     device = compute_device(plan.recipe.device)
-    return RunContext(reader=reader, device=device, seed=plan.recipe.seed, block_entries=plan.block_entries)
+    return RunContext(
+        reader=reader,
+        device=device,
+        seed=plan.recipe.seed,
+        block_entries=plan.block_entries,
+        effort=plan.recipe.effort,
+    )
 
 
 def check_recipe(recipe: Recipe, inputs: Inputs) -> None:

@@ -11,7 +11,33 @@ from qmerge.grids import Grid
 from qmerge.rounding._objective import InputStatistics, Objective, make_objective, upper_factor
 from qmerge.types import Rows
 
-__all__ = ["InputStatistics", "Objective", "Rounding", "RoundingContext", "make_objective", "upper_factor"]
+__all__ = [
+    "EFFORTS",
+    "Effort",
+    "InputStatistics",
+    "Objective",
+    "Rounding",
+    "RoundingContext",
+    "make_objective",
+    "upper_factor",
+]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long ``preserve`` searches.
+
+    Attributes:
+        orders: orders of the columns that are tried.
+        sweeps: most sweeps of descent from each start; a row that did not move in a sweep has arrived.
+    """
+
+    orders: int
+    sweeps: int
+
+
+EFFORTS = {"fast": Effort(1, 1), "default": Effort(2, 3), "best": Effort(8, 6)}
+"""What ``--effort`` names (docs/benchmarks.md has a row for each)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +49,7 @@ class RoundingContext:
             work nor the grouping of rows.
         rows: which rows of the weight these are.
         seed: of random draws.
+        effort: of a search.
         base_codes_OI: the base's own codes, where the target keeps the base's grid: most of them are right already.
         objective: which errors matter, from calibration and the adapter's directions; None for other roundings.
         delta_OI: float32, merged − base.
@@ -32,6 +59,7 @@ class RoundingContext:
     name: str
     rows: Rows
     seed: int = 0
+    effort: Effort = EFFORTS["default"]
     base_codes_OI: Tensor | None = None
     objective: Objective | None = None
     delta_OI: Tensor | None = None

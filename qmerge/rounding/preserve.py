@@ -22,12 +22,8 @@ from qmerge.rounding._loops import BLOCK, ColumnLoops, column_loops
 from qmerge.rounding._objective import Objective, damped, make_objective, upper_factor
 from qmerge.rounding.base import Rounding, RoundingContext
 
-ORDERS = 4
-"""Orders of the columns that are tried: as they are, what matters most first, and at random."""
-
-SWEEPS = 2
-"""Most sweeps of descent from each start; a row that did not move in a sweep has arrived. (Eight instead of two lower
-the KL by 4 %, two more orders by 10 %.)"""
+COMPENSATING_SWEEPS = 2
+"""Sweeps of descent towards the aim that makes up for what is lost along the delta."""
 
 ORIGINAL_SHARE = 0.17
 """How far the aim moves towards the 16-bit original: more brings more of its lower loss, and more noise."""
@@ -44,12 +40,14 @@ class Preserve(Rounding):
         objective = context.objective or make_objective(None, None, values_OI.shape[1], values_OI.device)
         nearest_IO = grid.decode(grid.nearest(values_OI, context.base_codes_OI)).T.contiguous()
         aim_IO = objective.aim(toward_original(values_OI, context), context.rows).T.contiguous()
-        as_they_are, *others = column_orders(objective.K_II)
-        first = in_order(as_they_are, aim_IO, objective, grid)
-        nearest_O = squared_error(nearest_IO, first)
-        best_IO, best_O = solve(first, nearest_IO, nearest_O)
+        sweeps = context.effort.sweeps
+        first_order, *others = column_orders(objective.K_II, context.effort.orders)
+        first = in_order(first_order, aim_IO, objective, grid)
+        nearest_O = squared_error(nearest_IO[first_order], first)
+        best_IO, best_O = solve(first, nearest_IO, nearest_O, sweeps)
         for columns in others:
-            levels_IO, error_O = solve(in_order(columns, aim_IO, objective, grid), nearest_IO, nearest_O)
+            problem = in_order(columns, aim_IO, objective, grid)
+            levels_IO, error_O = solve(problem, nearest_IO, nearest_O, sweeps)
             best_IO = torch.where(error_O < best_O, levels_IO, best_IO)
             best_O = torch.minimum(error_O, best_O)
         if context.delta_OI is not None:
@@ -89,18 +87,19 @@ def toward_original(values_OI: Tensor, context: RoundingContext) -> Tensor:
     return torch.lerp(values_OI, context.original_OI, ORIGINAL_SHARE)
 
 
-def column_orders(K_II: Tensor) -> list[Tensor]:
-    """``ORDERS`` orders of the columns, int64 [I] each, on the device of K.
+def column_orders(K_II: Tensor, number: int) -> list[Tensor]:
+    """Orders of the columns, int64 [I] each, on the device of K.
 
-    As they are; what matters most first, when most columns are left to make up for it (GPTQ's act-order); and at random.
+    What matters most first, when most columns are left to make up for it (GPTQ's act-order: by far the best of single
+    orders); as they are; and at random.
     """
     count = len(K_II)
     # The same random orders for every weight and seed: they are starts of a search, not noise.
     generator = torch.Generator().manual_seed(0)
-    orders = [torch.arange(count), K_II.diagonal().argsort(descending=True, stable=True)]
-    for _ in range(ORDERS - 2):
+    orders = [K_II.diagonal().argsort(descending=True, stable=True), torch.arange(count)]
+    for _ in range(number - 2):
         orders.append(torch.randperm(count, generator=generator))
-    return [order.to(K_II.device) for order in orders[:ORDERS]]
+    return [order.to(K_II.device) for order in orders[:number]]
 
 
 def in_order(columns: Tensor, aim_IO: Tensor, objective: Objective, grid: Grid) -> Problem:
@@ -121,12 +120,13 @@ def in_order(columns: Tensor, aim_IO: Tensor, objective: Objective, grid: Grid) 
     )
 
 
-def solve(problem: Problem, nearest_IO: Tensor, nearest_O: Tensor) -> tuple[Tensor, Tensor]:
+def solve(problem: Problem, nearest_IO: Tensor, nearest_O: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
     """Descent from the better of feedback and nearest, row by row.
 
     Args:
         nearest_IO: float32, the nearest levels, in the weight's own order of columns.
         nearest_O: float64, their squared error.
+        sweeps: most sweeps of descent.
 
     Returns:
         Levels, float32 [I, O] in the weight's own order of columns, and their squared error, float64 [O].
@@ -134,7 +134,7 @@ def solve(problem: Problem, nearest_IO: Tensor, nearest_O: Tensor) -> tuple[Tens
     feedback_IO, feedback_O = feedback(problem)
     start_IO = torch.where(nearest_O < feedback_O, nearest_IO[problem.columns], feedback_IO)
     start_O = torch.minimum(nearest_O, feedback_O)
-    levels_IO, gained_O = descend(start_IO, problem)
+    levels_IO, gained_O = descend(start_IO, problem, sweeps)
     # In float32, descent may lose a little where there was nothing to gain: such rows stay at their start.
     levels_IO = torch.where(gained_O < 0, start_IO, levels_IO)
     own_order = problem.columns.argsort()
@@ -142,20 +142,23 @@ def solve(problem: Problem, nearest_IO: Tensor, nearest_O: Tensor) -> tuple[Tens
 
 
 def compensate_delta_loss(levels_IO: Tensor, delta_IO: Tensor, nearest_O: Tensor, problem: Problem) -> Tensor:
-    """Aim past the part of the error that lies along the delta, and descend again. The problem has the columns as they are.
+    """Aim past the part of the error that lies along the delta, and descend again, from levels in the weight's own order.
 
     Other errors point anywhere and cancel over layers; this part weakens in every layer what was learned.
     Rows that would end up worse than the nearest codes stay as they were.
     """
+    delta_IO = delta_IO[problem.columns]
+    start_IO = levels_IO[problem.columns]
     weighted_delta_IO = problem.K_II @ delta_IO
     delta_size = float((delta_IO * weighted_delta_IO).sum(dtype=torch.float64))
     if not delta_size:
         return levels_IO
-    error_IO = problem.aim_IO - levels_IO
+    error_IO = problem.aim_IO - start_IO
     lost_share = float((error_IO * weighted_delta_IO).sum(dtype=torch.float64)) / delta_size
-    compensated_IO, _ = descend(levels_IO, replace(problem, aim_IO=problem.aim_IO + lost_share * delta_IO))
+    moved_problem = replace(problem, aim_IO=problem.aim_IO + lost_share * delta_IO)
+    compensated_IO, _ = descend(start_IO, moved_problem, COMPENSATING_SWEEPS)
     worse_O = squared_error(compensated_IO, problem) > nearest_O
-    return torch.where(worse_O, levels_IO, compensated_IO)
+    return torch.where(worse_O, start_IO, compensated_IO)[problem.columns.argsort()]
 
 
 def feedback(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -180,8 +183,11 @@ def feedback(problem: Problem) -> tuple[Tensor, Tensor]:
     return levels_IO, error_O
 
 
-def descend(start_IO: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Levels, float32 [I, O], from which no single column can move to a better one, or those after ``SWEEPS`` sweeps.
+def descend(start_IO: Tensor, problem: Problem, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Levels, float32 [I, O], from which no single column can move to a better one, or those after the last sweep.
+
+    Args:
+        sweeps: most sweeps; a row that did not move in a sweep has arrived.
 
     Returns:
         The levels, and by how much the squared error fell, float64 [O].
@@ -189,7 +195,7 @@ def descend(start_IO: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     result_IO = start_IO.clone()
     gained_O = torch.zeros(start_IO.shape[1], dtype=torch.float64, device=start_IO.device)
     rows = torch.arange(start_IO.shape[1], device=start_IO.device)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         levels_IO, moved_O, gained_in_sweep_O = sweep(result_IO[:, rows], rows, problem)
         result_IO[:, rows] = levels_IO
         gained_O[rows] += gained_in_sweep_O

@@ -17,6 +17,7 @@ class RunContext:
     reader         reads tensors from the input files
     device         where to compute
     seed           of stochastic rounding
+    effort         of ``preserve``: a name in ``qmerge.rounding.base.EFFORTS``
     block_entries  float32 values to work on at a time (see ``rows.row_blocks``)
     """
 
@@ -24,6 +25,7 @@ class RunContext:
     device: torch.device
     seed: int
     block_entries: int
+    effort: str = "default"
 
 
 def compute_device(name: str) -> torch.device:

@@ -12,7 +12,14 @@ import pytest
 import qmerge.demo
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.errors import TokenizerError
-from qmerge.forecast.calibration import GENERAL_SHARE, Calibration, _dataset_note, prepare_calibration
+from qmerge.forecast.calibration import (
+    GENERAL_SHARE,
+    GENERAL_WITH_GENERATED,
+    GENERATED_SHARE,
+    Calibration,
+    _dataset_note,
+    prepare_calibration,
+)
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
@@ -49,24 +56,24 @@ def tokens_of(calibration: Calibration) -> CalibrationTokens:
 
 
 @pytest.mark.parametrize(
-    ("asked", "source", "general", "judged_on"),
+    ("asked", "source", "own", "general", "judged_on"),
     [
-        (None, "generate", TOKENS * GENERAL_SHARE, "64 tokens that the adapter model wrote"),
-        ("default", "generate", TOKENS * GENERAL_SHARE, "64 tokens that the adapter model wrote"),
-        ("generate", "generate", TOKENS * GENERAL_SHARE, "64 tokens that the adapter model wrote"),
-        (str(DEMO / "calibration.txt"), "calibration.txt", TOKENS * GENERAL_SHARE, "64 tokens of calibration.txt"),
-        ("general", "general", TOKENS, "64 tokens of qmerge's general text"),
-        ("random", "random", 0, "64 tokens drawn at random"),
+        (None, "generate", GENERATED_SHARE, GENERAL_WITH_GENERATED, "64 tokens that the adapter model wrote"),
+        ("default", "generate", GENERATED_SHARE, GENERAL_WITH_GENERATED, "64 tokens that the adapter model wrote"),
+        ("generate", "generate", GENERATED_SHARE, GENERAL_WITH_GENERATED, "64 tokens that the adapter model wrote"),
+        (str(DEMO / "calibration.txt"), "calibration.txt", 1, GENERAL_SHARE, "128 tokens of calibration.txt"),
+        ("general", "general", 1, 0, "128 tokens of qmerge's general text"),
+        ("random", "random", 1, 0, "128 tokens drawn at random"),
     ],
 )
-def test_sources(asked: str | None, source: str, general: float, judged_on: str) -> None:
+def test_sources(asked: str | None, source: str, own: float, general: float, judged_on: str) -> None:
     calibration = prepared(asked)
     tokens, record = tokens_of(calibration), calibration.record
     assert record is not None and record.source == source and calibration.note == ""
-    assert tokens.judged_on == judged_on and len(tokens.weights) == len(tokens.seen)
-    added = 0 if source in ("general", "random") else general
-    assert record.general_tokens == general and record.held_out_tokens == TOKENS / 8
-    assert record.tokens == TOKENS - TOKENS / 8 + added == sum(batch.numel() for batch in tokens.seen)
+    assert tokens.judged_on == judged_on
+    assert record.general_tokens == (TOKENS if source == "general" else TOKENS * general)
+    assert record.held_out_tokens == TOKENS * own / 4
+    assert record.tokens == TOKENS * (own * 3 / 4 + general) == sum(batch.numel() for batch in tokens.seen)
     assert not set(rows(tokens.seen)) & set(rows(tokens.held_out))
 
 

@@ -97,7 +97,10 @@ def test_merges_on_cuda_are_those_on_the_cpu(target: str, rounding: str, most: f
         merged[device] = load_file(out / "model.safetensors")
     assert merged["cpu"].keys() == merged["cuda"].keys()
     for name, tensor in merged["cpu"].items():
-        assert share_that_differs(tensor, merged["cuda"][name]) <= most, name
+        if tensor.dtype == torch.float32:  # scales, of which a few differ in their last bit
+            torch.testing.assert_close(merged["cuda"][name], tensor, rtol=1e-6, atol=0)
+        else:
+            assert share_that_differs(tensor, merged["cuda"][name]) <= most, name
 
 
 @needs_cuda

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.rounding import preserve, stochastic
-from qmerge.rounding._objective import DAMPING, damped, span_term
-from qmerge.rounding.base import InputStatistics, Objective, RoundingContext, make_objective
+from qmerge.rounding._objective import DAMPING, READ, READ_OTHER, damped
+from qmerge.rounding.base import Effort, InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
 
 from ..formats.test_grids import gaussian, grid_for
@@ -40,7 +40,8 @@ def hessian(columns: int, seed: int = 7, spread: float = 2.0) -> Tensor:
 
 def objective_for(shape: tuple[int, int], hessian_II: Tensor | None = None) -> Objective:
     seen = hessian(shape[1]) if hessian_II is None else hessian_II
-    return make_objective(InputStatistics(seen, None, 100), directions(shape), shape[1], CPU)
+    # With the larger factor of P, which makes nearest rounding clearly worse.
+    return make_objective(InputStatistics(seen, None, 100, of_task=False), directions(shape), shape[1], CPU)
 
 
 def problem_for(target: str, shape: tuple[int, int] = SHAPE) -> tuple[preserve.Problem, Tensor, Grid]:
@@ -102,10 +103,9 @@ def test_a_sweep_never_raises_the_error(target: str) -> None:
         before = after
 
 
-def test_descent_ends_where_no_single_code_can_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preserve, "SWEEPS", 100)
+def test_descent_ends_where_no_single_code_can_do_better() -> None:
     problem, aim_OI, grid = problem_for("nf4", (4, 32))
-    found_OI = preserve.descend(preserve.feedback(problem)[0], problem)[0].T
+    found_OI = preserve.descend(preserve.feedback(problem)[0], problem, 100)[0].T
     best = squared_error(found_OI, aim_OI, problem.K_II)
     codes_OI = grid.nearest(found_OI)
     for j, code in product(range(32), range(16)):
@@ -135,17 +135,15 @@ def test_close_to_the_best_of_all_codes() -> None:
     assert found.sum() <= 1.5 * best.sum()
 
 
-def test_more_orders_are_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_orders_are_never_worse() -> None:
     _, aim_OI, grid = problem_for("nf4")
     objective, found = objective_for(SHAPE), []
     for orders in (1, 2, 4):
-        monkeypatch.setattr(preserve, "ORDERS", orders)
-        codes_OI = preserve.ROUNDING.choose(
-            aim_OI, grid, RoundingContext(name="w", rows=Rows(0, SHAPE[0]), objective=objective)
-        )
+        context = RoundingContext(name="w", rows=Rows(0, SHAPE[0]), objective=objective, effort=Effort(orders, 2))
+        codes_OI = preserve.ROUNDING.choose(aim_OI, grid, context)
         found.append(squared_error(grid.decode(codes_OI), aim_OI, objective.K_II))
     assert bool((found[1] <= found[0] * (1 + 1e-5)).all()) and bool((found[2] <= found[1] * (1 + 1e-5)).all())
-    assert found[2].sum() < 0.98 * found[0].sum()
+    assert found[2].sum() < 0.995 * found[0].sum()
 
 
 def odd_hessian(kind: str, columns: int, seed: int) -> Tensor:
@@ -214,26 +212,21 @@ def test_compensation_removes_the_error_along_the_delta(monkeypatch: pytest.Monk
 
 
 def test_objective_by_its_formulas() -> None:
-    """H + 5 P + 5 S + 1 %, in float64 numpy, from an explicit delta."""
+    """H + factor · tr(VᵀHV) / R · P + 1 %, in float64 numpy, from an explicit delta."""
     u, s, v = directions(SHAPE)
     seen_II = hessian(SHAPE[1])
-    found = make_objective(InputStatistics(seen_II, None, 9), (u, s, v), SHAPE[1], CPU)
     H = seen_II.double().numpy()
     H = H / np.diag(H).mean()
     V, w = v.double().numpy(), (s / s[0]).double().numpy() ** 2
-    Hd = H + 0.01 * np.eye(len(H))
-    K = H + 5 * (V * w) @ V.T + 5 * Hd @ V @ np.linalg.inv(V.T @ Hd @ V) @ V.T @ Hd
-    K += 0.01 * np.diag(K).mean() * np.eye(len(K))
-    assert found.damping == DAMPING
-    np.testing.assert_allclose(found.K_II.numpy(), K, atol=2e-5 * np.abs(K).max())
-    assert torch.equal(found.hessian_II, seen_II / float(seen_II.diagonal().mean()))
-
-
-def test_the_span_term_is_blind_to_how_the_span_is_given() -> None:
-    v = directions(SHAPE)[2]
-    H_II = damped(hessian(SHAPE[1]), 0.01)
-    mixed = v @ (torch.eye(4) + 0.3 * gaussian(1, (4, 4)))
-    torch.testing.assert_close(span_term(H_II, mixed), span_term(H_II, v), atol=1e-4, rtol=1e-3)
+    size = np.trace(V.T @ H @ V) / V.shape[1]
+    for of_task, factor in ((True, READ), (False, READ_OTHER)):
+        statistics = InputStatistics(seen_II, None, 9, of_task=of_task)
+        found = make_objective(statistics, (u, s, v), SHAPE[1], CPU)
+        K = H + factor * size * (V * w) @ V.T
+        K += 0.01 * np.diag(K).mean() * np.eye(len(K))
+        assert found.damping == DAMPING
+        np.testing.assert_allclose(found.K_II.numpy(), K, atol=2e-5 * np.abs(K).max())
+        assert torch.equal(found.hessian_II, seen_II / float(seen_II.diagonal().mean()))
 
 
 def test_damping_rises_until_the_objective_can_be_factored() -> None:
