@@ -51,7 +51,9 @@ class Preserve(Rounding):
             best_IO = torch.where(error_O < best_O, levels_IO, best_IO)
             best_O = torch.minimum(error_O, best_O)
         if context.delta_OI is not None:
-            best_IO = compensate_delta_loss(best_IO, context.delta_OI.T, nearest_O, first)
+            best_IO = compensate_delta_loss(
+                best_IO, context.delta_OI.T, nearest_O, problem=first, unseen_loss=objective.unseen_loss
+            )
         # The levels are on the grid: this finds their codes, the base's own where several codes have one value.
         return grid.nearest(best_IO.T.contiguous(), context.base_codes_OI)
 
@@ -141,11 +143,16 @@ def solve(problem: Problem, nearest_IO: Tensor, nearest_O: Tensor, sweeps: int) 
     return levels_IO[own_order], start_O - gained_O.clamp(min=0)
 
 
-def compensate_delta_loss(levels_IO: Tensor, delta_IO: Tensor, nearest_O: Tensor, problem: Problem) -> Tensor:
+def compensate_delta_loss(
+    levels_IO: Tensor, delta_IO: Tensor, nearest_O: Tensor, *, problem: Problem, unseen_loss: float
+) -> Tensor:
     """Aim past the part of the error that lies along the delta, and descend again, from levels in the weight's own order.
 
     Other errors point anywhere and cancel over layers; this part weakens in every layer what was learned.
     Rows that would end up worse than the nearest codes stay as they were.
+
+    Args:
+        unseen_loss: share of the delta to aim further, besides what was lost.
     """
     delta_IO = delta_IO[problem.columns]
     start_IO = levels_IO[problem.columns]
@@ -155,6 +162,7 @@ def compensate_delta_loss(levels_IO: Tensor, delta_IO: Tensor, nearest_O: Tensor
         return levels_IO
     error_IO = problem.aim_IO - start_IO
     lost_share = float((error_IO * weighted_delta_IO).sum(dtype=torch.float64)) / delta_size
+    lost_share += unseen_loss
     moved_problem = replace(problem, aim_IO=problem.aim_IO + lost_share * delta_IO)
     compensated_IO, _ = descend(start_IO, moved_problem, COMPENSATING_SWEEPS)
     worse_O = squared_error(compensated_IO, problem) > nearest_O
