@@ -90,7 +90,9 @@ def make_report(
         promoted=sorted(plan.promoted),
         interference=pairs,
         fidelity=fidelity,
-        warnings=_warnings(plan, preflight, weights=weights, sums_of_weight=sums_of_weight, pairs=pairs),
+        warnings=_warnings(
+            plan, preflight, weights=weights, sums_of_weight=sums_of_weight, pairs=pairs, fidelity=fidelity
+        ),
     )
 
 
@@ -190,20 +192,25 @@ def _warnings(
     weights: Mapping[str, WeightRecord],
     sums_of_weight: Mapping[str, Sums],
     pairs: Sequence[PairRecord],
+    fidelity: FidelityRecord | None,
 ) -> list[str]:
     """About the inputs first, about what was measured last."""
     relative_sizes = {survival.module: survival.relative_size for survival in preflight.predicted}
     # Over all weights together: a share that is alarming in a small weight may not matter.
     clipped = values_of(over_weights(sums_of_weight.values()))["clipped"]
-    survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
     has_text = preflight.calibration is not None and preflight.calibration.is_users_text
+    lines_about_weights: list[str] = []
+    # Single weights are no reason to worry where the whole model predicts like the adapter model.
+    if fidelity is None or fidelity.verdict != "kept":
+        survivals = [_survival(record, sums_of_weight[name]) for name, record in weights.items()]
+        lines_about_weights = survival_warnings(survivals, predicted=False, has_text=has_text)
     return [
         *input_warnings(plan),
         *delta_size_warnings(plan, relative_sizes),
         *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
         *interference_warnings(pairs, plan.recipe.combine),
         *warnings_about_original(plan, preflight.original_gap),
-        *survival_warnings(survivals, predicted=False, has_text=has_text),
+        *lines_about_weights,
     ]
 
 
