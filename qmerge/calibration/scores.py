@@ -200,8 +200,7 @@ class Scores:
             loss_base=base,
             loss_unmerged=unmerged,
             loss_merged=merged,
-            # An adapter that does not lower the loss on this text has no gain to keep.
-            gain_kept=(base - merged) / (base - unmerged) if base > unmerged else None,
+            gain_kept=_gain_kept(base, unmerged, merged, text_kind),
             kl_base=kl_base,
             kl_merged=kl_merged,
             # Equal outputs: an adapter without effect.
@@ -209,6 +208,17 @@ class Scores:
             top1_agreement=self.agreed / tokens,
             kl_p99=float(to_merged.quantile(0.99)),
         )
+
+
+def _gain_kept(base: float, unmerged: float, merged: float, text_kind: TextKind) -> float | None:
+    # Text that the unmerged model wrote is likeliest under that model: there the losses differ by the KL divergences, and
+    # gain kept is 1 − KL ratio, whatever became of the task. (SmolLM2-135M: 0.99 on such text, 0.94 on text of the task.)
+    if text_kind == "generated":
+        return None
+    # An adapter that does not lower the loss on this text has no gain to keep.
+    if base <= unmerged:
+        return None
+    return (base - merged) / (base - unmerged)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

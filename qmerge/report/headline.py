@@ -6,7 +6,7 @@ from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, ReportData, Verdi
 from qmerge.wording import exceeds_all, share
 
 OTHER_TEXT = {
-    "generated": "Written by the adapter model.",
+    "generated": "Text of its own shows no gain.",
     "general": "General text, not of your task.",
     "mixed": "Not all of it is text of your task.",
     "random": "Random tokens are no text.",
@@ -42,11 +42,11 @@ def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
     """What to know about the numbers of a whole model, a line each; empty where they speak for themselves."""
     remarks = []
     gain = fidelity.gain_kept
-    if gain is None:
+    if gain is None and fidelity.text_kind != "generated":
         remarks.append("The adapter does not lower the loss of this text: there is no gain to keep.")
-    elif fidelity.gain_that_counts is None:
+    elif gain is not None and fidelity.gain_that_counts is None:
         remarks.append("The adapter hardly improves this text: the gain is chance, KL ratio decides.")
-    elif gain > GAIN_ABOVE_ALL:
+    elif gain is not None and gain > GAIN_ABOVE_ALL:
         remarks.append(_gain_above_all(fidelity.kl_ratio))
     if fidelity.text_kind in OTHER_TEXT:
         remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: qmerge verify OUT --text FILE")

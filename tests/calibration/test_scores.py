@@ -20,6 +20,16 @@ from qmerge.calibration.scores import FinishedRun, Scores, finish_run, next_ids,
 from .test_layered import ARCHITECTURES, CPU, IDS, saved
 
 
+def test_generated_text_has_no_gain() -> None:
+    """On text that the unmerged model wrote, gain kept is 1 − KL ratio: it says nothing about the task."""
+    logits = torch.randn(3, 40, 7, generator=torch.Generator().manual_seed(0))
+    scores = Scores()
+    scores.add(logits[1].argmax(-1), base=logits[0], unmerged=logits[1], merged=logits[1] + 0.1 * logits[2])
+    assert scores.record("a.txt", tokens=40, length=40).gain_kept is not None
+    generated = scores.record("generate", tokens=40, length=40, text_kind="generated")
+    assert generated.gain_kept is None and generated.kl_ratio is not None and generated.verdict == "kept"
+
+
 def finished(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FinishedRun:
     run = LayerwiseRun(LayeredModel(config, tensors, CPU), tensors.__getitem__, IDS)
     last = len(run.model) - 1
