@@ -195,10 +195,13 @@ class _StreamedModel:
         model: Any = self._layered.model
         input_ids = last_ids.to(self._layered.device)
         forward_pass = ForwardPass(partial(model, input_ids=input_ids, past_key_values=cache, use_cache=True))
-        result = forward_pass.advance()
-        for index in range(len(self._layered)):
-            with self._layered.loaded(index, self._values):
-                result = forward_pass.advance(self._layered.run_layer(result))
+        try:
+            result = forward_pass.advance()
+            for index in range(len(self._layered)):
+                with self._layered.loaded(index, self._values):
+                    result = forward_pass.advance(self._layered.run_layer(result))
+        finally:
+            forward_pass.stop()
         logits: Tensor = result.logits[:, -1]
         return logits
 

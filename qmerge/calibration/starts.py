@@ -98,6 +98,9 @@ def find_starts(tokenizer_folder: Path, *, vocab_size: int, seed: int) -> Starts
         by_kind["user turn"] = [Start(ids=chat.before_user, is_chat=True, reply=chat.reply)]
         by_kind["question"] = [Start(ids=chat.question(words), is_chat=True) for words in _questions(documents)]
     by_kind["beginning"] = _beginnings(tokenizer, documents, seed)
+    # A tokenizer may make nothing of a text in a script that it does not know.
+    by_kind = {kind: [start for start in starts if start.ids] for kind, starts in by_kind.items()}
+    by_kind = {kind: starts for kind, starts in by_kind.items() if starts}
     for starts in by_kind.values():
         for start in starts:
             texts.check_vocabulary([*start.ids, *start.reply], vocab_size, tokenizer_folder)

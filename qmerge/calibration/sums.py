@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration.capture import MatrixProduct, without_expert_number
+from qmerge.errors import NumbersError
 from qmerge.rounding.base import InputStatistics
 
 
@@ -91,6 +92,13 @@ class InputSums:
         result: dict[str, InputStatistics] = {}
         for name, leader in self.leaders.items():
             tokens = self.tokens[name]
+            if not tokens:  # code that calls an expert with an empty input
+                continue
+            if not bool(self.hessians[leader].isfinite().all()):
+                raise NumbersError(
+                    f"{name}: its inputs contain NaN or infinity on the calibration text: check that the base and the adapter "
+                    f"are finite and belong together"
+                )
             cross_II = self.crosses.get(leader)
             if cross_II is not None:
                 cross_II = cross_II / tokens

@@ -108,7 +108,7 @@ def hold_out(ids: Tensor, source: str) -> CalibrationTokens:
 
 def add_batches(tokens: CalibrationTokens, ids: Tensor) -> CalibrationTokens:
     """The same with more sequences, int64 [sequences, length], for rounding to learn from."""
-    added = split_batches(ids)
+    added = split_batches(ids) if len(ids) else []
     return replace(tokens, seen=[*tokens.seen, *added])
 
 

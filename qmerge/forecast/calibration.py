@@ -92,6 +92,8 @@ class _Preparation:
         published = _published_name(source)
         ids = self._token_ids(source)
         tokens = texts.hold_out(ids, published)
+        if not settings.sequential:  # no second model runs that could be judged
+            tokens = replace(tokens, seen=texts.split_batches(ids), held_out=[], judged_on="")
         general_count = ids.numel() if source == "general" else 0
         if source not in ("general", "random"):  # where random tokens are asked for, nothing else is added
             share = GENERAL_WITH_GENERATED if source == "generate" else GENERAL_SHARE

@@ -47,9 +47,11 @@ class Preflight:
         lines = input_warnings(plan)
         lines += delta_size_warnings(plan, sizes)
         lines += warnings_about_original(plan, self.original_gap)
-        # The predictions are about nearest rounding: they mean nothing for weights that are rounded with preserve.
+        # The predictions are about nearest rounding, or about stochastic where the recipe names it: they mean nothing for other
+        # weights.
         rounding_of = {step.label: step.rounding for step in plan.merged}
-        others = [survival for survival in self.predicted if rounding_of[survival.module] != "preserve"]
+        told = {"nearest", plan.recipe.rounding} - {"preserve"}
+        others = [survival for survival in self.predicted if rounding_of[survival.module] in told]
         if others:
             lines += survival_warnings(others, predicted=True)
         return lines

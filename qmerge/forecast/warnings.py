@@ -146,7 +146,7 @@ def _way_out(survival: Survival, has_text: bool) -> str:
         if not has_text:
             ways.insert(0, "--calibration with text of your training")
     else:
-        ways = ["--rounding preserve"]
+        ways = ["--rounding preserve with calibration"]
     # bf16 itself loses small deltas: it has 8 bits of mantissa, fp16 has 11.
     wider = {"bf16": "fp16", "fp16": "fp32"}.get(survival.target, "bf16")
     ways += [f"--target {wider}", "serve the adapter unmerged"]

@@ -51,8 +51,10 @@ class Preserve(Rounding):
             best_IO = torch.where(error_O < best_O, levels_IO, best_IO)
             best_O = torch.minimum(error_O, best_O)
         if context.delta_OI is not None:
+            delta_IO = context.delta_OI.T
+            lost_by_nearest = 1 - share_along(delta_IO, nearest_IO - values_OI.T + delta_IO)
             best_IO = compensate_delta_loss(
-                best_IO, context.delta_OI.T, nearest_O, problem=first, unseen_loss=objective.unseen_loss
+                best_IO, delta_IO, nearest_O, problem=first, unseen_loss=objective.unseen_loss * lost_by_nearest
             )
         # The levels are on the grid: this finds their codes, the base's own where several codes have one value.
         return grid.nearest(best_IO.T.contiguous(), context.base_codes_OI)
@@ -110,6 +112,7 @@ def in_order(columns: Tensor, aim_IO: Tensor, objective: Objective, grid: Grid) 
     factor_II = upper_factor(K_II)
     damping = objective.damping
     while factor_II is None:  # another order rounds differently, where float32 can only just factor K
+        assert damping < 1e6, "K is not finite"
         factor_II = upper_factor(damped(K_II, damping))
         damping *= 2
     return Problem(
@@ -167,6 +170,14 @@ def compensate_delta_loss(
     compensated_IO, _ = descend(start_IO, moved_problem, COMPENSATING_SWEEPS)
     worse_O = squared_error(compensated_IO, problem) > nearest_O
     return torch.where(worse_O, start_IO, compensated_IO)[problem.columns.argsort()]
+
+
+def share_along(delta_IO: Tensor, change_IO: Tensor) -> float:
+    """⟨change, delta⟩ / ⟨delta, delta⟩, from 0 to 1; 1 for a delta of zero."""
+    size = float((delta_IO * delta_IO).sum(dtype=torch.float64))
+    if not size:
+        return 1.0
+    return min(1.0, max(0.0, float((change_IO * delta_IO).sum(dtype=torch.float64)) / size))
 
 
 def feedback(problem: Problem) -> tuple[Tensor, Tensor]:

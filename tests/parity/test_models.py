@@ -120,7 +120,8 @@ def test_in_nf4_it_is_what_the_stock_library_quantizes(made: Any, tmp_path: Path
 def test_experts_in_calibrated_runs(made: Any, tmp_path: Path, name: str) -> None:
     """preserve walks the model layer by layer, experts and all."""
     found = made(name)
-    more = {"rounding": "preserve", "calibration_tokens": 64, "sequence_length": 16}
+    # Other tokens round differently, and a router close to a tie may send a token elsewhere.
+    more = {"rounding": "preserve", "calibration": "random", "calibration_tokens": 256, "sequence_length": 16}
     out = stock.merged(tmp_path / "out", found.base, found.adapter, "bf16", **more)
     assert stock.distance(answer(found, out), found.expected) < 0.05
 

@@ -84,7 +84,7 @@ def _alignments_table(alignments: list[dict[str, Any]]) -> NotedTable:
             fixed_or_dash(alignment["to_error"], 3),
         )
     notes = [
-        ("rms(delta)", "typical size of a change to one weight entry; the largest come first"),
+        ("rms(delta)", "typical size of a change to one weight entry; largest first"),
         ("cos(D, W)", "cosine of the delta and the base's weight"),
         ("cos(D, W-NF4)", "cosine of the delta and the weight's rounding error in NF4"),
     ]

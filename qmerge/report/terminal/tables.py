@@ -182,8 +182,9 @@ def fidelity_table(record: FidelityRecord) -> NotedTable:
         f"{record.loss_merged:.4f}",
     ]
     # By definition, the base has kept nothing and the unmerged model everything.
-    base = ["base", "0", "1", "", "", f"{record.loss_base:.4f}"]
-    unmerged = ["unmerged", "1", "0", "", "", f"{record.loss_unmerged:.4f}"]
+    no_gain, all_gain = ("0", "1") if record.gain_kept is not None else (DASH, DASH)
+    base = ["base", no_gain, "1", "", "", f"{record.loss_base:.4f}"]
+    unmerged = ["unmerged", all_gain, "0", "", "", f"{record.loss_unmerged:.4f}"]
     table.add_row(*merged, style="bold")
     for cells in (base, unmerged):
         table.add_row(*cells)
