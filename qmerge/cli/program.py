@@ -69,13 +69,20 @@ def root(
 
     [bold]qmerge --base ID|DIR --adapter ID|DIR --target nf4 --out DIR[/bold]
     """
+    flags = {"resume": resume, "json": json, "quiet": quiet}
+    options = [*settings, *(name for name, given in flags.items() if given)]
     if version:
         typer.echo(f"qmerge {installed_version('qmerge')}")
     elif context.invoked_subcommand is not None:
-        if settings:  # they would be ignored without a word
-            flag = f"--{next(iter(settings)).replace('_', '-')}"
+        if options:  # they would be ignored without a word
+            flag = f"--{options[0].replace('_', '-')}"
             raise RecipeError(f"{flag} belongs after the command: qmerge {context.invoked_subcommand} {flag} …")
     elif not settings:
+        if options:
+            raise RecipeError(
+                f"--{options[0]} alone does nothing: a merge needs --base, --adapter, --target and --out; to go on with an "
+                f"interrupted one, repeat its whole command with --resume"
+            )
         typer.echo(context.get_help())
     else:
         merging.run_merge(settings, resume=resume, json=json, quiet=quiet)

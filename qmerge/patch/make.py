@@ -49,7 +49,7 @@ class Summary:
             direction = f"{self.base_bytes / 1e6:.2f} MB of it only for unmerge"
         changed = f"{self.changed} changed ({self.delta_bytes / 1e6:.2f} MB)"
         return [
-            f"Patch {self.file}: {self.nbytes / 1e6:.2f} MB, {share:.1%} of the merged folder ({direction})",
+            f"Patch {self.file}: {self.nbytes / 1e6:.2f} MB, {100 * share:.1f} % of the merged folder ({direction})",
             f"Tensors: {self.equal} equal, {changed}, {self.replaced} replaced",
             f"Stored whole, files included: {self.merged_bytes / 1e6:.2f} MB",
         ]

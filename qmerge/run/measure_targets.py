@@ -58,6 +58,14 @@ def check_options(recipe: Recipe, targets: Sequence[str]) -> None:
             raise RecipeError(f"{flag} is not an option of --target {' or '.join(targets)}: leave it out")
 
 
+def check_targets(targets: Sequence[str]) -> None:
+    """Raise RecipeError for a target that is not the name of a format."""
+    if "auto" in targets:
+        raise RecipeError(
+            "measure takes formats by name, but the target is auto: name one or several; qmerge plan shows all of them"
+        )
+
+
 def measure_target(
     recipe: Recipe, inputs: Inputs, records: list[InputRecord], *, reader: Reader, progress: Progress
 ) -> ReportData:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+import qmerge
 from qmerge import __version__, plugins
+from qmerge.errors import RecipeError
 from qmerge.recipe import Recipe
 
 from ..conftest import Cli, snapshot
@@ -149,6 +151,27 @@ def test_unknown_option_and_command(cli: Cli) -> None:
 def test_options_before_a_command_are_refused_not_ignored(cli: Cli) -> None:
     ran = cli("--target", "bf16", "measure", "--base", "x", "--adapter", "y")
     assert ran.code == 2 and "--target belongs after the command" in ran.err
+    for flag in ("--json", "--quiet", "--resume"):
+        ran = cli(flag, "inspect", "x")
+        assert ran.code == 2 and f"{flag} belongs after the command: qmerge inspect {flag}" in ran.err
+
+
+def test_resume_without_its_command_is_an_error(cli: Cli) -> None:
+    ran = cli("--resume")
+    assert ran.code == 2 and "repeat its whole command with --resume" in ran.err and ran.out == ""
+
+
+def test_inspect_of_neither_an_adapter_nor_a_model(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    ran = cli("inspect", tmp_path)
+    assert ran.code == 3 and "neither an adapter (adapter_config.json) nor a model" in ran.err
+
+
+def test_measure_takes_formats_by_name(cli: Cli) -> None:
+    ran = cli("measure", "--base", "x", "--adapter", "y", "--target", "auto")
+    assert ran.code == 2 and "measure takes formats by name" in ran.err
+    with pytest.raises(RecipeError, match="measure takes formats by name"):
+        qmerge.measure(base="x", adapter="y", target="auto")
 
 
 def test_formats(cli: Cli) -> None:

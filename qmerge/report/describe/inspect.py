@@ -31,6 +31,10 @@ def inspect(
     location, name = split_reference(reference)
     source = hub.resolve(location, revision, AdapterError)
     if not is_model(source.folder):
+        if not any(source.folder.rglob("adapter_config.json")) and not any(source.folder.rglob("*.safetensors")):
+            raise AdapterError(
+                f"{reference} holds neither an adapter (adapter_config.json) nor a model (config.json and *.safetensors)"
+            )
         return describe_adapter(choose_adapter(source, location, name), base, base_revision)
     if base:
         raise RecipeError(f"--base compares an adapter with its base, but {reference} is a model: leave --base out")
