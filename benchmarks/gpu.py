@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from rounding_speed import SweptRows
 from torch import Tensor
 
 import qmerge
@@ -159,28 +160,6 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class SweptRows:
-    """Counts the rows that sweeps work on: fewer in every sweep, as rows that no longer change drop out."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count while the block runs."""
-        sweep = preserve.sweep
-
-        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor, Tensor]:
-            self.count += len(rows)
-            return sweep(levels_IO, rows, problem)
-
-        preserve.sweep = counted
-        try:
-            yield
-        finally:
-            preserve.sweep = sweep
 
 
 @dataclass(frozen=True)

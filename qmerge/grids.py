@@ -65,8 +65,16 @@ class ScaleTable:
     first: int = 0
     last: int = 0
 
-    def padded(self, count: int) -> ScaleTable:
-        """The same with ``count`` levels: those that are added are never reached."""
+    @property
+    def level_bits(self) -> int:
+        """Bits that count the levels; 0 if levels are integers."""
+        return (max(len(self.levels_L), 1) - 1).bit_length()
+
+    def padded(self) -> ScaleTable:
+        """The same with a power of 2 of levels: those that are added are never reached."""
+        if not self.level_bits:
+            return self
+        count = 2**self.level_bits
         levels_L = torch.cat([self.levels_L, self.levels_L[-1:].expand(count - len(self.levels_L))])
         edges = torch.cat([self.edges, self.edges.new_full((count - 1 - len(self.edges),), math.inf)])
         return replace(self, levels_L=levels_L.contiguous(), edges=edges.contiguous())

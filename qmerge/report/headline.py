@@ -43,7 +43,7 @@ def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
     remarks = []
     gain = fidelity.gain_kept
     if gain is None and fidelity.text_kind != "generated":
-        remarks.append("The adapter does not lower the loss of this text: there is no gain to keep.")
+        remarks.append("The adapter does not lower the loss of this text: so no gain can be kept.")
     elif gain is not None and fidelity.gain_that_counts is None:
         remarks.append("The adapter hardly improves this text: the gain is chance, KL ratio decides.")
     elif gain is not None and gain > GAIN_ABOVE_ALL:

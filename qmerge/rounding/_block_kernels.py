@@ -33,16 +33,14 @@ class BlockKernels:
     """The kernels for one weight with its columns in some order.
 
     Attributes:
-        table: of the weight's grid.
+        table: of the weight's grid, padded.
         offset_I: int64, the table's ``column_offset_I`` in this order of the columns.
-        level_bits: the table has ``2 ** level_bits`` levels; 0: they are integers.
         tile: rows of one program.
         warps: of one program.
     """
 
     table: ScaleTable
     offset_I: Tensor
-    level_bits: int
     tile: int = TILE
     warps: int = WARPS
 
@@ -81,7 +79,7 @@ class BlockKernels:
     def _options(self) -> dict[str, Any]:
         # Without fused multiply-add: level − old level must be 0 where both are the same.
         return {
-            "LEVEL_BITS": self.level_bits,
+            "LEVEL_BITS": self.table.level_bits,
             "DIVISOR": self.table.divisor,
             "BLOCK": BLOCK,
             "TILE": self.tile,
@@ -92,12 +90,7 @@ class BlockKernels:
 
 def make_block_kernels(table: ScaleTable, columns: Tensor) -> BlockKernels:
     """The kernels for a grid with this table and the columns in this order (int64 [I])."""
-    level_bits = (max(len(table.levels_L), 1) - 1).bit_length()
-    offset_I = table.column_offset_I[columns].contiguous()
-    if not level_bits:
-        # The kernel gets some tensor; it does not read it.
-        return BlockKernels(table=table, offset_I=offset_I, level_bits=0)
-    return BlockKernels(table=table.padded(2**level_bits), offset_I=offset_I, level_bits=level_bits)
+    return BlockKernels(table=table.padded(), offset_I=table.column_offset_I[columns].contiguous())
 
 
 @triton.jit

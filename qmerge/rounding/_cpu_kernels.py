@@ -60,18 +60,16 @@ class CpuKernels:
 
 def make_cpu_kernels(table: ScaleTable, columns: Tensor) -> CpuKernels:
     """The kernels for a grid with this table and the columns in this order (int64 [I])."""
-    level_bits = (max(len(table.levels_L), 1) - 1).bit_length()
-    if level_bits:
-        table = table.padded(2**level_bits)
+    table = table.padded()
     shift = table.divisor.bit_length() - 1
-    assert table.divisor == 2**shift, "blocks of a size that is no power of 2"
+    assert table.divisor == 2**shift, "the block size must be a power of 2"
     grid = (
         *_arrays(table.scale, table.inverse, table.zero, table.levels_L, table.edges),
         table.row_stride,
         shift,
         np.float32(table.first),
         np.float32(table.last),
-        level_bits,
+        table.level_bits,
     )
     return CpuKernels(grid=grid, offset_I=table.column_offset_I[columns].numpy())
 

@@ -20,10 +20,13 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import qmerge
 import qmerge.demo
 from qmerge.calibration import texts
+from qmerge.calibration.capture import MatrixProduct
 from qmerge.calibration.statistics import CalibrationPass, LayerGroups
 from qmerge.calibration.sums import InputSums
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint.journal import Journal
+from qmerge.errors import NumbersError
+from qmerge.forecast.preflight import run_preflight
 from qmerge.planning.plan import make_plan, make_run_context
 from qmerge.recipe import make_recipe
 from qmerge.rounding.base import InputStatistics
@@ -221,6 +224,13 @@ def test_what_the_residual_stream_lacks(
             current.get_submodule(module).weight.data *= 0.9
 
 
+def test_conv1d_writes_into_the_residual_stream_too(bases: dict[str, tuple[Path, Path]]) -> None:
+    """It multiplies all sequences in one row of tokens: the output has another shape than what is added."""
+    for names, inputs in collected(*bases["gpt2"]):
+        writes = names[0].endswith("c_proj.weight")
+        assert all((inputs[name].missing_OI is not None) == writes for name in names)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_one_pass_through_a_layer_equals_one_per_group(
     name: str, bases: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
@@ -337,6 +347,21 @@ def test_experts_that_see_little_borrow() -> None:
     torch.testing.assert_close(result[names[2]].hessian_II, shared_II)
 
 
+def test_infinite_inputs_are_an_error_that_names_the_weight() -> None:
+    sums = InputSums(["layer.q.weight"], torch.device("cpu"))
+    sums.add(None, [MatrixProduct(("layer.q.weight",), torch.full((4, 8), torch.inf))])
+    with pytest.raises(NumbersError, match=r"layer\.q\.weight: its inputs contain NaN or infinity"):
+        sums.statistics()
+
+
+def test_an_expert_with_an_empty_input_has_nothing_to_lend() -> None:
+    names = [f"layer.experts.{e}.w1.weight" for e in range(2)]
+    sums = InputSums(names, torch.device("cpu"))
+    sums.add(None, [MatrixProduct((names[0],), torch.eye(8)), MatrixProduct((names[1],), torch.zeros(0, 8))])
+    result = sums.statistics()
+    assert result[names[1]].borrowed == 1 and all(bool(result[name].hessian_II.isfinite().all()) for name in names)
+
+
 def test_the_report_says_which_experts_borrowed(tmp_path: Path) -> None:
     base, lora, _ = experts("mixtral", tmp_path)
     asked = {
@@ -440,6 +465,17 @@ def test_no_calibration_builds_no_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("qmerge.calibration.layered.empty_model", refuse)
     report = qmerge.merge(**asked(tmp_path / "out", calibration="none"))
     assert report.data.total.values["output_kept"] is None and report.kept is not None and report.kept > 0.8
+
+
+def test_auto_is_stochastic_without_calibration(tmp_path: Path) -> None:
+    """On a real model, preserve without calibration does damage. Nothing is said about nearest, which rounds no weight."""
+    settings = {key: value for key, value in asked(tmp_path).items() if key != "quiet"}
+    with Reader() as reader:
+        plan = make_plan(make_recipe({**settings, "rounding": "auto", "calibration": "none"}), reader)
+        plan, preflight = run_preflight(plan, make_run_context(plan, reader), rounding="auto")
+    assert {step.rounding for step in plan.merged} == {"stochastic"}
+    assert "preserve would need calibration" in preflight.rounding_reason
+    assert not any("nearest" in line for line in preflight.warnings(plan))
 
 
 @pytest.mark.parametrize(("target", "rounding"), [("nf4", "preserve"), ("bf16", "nearest"), ("fp32", "nearest")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -273,6 +274,38 @@ def test_compensation_makes_up_for_the_residual_stream() -> None:
     np.testing.assert_allclose(objective.aim(T_OI[2:5], Rows(2, 5)).numpy(), expected[2:5], **close)
     without = T_OI + T_OI @ objective.correction_II
     assert np.abs(without.numpy() - expected).max() > 2e-2 * np.abs(expected).max(), "the control"
+
+
+def test_inputs_that_are_all_zero_ask_for_no_correction() -> None:
+    """A dead input: the equations have no solution, and nothing is to be corrected."""
+    zero_II = torch.zeros(8, 8)
+    statistics = InputStatistics(zero_II, zero_II, 9, missing_OI=torch.zeros(4, 8))
+    objective = make_objective(statistics, None, 8, CPU)
+    T_OI = gaussian(3, (4, 8))
+    assert torch.equal(objective.aim(T_OI, Rows(0, 4)), T_OI)
+
+
+def test_the_aim_goes_further_only_where_the_delta_would_be_lost() -> None:
+    """With other text than that of the task: by 2 % on NF4, not at all where nearest rounding keeps the delta."""
+    u, s, v = directions((64, 96))
+    delta_OI = 0.02 * (u * s) @ v.T
+    values_OI = gaussian(5, (64, 96))
+    objective = make_objective(InputStatistics(hessian(96), None, 9, of_task=False), (u, s, v), 96, CPU)
+    assert objective.unseen_loss > 0
+    assert make_objective(InputStatistics(hessian(96), None, 9), (u, s, v), 96, CPU).unseen_loss == 0
+    kept = {}
+    for target in ("nf4", "fp32"):
+        grid = grid_for(target, values_OI)
+        base_OI = grid.decode(grid.nearest(values_OI))
+        for unseen_loss in (0.0, objective.unseen_loss):
+            context = RoundingContext(
+                name="w", rows=Rows(0, 64), objective=replace(objective, unseen_loss=unseen_loss), delta_OI=delta_OI
+            )
+            change_OI = grid.decode(preserve.ROUNDING.choose(base_OI + delta_OI, grid, context)) - base_OI
+            seen_OI = delta_OI @ objective.K_II
+            kept[target, unseen_loss > 0] = float((change_OI * seen_OI).sum() / (delta_OI * seen_OI).sum())
+    assert kept["fp32", True] == pytest.approx(kept["fp32", False], abs=1e-4)
+    assert kept["nf4", True] > kept["nf4", False] + 0.01
 
 
 # --- grids, column by column -----------------------------------------------------------------------------------------
