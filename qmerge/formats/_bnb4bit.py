@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qmerge.errors import RecipeError
@@ -26,16 +25,17 @@ from qmerge.formats._bnb4bit_find import (
     state_part,
 )
 from qmerge.formats._bnb4bit_grid import (
-    SMALLEST_ABSMAX,
     Bnb4bitGrid,
     code_table,
     from_disk_codes,
     pack_nibbles,
     rows_of_whole_blocks,
+    standard_quant_map,
     to_disk_codes,
     unpack_nibbles,
     unpack_values,
 )
+from qmerge.formats._bnb4bit_kernels import SMALLEST_ABSMAX
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat, with_asked
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
@@ -73,6 +73,8 @@ class Stored4bit(Stored):
 
     def values(self, rows: Rows) -> Tensor:
         grid = self.grid.rows(rows)
+        if self._device.type == "cpu":
+            return grid.decode(self.codes(rows))
         return unpack_values(
             self._packed(rows),
             grid.absmax_B,
@@ -181,6 +183,8 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
 
     def _double_quantized_grid(self, absmax_B: Tensor, columns: int, block_size: int) -> Bnb4bitGrid:
         # On the CPU, so that the bytes do not depend on the device: its table lookup differs from CUDA's nearest.
+        from bitsandbytes import functional as bnb  # takes seconds
+
         exact_B = absmax_B.cpu()
         offset = exact_B.mean()
         codes_B, state = bnb.quantize_blockwise(exact_B - offset, blocksize=NESTED_BLOCK_SIZE)
@@ -204,7 +208,7 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Bnb4bitOptions) -> Parts:
         assert isinstance(grid, Bnb4bitGrid)
         tensors = {f"{local}.{name}": part for name, part in grid.scale_parts.items()}
-        tensors[f"{local}.quant_map"] = bnb.get_4bit_type(self.name, device=torch.device("cpu"))
+        tensors[f"{local}.quant_map"] = standard_quant_map(self.name)
         tensors[state_part(local, self.name)] = self._state_text(grid, shape, options)
         return tensors
 

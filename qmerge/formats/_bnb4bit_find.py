@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
+from qmerge.formats._bnb4bit_grid import standard_quant_map
 from qmerge.formats._tensors import check_finite, check_present, parts_of
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, TensorInfo, Weight
@@ -92,15 +92,11 @@ def read_absmax(weight: Weight, reader: Reader) -> Tensor:
     absmax_B = stored_B.float()
     nested = weight.parts.get(f"{weight.local}.nested_absmax")
     if nested is not None:
-        # bitsandbytes' own kernel, and the mean added last: any other order differs in the last bit.
+        # In this order, the mean last, as bitsandbytes: any other order differs in the last bit.
         state = read_quant_state(weight.parts[state_part(weight.local, weight.format)], reader)
-        centered_B = torch.ops.bitsandbytes.dequantize_blockwise(
-            stored_B,
-            absmax=reader.tensor(nested).float(),
-            code=reader.tensor(weight.parts[f"{weight.local}.nested_quant_map"]).float(),
-            blocksize=state.nested_block_size,
-            dtype=torch.float32,
-        )
+        code_L = reader.tensor(weight.parts[f"{weight.local}.nested_quant_map"]).float()
+        nested_B = reader.tensor(nested).float().repeat_interleave(state.nested_block_size)[: len(stored_B)]
+        centered_B = code_L[stored_B.int()] * nested_B
         absmax_B = centered_B + torch.tensor(state.nested_offset)
     check_finite(absmax_B, f"{weight.name}.absmax")
     return absmax_B
@@ -178,7 +174,7 @@ class _Check:
         quant_map = self.parts.get(f"{self.local}.quant_map")
         if quant_map is None:
             return
-        standard_L = bnb.get_4bit_type(self.quant_type, device=torch.device("cpu"))
+        standard_L = standard_quant_map(self.quant_type)
         if not torch.equal(reader.tensor(quant_map).float().flatten(), standard_L):
             raise CheckpointError(
                 f"{self.name}.quant_map is not that of {self.quant_type}. Most loaders ignore it, so its weights would differ "

@@ -7,23 +7,28 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 
+from qmerge.formats import _bnb4bit_kernels as kernels
 from qmerge.formats._levels import next_codes
 from qmerge.grids import UP, ColumnRounder, Grid, ScaleTable
 from qmerge.types import Parts, Rows
 
-# A value inside this part of its cell keeps its code, whatever float32 rounding does to the scaled value: the relative
-# error is 2**-22 of absmax, and the narrowest cell of NF4 leaves 4e-5 of absmax beyond this part.
-SAFE_PART = 0.999
+# Values by their codes on disk (bitsandbytes 0.50, functional.py, get_4bit_type; its import takes seconds).
+QUANT_MAPS = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12,
+        0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12, -2 / 12, -3 / 12,
+    ),
+}  # fmt: skip
 
-# From this block size on, bitsandbytes on CPUs with AVX-512 leaves its kernel for torch.compile (backends/cpu/ops.py),
-# which takes seconds to compile a gather and a product.
-UNUSUAL_BLOCK = 2048
-
-# bitsandbytes divides by no less.
-SMALLEST_ABSMAX = 1e-38
+# Below this absmax, products with levels may be denormal, so that several codes have the same value.
+TINY_ABSMAX = 1e-36
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,15 @@ class CodeTable:
     """uint8 [16]: the code on disk of every level."""
 
 
+def standard_quant_map(quant_type: str) -> Tensor:
+    """float32 [16]: the value of every code on disk, for an absmax of 1."""
+    return torch.tensor(QUANT_MAPS[quant_type])
+
+
 @cache
 def code_table(quant_type: str, device: torch.device) -> CodeTable:
     """The levels of ``nf4`` or ``fp4``."""
-    values = bnb.get_4bit_type(quant_type, device=torch.device("cpu"))
+    values = standard_quant_map(quant_type)
     order_L = torch.argsort(values)
     midpoints = (values[order_L[:-1]] + values[order_L[1:]]) / 2
     return CodeTable(values[order_L].to(device), midpoints.to(device), order_L.to(torch.uint8).to(device))
@@ -99,35 +109,32 @@ class Bnb4bitGrid(Grid):
         )
 
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
-        if near_OI is None:
-            scaled = scale_blocks(values_OI, self.rounding_absmax_B, self.block_size)
-            return self._encode(scaled).view(values_OI.shape)
-        if self.quant_type == "nf4":
-            return self._nearest_of_moved(values_OI, near_OI)
-        # FP4 has two codes for zero: keep the one that the base has.
-        codes_OI = self.nearest(values_OI)
+        codes_OI = self._nearest(values_OI)
+        if near_OI is None or not self._codes_share_values:
+            return codes_OI
         return torch.where(self.decode(codes_OI) == self.decode(near_OI), near_OI, codes_OI)
 
-    def _nearest_of_moved(self, values_OI: Tensor, near_OI: Tensor) -> Tensor:
-        """The same codes as ``nearest``, looked up only for entries that left their cell: a typical delta moves 1 %."""
-        offset_OI = values_OI - self.decode(near_OI)
-        moved_OI = offset_OI.abs().mul_(2 / SAFE_PART) > self.gap(near_OI, offset_OI)
-        index_N = moved_OI.flatten().nonzero().squeeze(1)
-        values_N = values_OI.flatten()[index_N]
-        block_N = index_N // self.block_size
-        absmax_N = without_zeros(self.rounding_absmax_B[block_N])
-        # As in scale_blocks: multiplied in whole blocks, divided in a short last one.
-        in_short_block = block_N >= values_OI.numel() // self.block_size
-        scaled_N = torch.where(in_short_block, values_N / absmax_N, values_N * (1.0 / absmax_N)).clamp_(-1, 1)
-        codes_OI = near_OI.clone()
-        codes_OI.view(-1)[index_N] = self._encode(scaled_N)
-        return codes_OI
+    def _nearest(self, values_OI: Tensor) -> Tensor:
+        absmax_B = self.rounding_absmax_B
+        if values_OI.device.type == "cpu":
+            midpoints = tuple(self._table.midpoints.tolist())
+            codes = kernels.nearest_codes(values_OI.flatten(), absmax_B.contiguous(), midpoints, self.block_size)
+        else:
+            scaled = scale_blocks(values_OI, absmax_B, self.block_size)
+            # A value on a midpoint goes down, as in bitsandbytes.
+            codes = torch.bucketize(scaled, self._table.midpoints, out_int32=True).to(torch.uint8)
+        return codes.view(values_OI.shape)
 
-    def _encode(self, scaled: Tensor) -> Tensor:
-        """Scaled values in [−1, 1] → codes. A value on a midpoint goes down, as in bitsandbytes."""
-        return torch.bucketize(scaled, self._table.midpoints, out_int32=True).to(torch.uint8)
+    @cached_property
+    def _codes_share_values(self) -> bool:
+        """FP4 has two codes for zero, and all codes mean zero where the absmax is zero."""
+        return self.quant_type == "fp4" or bool((self.absmax_B.abs() < TINY_ABSMAX).any())
 
     def decode(self, codes_OI: Tensor) -> Tensor:
+        if codes_OI.device.type == "cpu":
+            levels_L = self._table.levels_L
+            values = kernels.decoded(codes_OI.flatten(), self.absmax_B.contiguous(), levels_L, self.block_size)
+            return values.view(codes_OI.shape)
         packed = pack_nibbles(to_disk_codes(codes_OI, self.quant_type))
         return unpack_values(
             packed, self.absmax_B, block_size=self.block_size, quant_type=self.quant_type, shape=codes_OI.shape
@@ -206,7 +213,7 @@ def without_zeros(absmax: Tensor) -> Tensor:
     A negative absmax keeps its sign, because the loader multiplies by it. (Double quantization can store a little less than
     zero for a block of zeros.)
     """
-    return torch.where(absmax.abs() < SMALLEST_ABSMAX, torch.full_like(absmax, SMALLEST_ABSMAX), absmax)
+    return torch.where(absmax.abs() < kernels.SMALLEST_ABSMAX, torch.full_like(absmax, kernels.SMALLEST_ABSMAX), absmax)
 
 
 def to_disk_codes(codes: Tensor, quant_type: str) -> Tensor:
@@ -233,11 +240,15 @@ def pack_nibbles(codes: Tensor, padding: int = 0) -> Tensor:
     flat = codes.flatten()
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_full((1,), padding)])
+    if flat.device.type == "cpu":
+        return kernels.packed_nibbles(flat)
     return (flat[::2] << 4) | flat[1::2]
 
 
 def unpack_nibbles(packed: Tensor, numel: int) -> Tensor:
     """The reverse of ``pack_nibbles``: uint8 [numel]."""
+    if packed.device.type == "cpu":
+        return kernels.unpacked_nibbles(packed)[:numel]
     codes = torch.empty(packed.numel() * 2, dtype=torch.uint8, device=packed.device)
     codes[::2] = packed >> 4
     codes[1::2] = packed & 15
@@ -247,17 +258,13 @@ def unpack_nibbles(packed: Tensor, numel: int) -> Tensor:
 def unpack_values(
     packed: Tensor, absmax_B: Tensor, *, block_size: int, quant_type: str, shape: tuple[int, ...]
 ) -> Tensor:
-    """Bytes → float32 values of this shape, by bitsandbytes' own kernel.
+    """Bytes on a GPU → float32 values of this shape, by bitsandbytes' own kernel.
 
     The kernel is given one flat row of even length. Rows of odd length, and rows that are not a multiple of the block size,
     would take slower or less tested paths; the blocks are the same.
     """
-    numel = math.prod(shape)
-    if block_size >= UNUSUAL_BLOCK and packed.device.type == "cpu":
-        table = code_table(quant_type, packed.device)
-        values_D = torch.empty_like(table.levels_L).index_copy_(0, table.disk_L.long(), table.levels_L)
-        scale = absmax_B.repeat_interleave(block_size)[:numel]
-        return (values_D[unpack_nibbles(packed, numel).long()] * scale).view(shape)
+    import bitsandbytes  # noqa: F401  (defines the operation)
+
     values = torch.ops.bitsandbytes.dequantize_4bit(
         packed,
         absmax=absmax_B,
@@ -266,5 +273,5 @@ def unpack_values(
         shape=(1, packed.numel() * 2),
         dtype=torch.float32,
     )
-    result: Tensor = values.view(-1)[:numel].view(shape)
+    result: Tensor = values.view(-1)[: math.prod(shape)].view(shape)
     return result

@@ -1,0 +1,104 @@
+"""NF4 and FP4 on the CPU, compiled by numba: bitsandbytes' arithmetic in one pass over memory.
+
+Tensors are flat and contiguous. A test compares every result with that of bitsandbytes, bit by bit. Kernels run in the thread
+that calls them, without Python's lock: several steps at once use several cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SMALLEST_ABSMAX = 1e-38
+"""bitsandbytes divides by no less."""
+
+Array = NDArray[Any]
+
+
+def nearest_codes(values: Tensor, absmax_B: Tensor, midpoints: tuple[float, ...], block_size: int) -> Tensor:
+    """uint8 codes in the order of the levels, as many as there are values.
+
+    Args:
+        values: float32.
+        absmax_B: float32, one for every block of ``block_size`` values; the last block may be shorter.
+        midpoints: between neighbouring levels, ascending; a value on a midpoint goes down.
+    """
+    codes = torch.empty(values.numel(), dtype=torch.uint8)
+    edges = tuple(np.float32(midpoint) for midpoint in midpoints)
+    _nearest_codes(values.numpy(), absmax_B.numpy(), edges, block_size, codes.numpy())
+    return codes
+
+
+def decoded(codes: Tensor, absmax_B: Tensor, levels_L: Tensor, block_size: int) -> Tensor:
+    """float32: the level of every code times the absmax of its block."""
+    values = torch.empty(codes.numel(), dtype=torch.float32)
+    _decode(codes.numpy(), absmax_B.numpy(), levels_L.numpy(), block_size, values.numpy())
+    return values
+
+
+def packed_nibbles(codes: Tensor) -> Tensor:
+    """An even number of uint8 codes → bytes, the first code in the high nibble."""
+    packed = torch.empty(codes.numel() // 2, dtype=torch.uint8)
+    _pack(codes.numpy(), packed.numpy())
+    return packed
+
+
+def unpacked_nibbles(packed: Tensor) -> Tensor:
+    """The reverse of ``packed_nibbles``."""
+    codes = torch.empty(packed.numel() * 2, dtype=torch.uint8)
+    _unpack(packed.numpy(), codes.numpy())
+    return codes
+
+
+@numba.njit(nogil=True, cache=True)
+def _edges_below(value: np.float32, edges: tuple[np.float32, ...]) -> np.int32:
+    count = np.int32(0)
+    for edge in edges:
+        count += np.int32(value > edge)
+    return count
+
+
+# numpy's error model: without it, a check for division by zero would keep numba from vector instructions.
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _nearest_codes(values: Array, absmax: Array, edges: tuple[np.float32, ...], size: int, codes: Array) -> None:
+    for block in range(len(absmax)):
+        divisor = absmax[block]
+        if abs(divisor) < np.float32(SMALLEST_ABSMAX):
+            divisor = np.float32(SMALLEST_ABSMAX)
+        value = values[block * size : (block + 1) * size]
+        code = codes[block * size : (block + 1) * size]
+        if len(value) == size:
+            inverse = np.float32(1) / divisor
+            for i in range(len(value)):
+                code[i] = _edges_below(value[i] * inverse, edges)
+        else:  # bitsandbytes divides in a short last block
+            for i in range(len(value)):
+                code[i] = _edges_below(value[i] / divisor, edges)
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode(codes: Array, absmax: Array, levels: Array, size: int, values: Array) -> None:
+    for block in range(len(absmax)):
+        scale = absmax[block]
+        code = codes[block * size : (block + 1) * size]
+        value = values[block * size : (block + 1) * size]
+        for i in range(len(value)):
+            value[i] = levels[code[i]] * scale
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(codes: Array, packed: Array) -> None:
+    for i in range(len(packed)):
+        packed[i] = (codes[2 * i] << 4) | codes[2 * i + 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _unpack(packed: Array, codes: Array) -> None:
+    for i in range(len(packed)):
+        codes[2 * i] = packed[i] >> 4
+        codes[2 * i + 1] = packed[i] & 15
