@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmerge.recipe import (
     DEFAULT_TARGET,
@@ -141,7 +141,7 @@ def merge(
     max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
-    workers: int = 1,
+    workers: int | Literal["ray"] = 1,
     max_memory: str = "2GB",
     max_shard_size: str = "5GB",
     resume: bool = False,
@@ -194,7 +194,7 @@ def merge(
         max_kl_ratio: recorded in the recipe only; on the command line, exit code 5 says that the KL ratio is larger.
         seed: seed of stochastic rounding, random calibration tokens and random combinations.
         device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        workers: number of weights that are worked on at once.
+        workers: number of weights that are worked on at once, or ``"ray"`` for one task per output file on a Ray cluster.
         max_memory: memory for the weights being worked on; larger weights are cut into row blocks.
         max_shard_size: largest size of one file of the model.
         resume: go on with an interrupted run in ``out``.
@@ -255,7 +255,7 @@ def plan(
     max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
-    workers: int = 1,
+    workers: int | Literal["ray"] = 1,
     max_memory: str = "2GB",
     max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def measure(
     max_kl_ratio: float | None = None,
     seed: int = 0,
     device: Device = "auto",
-    workers: int = 1,
+    workers: int | Literal["ray"] = 1,
     max_memory: str = "2GB",
     max_shard_size: str = "5GB",
     quiet: bool = False,

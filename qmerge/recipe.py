@@ -52,6 +52,11 @@ CHAIN_HELP = (
     "Apply the adapters one after the other, in full and in order: each was trained on what those before it made."
 )
 
+RAY = "ray"
+"""The value of ``workers`` for tasks of a Ray cluster."""
+
+MOST_WORKERS = 256
+
 DEFAULT_TARGET = "nf4"
 """The target of ``plan`` and ``measure`` where none is given."""
 
@@ -186,7 +191,9 @@ class Recipe(BaseModel):
         0, description="seed stochastic rounding, generated text, random tokens and random combinations with this", ge=0
     )
     device: Device = Field("auto", description="compute on this device: auto, cpu or cuda")
-    workers: int = Field(1, description="work on this many weights at once", ge=1, le=256)
+    workers: int | Literal["ray"] = Field(
+        1, description="work on this many weights at once, or on one output file per task of a Ray cluster: ray"
+    )
     max_memory: str = Field(
         "2GB",
         description="use this much memory for the weights being worked on; larger weights are cut into row blocks",
@@ -244,6 +251,15 @@ class Recipe(BaseModel):
             plugins.load("rounding", name)
         return name
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        if value == RAY:
+            return value
+        if str(value).isdecimal() and 1 <= int(value) <= MOST_WORKERS:
+            return int(value)
+        raise ValueError(f"expected a number from 1 to {MOST_WORKERS}, or {RAY}")
+
     @field_validator("max_memory", "max_shard_size", "promote", "max_size")
     @classmethod
     def _check_size(cls, text: str | None) -> str | None:
@@ -258,6 +274,11 @@ class Recipe(BaseModel):
             if problem is not None:
                 raise RecipeError(problem)
         return self
+
+    @property
+    def threads(self) -> int:
+        """Weights that one process works on at once."""
+        return 1 if isinstance(self.workers, str) else self.workers
 
     @property
     def format_options(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from filelock import FileLock, Timeout
 
 from qmerge import hub
 from qmerge.checkpoint import journal
+from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.checkpoint.scan import INDEX
 from qmerge.errors import RecipeError, RoomError
-from qmerge.safetensors_io.writer import PARTIAL, ShardWriter, write_file
+from qmerge.safetensors_io.writer import PARTIAL, FileLayout, write_file
 
 LOCK = ".qmerge.lock"
 
@@ -45,18 +46,40 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
     Raises:
         RecipeError: it may not.
     """
+    check_place(out, inputs)
+    check_content(out, resume)
+
+
+def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Check that an output folder is not inside an input, and no file.
+
+    Raises:
+        RecipeError: it is.
+    """
     real = out.resolve()  # a link may lead into an input
     for role, folder in {**inputs, "the Hub cache": hub.cache_folder()}.items():
         if real.is_relative_to(folder.resolve()):
             raise RecipeError(f"--out {out} is inside {role} ({folder}); write to another folder")
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out} is a file; expected a folder that is new or empty")
-    if (out / LOCK).exists():
-        acquire_lock(out).release()  # a killed run leaves the file, but not the lock
-    names = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
+
+
+def check_content(out: Path, resume: bool) -> None:
+    """Check that the folder of a whole run is empty, or holds an unfinished run to be resumed.
+
+    Raises:
+        RecipeError: as ``check_out``.
+    """
+    names = _names_in(out, None)
     if not names:  # a run that was killed before its first byte is resumed from the beginning
         return
     is_unfinished = journal.NAME in names
+    begun = journal.parts_begun(out)
+    if begun:
+        raise RecipeError(
+            f"--out {out} holds a run in {begun[0].count} parts: continue it with the same --shard or --workers ray and "
+            f"--resume, or delete the folder to start again"
+        )
     if resume and not is_unfinished:
         raise RecipeError(
             f"--resume: {out} holds no unfinished run; use a folder with an interrupted run, or omit --resume"
@@ -67,6 +90,48 @@ def check_out(out: Path, inputs: Mapping[str, Path], resume: bool) -> None:
         )
     if not resume:
         raise RecipeError(f"--out {out} is not empty ({names[0]} …); expected a folder that is new or empty")
+
+
+def check_content_for_part(out: Path, part: Part, resume: bool) -> None:
+    """Check that the folder is empty, or holds other parts of the same run, or this part to be resumed.
+
+    Raises:
+        RecipeError: it holds something else, or this part was begun and is not resumed.
+    """
+    names = _names_in(out, part)
+    if not names:
+        return
+    begun = journal.parts_begun(out)
+    other_counts = {other.count for other in begun} - {part.count}
+    if other_counts:
+        raise RecipeError(
+            f"--shard {part}: {out} holds a run in {min(other_counts)} parts; use the same number for all parts, or another "
+            f"folder"
+        )
+    if part in begun:
+        if not resume:
+            raise RecipeError(
+                f"--shard {part}: this part was begun in {out} before: add --resume to continue it, or use another number"
+            )
+    elif not begun or "config.json" in names:  # a finished model, an unfinished whole run, or another's files
+        raise RecipeError(
+            f"--shard {part}: {out} is not empty ({names[0]} …) and holds no run in parts; expected a folder that is new or "
+            f"empty, or that other parts write to"
+        )
+
+
+def _names_in(out: Path, part: Part | None) -> list[str]:
+    """The files in the folder, without locks.
+
+    Raises:
+        RecipeError: another process has locked this part.
+    """
+    if not out.is_dir():
+        return []
+    if (out / name_of_part(LOCK, part)).exists():
+        acquire_lock(out, part).release()  # a killed run leaves the file, but not the lock
+    names = sorted(path.name for path in out.iterdir())
+    return [name for name in names if name != LOCK and part_of_name(name, LOCK) is None]
 
 
 def free_bytes(out: Path) -> int:
@@ -92,8 +157,9 @@ def check_room(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Inside, no other run can write to the folder, which is created if need be.
+def locked(out: Path, part: Part | None = None) -> Iterator[None]:
+    """Inside, no other run can write to the folder, which is created if need be; of a run in parts, no other process can
+    write this part.
 
     Raises:
         RecipeError: another run is writing to it, or it cannot be created.
@@ -102,24 +168,26 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise RecipeError(f"--out {out}: cannot be created: {cause.strerror}") from cause
-    lock = acquire_lock(out)
+    lock = acquire_lock(out, part)
     try:
         yield
     finally:
         lock.release()
-        (out / LOCK).unlink(missing_ok=True)
+        (out / name_of_part(LOCK, part)).unlink(missing_ok=True)
 
 
-def acquire_lock(out: Path) -> FileLock:
-    """Lock the folder for this run.
+def acquire_lock(out: Path, part: Part | None = None) -> FileLock:
+    """Lock the folder, or a part of the model in it, for this run.
 
     Raises:
         RecipeError: another run has locked it, or it cannot be written to.
     """
-    lock = FileLock(out / LOCK)
+    lock = FileLock(out / name_of_part(LOCK, part))
     try:
         lock.acquire(blocking=False)
     except Timeout as cause:
+        if part:
+            raise RecipeError(f"{out}: another qmerge is writing part {part}; wait for it") from cause
         raise RecipeError(
             f"--out {out}: another qmerge is writing to it; wait for it, or use another folder"
         ) from cause
@@ -138,23 +206,39 @@ def discard(out: Path, made_by_us: bool) -> None:
         out.rmdir()
 
 
-def write_index(out: Path, shards: Mapping[str, ShardWriter]) -> None:
+def discard_part(out: Path, part: Part, files: Iterable[str], made_by_us: bool) -> None:
+    """The same for one part of a run: the other parts' files stay.
+
+    Args:
+        files: names of the files with weights that this part writes.
+    """
+    for name in (*files, name_of_part(journal.NAME, part)):
+        (out / name).unlink(missing_ok=True)
+        (out / f"{name}{PARTIAL}").unlink(missing_ok=True)
+    if made_by_us:
+        (out / name_of_part(LOCK, part)).unlink(missing_ok=True)
+        with suppress(OSError):  # another part may have begun in it
+            out.rmdir()
+
+
+def write_index(out: Path, layouts: Mapping[str, FileLayout], texts: Mapping[str, str]) -> None:
     """Write ``model.safetensors.index.json``, if there is more than one file.
 
     Args:
-        shards: file name → its writer, which has finished.
+        layouts: file name → what is in it.
+        texts: name → content of the tensors whose size was known only at the end.
     """
-    if len(shards) == 1:
+    if len(layouts) == 1:
         return
     weight_map: dict[str, str] = {}
     total_size = 0
-    for file, writer in shards.items():
-        for name, tensor in writer.layout.tensors.items():
+    for file, layout in layouts.items():
+        for name, tensor in layout.tensors.items():
             weight_map[name] = file
             total_size += tensor.spec.nbytes
-        for name in writer.layout.texts:
+        for name in layout.texts:
             weight_map[name] = file
-            total_size += len(writer.texts[name].encode())
+            total_size += len(texts[name].encode())
     # total_size counts the tensors alone, without headers, as in the stock library.
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(out / INDEX, index)

@@ -1,10 +1,12 @@
 """The journal of a run, in the output folder, from which ``--resume`` continues.
 
-    first line           identity of the run: version, recipe, SHA-256 of every input
+    first line           identity of the run: version, recipe, SHA-256 of every input; of a part of a run, also what
+                         ``qmerge finalize`` needs to know of it
     a line per step      when it is done: SHA-256 of the tensors that it wrote, and its measurements
     a line per file      when it is whole: size and SHA-256
 
-A resumed run does not trust the lines: it hashes the bytes that are on the disk.
+A resumed run does not trust the lines: it hashes the bytes that are on the disk. Of a run in parts, every part has a
+journal of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.errors import RecipeError
 from qmerge.safetensors_io.writer import no_room_is_an_error
 
 NAME = ".qmerge-journal.jsonl"
 
 STEP_FIELDS = frozenset({"step", "sha256", "texts", "outcome"})
+
+FILE_FIELDS = frozenset({"file", "bytes", "sha256"})
 
 
 class Journal:
@@ -29,6 +35,8 @@ class Journal:
     Args:
         identity: settings and inputs; a run can only be resumed with equal ones.
         resume: continue the journal of an earlier run, if there is one.
+        part: which part of a run this is; None for a whole one.
+        part_facts: what ``qmerge finalize`` needs to know of the part.
 
     Attributes:
         steps: name of a step → its record, of the earlier run.
@@ -38,16 +46,23 @@ class Journal:
         RecipeError: the earlier run has another identity.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
-        self.path = folder / NAME
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        resume: bool,
+        part: Part | None = None,
+        part_facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = folder / name_of_part(NAME, part)
         self.steps: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         if resume and self.path.exists():
-            self._load(identity)
+            self._load(identity, part_facts)
         else:
             self.path.write_text("")
-            self._append({"run": identity})
+            self._append(_first_line(identity, part_facts))
 
     def step_done(self, name: str, record: dict[str, Any]) -> None:
         """Record a finished step: ``sha256`` of its tensors, their ``texts``, its ``outcome``."""
@@ -71,24 +86,73 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _load(self, identity: dict[str, Any]) -> None:
+    def _load(self, identity: dict[str, Any], part_facts: dict[str, Any] | None) -> None:
         """Take over the lines that are whole.
 
         A kill or a power cut may have damaged any line. Its step is then done again, which costs time, but no bytes.
         """
-        records: list[dict[str, Any]] = []
-        for line in self.path.read_bytes().split(b"\n"):
-            record = _parse_line(line)
-            if record:
-                records.append(record)
-        if not records or "run" not in records[0]:  # the first line is damaged: nothing after it can be trusted
-            records = [{"run": identity}]
-        _check_same_run(records[0]["run"], json.loads(json.dumps(identity)))  # both as JSON has them: lists, no tuples
-        for record in records[1:]:
-            if record.keys() >= STEP_FIELDS:
-                self.steps[record["step"]] = record
+        content = read_journal(self.path)
+        # Where the first line is damaged, nothing after it can be trusted: the journal is empty.
+        if content.first:
+            difference = first_difference(content.first["run"], identity)
+            if difference:
+                raise RecipeError(
+                    f"--resume: {difference} now; resume with the same inputs, recipe and version, or start again in an empty "
+                    f"folder"
+                )
+        self.steps = content.steps
         # Without the damaged lines: new ones are appended.
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        lines = [_first_line(identity, part_facts), *content.steps.values()]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _first_line(identity: dict[str, Any], part_facts: dict[str, Any] | None) -> dict[str, Any]:
+    if part_facts is None:
+        return {"run": identity}
+    return {"run": identity, "part": part_facts}
+
+
+@dataclass
+class JournalContent:
+    """The whole lines of a journal.
+
+    first  the first line: ``run`` and, for a part, ``part``; empty where it is damaged
+    steps  name of a step → its record
+    files  name of a file → its record
+    """
+
+    first: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_journal(path: Path) -> JournalContent:
+    """Read a journal, without its damaged lines; nothing at all where the first line is damaged."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n"):
+        record = _parse_line(line)
+        if record:
+            records.append(record)
+    content = JournalContent()
+    if not records or "run" not in records[0]:
+        return content
+    content.first = records[0]
+    for record in records[1:]:
+        if record.keys() >= STEP_FIELDS:
+            content.steps[record["step"]] = record
+        if record.keys() >= FILE_FIELDS:
+            content.files[record["file"]] = record
+    return content
+
+
+def parts_begun(folder: Path) -> list[Part]:
+    """The parts that have a journal in a folder."""
+    found = []
+    for path in folder.iterdir():
+        part = part_of_name(path.name, NAME)
+        if part:
+            found.append(part)
+    return sorted(found)
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
@@ -100,17 +164,17 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _check_same_run(earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    earlier_settings = _flattened(earlier)
-    current_settings = _flattened(now)
+def first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first setting that is not the same in two identities, in words: ``recipe seed was 0 and is 3``; None if all are."""
+    # Both as JSON has them: lists, no tuples.
+    earlier_settings = _flattened(json.loads(json.dumps(earlier)))
+    current_settings = _flattened(json.loads(json.dumps(now)))
     for name in earlier_settings | current_settings:
         before = earlier_settings.get(name)
         after = current_settings.get(name)
         if before != after:
-            raise RecipeError(
-                f"--resume: {name} was {before!r} and is {after!r} now; resume with the same inputs, recipe and version, or "
-                f"start again in an empty folder"
-            )
+            return f"{name} was {before!r} and is {after!r}"
+    return None
 
 
 def _flattened(value: Any, name: str = "") -> dict[str, Any]:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
+from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
+from qmerge.errors import StoppedError
 from qmerge.recipe import DEFAULT_TARGET, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
     from qmerge.patch.make import Summary
+    from qmerge.report.terminal.progress import TerminalProgress
+    from qmerge.schema import ReportData
 
 ALL_FIELDS = tuple(Recipe.model_fields)
 PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept", "max_kl_ratio"))
@@ -24,16 +27,22 @@ MEASURE_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FO
 
 @with_recipe_options(*ALL_FIELDS)
 def merge_command(
-    resume: Resume = False, json: Json = False, quiet: Quiet = False, help_all: HelpAll = False, **settings: Any
+    resume: Resume = False,
+    shard: Shard = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    help_all: HelpAll = False,
+    **settings: Any,
 ) -> None:
     """Merge adapters into a base: the same as qmerge without a command."""
-    run_merge(settings, resume=resume, json=json, quiet=quiet)
+    run_merge(settings, resume=resume, shard=shard, json=json, quiet=quiet)
 
 
 @with_recipe_options(*ALL_FIELDS)
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="a recipe (YAML)")],
     resume: Resume = False,
+    shard: Shard = None,
     json: Json = False,
     quiet: Quiet = False,
     help_all: HelpAll = False,
@@ -46,7 +55,25 @@ def run_command(
         written.pop("patch", None)
     if "patch" in settings and "out" not in settings:
         written.pop("out", None)
-    run_merge({**written, **settings}, resume=resume, json=json, quiet=quiet)
+    run_merge({**written, **settings}, resume=resume, shard=shard, json=json, quiet=quiet)
+
+
+def finalize_command(
+    out: Annotated[Path, typer.Argument(help="the --out of the parts", metavar="OUT")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Complete a model whose parts were written with --shard."""
+    from qmerge import run
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    progress = TerminalProgress(quiet)
+    try:
+        report = run.finalize(out, progress)
+    except KeyboardInterrupt as cause:
+        raise StoppedError("interrupted. The parts are as they were; the same command starts again.") from cause
+    recipe = make_recipe({**report.recipe, "out": str(out)})
+    _end_merge(report, recipe, None, json=json, progress=progress)
 
 
 @with_recipe_options(*PLAN_FIELDS)
@@ -107,12 +134,13 @@ def measure_command(
     raise typer.Exit(exit_code(reports, min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 
-def run_merge(settings: dict[str, Any], *, resume: bool, json: bool, quiet: bool) -> None:
+def run_merge(settings: dict[str, Any], *, resume: bool, shard: str | None, json: bool, quiet: bool) -> None:
     """Merge, print what survived, and end with the exit code.
 
     Args:
         settings: fields of the recipe that were given.
         resume: go on with an interrupted run.
+        shard: ``i/n`` for one part of the model.
         json: print qmerge.json instead of tables.
         quiet: show no progress.
     """
@@ -121,9 +149,33 @@ def run_merge(settings: dict[str, Any], *, resume: bool, json: bool, quiet: bool
 
     recipe = _recipe(settings)
     progress = TerminalProgress(quiet)
+    if shard is not None:
+        _run_part(recipe, shard, resume=resume, json=json, progress=progress)
+        return
     # A run that ends in a patch keeps nothing that --resume could go on with.
     with nothing_to_resume() if recipe.patch else nullcontext():
         report, patch = direct.merge(recipe, resume, progress)
+    _end_merge(report, recipe, patch, json=json, progress=progress)
+
+
+def _run_part(recipe: Recipe, shard: str, *, resume: bool, json: bool, progress: TerminalProgress) -> None:
+    """Merge one part, and tell what to do when all are merged."""
+    from qmerge import run
+    from qmerge.checkpoint.parts import read_part
+
+    part = read_part(shard)
+    files = run.merge_part(recipe, part, resume, progress)
+    if json:
+        print_json({"part": part.number, "parts": part.count, "files": files})
+    else:
+        count = f"{len(files)} file{'s' * (len(files) != 1)}"
+        typer.echo(f"Part {part} is written ({count}). When all parts are: qmerge finalize {recipe.out}")
+
+
+def _end_merge(
+    report: ReportData, recipe: Recipe, patch: Summary | None, *, json: bool, progress: TerminalProgress
+) -> None:
+    """Print what survived, and end with the exit code."""
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:

@@ -28,6 +28,7 @@ METAVARS = {
     "out": "DIR",
     "calibration": "SOURCE",
     "residual": "RANK",
+    "workers": "N|ray",
 }
 
 # The same for the other options, by type: a flag has no value. All further ones are called NAME.
@@ -62,6 +63,14 @@ def flag(*names: str, help: str, **more: Any) -> Any:
 
 
 Resume = Annotated[bool, flag("--resume", help="go on with an interrupted run in the same --out")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="write only part i of n of the model, for n processes; then run qmerge finalize OUT",
+        metavar="i/n",
+        rich_help_panel="Resources",
+    ),
+]
 Json = Annotated[bool, flag("--json", help="print results as JSON on stdout", rich_help_panel=HELP_PANEL)]
 Quiet = Annotated[
     bool, flag("--quiet", "-q", help="show no progress; warnings are still shown", rich_help_panel=HELP_PANEL)

@@ -13,7 +13,7 @@ import typer
 
 from qmerge.cli import checking, folders, merging, overview
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
-from qmerge.cli.options import HelpAll, Json, Quiet, Resume, flag, with_recipe_options
+from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.errors import QmergeError, RecipeError
 from qmerge.recipe import Recipe
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Merge": {
         "merge": merging.merge_command,
         "run": merging.run_command,
+        "finalize": merging.finalize_command,
         "plan": merging.plan_command,
         "measure": merging.measure_command,
     },
@@ -59,6 +60,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 def root(
     context: typer.Context,
     resume: Resume = False,
+    shard: Shard = None,
     json: Json = False,
     quiet: Quiet = False,
     version: Annotated[bool, flag("--version", help="show the version", rich_help_panel=HELP_PANEL)] = False,
@@ -70,6 +72,8 @@ def root(
     [bold]qmerge --base ID|DIR --adapter ID|DIR --target nf4 --out DIR[/bold]
     """
     flags = {"resume": resume, "json": json, "quiet": quiet}
+    if shard is not None:
+        flags["shard"] = True
     options = [*settings, *(name for name, given in flags.items() if given)]
     if version:
         typer.echo(f"qmerge {installed_version('qmerge')}")
@@ -85,7 +89,7 @@ def root(
             )
         typer.echo(context.get_help())
     else:
-        merging.run_merge(settings, resume=resume, json=json, quiet=quiet)
+        merging.run_merge(settings, resume=resume, shard=shard, json=json, quiet=quiet)
 
 
 for panel, commands in COMMANDS.items():

@@ -9,6 +9,7 @@ from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
+from qmerge.errors import RecipeError
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.predict import Survival, original_gap, predict
 from qmerge.forecast.roundings import choose_roundings, rounding_names, without_calibration
@@ -62,19 +63,25 @@ def _show_nothing(_: str) -> None:
 
 
 def run_preflight(
-    plan: Plan, context: RunContext, *, rounding: str, report_progress: Callable[[str], None] = _show_nothing
+    plan: Plan,
+    context: RunContext,
+    *,
+    rounding: str,
+    may_calibrate: bool = True,
+    report_progress: Callable[[str], None] = _show_nothing,
 ) -> tuple[Plan, Preflight]:
     """Check the adapter against the base, predict survival, settle ``auto``, and get the calibration tokens.
 
     Args:
         rounding: the recipe's: ``auto``, or the name of a rounding.
+        may_calibrate: False for a run in parts, whose processes do not see each other's layers.
         report_progress: called with a line while tokens are generated.
 
     Returns:
         The plan with a rounding for every weight, and what is known.
 
     Raises:
-        RecipeError, CheckpointError: the calibration text cannot be used.
+        RecipeError, CheckpointError: the calibration text cannot be used, or a run in parts would need one.
         AdapterError: the adapter's deltas show that it was trained on other weights.
     """
     # A wrong base is an error, which comes before the predictions for it.
@@ -86,6 +93,12 @@ def run_preflight(
         plan, reason = choose_roundings(plan, predicted)
     calibration = NO_CALIBRATION
     if any(step.rounding == "preserve" for step in plan.rounded):
+        if not may_calibrate and plan.calibration.source != "none":
+            raise RecipeError(
+                f"rounding {rounding} cannot be done in parts (--shard, --workers ray): it takes preserve here ({reason}), whose "
+                f"calibration runs each layer on the layers before it; merge in one process, or give --rounding stochastic or "
+                f"--calibration none"
+            )
         calibration = prepare_calibration(plan, context, report_progress)
         if rounding == "auto" and calibration.tokens is None:
             plan, reason = without_calibration(plan, reason)

@@ -11,7 +11,7 @@ from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch.folders import check_file, model_files
 from qmerge.patch.make import Summary, make_patch
 from qmerge.progress import Progress
-from qmerge.recipe import Recipe, make_recipe, read_recipe
+from qmerge.recipe import RAY, Recipe, make_recipe, read_recipe
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import RECIPE_NAME, ReportData
 
@@ -22,6 +22,8 @@ def merge(recipe: Recipe, resume: bool, progress: Progress) -> tuple[ReportData,
     Raises:
         RecipeError, InputError, NumbersError, RoomError: see ``errors.py``.
     """
+    if recipe.workers == RAY:
+        return run.merge_with_ray(recipe, resume, progress), None
     if recipe.patch is None:
         return run.merge(recipe, resume, progress), None
     if resume:

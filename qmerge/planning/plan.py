@@ -23,6 +23,9 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Step, TensorSpec
 from qmerge.weights.context import RunContext, compute_device
 
+LIBRARIES_BYTES = 600_000_000
+"""Memory that the interpreter and its libraries take."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -122,8 +125,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes for the weights that are worked on at once. (The interpreter and its libraries take about 0.6 GB
-        more.)"""
+        """Bytes for the weights that are worked on at once, without ``LIBRARIES_BYTES``."""
         # Each worker may be at its peak at the same time.
         return self.workers * max((step_memory(step, self.block_entries) for step in self.steps), default=0)
 
@@ -163,7 +165,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     steps = tuple(maker.step(weight, changes.get(weight.name)) for weight in maker.weights.values())
     unchanged = [step for step in steps if step.update is None and step.replacement is None]
     assert len(steps) - len(unchanged) == len(changes), "a change was matched, but no step applies it"
-    entries = block_entries(steps, recipe.max_memory, recipe.workers)
+    entries = block_entries(steps, recipe.max_memory, recipe.threads)
     return Plan(
         recipe=recipe,
         inputs=inputs,
@@ -180,18 +182,21 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
             seed=recipe.seed,
         ),
         block_entries=entries,
-        workers=recipe.workers,
+        workers=recipe.threads,
         promoted=promoted,
     )
 
 
-def make_run_context(plan: Plan, reader: Reader) -> RunContext:
+def make_run_context(plan: Plan, reader: Reader, device_name: str | None = None) -> RunContext:
     """Where the steps of a plan are done.
+
+    Args:
+        device_name: instead of the recipe's device.
 
     Raises:
         RecipeError: the recipe asks for CUDA, and torch finds no CUDA device.
     """
-    device = compute_device(plan.recipe.device)
+    device = compute_device(device_name or plan.recipe.device)
     return RunContext(
         reader=reader,
         device=device,

@@ -35,7 +35,6 @@ from qmerge.schema import (
     overall_kept,
 )
 from qmerge.types import Step
-from qmerge.weights.context import RunContext
 
 # Libraries whose version can change a number.
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
@@ -43,8 +42,8 @@ VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safeten
 
 def make_report(
     plan: Plan,
-    context: RunContext,
     *,
+    device: str,
     records: list[InputRecord],
     outputs: list[FileRecord],
     preflight: Preflight,
@@ -56,7 +55,7 @@ def make_report(
 
     Args:
         plan: what was to be done.
-        context: where it was computed.
+        device: name of the one that computed it.
         records: what was read.
         outputs: the weight files that were written; empty where nothing was.
         preflight: what was predicted, and what was settled before the run.
@@ -71,7 +70,7 @@ def make_report(
         # Without the output folder: a model may be moved, and reports of the same merge are the same.
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
         versions=_versions(),
-        device=_device_name(context.device),
+        device=device,
         rounding=rounding_names(plan),
         rounding_reason=preflight.rounding_reason,
         calibration=preflight.calibration,
@@ -252,7 +251,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,20 @@ from qmerge import hub
 from qmerge.adapters.reading.folder import CONFIG, TENSORS
 from qmerge.checkpoint.fingerprint import fingerprint
 from qmerge.checkpoint.scan import scan
+from qmerge.errors import RecipeError
 from qmerge.planning.inputs import Inputs
 from qmerge.progress import Progress
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import FileRecord, FingerprintRecord, InputRecord
+
+Share = Callable[[Mapping[Path, int]], Collection[Path]]
+"""Which of the models' weight files to hash, of path → bytes."""
+
+
+def every_file(sizes: Mapping[Path, int]) -> Collection[Path]:
+    """All of them."""
+    return sizes.keys()
 
 
 @dataclass(frozen=True)
@@ -24,16 +34,61 @@ class _InputFiles:
     source: hub.Source
     files: list[Path]
 
+    def without(self, left_out: Collection[Path]) -> _InputFiles:
+        return _InputFiles(self.role, self.source, [path for path in self.files if path not in left_out])
+
     @property
     def nbytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
 
-def input_records(inputs: Inputs, progress: Progress) -> list[InputRecord]:
-    """Base, adapters and original, in this order, with the hashes of their files."""
-    all_files = _files_of(inputs)
+def input_records(inputs: Inputs, progress: Progress, share: Share = every_file) -> list[InputRecord]:
+    """Base, adapters and original, in this order, with the hashes of their files.
+
+    Args:
+        share: chooses among the weight files of base and original, where several processes share the hashing of these.
+            (All of them record the smaller files.)
+    """
+    sizes = {path: path.stat().st_size for path in weight_files(inputs)}
+    left_out = sizes.keys() - share(sizes)
+    all_files = [files.without(left_out) for files in _files_of(inputs)]
     progress.stage("hashing inputs", sum(files.nbytes for files in all_files))
     return [_input_record(files, progress) for files in all_files]
+
+
+def joined_records(inputs: Inputs, parts: Sequence[Sequence[InputRecord]]) -> list[InputRecord]:
+    """The records of all inputs, from those of processes that shared the hashing.
+
+    Args:
+        parts: what ``input_records`` gave to each of them.
+
+    Raises:
+        RecipeError: two of them read different inputs.
+    """
+    joined = []
+    for files, records in zip(_files_of(inputs), zip(*parts, strict=True), strict=True):
+        first = records[0]
+        found: dict[str, FileRecord] = {}
+        for record in records:
+            if (record.commit, record.fingerprint) != (first.commit, first.fingerprint):
+                raise RecipeError(f"the parts read different models as the {first.role} ({first.name}); {_START_AGAIN}")
+            for file in record.files:
+                if found.setdefault(file.file, file) != file:
+                    raise RecipeError(f"the parts read different files {file.file} of the {first.role}; {_START_AGAIN}")
+        in_order = [found[path.name] for path in files.files]
+        joined.append(first.model_copy(update={"files": in_order}))
+    return joined
+
+
+_START_AGAIN = "start again in an empty folder, with the same inputs for all parts"
+
+
+def weight_files(inputs: Inputs) -> list[Path]:
+    """The files with weights of the base, and of the original where there is one."""
+    files = list(inputs.base.files)
+    if inputs.original:
+        files += inputs.original.files
+    return files
 
 
 def _files_of(inputs: Inputs) -> list[_InputFiles]:

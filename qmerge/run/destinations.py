@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmerge.checkpoint.journal import Journal
 from qmerge.pipeline import Outcome, run_step
-from qmerge.planning.plan import Plan, Shard
+from qmerge.planning.plan import Shard
 from qmerge.progress import Progress
 from qmerge.rounding.base import InputStatistics
 from qmerge.run.residual import Residual, fit_residual
@@ -76,16 +76,17 @@ class OutputFolder(Destination):
 
     def __init__(
         self,
-        plan: Plan,
+        shards: Sequence[Shard],
         context: RunContext,
         out: Path,
         journal: Journal,
         *,
+        workers: int,
         resume: bool,
         residual_rank: int | None,
         progress: Progress,
     ) -> None:
-        super().__init__(context, plan.workers, progress)
+        super().__init__(context, workers, progress)
         self.out = out
         self.journal = journal
         self.resume = resume
@@ -94,7 +95,7 @@ class OutputFolder(Destination):
         self.writers: dict[str, ShardWriter] = {}
         self._shard_of: dict[str, Shard] = {}
         self._steps_left: dict[str, int] = {}
-        for shard in plan.shards:
+        for shard in shards:
             self._steps_left[shard.file] = len(shard.steps)
             for step in shard.steps:
                 self._shard_of[step.name] = shard
@@ -156,6 +157,13 @@ class OutputFolder(Destination):
         if residual is None:
             return values_OI
         return values_OI + (residual.B_OR @ residual.A_RI).to(values_OI.device)
+
+    def texts(self) -> dict[str, str]:
+        """Name → content of the tensors whose size was known only at the end."""
+        texts: dict[str, str] = {}
+        for writer in self.writers.values():
+            texts.update(writer.texts)
+        return texts
 
     def close(self) -> None:
         """Close all files."""

@@ -13,7 +13,7 @@ from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import make_run_context, plan_from, retargeted
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Recipe
-from qmerge.report.make import make_report
+from qmerge.report.make import device_name, make_report
 from qmerge.report.records import input_records
 from qmerge.run.destinations import MeasureOnly
 from qmerge.run.merge_model import merge
@@ -83,7 +83,7 @@ def measure_target(
         progress.end()
     return make_report(
         plan,
-        context,
+        device=device_name(context.device),
         records=records,
         outputs=[],
         preflight=preflight,

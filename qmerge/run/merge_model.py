@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,27 +13,29 @@ from typing import Any
 from qmerge.calibration import texts
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import Journal
+from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.evaluation.fidelity import fidelity
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import resolve_auto
 from qmerge.formats import get_target
+from qmerge.pipeline import Outcome
 from qmerge.planning.inputs import Inputs, read_inputs
-from qmerge.planning.plan import Plan, make_run_context, plan_from
+from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.progress import NoProgress, Progress
-from qmerge.recipe import JUDGED_TOKENS, Recipe
+from qmerge.recipe import JUDGED_TOKENS, Device, Recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
-from qmerge.report.make import make_report
+from qmerge.report.make import device_name, make_report
 from qmerge.report.records import input_records
 from qmerge.run.destinations import OutputFolder
 from qmerge.run.promote import plan_with_promoted
-from qmerge.run.residual import write_residuals
+from qmerge.run.residual import Residual, write_residuals
 from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import RECIPE_NAME, FileRecord, InputRecord, ReportData, numbered_roles
+from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles
 from qmerge.weights.context import RunContext
 
 IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
@@ -70,6 +73,7 @@ class Run:
     out        folder to write to
     preflight  what is known beforehand
     started    ``time.monotonic()`` when planning began
+    part       which part of the model this process writes; None for all of it
     """
 
     recipe: Recipe
@@ -79,13 +83,50 @@ class Run:
     preflight: Preflight
     progress: Progress
     started: float
+    part: Part | None = None
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The output files that this process writes."""
+        return shards_of_part(self.plan, self.part)
+
+
+def shards_of_part(plan: Plan, part: Part | None) -> tuple[Shard, ...]:
+    """The output files of a part, about the same number of bytes for each; all files without a part.
+
+    Raises:
+        RecipeError: there are more parts than files.
+    """
+    if part is None:
+        return plan.shards
+    if part.count > len(plan.shards):
+        raise RecipeError(
+            f"--shard {part}: the model has {len(plan.shards)} files (--max-shard-size {plan.recipe.max_shard_size}), and each "
+            f"part writes at least one; use fewer parts, or smaller files"
+        )
+    mine = part.share({shard.file: shard.layout.most_bytes for shard in plan.shards})
+    return tuple(shard for shard in plan.shards if shard.file in mine)
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, reader: Reader, *, resume: bool, progress: Progress) -> Run:
+def prepare(
+    recipe: Recipe,
+    reader: Reader,
+    *,
+    resume: bool,
+    progress: Progress,
+    part: Part | None = None,
+    in_parts: bool = False,
+    device: Device | None = None,
+) -> Run:
     """Plan the merge, and check everything that would otherwise fail when the long work is done.
+
+    Args:
+        part: which part of the model this process writes; None for all of it.
+        in_parts: the processes of other parts write the weights: this one does not look for an unfinished run.
+        device: instead of the recipe's.
 
     Raises:
         RecipeError, InputError, RoomError: see ``errors.py``. Nothing was written.
@@ -99,15 +140,20 @@ def prepare(recipe: Recipe, reader: Reader, *, resume: bool, progress: Progress)
         recipe, reason = resolve_auto(recipe, inputs, reader)
         progress.note(reason)
     plan = plan_from(recipe, inputs)
-    context = make_run_context(plan, reader)
-    folder.check_out(out, input_folders(inputs), resume)
+    context = make_run_context(plan, reader, device)
+    folder.check_place(out, input_folders(inputs))
+    if part:
+        folder.check_content_for_part(out, part, resume)
+    elif not in_parts:
+        folder.check_content(out, resume)
     if recipe.verify:
         # It is needed last, but an unreadable text should be an error first.
         texts.read_texts(Path(recipe.verify).expanduser())
     if recipe.promote:
         plan = plan_with_promoted(recipe, plan, context, progress)
-    folder.check_room(out, plan.bytes_out - bytes_written(out))
-    plan, preflight = show_preflight(plan, context, recipe.rounding, progress)
+    shards = shards_of_part(plan, part)
+    folder.check_room(out, sum(shard.layout.most_bytes for shard in shards) - bytes_written(out, shards))
+    plan, preflight = show_preflight(plan, context, progress, may_calibrate=not (part or in_parts))
     return Run(
         recipe=recipe,
         plan=plan,
@@ -116,13 +162,22 @@ def prepare(recipe: Recipe, reader: Reader, *, resume: bool, progress: Progress)
         preflight=preflight,
         progress=progress,
         started=started,
+        part=part,
     )
 
 
-def show_preflight(plan: Plan, context: RunContext, rounding: str, progress: Progress) -> tuple[Plan, Preflight]:
+def show_preflight(
+    plan: Plan, context: RunContext, progress: Progress, *, may_calibrate: bool
+) -> tuple[Plan, Preflight]:
     """Run the preflight, and show its notes and warnings before the long work begins."""
     progress.stage("predicting what survives", 1)
-    plan, preflight = run_preflight(plan, context, rounding=rounding, report_progress=progress.report)
+    plan, preflight = run_preflight(
+        plan,
+        context,
+        rounding=plan.recipe.rounding,
+        may_calibrate=may_calibrate,
+        report_progress=progress.report,
+    )
     progress.end()
     for line in preflight.notes:
         progress.note(line)
@@ -141,14 +196,38 @@ def input_folders(inputs: Inputs) -> dict[str, Path]:
     return folders
 
 
-def bytes_written(out: Path) -> int:
-    """Bytes of disk space that an unfinished run has taken already."""
-    if not out.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in out.glob("*.safetensors*"))
+def bytes_written(out: Path, shards: Sequence[Shard]) -> int:
+    """Bytes of disk space that an unfinished run has taken already for these files."""
+    nbytes = 0
+    for shard in shards:
+        for path in out.glob(f"{shard.file}*"):  # finished or partial
+            nbytes += path.stat().st_size
+    return nbytes
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What is known when all files with weights are written.
+
+    records    the inputs
+    device     name of the device that computed them
+    files      name of an output file → its size and hash
+    texts      name → content of the tensors whose size was known only at the end
+    outcomes   what was measured of every merged weight
+    residuals  LoRAs that compensate for the rounding, if they were asked for
+    fidelity   of the whole model, where calibration measured it
+    """
+
+    records: list[InputRecord]
+    device: str
+    files: Mapping[str, Mapping[str, Any]]
+    texts: Mapping[str, str]
+    outcomes: Mapping[str, Outcome]
+    residuals: Mapping[str, Residual]
+    fidelity: FidelityRecord | None
 
 
 def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData:
@@ -163,45 +242,66 @@ def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData
 
 
 def write_model(run: Run, *, resume: bool) -> ReportData:
-    """Run every step, then write the other files. The index, the card and the config come last, so that an unfinished
-    folder does not load as a model."""
-    plan = run.plan
+    """Run every step, then write the other files."""
     # Hashes of all inputs come first: a resumed run must have the same ones.
-    records = input_records(plan.inputs, run.progress)
+    records = input_records(run.plan.inputs, run.progress)
     journal = Journal(run.out, run_identity(run, records), resume)
+    report = complete_model(run, write_weights(run, records, journal, resume=resume))
+    journal.remove()
+    return report
+
+
+def write_weights(run: Run, records: list[InputRecord], journal: Journal, *, resume: bool) -> Written:
+    """Run every step of this process: its output files are whole, and have their final names."""
+    steps = [step for shard in run.shards for step in shard.steps]
     destination = OutputFolder(
-        plan,
+        run.shards,
         run.context,
         run.out,
         journal,
+        workers=run.plan.workers,
         resume=resume,
         residual_rank=run.recipe.residual,
         progress=run.progress,
     )
-    destination.start_stage("merging", plan.steps)
+    destination.start_stage("merging", steps)
     try:
-        judged = run_steps(plan, plan.steps, destination, run.preflight.tokens)
+        judged = run_steps(run.plan, steps, destination, run.preflight.tokens)
     finally:
         destination.close()
-    folder.write_index(run.out, destination.writers)
+    return Written(
+        records=records,
+        device=device_name(run.context.device),
+        files=journal.files,
+        texts=destination.texts(),
+        outcomes=destination.outcomes,
+        residuals=destination.residuals,
+        fidelity=judged,
+    )
+
+
+def complete_model(run: Run, written: Written) -> ReportData:
+    """Write everything else. The index, the card and the config come last, so that an unfinished folder does not load as a
+    model."""
+    plan = run.plan
+    folder.write_index(run.out, {shard.file: shard.layout for shard in plan.shards}, written.texts)
     folder.copy_side_files(run.out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
     report = make_report(
         plan,
-        run.context,
-        records=records,
-        outputs=[FileRecord(file=name, **journal.files[name]) for name in sorted(journal.files)],
+        device=written.device,
+        records=written.records,
+        outputs=[FileRecord(file=name, **written.files[name]) for name in sorted(written.files)],
         preflight=run.preflight,
-        outcomes=destination.outcomes,
-        fidelity=judged,
+        outcomes=written.outcomes,
+        fidelity=written.fidelity,
         started=run.started,
     )
-    if run.recipe.residual and destination.residuals:
-        report.residual = write_residuals(run.out, destination.residuals, run.recipe.residual)
+    if run.recipe.residual and written.residuals:
+        report.residual = write_residuals(run.out, written.residuals, run.recipe.residual)
     # The report is complete now; without config.json the folder is not a model yet.
     write_file(run.out / RECIPE_NAME, with_commits(run.recipe, plan.inputs).to_yaml().encode())
     write_reports(report, plan, run.out)
     write_configs(plan, run.out)
-    journal.remove()
     return report
 
 
@@ -267,6 +367,7 @@ def run_identity(run: Run, records: Sequence[InputRecord]) -> dict[str, Any]:
         "recipe": run.recipe.identity(),
         "input": hashes,
         "calibration": calibration.model_dump() if calibration else None,
+        "rounding": dict(Counter(step.rounding for step in run.plan.merged)),  # auto may choose others elsewhere
         "promoted": sorted(run.plan.promoted),
         "output": {shard.file: len(shard.steps) for shard in run.plan.shards},
     }

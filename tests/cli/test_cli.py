@@ -22,7 +22,7 @@ from ..conftest import Cli, snapshot
 
 COMMANDS = (
     "merge", "run", "plan", "measure", "inspect", "verify", "report", "formats", "demo", "patch", "apply", "unmerge",
-    "extract", "gguf",
+    "extract", "gguf", "finalize",
 )  # fmt: skip
 WITH_MANY_OPTIONS = ("merge", "run", "plan", "measure")
 MOST_LINES = 80
