@@ -21,11 +21,11 @@ class RankMetric(Metric):
         A row block has its rows' share of both. Empty for a delta without small factors.
         """
         directions = rows.update.directions()
-        if directions is None:
+        landed_R = rows.change_along_ranks_R
+        if directions is None or landed_R is None:
             return {}
-        u_OR, s_R, v_IR = directions
+        u_OR, s_R, _ = directions
         u_rows = u_OR[rows.position.start : rows.position.stop]
-        landed_R = ((rows.change_OI @ v_IR) * u_rows).sum(dim=0)
         # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
         return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
 

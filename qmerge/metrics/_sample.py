@@ -1,29 +1,55 @@
-"""A sample of a row block, for metrics that need no more: its first rows, about 2**15 entries."""
+"""Metrics that need no more than a sample of a weight: about 2**14 entries out of every 2**22."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from qmerge.metrics.base import MergedRows
+from torch import Tensor
+
+from qmerge.metrics.base import MergedRows, Metric
 from qmerge.types import Rows
 
-ENTRIES = 2**15
+ENTRIES = 2**14
+"""Entries of a sample."""
+
+SPACING = 2**22
+"""Entries from the start of one sample to the next. (Taken from all entries, these metrics would cost more than the merge.)"""
 
 
-def first_rows(rows: MergedRows) -> MergedRows:
-    """The first of these rows: a multiple of the grid's ``row_step``, so that no block of the format is cut."""
+class SampledMetric(Metric):
+    """A metric whose sums come from samples. The samples are the same however the rows are grouped in blocks."""
+
+    def sums(self, rows: MergedRows) -> Mapping[str, float | Tensor]:
+        """Over the sampled rows among these; empty where there are none."""
+        total: dict[str, float] = {}
+        for sample in _samples(rows):
+            for name, value in self.sample_sums(sample).items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    @abstractmethod
+    def sample_sums(self, sample: MergedRows) -> Mapping[str, float]:
+        """Name → sum over some sampled rows."""
+
+
+def _samples(rows: MergedRows) -> Iterator[MergedRows]:
+    """The parts of these rows that are in a sample."""
     step = rows.grid.row_step
+    # Multiples of the grid's row_step, so that no block of the format is cut.
+    count = _rows_of(ENTRIES, rows, step)
+    spacing = max(count, _rows_of(SPACING, rows, step))
+    for first in range(rows.position.start // spacing * spacing, rows.position.stop, spacing):
+        start = max(first, rows.position.start)
+        stop = min(first + count, rows.position.stop)
+        if start < stop:
+            part = rows.part(Rows(start, stop))
+            rows_left = rows.weight_rows - first
+            yield replace(part, stands_for=min(spacing, rows_left) / min(count, rows_left))
+
+
+def _rows_of(entries: int, rows: MergedRows, step: int) -> int:
+    """Rows with about so many entries, a multiple of ``step``."""
     columns = max(1, rows.base_OI.shape[1])
-    count = max(step, ENTRIES // columns // step * step)
-    if count >= len(rows.position):
-        return rows
-    return replace(
-        rows,
-        base_OI=rows.base_OI[:count],
-        merged_OI=rows.merged_OI[:count],
-        stored_OI=rows.stored_OI[:count],
-        base_codes_OI=rows.base_codes_OI[:count],
-        codes_OI=rows.codes_OI[:count],
-        grid=rows.grid.rows(Rows(0, count)),
-        position=Rows(rows.position.start, rows.position.start + count),
-    )
+    return max(step, entries // columns // step * step)

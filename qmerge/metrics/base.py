@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.metrics import all_metrics
-from qmerge.types import Rows, Update, dot
+from qmerge.metrics._dots import Dots, dots_of
+from qmerge.types import Rows, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class MergedRows:
         codes_OI: codes of ``stored_OI``.
         grid: the grid of these rows.
         position: which rows of the weight they are.
+        weight_rows: how many rows the weight has.
+        stands_for: how many rows of the weight each of these rows stands for: more than 1 in a sample.
         update: the adapter's update of the whole weight.
         hessian_II: float32 [I, I], E[x xᵀ] of the layer's inputs, at any scale; None where calibration saw no inputs.
     """
@@ -39,8 +42,24 @@ class MergedRows:
     codes_OI: Tensor
     grid: Grid
     position: Rows
+    weight_rows: int
     update: Update
     hessian_II: Tensor | None = None
+    stands_for: float = 1.0
+
+    def part(self, rows: Rows) -> MergedRows:
+        """Some of these rows, by their position in the weight."""
+        inside = slice(rows.start - self.position.start, rows.stop - self.position.start)
+        return replace(
+            self,
+            base_OI=self.base_OI[inside],
+            merged_OI=self.merged_OI[inside],
+            stored_OI=self.stored_OI[inside],
+            base_codes_OI=self.base_codes_OI[inside],
+            codes_OI=self.codes_OI[inside],
+            grid=self.grid.rows(Rows(inside.start, inside.stop)),
+            position=rows,
+        )
 
     # Several metrics use each of these: they are computed once for all.
     @cached_property
@@ -59,19 +78,27 @@ class MergedRows:
         return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
 
     @cached_property
+    def dots(self) -> Dots:
+        """Scalar products of base, delta, actual change and rounding error."""
+        return dots_of(self.base_OI, self.merged_OI, self.stored_OI)
+
+    @property
     def delta_delta(self) -> float:
         """⟨delta, delta⟩."""
-        return dot(self.delta_OI, self.delta_OI)
+        return self.dots.delta_delta
 
     @cached_property
-    def change_delta(self) -> float:
-        """⟨change, delta⟩."""
-        return dot(self.change_OI, self.delta_OI)
+    def change_along_ranks_R(self) -> Tensor | None:
+        """float32 [R]: change along every singular direction of the delta; None for a delta without small factors.
 
-    @cached_property
-    def change_change(self) -> float:
-        """⟨change, change⟩."""
-        return dot(self.change_OI, self.change_OI)
+        A row block has its rows' share.
+        """
+        directions = self.update.directions()
+        if directions is None:
+            return None
+        u_OR, _, v_IR = directions
+        u_rows = u_OR[self.position.start : self.position.stop]
+        return ((self.change_OI @ v_IR) * u_rows).sum(dim=0)
 
 
 class Metric(ABC):
@@ -108,8 +135,10 @@ def added(total: Sums | None, more: Sums) -> Sums:
         return more
     result: Sums = {}
     for metric, sums in more.items():
-        # Every row block of a weight gives the same sums.
-        result[metric] = {name: total[metric][name] + value for name, value in sums.items()}
+        # A metric that takes samples has no sums of a row block without any.
+        result[metric] = dict(total[metric])
+        for name, value in sums.items():
+            result[metric][name] = result[metric].get(name, 0.0) + value
     return result
 
 

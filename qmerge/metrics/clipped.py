@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qmerge.metrics._sample import first_rows
-from qmerge.metrics.base import MergedRows, Metric, ratio
+from qmerge.metrics._sample import SampledMetric
+from qmerge.metrics.base import MergedRows, ratio
 
 
-class Clipped(Metric):
+class Clipped(SampledMetric):
     """Share of the entries that the delta takes past the highest or lowest level, from a sample of the rows."""
 
-    def sums(self, rows: MergedRows) -> dict[str, float]:
-        sample = first_rows(rows)
+    def sample_sums(self, sample: MergedRows) -> dict[str, float]:
         error_OI = sample.merged_OI - sample.stored_OI
         # At an end of the grid there is no level on the side of the error; the step on the other side is the unit.
         at_end_OI = sample.grid.gap(sample.codes_OI, error_OI).isinf()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
@@ -12,7 +14,7 @@ class CodesChanged(Metric):
     """Share of the entries that the merge moved to another level."""
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
-        changed = (rows.codes_OI != rows.base_codes_OI).sum()
+        changed = torch.count_nonzero(rows.codes_OI != rows.base_codes_OI)
         return {"changed": float(changed), "count": float(rows.codes_OI.numel())}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:

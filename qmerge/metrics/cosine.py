@@ -14,8 +14,8 @@ class Cosine(Metric):
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
         return {
-            "change_delta": rows.change_delta,
-            "change_change": rows.change_change,
+            "change_delta": rows.dots.change_delta,
+            "change_change": rows.dots.change_change,
             "delta_delta": rows.delta_delta,
         }
 

@@ -12,7 +12,7 @@ class Kept(Metric):
     """Share of the delta that survives, as the projection of the actual change on the intended one."""
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
-        return {"change_delta": rows.change_delta, "delta_delta": rows.delta_delta}
+        return {"change_delta": rows.dots.change_delta, "delta_delta": rows.delta_delta}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
         return ratio(sums["change_delta"], sums["delta_delta"])

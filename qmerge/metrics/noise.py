@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmerge.metrics.base import MergedRows, Metric
-from qmerge.types import dot
 
 
 class Noise(Metric):
     """The rounding error, relative to the delta."""
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
-        error_OI = rows.stored_OI - rows.merged_OI
-        return {"error_error": dot(error_OI, error_OI), "delta_delta": rows.delta_delta}
+        return {"error_error": rows.dots.error_error, "delta_delta": rows.delta_delta}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
         if not sums["delta_delta"]:

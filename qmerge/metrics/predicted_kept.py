@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from qmerge.grids import Grid
-from qmerge.metrics._sample import first_rows
-from qmerge.metrics.base import MergedRows, Metric, ratio
+from qmerge.metrics._sample import SampledMetric
+from qmerge.metrics.base import MergedRows, ratio
 
 
-class PredictedKept(Metric):
+class PredictedKept(SampledMetric):
     """``kept`` as it would be for nearest rounding, from a sample of the rows; weights count by their ‖delta‖²."""
 
-    def sums(self, rows: MergedRows) -> dict[str, float]:
-        sample = first_rows(rows)
+    def sample_sums(self, sample: MergedRows) -> dict[str, float]:
         kept = expected_kept(sample.base_OI, sample.delta_OI.norm(dim=1), sample.grid)
-        return {"expected": (kept or 0.0) * rows.delta_delta, "weight": rows.delta_delta}
+        weight = sample.delta_delta * sample.stands_for
+        return {"expected": (kept or 0.0) * weight, "weight": weight}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
         return ratio(sums["expected"], sums["weight"])

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmerge.metrics.base import MergedRows, Metric
-from qmerge.types import dot
 
 
 class RelativeSize(Metric):
     """Size of the delta, relative to the weight."""
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
-        return {"delta_delta": rows.delta_delta, "base_base": dot(rows.base_OI, rows.base_OI)}
+        return {"delta_delta": rows.delta_delta, "base_base": rows.dots.base_base}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:
         if not sums["base_base"]:

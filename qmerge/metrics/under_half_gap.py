@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qmerge.metrics._sample import first_rows
-from qmerge.metrics.base import MergedRows, Metric, ratio
+from qmerge.metrics._sample import SampledMetric
+from qmerge.metrics.base import MergedRows, ratio
 
 
-class UnderHalfGap(Metric):
+class UnderHalfGap(SampledMetric):
     """Share of the entries whose delta nearest rounding would forget, from a sample of the rows."""
 
-    def sums(self, rows: MergedRows) -> dict[str, float]:
-        sample = first_rows(rows)
-        gap_OI = sample.grid.gap(sample.base_codes_OI, sample.delta_OI)
-        under = sample.delta_OI.abs() * 2 < gap_OI
+    def sample_sums(self, sample: MergedRows) -> dict[str, float]:
+        under = sample.delta_OI.abs() * 2 < sample.grid.gap(sample.base_codes_OI, sample.delta_OI)
         return {"under": float(under.sum()), "count": float(under.numel())}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:

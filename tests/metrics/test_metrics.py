@@ -15,6 +15,7 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.grids import Grid
+from qmerge.metrics import _sample
 from qmerge.metrics.base import MergedRows, added, over_weights, plain, sums_of, values_of
 from qmerge.rounding import nearest, stochastic
 from qmerge.rounding.base import RoundingContext
@@ -56,18 +57,10 @@ def comparison(
         codes_OI=chosen_OI,
         grid=grid,
         position=rows,
+        weight_rows=shape[0],
         update=update,
         hessian_II=seen_II,
     )
-
-
-def part(c: MergedRows, start: int, stop: int) -> MergedRows:
-    """Some rows of it."""
-    cut = {
-        name: getattr(c, name)[start:stop]
-        for name in ("base_OI", "merged_OI", "stored_OI", "base_codes_OI", "codes_OI")
-    }
-    return replace(c, **cut, grid=c.grid.rows(Rows(start, stop)), position=Rows(start, stop))
 
 
 def numbers(c: MergedRows) -> dict[str, float | None]:
@@ -189,19 +182,33 @@ def test_formulas(target: str, size: float, rounding: Any) -> None:
         assert value == pytest.approx(formula(c), rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize("samples", [(2**14, 2**22), (2**10, 2**12)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_sums_add_up_over_row_blocks(target: str) -> None:
+def test_sums_add_up_over_row_blocks(target: str, samples: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, too, are the same however the rows are grouped: one sample of all, or several."""
+    monkeypatch.setattr(_sample, "ENTRIES", samples[0])
+    monkeypatch.setattr(_sample, "SPACING", samples[1])
     c = comparison(target)
     total = None
     step = 2 * c.grid.row_step
     for start in range(0, SHAPE[0], step):
-        total = added(total, sums_of(part(c, start, start + step)))
+        total = added(total, sums_of(c.part(Rows(start, start + step))))
     assert total is not None
     whole, apart = numbers(c), values_of(plain(total))
     for name, value in whole.items():
         # The mean gap leaves the ends of the grid out, block by block: a share of a share, in a number for orientation.
         rel = 1e-3 if name == "gap_to_delta" else 1e-5
         assert apart[name] == pytest.approx(value, rel=rel, abs=1e-6), name
+
+
+def test_a_sample_stands_for_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights count by the size of their whole delta, however small the samples are."""
+    monkeypatch.setattr(_sample, "ENTRIES", 2**10)
+    monkeypatch.setattr(_sample, "SPACING", 2**12)
+    c = comparison("nf4")
+    sums = sums_of(c)
+    assert sums["under_half_gap"]["count"] < SHAPE[0] * SHAPE[1] / 3
+    assert sums["predicted_kept"]["weight"] == pytest.approx(c.delta_delta, rel=0.3)
 
 
 def test_totals_count_each_weight_by_its_delta() -> None:
