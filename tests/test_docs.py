@@ -144,6 +144,13 @@ def test_every_option_exists(path: Path) -> None:
     assert used <= known | benchmark_options()
 
 
+def test_tables_of_large_models_are_the_scripts() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks/scale.py")]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = (ROOT / "docs/scale.md").read_text().splitlines()
+    assert len(printed) > 20 and not [line for line in printed if line not in lines]
+
+
 def benchmark_options() -> set[str]:
     return {flag for path in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r"--[a-z-]+", path.read_text())}
 
