@@ -261,7 +261,7 @@ def plan(
 ) -> dict[str, Any]:
     """Predict what a merge would keep, and how much disk and memory it needs. Nothing is written.
 
-    It reads headers, the adapter, and a few rows of each adapted weight.
+    It reads headers, the adapter, and a few rows of some adapted weights.
 
     Args:
         target: as for ``merge``. Without it, the targets are compared, but no weights listed.

@@ -36,7 +36,7 @@ from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, dot
 from qmerge.weights.context import RunContext
 from qmerge.weights.rows import sampled_rows
-from qmerge.weights.values import grid_of_rows, open_weight
+from qmerge.weights.values import open_weight
 from qmerge.wording import module_names, percent, span
 
 MODULES = 4
@@ -241,7 +241,7 @@ def _cosine(product: float, squared: float, other_squared: float) -> float | Non
 def nf4_values(values_OI: Tensor) -> Tensor:
     """float32 [rows, I] as bitsandbytes' NF4 stores them, in blocks of 64, as LoftQ does."""
     nf4 = get_target("nf4")
-    grid = grid_of_rows(values_OI, nf4, nf4.options({}, None, "F32"))
+    grid = nf4.sample_grid(values_OI, nf4.options({}, None, "F32"))
     return grid.decode(grid.nearest(values_OI))
 
 

@@ -26,6 +26,9 @@ UNCONVERTED = frozenset(
 """``model_type`` of text models for which transformers has no conversion (a test asks it): a module that is on disk under
 its name is that weight, and nothing needs to be imported or built to know it."""
 
+WITHOUT_CONV1D = UNCONVERTED - {"gpt2"}
+"""Those of them none of whose dense weights are stored as [I, O]."""
+
 
 class Names:
     """Where the weights that adapters name are on disk.

@@ -85,7 +85,7 @@ def plan_command(
 ) -> None:
     """Predict what each target keeps, its size, and the memory needed.
 
-    Writes nothing. Reads headers, the adapter, and a few rows of each adapted weight. With --target, it also describes every
+    Writes nothing. Reads headers, the adapter, and a few rows of some adapted weights. With --target, it also describes every
     weight and what is done to it.
     """
     from qmerge.report.describe.plan import describe_plan

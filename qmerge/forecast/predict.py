@@ -8,7 +8,7 @@ follows from the distances between the base's values and the target's levels, by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ from qmerge.metrics.predicted_kept import expected_kept
 from qmerge.planning.plan import Plan
 from qmerge.types import Rows, Step, Update
 from qmerge.weights.context import RunContext
-from qmerge.weights.rows import sampled_rows
-from qmerge.weights.values import grid_of_rows, open_weight
+from qmerge.weights.rows import SAMPLED_ENTRIES, SAMPLED_GROUPS, sampled_rows
+from qmerge.weights.values import open_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +53,23 @@ class Survival:
 
 
 def predict(plan: Plan, context: RunContext) -> list[Survival]:
-    """The survival of every merged weight: by stochastic rounding where the plan has it, else by nearest rounding."""
+    """The survival of every merged weight: by stochastic rounding where the plan has it, else by nearest rounding.
+
+    (``kinds.predict_kinds`` needs a few weights of each kind only.)
+    """
     return [predict_step(step, context) for step in plan.merged]
 
 
-def predict_step(step: Step, context: RunContext) -> Survival:
-    """The survival of one merged weight, from a sample of its rows."""
+def predict_step(step: Step, context: RunContext, entries: int = SAMPLED_ENTRIES) -> Survival:
+    """The survival of one merged weight, from a few groups of its rows.
+
+    Args:
+        entries: values of each group.
+    """
     assert step.update is not None
-    rounding = "stochastic" if step.rounding == "stochastic" else "nearest"
+    rounding = rounding_of(step)
     sample = _Sample()
-    weights = _open_weights(step, context)
-    for rows in sampled_rows(step):
-        base_OI, grid = base_and_grid(step, weights, rows)
-        # The base may be on another device than the adapter was read to.
-        merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
+    for base_OI, merged_OI, grid in _sampled_blocks(step, context, entries):
         sample.add(base_OI, merged_OI, grid, rounding)
     numel = math.prod(step.shape)
     squared = delta_squared(step.update, sample.delta_squared, sample.entries / numel)
@@ -85,6 +88,47 @@ def predict_step(step: Step, context: RunContext) -> Survival:
         gap_to_delta=sample.gap_to_delta(rms_delta),
         delta_squared=squared,
     )
+
+
+def rounding_of(step: Step) -> str:
+    """The rounding that a prediction is about."""
+    return "stochastic" if step.rounding == "stochastic" else "nearest"
+
+
+def _sampled_blocks(step: Step, context: RunContext, entries: int) -> Iterator[tuple[Tensor, Tensor, Grid]]:
+    """Base and merged values of some rows, float32 [rows, I], and their grid."""
+    assert step.update is not None
+    weights = _open_weights(step, context)
+    groups = sampled_rows(step, entries)
+    enough = _enough_rows(step, entries) // len(groups)
+    bases: list[Tensor] = []
+    mergeds: list[Tensor] = []
+    for rows in groups:
+        base_OI, grid = base_and_grid(step, weights, rows)
+        # The base may be on another device than the adapter was read to.
+        merged_OI = step.update.to(base_OI.device).apply(base_OI, rows)
+        if grid is None and len(rows) <= enough:
+            # All groups together, as if they were the whole weight.
+            bases.append(base_OI)
+            mergeds.append(merged_OI)
+            continue
+        if grid is None:
+            grid = get_target(step.target).sample_grid(base_OI, step.options)
+        # Many rows may share a scale, and all of them are needed for it; the sums do without most of them.
+        some = slice(0, max(1, enough))
+        yield base_OI[some], merged_OI[some], grid.rows(Rows(0, len(base_OI[some])))
+    if bases:
+        base_OI = torch.cat(bases)
+        yield base_OI, torch.cat(mergeds), get_target(step.target).sample_grid(base_OI, step.options)
+
+
+def _enough_rows(step: Step, entries: int) -> int:
+    """Rows that are summed over."""
+    assert step.update is not None
+    rows, columns = step.shape
+    if step.update.whole:
+        return rows
+    return SAMPLED_GROUPS * max(1, entries // max(1, columns))
 
 
 class _Sample:
@@ -158,8 +202,8 @@ def _open_weights(step: Step, context: RunContext) -> _OpenWeights:
     return _OpenWeights(weight, original)
 
 
-def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor, Grid]:
-    """The float32 values of some rows that the delta is added to, and the grid for these rows alone.
+def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor, Grid | None]:
+    """The float32 values of some rows that the delta is added to, and their grid where it is kept; None for a fresh one.
 
     (``weights.values.open_source`` settles scales for the whole weight, which would read all of it.)
     """
@@ -168,7 +212,7 @@ def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor
     if source.training_format is not None:
         training = get_target(source.training_format.format)
         loaded_OI = training.as_loaded(base_OI)
-        training_grid = grid_of_rows(loaded_OI, training, source.training_format.options)
+        training_grid = training.sample_grid(loaded_OI, source.training_format.options)
         if source.simulates_training:
             # The adapter was trained on these values, not on the dense ones.
             base_OI = training_grid.decode(training_grid.nearest(loaded_OI))
@@ -178,7 +222,7 @@ def base_and_grid(step: Step, weights: _OpenWeights, rows: Rows) -> tuple[Tensor
         base_OI = weights.original.values(rows)
     if source.keeps_grid:
         return base_OI, weights.weight.grid.rows(rows)
-    return base_OI, grid_of_rows(base_OI, get_target(step.target), step.options)
+    return base_OI, None
 
 
 def delta_squared(update: Update, sampled: float, fraction: float) -> float:
@@ -192,31 +236,6 @@ def delta_squared(update: Update, sampled: float, fraction: float) -> float:
     if norms_O is None:
         return sampled / fraction  # the rest of the weight is taken to be like the sample
     return float(norms_O.double().square().sum())
-
-
-def original_gap(plan: Plan, predicted: Iterable[Survival], context: RunContext) -> float | None:
-    """‖original − dequantized‖ / ‖delta‖ over all merged weights, from a sample of their rows: the quantization error
-    of the base, in sizes of the delta. None without an original, for a delta of zero, and for an adapter that is right on
-    16-bit values only: it is merged onto the original, and there is nothing to compare."""
-    original = plan.inputs.original
-    if original is None:
-        return None
-    if any(step.update is not None and step.update.needs_dense for step in plan.merged):
-        return None
-    errors = 0.0
-    deltas = sum(survival.delta_squared for survival in predicted)
-    for step in plan.merged:
-        # Not step.weight, which is the original's where the delta is added to that.
-        quantized_weight = open_weight(plan.inputs.base.weights[step.name], step, context)
-        original_weight = open_weight(original.weights[step.name], step, context)
-        blocks = sampled_rows(step)
-        sampled = sum(_squared_distance(original_weight, quantized_weight, rows) for rows in blocks)
-        errors += sampled * step.shape[0] / sum(map(len, blocks))
-    return math.sqrt(errors / deltas) if deltas else None
-
-
-def _squared_distance(a: Stored, b: Stored, rows: Rows) -> float:
-    return float((a.values(rows) - b.values(rows)).double().square().sum())
 
 
 def rounding_error(merged_OI: Tensor, grid: Grid, rounding: str) -> float:

@@ -11,8 +11,10 @@ from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
 from qmerge.errors import RecipeError
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
-from qmerge.forecast.predict import Survival, original_gap, predict
-from qmerge.forecast.roundings import choose_roundings, rounding_names, without_calibration
+from qmerge.forecast.kinds import predict_kinds
+from qmerge.forecast.original import original_gap
+from qmerge.forecast.predict import Survival
+from qmerge.forecast.roundings import choose_roundings, is_settled, rounding_names, without_calibration
 from qmerge.forecast.warnings import original_warnings, survival_warnings
 from qmerge.formats import get_format, get_target
 from qmerge.planning.plan import Plan
@@ -86,7 +88,9 @@ def run_preflight(
     """
     # A wrong base is an error, which comes before the predictions for it.
     check_deltas(plan, context)
-    predicted = predict(plan, context)
+    # Only auto chooses by the prediction, weight by weight.
+    settled = is_settled if rounding == "auto" else None
+    predicted = predict_kinds(plan, context, is_settled=settled).survivals
     notes = target_notes(plan)
     reason = "as asked"
     if rounding == "auto":

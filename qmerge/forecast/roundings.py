@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qmerge.forecast.kinds import delta_size
 from qmerge.forecast.predict import Survival
 from qmerge.formats import get_target
 from qmerge.planning.plan import Plan, Shard
@@ -18,6 +19,32 @@ NEAREST_IS_ENOUGH = 0.95
 FINE_ENOUGH = 0.015
 """On a fresh grid, nearest rounding is good enough for an error of at most this fraction of the weight. (int8 has an
 error of about 0.01, 4 bits one of 0.1.)"""
+
+
+CLEARLY_LOST, CLEARLY_KEPT = 0.6, 0.98
+"""Where the weights of a kind that were read keep less, or all keep more, the others of the kind are taken to be like them."""
+
+CLEARLY_COARSE, CLEARLY_FINE = 1.25 * FINE_ENOUGH, 0.8 * FINE_ENOUGH
+"""The same for the error of nearest rounding, as a fraction of the weight."""
+
+
+def is_settled(steps: Sequence[Step], read: Sequence[Survival]) -> bool:
+    """Whether the weights of a kind that were read tell the rounding of all of them.
+
+    Args:
+        steps: all weights of the kind.
+        read: the survival of some of them, those with the smallest and the largest delta included.
+    """
+    if any(delta_size(step) is None for step in steps):
+        return False  # it is not known which deltas are the smallest and the largest
+    kept = [_kept(survival) for survival in read]
+    if max(kept) < CLEARLY_LOST:
+        return True
+    is_kept = min(kept) > CLEARLY_KEPT
+    if steps[0].source.keeps_grid:
+        return is_kept
+    errors = [_error(survival) for survival in read]
+    return min(errors) > CLEARLY_COARSE or (is_kept and max(errors) < CLEARLY_FINE)
 
 
 def choose_roundings(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, str]:
@@ -87,7 +114,7 @@ def _need_for_preserve(plan: Plan, predicted: Sequence[Survival]) -> _Need:
         if _kept(survival) < NEAREST_IS_ENOUGH:
             lost.add(survival.module)
         # On the base's own grid, the error of nearest rounding is that of the delta alone, and "lost" tells all about it.
-        error = (survival.noise or 0.0) * (survival.relative_size or 0.0)
+        error = _error(survival)
         if survival.module in on_fresh_grid and error > FINE_ENOUGH:
             too_coarse[survival.module] = error
     act_order = set()
@@ -100,6 +127,11 @@ def _need_for_preserve(plan: Plan, predicted: Sequence[Survival]) -> _Need:
 def _kept(survival: Survival) -> float:
     """A delta of zero is kept by any rounding."""
     return 1.0 if survival.kept is None else survival.kept
+
+
+def _error(survival: Survival) -> float:
+    """Error of nearest rounding as a fraction of the weight; 0 for a delta of zero."""
+    return (survival.noise or 0.0) * (survival.relative_size or 0.0)
 
 
 def _reason(need: _Need, predicted: Sequence[Survival]) -> str:

@@ -1,6 +1,6 @@
 """All targets for these inputs: size of the model, survival by nearest rounding; and the best target that fits a size.
 
-Reads headers, the adapter, and a few rows of each adapted weight.
+Reads headers, the adapter, and a few rows of some adapted weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmerge.errors import CheckpointError, RecipeError, RoomError
-from qmerge.forecast.predict import Survival, predict, total_kept, total_noise
+from qmerge.forecast.kinds import Prediction, predict_kinds
+from qmerge.forecast.predict import Survival, total_kept, total_noise
 from qmerge.forecast.roundings import NEAREST_IS_ENOUGH, with_roundings
 from qmerge.formats import all_targets, get_target
 from qmerge.planning.inputs import Inputs
@@ -20,6 +21,9 @@ from qmerge.weights.context import RunContext
 
 NEGLIGIBLE_NOISE = 0.02
 """Noise, in deltas, below which more bits gain nothing."""
+
+READ_WEIGHTS, READ_ENTRIES = 3, 2**10
+"""Weights of each kind of module, and values in each group of their rows, that are read to compare targets."""
 
 LISTED_TARGETS = 3
 """Targets that fit, and are named after the best one."""
@@ -40,6 +44,7 @@ class Candidate:
     kept          kept by nearest rounding, over all weights; None for a delta of zero
     noise         noise by nearest rounding, in deltas; None for a delta of zero
     gap_to_delta  median over weights of the gap between levels, in deltas
+    read          number of weights that kept, noise and gap_to_delta were predicted from
     keeps_grid    the base's own scales are kept
     disturbance   noise, in deltas, of a rounding that keeps the delta
     """
@@ -52,6 +57,7 @@ class Candidate:
     kept: float | None = None
     noise: float | None = None
     gap_to_delta: float | None = None
+    read: int = 0
     keeps_grid: bool = False
     disturbance: float = 0.0
 
@@ -69,7 +75,8 @@ def candidate(recipe: Recipe, target: str, inputs: Inputs, reader: Reader) -> Ca
         # Planning and predicting find out whether these inputs can be written so.
         plan = plan_from(retargeted(recipe, target), inputs)
         context = make_run_context(plan, reader)
-        survivals = predict(plan, context)
+        prediction = _predict(plan, context)
+        survivals = prediction.survivals
         disturbance = _disturbance(plan, context, survivals)
     except (RecipeError, CheckpointError, RoomError) as error:
         return Candidate(target=target, loaders=loaders, impossible=str(error))
@@ -81,9 +88,14 @@ def candidate(recipe: Recipe, target: str, inputs: Inputs, reader: Reader) -> Ca
         kept=total_kept(survivals),
         noise=total_noise(survivals),
         gap_to_delta=_median_gap(survivals),
+        read=prediction.read,
         keeps_grid=_keeps_grid(plan),
         disturbance=disturbance or 0.0,
     )
+
+
+def _predict(plan: Plan, context: RunContext) -> Prediction:
+    return predict_kinds(plan, context, weights=READ_WEIGHTS, entries=READ_ENTRIES)
 
 
 def _keeps_grid(plan: Plan) -> bool:
@@ -104,14 +116,17 @@ def _disturbance(plan: Plan, context: RunContext, survivals: Sequence[Survival])
     if not _keeps_grid(plan) or kept is None or kept >= NEAREST_IS_ENOUGH:
         return total_noise(survivals)
     stochastic = dict.fromkeys((step.name for step in plan.merged), "stochastic")
-    return total_noise(predict(with_roundings(plan, stochastic), context))
+    return total_noise(_predict(with_roundings(plan, stochastic), context).survivals)
 
 
-def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe, str]:
+def resolve_auto(recipe: Recipe, inputs: Inputs, candidates: Sequence[Candidate]) -> tuple[Recipe, str]:
     """``--target auto``: choose the target with the least disturbance among those that fit into ``max_size``.
 
     Disturbance ranks formats as the quality of whole models does (docs/choosing-a-target.md). Of targets with
     negligible disturbance the smallest one is chosen.
+
+    Args:
+        candidates: as ``all_candidates`` returns them.
 
     Returns:
         The recipe for that target, and the reason in words.
@@ -121,7 +136,6 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, reader: Reader) -> tuple[Recipe
     """
     assert recipe.max_size is not None
     limit = parse_size(recipe.max_size)
-    candidates = all_candidates(recipe, inputs, reader)
     possible = [c for c in candidates if c.impossible is None and _accepts_options(c.target, recipe)]
     fitting = [c for c in possible if c.nbytes <= limit]
     too_large = [c for c in possible if c.nbytes > limit]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -180,6 +181,10 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
             rounding_absmax_B=scales,
             scale_parts={"absmax": scales.cpu()},
         )
+
+    def sample_grid(self, values_OI: Tensor, options: Bnb4bitOptions) -> Grid:
+        # Quantized scales change the rounding error by a hundredth at most, and need bitsandbytes, whose import takes seconds.
+        return super().sample_grid(values_OI, replace(options, double_quant=False))
 
     def _double_quantized_grid(self, absmax_B: Tensor, columns: int, block_size: int) -> Bnb4bitGrid:
         # On the CPU, so that the bytes do not depend on the device: its table lookup differs from CUDA's nearest.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from qmerge.checkpoint.architecture import ModuleKinds, module_kinds
 from qmerge.checkpoint.config import shared_quantization_config
-from qmerge.checkpoint.names import UNCONVERTED
+from qmerge.checkpoint.names import UNCONVERTED, WITHOUT_CONV1D
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.base import ModuleLayout, TargetFormat
@@ -42,6 +42,9 @@ class Modules:
         Where transformers does not know the architecture, the adapter decides: peft sets ``fan_in_fan_out`` for such
         layers.
         """
+        # Asking transformers means to import and build the model, which takes seconds.
+        if self.inputs.base.config.get("model_type") in WITHOUT_CONV1D:
+            return frozenset()
         try:
             return self._module_kinds.conv1d
         except CheckpointError:
@@ -53,7 +56,7 @@ class Modules:
 
     def is_conv1d(self, weight: Weight) -> bool:
         """Whether a weight belongs to a Conv1D, in whichever format it is stored."""
-        return self._module(weight) in self.conv1d
+        return bool(self.conv1d) and self._module(weight) in self.conv1d
 
     def is_dense_conv1d(self, weight: Weight, update: Update | None = None) -> bool:
         """Whether a weight is stored as [I, O]. An ``update`` whose shape tells spares the question to transformers."""
@@ -105,13 +108,9 @@ class Modules:
     def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> ModuleLayout:
         """Which linear layers are quantized in the output, and which stay dense although the loader expects them
         quantized: promoted ones, and those that a base of another library left dense on purpose.
-
-        Raises:
-            RecipeError: the loader would drop a weight that stays dense.
         """
         if not self.target.info.is_quantized:
             return ModuleLayout()
-        self._check_experts(steps)
         modules: list[str] = []  # of all steps
         quantized: list[str] = []
         options: list[Options] = []  # of the quantized ones
@@ -125,13 +124,16 @@ class Modules:
             if step.name in promoted:
                 promoted_modules.add(module)
         dense = self._dense_modules(quantized) | promoted_modules
-        return ModuleLayout(
+        layout = ModuleLayout(
             quantized=tuple(quantized),
             dense=tuple(dict.fromkeys(module for module in modules if module in dense)),
-            skipped=self._default_module_kinds.skipped,
             experts=dense_experts(steps, self.target),
             others=_with_other_options(quantized, options),
         )
+        # Only these configs contain the loader's own list, for which transformers has to build the model.
+        if layout.dense or layout.experts or self.target.info.quant_method == "compressed-tensors":
+            layout = replace(layout, skipped=self._default_module_kinds.skipped)
+        return layout
 
     def _dense_modules(self, quantized: list[str]) -> frozenset[str]:
         """Modules that stay dense although the loader expects them quantized."""
@@ -142,7 +144,8 @@ class Modules:
             dense |= self._default_module_kinds.quantizable
         return dense - set(quantized)
 
-    def _check_experts(self, steps: tuple[Step, ...]) -> None:
+    def check_experts(self, steps: tuple[Step, ...]) -> None:
+        """Raise RecipeError where the target's loader would drop a weight that stays dense."""
         if self.target.info.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         for step in steps:

@@ -7,6 +7,7 @@ start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -73,7 +74,7 @@ class Plan:
     merge_onto     the values that the delta is added to: ``dequantized`` or ``original``
     steps          one per weight, in the order of the base
     shards         the same steps, by output file
-    config         config.json of the output
+    make_config    makes ``config``
     calibration    how ``preserve`` is calibrated
     block_entries  float32 values of a weight to work on at a time
     workers        steps to work on at once
@@ -86,11 +87,16 @@ class Plan:
     merge_onto: Literal["dequantized", "original"]
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
-    config: dict[str, Any]
+    make_config: Callable[[], dict[str, Any]]
     calibration: CalibrationSettings
     block_entries: int
     workers: int
     promoted: frozenset[str] = frozenset()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the output. For some targets it takes seconds, because transformers builds the model for it."""
+        return self.make_config()
 
     @cached_property
     def merged(self) -> tuple[Step, ...]:
@@ -165,6 +171,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     steps = tuple(maker.step(weight, changes.get(weight.name)) for weight in maker.weights.values())
     unchanged = [step for step in steps if step.update is None and step.replacement is None]
     assert len(steps) - len(unchanged) == len(changes), "a change was matched, but no step applies it"
+    maker.check(steps)
     entries = block_entries(steps, recipe.max_memory, recipe.threads)
     return Plan(
         recipe=recipe,
@@ -173,7 +180,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
         merge_onto=recipe.merge_onto,
         steps=steps,
         shards=shards_of(steps, parse_size(recipe.max_shard_size)),
-        config=maker.config(steps),
+        make_config=lambda: maker.config(steps),
         calibration=CalibrationSettings(
             source=recipe.calibration,
             tokens=recipe.calibration_tokens,

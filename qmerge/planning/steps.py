@@ -215,26 +215,36 @@ class StepMaker:
 
     # --- the model ---
 
-    def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
-        """config.json of the output: dtype and quantization_config as the stock library would have written them.
+    def check(self, steps: tuple[Step, ...]) -> None:
+        """Check all steps together.
 
         Raises:
             CheckpointError: no weight is stored in the target format.
             RecipeError: a weight that stays dense would be lost by the target's loaders.
+            AdapterError: only one of two embeddings would be resized.
         """
         target = self.targets.format
-        options_used = Counter(step.options for step in steps if step.target == target.name)
-        if not options_used and target.info.is_quantized:
+        if target.info.is_quantized and not any(step.target == target.name for step in steps):
             raise CheckpointError(
                 f"no module of the base can be stored as {target.name}: expected linear layers; choose a dense target (bf16)"
             )
+        self.modules.check_experts(steps)
+        self._with_vocab_size({}, steps)
+
+    def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
+        """config.json of the output: dtype and quantization_config as the stock library would have written them."""
+        target = self.targets.format
+        options_used = Counter(step.options for step in steps if step.target == target.name)
         options = options_used.most_common(1)[0][0] if options_used else None
         config = output_config(self.inputs.base, target, options, self.modules.layout(steps, self.promoted))
         if self.embeddings.untied:
             config = with_setting(config, "tie_word_embeddings", False)
-        if any(step.replacement for step in steps):
-            config = with_vocab_size(config, steps, self.embeddings.both)
-        return config
+        return self._with_vocab_size(config, steps)
+
+    def _with_vocab_size(self, config: dict[str, Any], steps: tuple[Step, ...]) -> dict[str, Any]:
+        if not any(step.replacement for step in steps):
+            return config
+        return with_vocab_size(config, steps, self.embeddings.both)
 
 
 def _copy_step(source: StepSource, target: str, options: Options) -> Step:

@@ -17,7 +17,7 @@ from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
 from qmerge.evaluation.fidelity import fidelity
 from qmerge.forecast.preflight import Preflight, run_preflight
-from qmerge.forecast.targets import resolve_auto
+from qmerge.forecast.targets import all_candidates, resolve_auto
 from qmerge.formats import get_target
 from qmerge.pipeline import Outcome
 from qmerge.planning.inputs import Inputs, read_inputs
@@ -137,7 +137,7 @@ def prepare(
     out = Path(recipe.out).expanduser()
     inputs = read_inputs(recipe, reader)
     if recipe.target == "auto":
-        recipe, reason = resolve_auto(recipe, inputs, reader)
+        recipe, reason = resolve_auto(recipe, inputs, all_candidates(recipe, inputs, reader))
         progress.note(reason)
     plan = plan_from(recipe, inputs)
     context = make_run_context(plan, reader, device)

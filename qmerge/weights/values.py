@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmerge.formats import get_format, get_target
-from qmerge.formats.base import OnTheFly, Stored, TargetFormat, Transposed
-from qmerge.grids import Grid
+from qmerge.formats.base import OnTheFly, Stored, Transposed
 from qmerge.safetensors_io.reader import MemoryReader, Reader
-from qmerge.types import Options, Rows, Step, TensorInfo, Weight
+from qmerge.types import Rows, Step, TensorInfo, Weight
 from qmerge.weights.context import RunContext
 from qmerge.weights.rows import row_blocks
 
@@ -61,12 +59,6 @@ def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
     if step.source.conv1d and fmt.info.is_dense:
         return Transposed(stored, step.shape[1])
     return stored
-
-
-def grid_of_rows(values_OI: Tensor, fmt: TargetFormat[Any], options: Options) -> Grid:
-    """A fresh grid for some rows, float32 [rows, I], as if they were the whole weight."""
-    rows, columns = values_OI.shape
-    return fmt.grid(fmt.scales(values_OI, options), (rows, columns), options)
 
 
 def dense_values(weight: Weight, reader: Reader, device: torch.device, conv1d: bool = False) -> Tensor:

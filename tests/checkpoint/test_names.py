@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers import conversion_mapping
 from transformers import core_model_loading as ops
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 
 from qmerge.checkpoint import names as module
 from qmerge.checkpoint.architecture import meta_model
 from qmerge.checkpoint.blocks import DiskBlock, disk_block
 from qmerge.checkpoint.conversion import Conversion
-from qmerge.checkpoint.names import UNCONVERTED, Names
+from qmerge.checkpoint.names import UNCONVERTED, WITHOUT_CONV1D, Names
 from qmerge.checkpoint.traced import TracedTensor, traced_weight
 from qmerge.errors import CheckpointError
 
@@ -436,6 +437,8 @@ def test_unconverted_architectures_are_those_that_transformers_does_not_convert(
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         assert len(get_model_conversion_mapping(model)) == len(legacy), model_type
+        has_conv1d = any(isinstance(layer, Conv1D) for layer in model.modules())
+        assert has_conv1d != (model_type in WITHOUT_CONV1D), model_type
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

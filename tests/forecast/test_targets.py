@@ -31,7 +31,8 @@ def every() -> dict[str, candidates.Candidate]:
 def chosen(size: str) -> str:
     with Reader() as reader:
         recipe = make_recipe({**INPUTS, "target": "auto", "max_size": size})
-        resolved, _ = candidates.resolve_auto(recipe, read_inputs(recipe, reader), reader)
+        inputs = read_inputs(recipe, reader)
+        resolved, _ = candidates.resolve_auto(recipe, inputs, candidates.all_candidates(recipe, inputs, reader))
         assert resolved.max_size is None
         return resolved.target
 

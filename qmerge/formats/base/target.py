@@ -84,6 +84,11 @@ class TargetFormat(Format[OptionsT]):
     ) -> Grid:  # fmt: skip
         """A fresh grid for a whole weight, from the concatenated ``scales``."""
 
+    def sample_grid(self, values_OI: Tensor, options: OptionsT) -> Grid:
+        """A fresh grid for predictions, for some rows as if they were the whole weight. Small differences do not matter."""
+        rows, columns = values_OI.shape
+        return self.grid(self.scales(values_OI, options), (rows, columns), options)
+
     def same_grid(self, one: OptionsT, other: OptionsT) -> bool:
         """Whether weights with these options have the same grid, so that the base's scales can be kept."""
         return one == other

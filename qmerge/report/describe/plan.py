@@ -11,7 +11,9 @@ from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
-from qmerge.forecast.predict import Survival, original_gap, predict
+from qmerge.forecast.kinds import predict_kinds
+from qmerge.forecast.original import original_gap
+from qmerge.forecast.predict import Survival
 from qmerge.forecast.preflight import target_warnings, warnings_about_original
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
 from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
@@ -26,7 +28,7 @@ from qmerge.types import Step
 
 
 def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
-    """The JSON of ``qmerge plan``. Reads headers, the adapter, and a few rows of each adapted weight.
+    """The JSON of ``qmerge plan``. Reads headers, the adapter, and a few rows of some adapted weights.
 
     Args:
         recipe: the merge.
@@ -37,10 +39,10 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     """
     with Reader() as reader:
         inputs = read_inputs(recipe, reader)
-        targets = [_describe_candidate(candidate) for candidate in all_candidates(recipe, inputs, reader)]
+        candidates = all_candidates(recipe, inputs, reader)
         why = None
         if recipe.target == "auto":
-            recipe, why = resolve_auto(recipe, inputs, reader)
+            recipe, why = resolve_auto(recipe, inputs, candidates)
         plan = plan_from(recipe, inputs)
         pairs = _adapter_pairs(plan)
         context = make_run_context(plan, reader)
@@ -49,14 +51,20 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             "base": describe_storage(inputs.base_source, inputs.base),
             "adapter": _describe_adapters(inputs),
             "interference": [pair.model_dump() for pair in pairs],
-            "targets": targets,
+            "targets": [_describe_candidate(candidate) for candidate in candidates],
+            "predicted_from": {
+                "targets": max(candidate.read for candidate in candidates),
+                "of": len(plan.merged),
+            },
             "target": recipe.target if target_given else None,
             "why": why,
             "warnings": declared_warnings(inputs, recipe) + interference_warnings(pairs, recipe.combine),
         }
         if target_given:
-            predicted = predict(plan, context)
+            prediction = predict_kinds(plan, context)
+            predicted = prediction.survivals
             described |= _describe_work(plan, predicted)
+            described["predicted_from"]["weights"] = prediction.read
             relative_sizes = {survival.module: survival.relative_size for survival in predicted}
             described["warnings"] += target_warnings(plan)
             described["warnings"] += delta_size_warnings(plan, relative_sizes)

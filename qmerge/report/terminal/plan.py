@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qmerge.forecast.kinds import READ_WEIGHTS
+from qmerge.forecast.targets import READ_WEIGHTS as TARGET_WEIGHTS
 from qmerge.formats import get_format
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
@@ -25,6 +27,7 @@ def show_plan(described: dict[str, Any], all_weights: bool) -> None:
             for weight in described["weights"]:
                 console.print(safe(_weight_line(weight)))
     console.print(targets_table(described["targets"]))
+    console.print(safe(_sample_line(described["predicted_from"])))
     for target in described["targets"]:
         if "impossible" in target:
             console.print(safe(f"{target['target']}: not possible: {target['impossible']}"))
@@ -79,6 +82,15 @@ def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
     ]
     names = [target["target"] for target in targets]
     return with_notes(table, notes, [*loader_lines(names), *activation_lines(names)])
+
+
+def _sample_line(predicted_from: dict[str, int]) -> str:
+    """From how many weights the numbers were predicted."""
+    weights = counted(predicted_from["of"], "weight")
+    line = f"predicted from {predicted_from['targets']} of {weights}, up to {TARGET_WEIGHTS} of each kind of module"
+    if "weights" in predicted_from:
+        line += f"; kept of each weight: from {predicted_from['weights']}, up to {READ_WEIGHTS} of each kind"
+    return line
 
 
 def activation_lines(targets: Sequence[str]) -> list[str]:
