@@ -112,6 +112,14 @@ ROWS: dict[str, Row] = {
     "stochastic": Row(title="NF4: qmerge, stochastic", settings={**NF4, "rounding": "stochastic"}),
     "default": Row(title="NF4: qmerge, the default", settings=NF4),
     "text": Row(title="NF4: qmerge, text of the task", settings={**NF4, "calibration": TEXT}),
+    "fast": Row(
+        title="NF4: qmerge, text of the task, `--effort fast`",
+        settings={**NF4, "calibration": TEXT, "effort": "fast"},
+    ),
+    "best": Row(
+        title="NF4: qmerge, text of the task, `--effort best`",
+        settings={**NF4, "calibration": TEXT, "effort": "best"},
+    ),
     "general": Row(title="NF4: qmerge, general text", settings={**NF4, "calibration": "general"}),
     "generate": Row(title="NF4: qmerge, generated text", settings={**NF4, "calibration": "generate"}),
     "random": Row(title="NF4: qmerge, random tokens", settings={**NF4, "calibration": "random"}),
@@ -631,7 +639,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (default: 512)")
     parser.add_argument("--tokens", type=int, default=10240, help="of the held-out text (default: 10240)")
     parser.add_argument("--control-tokens", type=int, default=3072, help="(default: 3072)")
-    parser.add_argument("--calibration-tokens", type=int, default=16384, help="(default: 16384)")
+    parser.add_argument("--calibration-tokens", type=int, help="(default: that of the effort)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of: {', '.join(ROWS)}")
     parser.add_argument("--plan-check", action="store_true", help="compare predictions of qmerge plan with results")
     return parser.parse_args()

@@ -117,7 +117,7 @@ def merge(
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int | None = None,
     sequence_length: int = 512,
     sequential: bool = True,
     merge_onto: MergeOnto = "dequantized",
@@ -164,11 +164,11 @@ def merge(
         revision: revision of the base on the Hub: branch, tag or commit.
         adapter_revision: revision of the adapter on the Hub.
         rounding: ``"nearest"``, ``"stochastic"``, ``"preserve"``, or ``"auto"``: preserve where nearest keeps too little.
-        effort: how long ``preserve`` searches: ``"fast"``, ``"default"`` or ``"best"``.
+        effort: how long ``preserve`` searches, and on how much text: ``"fast"``, ``"default"`` or ``"best"``.
         calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``
             (text that the adapter model writes: the default), ``"general"`` (text that ships with qmerge), ``"random"`` or
             ``"none"``.
-        calibration_tokens: number of tokens to calibrate on.
+        calibration_tokens: number of tokens to calibrate on; None: 8192, 16384 or 32768, by ``effort``.
         sequence_length: tokens per sequence of the calibration text.
         sequential: calibrate each layer on the outputs of the rounded layers before it (better, slower).
         merge_onto: add the delta to the ``"dequantized"`` base, as in training, or to the ``"original"`` 16-bit model.
@@ -231,7 +231,7 @@ def plan(
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int | None = None,
     sequence_length: int = 512,
     sequential: bool = True,
     merge_onto: MergeOnto = "dequantized",
@@ -298,7 +298,7 @@ def measure(
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int | None = None,
     sequence_length: int = 512,
     sequential: bool = True,
     merge_onto: MergeOnto = "dequantized",

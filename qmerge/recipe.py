@@ -127,14 +127,16 @@ class Recipe(BaseModel):
     )
     effort: EffortName = Field(
         "default",
-        description="how long preserve searches: fast, default or best (docs/benchmarks.md has the cost of each)",
+        description="how long preserve searches, on how much text: fast, default or best (docs/benchmarks.md has the costs)",
     )
     calibration: str | None = Field(
         None,
         description="calibrate preserve rounding on this: text or jsonl file, Hub dataset, generate, general, random "
         "or none (default: generate)",
     )
-    calibration_tokens: int = Field(16384, description="calibrate on this many tokens", ge=1)
+    calibration_tokens: int | None = Field(
+        None, description="calibrate on this many tokens (default: 8192, 16384 or 32768, by effort)", ge=1
+    )
     sequence_length: int = Field(512, description="cut the calibration text into sequences of this many tokens", ge=2)
     sequential: bool = Field(
         True, description="calibrate each layer on the outputs of the rounded layers before it (better, slower)"

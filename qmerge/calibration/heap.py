@@ -1,19 +1,42 @@
-"""Return freed memory to the system."""
+"""Return freed memory to the system, where the C library is glibc; elsewhere these functions do nothing."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
+
+M_MMAP_THRESHOLD = -3
+"""Parameter of ``mallopt``, from malloc.h."""
+
+LARGE_BLOCK = 2**21
+"""Bytes."""
+
+
+def map_large_blocks() -> None:
+    """From now on, let blocks of 2 MB and more go back to the system when they are freed.
+
+    glibc would keep them for the thread that allocated them (up to 32 MB each). The batches of a calibration wait in threads of
+    their own, so each would keep the largest tensors of a layer: twice the memory of a calibration, for 4 % less CPU time.
+    """
+    mallopt = _glibc_function("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def release_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc; elsewhere do nothing.
+    """Give memory that was freed back to the system.
 
     glibc keeps what is freed below a block still in use. While decoder layers are loaded and unloaded, the hidden states
     between them are such blocks, so a process would grow by about the size of each layer.
     """
+    malloc_trim = _glibc_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _glibc_function(name: str) -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # musl has none
-        trim(0)
+        return None
+    function: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)  # musl has neither
+    return function

@@ -31,6 +31,7 @@ from qmerge.calibration.capture import (
     without_expert_number,
 )
 from qmerge.calibration.forward import ForwardPass, LayerCall, pause
+from qmerge.calibration.heap import map_large_blocks
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import FinishedRun, finish_run, score_runs
 from qmerge.calibration.sums import InputSums
@@ -86,6 +87,7 @@ class CalibrationPass:
         stored_values: Callable[[Step], Tensor],
         report_progress: Callable[[str], None],
     ) -> None:
+        map_large_blocks()
         self.plan = plan
         self.context = context
         self.tokens = tokens
@@ -226,35 +228,44 @@ class CalibrationPass:
 
     def _in_one_pass(self, index: int, layer: LayerGroups, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:
         passes = [[_pausing_pass(run, call, layer) for call in run.waiting] for run in runs]
+
+        def finish(number: int, batch: int) -> None:
+            output = passes[number][batch].advance()
+            if index + 1 < len(self.unmerged):
+                runs[number].go_on(batch, output)
+
         try:
             for names in layer.groups:
-                statistics = self._sum_up(names, layer, passes)
-                yield from self._rounded(index, names, statistics)
-            for run, passes_of_run in zip(runs, passes, strict=True):
-                for batch, layer_pass in enumerate(passes_of_run):
-                    output = layer_pass.advance()
-                    if index + 1 < len(run.model):
-                        run.go_on(batch, output)
+                sums = InputSums(names, self.context.device, of_task=self.tokens.is_of_task)
+                for batch in range(len(self.tokens.seen)):
+                    reached: list[GroupReached] = [passes_of_run[batch].advance() for passes_of_run in passes]
+                    self._add_reached(sums, reached, layer)
+                    del reached
+                    # The unmerged model does not wait for the rounding of its last group: so the memory of its batches is free.
+                    if names == layer.groups[-1] and self.sequential:
+                        finish(0, batch)
+                yield from self._rounded(index, names, sums.statistics())
+            for batch in range(len(self.tokens.seen)):
+                finish(-1, batch)
         finally:
             for layer_pass in (one for passes_of_run in passes for one in passes_of_run):
                 layer_pass.stop()
 
-    def _sum_up(
-        self, names: Sequence[str], layer: LayerGroups, passes: Sequence[Sequence[ForwardPass]]
-    ) -> dict[str, InputStatistics]:
-        """Let all batches arrive at a group, and add their inputs."""
-        sums = InputSums(names, self.context.device, of_task=self.tokens.is_of_task)
-        into_stream = [name for name in names if name in layer.into_stream]
-        for batch in range(len(self.tokens.seen)):
-            reached: list[GroupReached] = [passes_of_run[batch].advance() for passes_of_run in passes]
-            merged = reached[-1]
-            products = [[MatrixProduct(tuple(names), group.x)] for group in reached]
-            unmerged_products = products[0] if self.sequential else None
-            sums.add(unmerged_products, products[-1])
-            if self.sequential and into_stream:
+    def _add_reached(self, sums: InputSums, reached: Sequence[GroupReached], layer: LayerGroups) -> None:
+        """Add the inputs of a group, of one batch, in the unmerged and in the merged model (one of them: not sequential)."""
+        merged = reached[-1]
+        into_stream = [name for name in sums.names if name in layer.into_stream]
+        products = [[MatrixProduct(tuple(sums.names), group.x)] for group in reached]
+        needs_cross = self.sequential and len(into_stream) < len(sums.names)
+        sums.add(products[0] if needs_cross else None, products[-1])
+        if self.sequential:
+            for name in into_stream:
+                # The weight is not rounded yet in either model.
+                weight = self.unmerged.model.get_parameter(self.unmerged.parameters[name]).detach()
+                if not self.unmerged.is_conv1d(name):
+                    weight = weight.T
                 missing = reached[0].stream - merged.stream
-                sums.add_missing(into_stream, missing.flatten(0, -2), merged.x)
-        return sums.statistics()
+                sums.add_missing(name, missing.flatten(0, -2).addmm(reached[0].x - merged.x, weight), merged.x)
 
     # --- every batch begins the layer again for every group ---
 

@@ -1,7 +1,7 @@
-"""Sums over the inputs of some weights of one decoder layer: E[x̃ x̃ᵀ], E[(x − x̃) x̃ᵀ] and E[(r − r̃) x̃ᵀ].
+"""Sums over the inputs of some weights of one decoder layer: E[x̃ x̃ᵀ], E[(x − x̃) x̃ᵀ] and E[(r + T x − r̃ − T x̃) x̃ᵀ].
 
 x are the inputs in the unmerged adapter model, x̃ those in the model as merged so far; r and r̃ are the residual streams that
-the product is added to.
+the product with T is added to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from qmerge.calibration.capture import MatrixProduct, without_expert_number
 from qmerge.errors import NumbersError
 from qmerge.rounding.base import InputStatistics
 
+TRIANGLE_PARTS = 4
+"""x̃ᵀ x̃ is symmetric: of its upper triangle, so many rows of blocks are computed, 10 of 16 blocks."""
+
 
 class InputSums:
     """Sums of some weights, batch by batch.
@@ -26,9 +29,9 @@ class InputSums:
         of_task: whether the text is the user's own.
 
     Attributes:
-        hessians: leader → Σ x̃ x̃ᵀ, float32 [I, I].
+        hessians: leader → Σ x̃ x̃ᵀ, float32 [I, I]; below the blocks on its diagonal it is 0.
         crosses: leader → Σ (x − x̃) x̃ᵀ, float32 [I, I].
-        missing: weight that writes into the residual stream → Σ (r − r̃) x̃ᵀ, float32 [O, I].
+        missing: weight that writes into the residual stream → Σ (r + T x − r̃ − T x̃) x̃ᵀ, float32 [O, I].
         tokens: weight → number of inputs that it got.
         leaders: weight → its leader; a weight that got no input has none.
     """
@@ -48,7 +51,7 @@ class InputSums:
         """Add the products of one batch.
 
         Args:
-            unmerged: products in the unmerged model, one for each of ``merged``; None: there is only one model. Not used
+            unmerged: products in the unmerged model, one for each of ``merged``; None: no crosses are needed. Not used
                 for experts: the two models may send a token to different experts, so inputs cannot be paired.
             merged: products in the model as merged so far.
         """
@@ -66,19 +69,26 @@ class InputSums:
                 self.leaders[name] = leader
             if leader != product.names[0]:  # this input has been added already
                 continue
-            self._add_product(self.hessians, leader, x, x)
+            self._add_square(leader, x)
             if unmerged_inputs is not None:
                 self._add_product(self.crosses, leader, unmerged_inputs[position] - x, x)
 
-    def add_missing(self, names: Sequence[str], missing_TO: Tensor, x: Tensor) -> None:
-        """Add, for weights that write into the residual stream, what the merged model's stream lacks before they do.
+    def add_missing(self, name: str, missing_TO: Tensor, x: Tensor) -> None:
+        """Add, for a weight that writes into the residual stream, what the merged model's stream will lack if it is not rounded.
 
         Args:
-            missing_TO: float32 r − r̃ of T tokens.
+            missing_TO: float32 r + T x − r̃ − T x̃.
             x: float32 x̃ [T, I].
         """
-        for name in names:
-            self._add_product(self.missing, name, missing_TO, x)
+        self._add_product(self.missing, name, missing_TO, x)
+
+    def _add_square(self, leader: str, x_TI: Tensor) -> None:
+        """Add xᵀ · x, the blocks of its upper triangle."""
+        columns = x_TI.shape[1]
+        if leader not in self.hessians:
+            self.hessians[leader] = torch.zeros(columns, columns, device=self._device)
+        for start, stop in triangle_parts(columns):
+            self.hessians[leader][start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
 
     def _add_product(self, sums: dict[str, Tensor], name: str, left_TL: Tensor, right_TI: Tensor) -> None:
         """Add leftᵀ · right, of T tokens, to a sum."""
@@ -105,7 +115,7 @@ class InputSums:
             missing_OI = self.missing.get(name)
             if missing_OI is not None:
                 missing_OI = missing_OI / tokens
-            hessian_II = self.hessians[leader] / tokens
+            hessian_II = complete(self.hessians[leader]) / tokens
             result[name] = InputStatistics(hessian_II, cross_II, tokens, of_task=self._of_task, missing_OI=missing_OI)
         if self.has_experts:
             for experts in self._expert_groups():
@@ -130,7 +140,7 @@ class InputSums:
             return {}
         sum_II = torch.zeros_like(self.hessians[self.leaders[seen[0]]])
         for name in seen:
-            sum_II = sum_II + self.hessians[self.leaders[name]]
+            sum_II = sum_II + complete(self.hessians[self.leaders[name]])
         shared_II = sum_II / sum(self.tokens[name] for name in seen)
         result: dict[str, InputStatistics] = {}
         for name in experts:
@@ -142,3 +152,16 @@ class InputSums:
                 mixed_II = mixed_II + own_share * own[name].hessian_II
             result[name] = InputStatistics(mixed_II, None, self.tokens[name], 1 - own_share, self._of_task)
         return result
+
+
+def triangle_parts(columns: int) -> list[tuple[int, int]]:
+    """(start, stop) of the rows of blocks."""
+    step = -(-columns // TRIANGLE_PARTS)
+    return [(start, min(start + step, columns)) for start in range(0, columns, step)]
+
+
+def complete(upper_II: Tensor) -> Tensor:
+    """Fill in what is below the blocks on the diagonal, in place."""
+    for start, stop in triangle_parts(len(upper_II)):
+        upper_II[stop:, start:stop] = upper_II[start:stop, stop:].T
+    return upper_II

@@ -19,6 +19,7 @@ from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.memory import block_entries, step_memory
 from qmerge.planning.steps import StepMaker
 from qmerge.recipe import Recipe, make_recipe, parse_size
+from qmerge.rounding.base import EFFORTS
 from qmerge.safetensors_io import writer
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Step, TensorSpec
@@ -183,7 +184,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
         make_config=lambda: maker.config(steps),
         calibration=CalibrationSettings(
             source=recipe.calibration,
-            tokens=recipe.calibration_tokens,
+            tokens=recipe.calibration_tokens or EFFORTS[recipe.effort].tokens,
             sequence_length=recipe.sequence_length,
             sequential=recipe.sequential,
             seed=recipe.seed,

@@ -55,12 +55,13 @@ class InputStatistics:
 
     Attributes:
         hessian_II: float32 E[x̃ x̃ᵀ], with x̃ the inputs in the model as merged so far (in the unmerged one, if not sequential).
-        cross_II: float32 E[(x − x̃) x̃ᵀ], with x the inputs in the unmerged model; None if not sequential.
+        cross_II: float32 E[(x − x̃) x̃ᵀ], with x the inputs in the unmerged model; None where ``missing_OI`` has it, and if not
+            sequential.
         tokens: number of inputs.
         borrowed: share of the Hessian that comes from the other experts of the layer, 0 to 1.
         of_task: whether the text is the user's own.
-        missing_OI: float32 E[(r − r̃) x̃ᵀ], where the weight's product is added to the residual stream: r in the unmerged
-            model, r̃ in the one as merged so far; else None.
+        missing_OI: float32 E[(r + T x − r̃ − T x̃) x̃ᵀ], where the weight's product is added to the residual stream: r in the
+            unmerged model, r̃ in the one as merged so far, T the merged weight before rounding; else None.
     """
 
     hessian_II: Tensor

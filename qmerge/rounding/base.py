@@ -25,18 +25,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Effort:
-    """How long ``preserve`` searches.
+    """How long ``preserve`` searches, and on how much text.
 
     Attributes:
+        tokens: of the calibration text, where no other number is asked for.
         orders: orders of the columns that are tried.
         sweeps: most sweeps of descent from each start; a row that did not move in a sweep has arrived.
     """
 
+    tokens: int
     orders: int
     sweeps: int
 
 
-EFFORTS = {"fast": Effort(1, 1), "default": Effort(2, 3), "best": Effort(8, 6)}
+EFFORTS = {
+    "fast": Effort(tokens=8192, orders=1, sweeps=1),
+    "default": Effort(tokens=16384, orders=2, sweeps=3),
+    "best": Effort(tokens=32768, orders=8, sweeps=6),
+}
 """What ``--effort`` names (docs/benchmarks.md has a row for each)."""
 
 

@@ -140,7 +140,7 @@ def test_more_orders_are_never_worse() -> None:
     _, aim_OI, grid = problem_for("nf4")
     objective, found = objective_for(SHAPE), []
     for orders in (1, 2, 4):
-        context = RoundingContext(name="w", rows=Rows(0, SHAPE[0]), objective=objective, effort=Effort(orders, 2))
+        context = RoundingContext(name="w", rows=Rows(0, SHAPE[0]), objective=objective, effort=Effort(0, orders, 2))
         codes_OI = preserve.ROUNDING.choose(aim_OI, grid, context)
         found.append(squared_error(grid.decode(codes_OI), aim_OI, objective.K_II))
     assert bool((found[1] <= found[0] * (1 + 1e-5)).all()) and bool((found[2] <= found[1] * (1 + 1e-5)).all())
