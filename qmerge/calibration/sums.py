@@ -97,30 +97,52 @@ class InputSums:
         sums[name].addmm_(left_TL.T, right_TI)
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """Means over all batches, by weight. A weight without any input is left out, unless other experts lend to it."""
-        # Experts differ in the number of tokens that they get, so each sum has its own count.
-        result: dict[str, InputStatistics] = {}
-        for name, leader in self.leaders.items():
-            tokens = self.tokens[name]
-            if not tokens:  # code that calls an expert with an empty input
-                continue
+        """Means over all batches, by weight, at the scale where the mean diagonal of E[x̃ x̃ᵀ] is 1. A weight without any input
+        is left out, unless other experts lend to it.
+
+        Nothing can be added afterwards: the sums become the means, because large ones would not fit into memory twice.
+        """
+        for leader in set(self.leaders.values()):
+            complete(self.hessians[leader])
             if not bool(self.hessians[leader].isfinite().all()):
                 raise NumbersError(
-                    f"{name}: its inputs contain NaN or infinity on the calibration text: check that the base and the adapter "
+                    f"{leader}: its inputs contain NaN or infinity on the calibration text: check that the base and the adapter "
                     f"are finite and belong together"
                 )
-            cross_II = self.crosses.get(leader)
-            if cross_II is not None:
-                cross_II = cross_II / tokens
-            missing_OI = self.missing.get(name)
-            if missing_OI is not None:
-                missing_OI = missing_OI / tokens
-            hessian_II = complete(self.hessians[leader]) / tokens
-            result[name] = InputStatistics(hessian_II, cross_II, tokens, of_task=self._of_task, missing_OI=missing_OI)
         if self.has_experts:
-            for experts in self._expert_groups():
-                result |= self._with_borrowed(experts, result)
+            return self._statistics_of_experts()
+        factors = {leader: _scale(self.hessians[leader]) for leader in self.leaders.values()}
+        for leader, factor in factors.items():
+            self.hessians[leader] *= factor
+            if leader in self.crosses:
+                self.crosses[leader] *= factor
+        for name, missing_OI in self.missing.items():
+            missing_OI *= factors[self.leaders[name]]
+        return {
+            name: InputStatistics(
+                self.hessians[leader],
+                self.crosses.get(leader),
+                self.tokens[name],
+                of_task=self._of_task,
+                missing_OI=self.missing.get(name),
+            )
+            for name, leader in self.leaders.items()
+        }
+
+    def _statistics_of_experts(self) -> dict[str, InputStatistics]:
+        # Experts differ in the number of tokens that they get, so each sum has its own count. An expert may be called with an
+        # empty input.
+        means: dict[str, Tensor] = {}
+        for name, leader in self.leaders.items():
+            if self.tokens[name]:
+                means[name] = self.hessians[leader] / self.tokens[name]
+        result = {name: self._of_expert(name, mean_II) for name, mean_II in means.items()}
+        for experts in self._expert_groups():
+            result |= self._with_borrowed(experts, means)
         return result
+
+    def _of_expert(self, name: str, mean_II: Tensor, borrowed: float = 0.0) -> InputStatistics:
+        return InputStatistics(mean_II * _scale(mean_II), None, self.tokens[name], borrowed, self._of_task)
 
     def _expert_groups(self) -> list[list[str]]:
         """Weights that differ in the expert's number only: ``w1`` of all experts, ``w2`` of all experts, …"""
@@ -129,7 +151,7 @@ class InputSums:
             groups.setdefault(without_expert_number(name), []).append(name)
         return list(groups.values())
 
-    def _with_borrowed(self, experts: Sequence[str], own: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+    def _with_borrowed(self, experts: Sequence[str], own: dict[str, Tensor]) -> dict[str, InputStatistics]:
         """Statistics of those experts that got fewer tokens than they have inputs.
 
         Such a Hessian is singular. The missing share is borrowed from the mean over all experts of the group.
@@ -140,7 +162,7 @@ class InputSums:
             return {}
         sum_II = torch.zeros_like(self.hessians[self.leaders[seen[0]]])
         for name in seen:
-            sum_II = sum_II + complete(self.hessians[self.leaders[name]])
+            sum_II = sum_II + self.hessians[self.leaders[name]]
         shared_II = sum_II / sum(self.tokens[name] for name in seen)
         result: dict[str, InputStatistics] = {}
         for name in experts:
@@ -149,8 +171,8 @@ class InputSums:
                 continue
             mixed_II = (1 - own_share) * shared_II
             if name in own:
-                mixed_II = mixed_II + own_share * own[name].hessian_II
-            result[name] = InputStatistics(mixed_II, None, self.tokens[name], 1 - own_share, self._of_task)
+                mixed_II = mixed_II + own_share * own[name]
+            result[name] = self._of_expert(name, mixed_II, borrowed=1 - own_share)
         return result
 
 
@@ -165,3 +187,9 @@ def complete(upper_II: Tensor) -> Tensor:
     for start, stop in triangle_parts(len(upper_II)):
         upper_II[stop:, start:stop] = upper_II[start:stop, stop:].T
     return upper_II
+
+
+def _scale(hessian_II: Tensor) -> float:
+    """The factor that makes its mean diagonal 1; 1 where all inputs were 0."""
+    mean = float(hessian_II.diagonal().mean())
+    return 1 / mean if mean > 0 else 1.0

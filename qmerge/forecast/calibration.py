@@ -78,6 +78,20 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
         return replace(calibration, note=note)
 
 
+def tokens_of_source(source: str | None, tokens: int) -> int:
+    """How many tokens a run calibrates on, with the general text that is added; where the text has so many.
+
+    Args:
+        source: of the plan's calibration; None for the default.
+        tokens: those that were asked for.
+    """
+    if source in ("general", "random"):
+        return tokens
+    if source in (None, "default", "generate"):
+        return round((GENERATED_SHARE + GENERAL_WITH_GENERATED) * tokens)
+    return round((1 + GENERAL_SHARE) * tokens)
+
+
 @dataclass(frozen=True)
 class _Preparation:
     """The calibration of a plan from a source that is given."""

@@ -1,6 +1,13 @@
-"""How many values of a weight are worked on at a time, so that a run stays within ``--max-memory``."""
+"""Memory of a run: how many values of a weight are worked on at a time, to stay within ``--max-memory``, and what calibration
+needs besides."""
 
 from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mode
 
 from qmerge.errors import RoomError
 from qmerge.formats import get_format
@@ -25,6 +32,43 @@ MOST_ENTRIES = AMPLE_ENTRIES
 
 FEWEST_ENTRIES = 2**16
 """Values per row block: smaller blocks are slower."""
+
+
+WAITING_WIDTHS = 4
+"""Hidden states that a batch holds while it waits inside a decoder layer, besides the input that it waits with: the residual
+stream before and after attention, and what attention's code still has in hand (measured on a Llama)."""
+
+MATRICES = 6
+"""float32 matrices [I, I] of the widest weight that calibration and preserve hold at their peak: H, K, K in another order, its
+factor, and two temporary ones while it is factored (measured)."""
+
+
+def calibration_memory(steps: Sequence[Step], tokens: int, *, sequential: bool) -> int:
+    """Bytes that a calibration needs at its peak, besides ``step_memory``; an estimate from shapes.
+
+    One decoder layer and the outputs of the one before are in memory, of all tokens at once.
+
+    Args:
+        steps: all steps of a plan.
+        tokens: those that rounding learns from.
+        sequential: whether two models run.
+    """
+    widths = [step.shape[1] for step in steps if step.rounding == "preserve"]
+    if not widths:
+        return 0
+    waiting = FLOAT32_BYTES * tokens * (WAITING_WIDTHS * mode(widths) + max(widths))
+    models = 2 if sequential else 1
+    layers: Counter[str] = Counter()
+    outside = 0  # embeddings, output matrix
+    for step in steps:
+        layer = re.match(r".*?\.\d+\.", step.name)
+        if layer is None:
+            outside = max(outside, math.prod(step.shape))
+        else:
+            layers[layer[0]] += math.prod(step.shape)
+    # The base is judged, too, when the other two still have the layer.
+    layer_values = (models + 1) * max(layers.values(), default=0) + MATRICES * max(widths) ** 2
+    return models * waiting + FLOAT32_BYTES * max(layer_values, 2 * outside)
 
 
 def block_entries(steps: tuple[Step, ...], max_memory: str, workers: int) -> int:

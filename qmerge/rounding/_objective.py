@@ -2,7 +2,7 @@
 
 It weighs errors by the layer's inputs and by the input directions that the adapter reads.
 
-    H = E[x xᵀ] / mean diagonal          x: inputs of the layer in the model as merged so far
+    H = E[x xᵀ]                          x: inputs of the layer in the model as merged so far
     P = V diag(s²/s₁²) Vᵀ                 delta = U diag(s) Vᵀ: inputs that the adapter reads, by how much it writes
     K = H + READ · tr(Vᵀ H V) / R · P + damping
 
@@ -51,7 +51,7 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Statistics of one weight's inputs, from calibration.
+    """Statistics of one weight's inputs, from calibration. All three expectations are at the same scale, whatever it is.
 
     Attributes:
         hessian_II: float32 E[x̃ x̃ᵀ], with x̃ the inputs in the model as merged so far (in the unmerged one, if not sequential).
@@ -141,7 +141,9 @@ def make_objective(
         directions: u [O, R], s [R], v [I, R] of the delta; None for a delta without singular directions.
         columns: I.
     """
-    H_II = normalized_hessian(statistics, columns, device)
+    H_II = torch.eye(columns, device=device)
+    if statistics is not None and bool(statistics.hessian_II.any()):
+        H_II = statistics.hessian_II.to(device)
     K_II = H_II.clone()
     if directions is not None and bool(directions[1].any()):
         s_R = directions[1].to(device)
@@ -150,8 +152,9 @@ def make_objective(
         carries = s_R > NEGLIGIBLE * s_R.max()
         v_IR, s_R = v_IR[:, carries], s_R[carries]
         size = float(((H_II @ v_IR) * v_IR).sum()) / v_IR.shape[1]
-        K_II += read_factor(statistics) * size * (v_IR * (s_R / s_R.max()).square()) @ v_IR.T
-    K_II, damping = made_definite(K_II)
+        factor = read_factor(statistics) * size
+        K_II.addmm_(factor * (v_IR * (s_R / s_R.max()).square()), v_IR.T)
+    damping = make_definite(K_II)
     if statistics is None:
         return Objective(K_II, damping, hessian_II=None, correction_II=None, compensation_OI=None)
     return Objective(
@@ -164,18 +167,6 @@ def make_objective(
     )
 
 
-def normalized_hessian(statistics: InputStatistics | None, columns: int, device: torch.device) -> Tensor:
-    """float32 H [I, I] with a mean diagonal of 1; the identity without calibration, or where all inputs were 0."""
-    if statistics is None:
-        return torch.eye(columns, device=device)
-    hessian_II = statistics.hessian_II.to(device)
-    mean = float(hessian_II.diagonal().mean())
-    if mean > 0:
-        # With a mean diagonal of 1, factors and damping mean the same for every layer.
-        return hessian_II / mean
-    return torch.eye(columns, device=device)
-
-
 def read_factor(statistics: InputStatistics | None) -> float:
     """The factor of P, by what is known of the inputs."""
     if statistics is None:
@@ -183,13 +174,21 @@ def read_factor(statistics: InputStatistics | None) -> float:
     return READ if statistics.of_task else READ_OTHER
 
 
-def made_definite(K_II: Tensor) -> tuple[Tensor, float]:
-    """(K with damping, the damping that it took to have a Cholesky factor)."""
+def make_definite(K_II: Tensor) -> float:
+    """Damp K, in place, so that it has a Cholesky factor.
+
+    Returns:
+        The damping that it took.
+    """
     # K is a sum of positive terms, but in float32 it may have eigenvalues just below 0.
+    undamped_I = K_II.diagonal().clone()
+    mean = float(undamped_I.mean())
     damping = DAMPING
-    while damping < MOST_DAMPING and upper_factor(damped(K_II, damping)) is None:
+    K_II.diagonal().add_(damping * mean)
+    while damping < MOST_DAMPING and upper_factor(K_II) is None:
         damping *= 10
-    return damped(K_II, damping), damping
+        K_II.diagonal().copy_(undamped_I + damping * mean)
+    return damping
 
 
 def upper_factor(K_II: Tensor) -> Tensor | None:

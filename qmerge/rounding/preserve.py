@@ -41,11 +41,13 @@ class Preserve(Rounding):
         nearest_IO = grid.decode(grid.nearest(values_OI, context.base_codes_OI)).T.contiguous()
         aim_IO = objective.aim(toward_original(values_OI, context), context.rows).T.contiguous()
         sweeps = context.effort.sweeps
-        first_order, *others = column_orders(objective.K_II, context.effort.orders)
-        first = in_order(first_order, aim_IO, objective, grid)
-        nearest_O = squared_error(nearest_IO[first_order], first)
-        best_IO, best_O = solve(first, nearest_IO, nearest_O, sweeps)
+        # The best of the single orders comes last: its problem is needed again.
+        first, *others = reversed(column_orders(objective.K_II, context.effort.orders))
+        problem = in_order(first, aim_IO, objective, grid)
+        nearest_O = squared_error(nearest_IO[first], problem)
+        best_IO, best_O = solve(problem, nearest_IO, nearest_O, sweeps)
         for columns in others:
+            del problem  # there is memory for one
             problem = in_order(columns, aim_IO, objective, grid)
             levels_IO, error_O = solve(problem, nearest_IO, nearest_O, sweeps)
             best_IO = torch.where(error_O < best_O, levels_IO, best_IO)
@@ -54,7 +56,7 @@ class Preserve(Rounding):
             delta_IO = context.delta_OI.T
             lost_by_nearest = 1 - share_along(delta_IO, nearest_IO - values_OI.T + delta_IO)
             best_IO = compensate_delta_loss(
-                best_IO, delta_IO, nearest_O, problem=first, unseen_loss=objective.unseen_loss * lost_by_nearest
+                best_IO, delta_IO, nearest_O, problem=problem, unseen_loss=objective.unseen_loss * lost_by_nearest
             )
         # The levels are on the grid: this finds their codes, the base's own where several codes have one value.
         return grid.nearest(best_IO.T.contiguous(), context.base_codes_OI)

@@ -93,8 +93,13 @@ def second_moments(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: (x := torch.cat(xs)).T @ x / len(x) for name, xs in seen.items()}
 
 
+def mean_diagonal(moment_II: Tensor) -> float:
+    return float(moment_II.diagonal().mean())
+
+
 def same(found: Tensor, expected: Tensor) -> None:
-    """Sums of 144 float32 products, in another order."""
+    """Sums of 144 float32 products, in another order, at the scale where the mean diagonal is 1."""
+    expected = expected / mean_diagonal(expected)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -182,7 +187,7 @@ def test_later_groups_see_what_was_stored(
                 assert found.missing_OI is not None  # test_what_the_residual_stream_lacks
                 current.get_submodule(module).weight.data *= 0.9
                 continue
-            cross = (one - other).T @ other / len(other)
+            cross = (one - other).T @ other / len(other) / mean_diagonal(other.T @ other / len(other))
             torch.testing.assert_close(
                 found.cross_II, cross, rtol=1e-3, atol=2e-5 * float(found.hessian_II.abs().max())
             )
@@ -221,8 +226,9 @@ def test_what_the_residual_stream_lacks(
             missing += (torch.cat(whole[modules[0]]) - x) @ current.get_submodule(modules[0]).weight.T
             found = inputs[names[0]].missing_OI
             assert found is not None
-            scale = float(torch.cat(whole[stream]).abs().max() * x.abs().max())
-            torch.testing.assert_close(found, missing.T @ x / len(x), rtol=1e-3, atol=1e-5 * scale)
+            size = mean_diagonal(x.T @ x)
+            scale = float(torch.cat(whole[stream]).abs().max() * x.abs().max()) * len(x) / size
+            torch.testing.assert_close(found, missing.T @ x / size, rtol=1e-3, atol=1e-5 * scale)
         else:
             assert all(inputs[name].missing_OI is None for name in names)
         for module in modules:
@@ -351,9 +357,9 @@ def test_experts_that_see_little_borrow() -> None:
     result = sums.statistics()
     shared_II = (12 * own[0] + 2 * own[1]) / 14
     assert [result[name].borrowed for name in names] == [0.0, 0.75, 1.0]
-    torch.testing.assert_close(result[names[0]].hessian_II, own[0])
-    torch.testing.assert_close(result[names[1]].hessian_II, 0.25 * own[1] + 0.75 * shared_II)
-    torch.testing.assert_close(result[names[2]].hessian_II, shared_II)
+    same(result[names[0]].hessian_II, own[0])
+    same(result[names[1]].hessian_II, 0.25 * own[1] + 0.75 * shared_II)
+    same(result[names[2]].hessian_II, shared_II)
 
 
 def test_infinite_inputs_are_an_error_that_names_the_weight() -> None:

@@ -11,13 +11,16 @@ from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.checkpoint import folder
+from qmerge.forecast.calibration import tokens_of_source
 from qmerge.forecast.kinds import predict_kinds
 from qmerge.forecast.original import original_gap
 from qmerge.forecast.predict import Survival
 from qmerge.forecast.preflight import target_warnings, warnings_about_original
+from qmerge.forecast.roundings import choose_roundings
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
 from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
 from qmerge.planning.inputs import Inputs, read_inputs
+from qmerge.planning.memory import calibration_memory
 from qmerge.planning.plan import Plan, make_run_context, plan_from
 from qmerge.recipe import Recipe
 from qmerge.report.describe.model import describe_storage
@@ -63,6 +66,8 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
         if target_given:
             prediction = predict_kinds(plan, context)
             predicted = prediction.survivals
+            if recipe.rounding == "auto":
+                plan, _ = choose_roundings(plan, predicted)
             described |= _describe_work(plan, predicted)
             described["predicted_from"]["weights"] = prediction.read
             relative_sizes = {survival.module: survival.relative_size for survival in predicted}
@@ -125,11 +130,20 @@ def _describe_work(plan: Plan, predicted: list[Survival]) -> dict[str, Any]:
         "bytes_out": plan.bytes_out,
         "shards": [shard.file for shard in plan.shards],
         "peak_memory": plan.peak_memory,
+        "calibration_memory": _calibration_memory(plan),
         "disk_free": free,
         "disk_needed": needed,
         "enough_disk": free >= needed,
         "weights": [_describe_step(step, survivals.get(step.label)) for step in plan.steps],
     }
+
+
+def _calibration_memory(plan: Plan) -> int:
+    settings = plan.calibration
+    if settings.source == "none":
+        return 0
+    tokens = tokens_of_source(settings.source, settings.tokens)
+    return calibration_memory(plan.steps, tokens, sequential=settings.sequential)
 
 
 def _describe_step(step: Step, survival: Survival | None) -> dict[str, Any]:

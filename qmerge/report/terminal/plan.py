@@ -55,10 +55,16 @@ def _work_lines(described: dict[str, Any]) -> list[str]:
     actions = ", ".join(f"{count} {action}" for action, count in described["actions"].items())
     written = f"writes {size_text(described['bytes_out'])} in {counted(len(described['shards']), 'file')}"
     enough = "enough" if described["enough_disk"] else "NOT ENOUGH"
+    memory = [
+        f"{size_text(described['peak_memory'])} for the weights being worked on",
+        "about 0.6 GB for the libraries",
+    ]
+    if described["calibration_memory"]:
+        memory.insert(1, f"about {described['calibration_memory'] / 1e9:.1f} GB for calibration")
     return [
         f"target   {described['target']}; weights: {actions}",
         f"disk     reads {size_text(described['bytes_in'])}, {written}; {size_text(described['disk_free'])} free: {enough}",
-        f"memory   {size_text(described['peak_memory'])} for the weights being worked on, about 0.6 GB for the libraries",
+        f"memory   {', '.join(memory)}",
     ]
 
 
