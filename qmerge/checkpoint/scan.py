@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -51,7 +52,7 @@ class Checkpoint:
                 return SAFETENSORS_NAMES[declared]
         return self.stored_dtype
 
-    @property
+    @cached_property
     def stored_dtype(self) -> str:
         """The most common float dtype of the dense weights, by bytes, whatever the config declares."""
         sizes: dict[str, int] = {"F32": 0}  # where all weights are quantized
@@ -69,6 +70,10 @@ class Checkpoint:
 
     def formats(self) -> dict[str, int]:
         """Name of a format → how many weights are stored in it."""
+        return self._formats
+
+    @cached_property
+    def _formats(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for weight in self.weights.values():
             counts[weight.format] = counts.get(weight.format, 0) + 1
