@@ -142,15 +142,23 @@ def test_in_memory_and_streamed_agree(planned: tuple[Any, Any], monkeypatch: pyt
         assert (one - control).abs().max() > 0.05
 
 
-def test_a_model_that_does_not_fit_is_read_once_per_token(
-    planned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_text_does_not_depend_on_free_memory(planned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run can be resumed when the memory that is free has changed."""
+    in_memory = written(planned, demo_starts(), tokens=16 * 32)
     monkeypatch.setattr(generate, "_fits", lambda layered: False)
-    monkeypatch.setattr(generate, "STREAMED_LENGTH", 4)
+    monkeypatch.delattr(generate._WholeModel, "next_logits")
+    assert torch.equal(in_memory, written(planned, demo_starts(), tokens=16 * 32))
+
+
+def test_large_models_write_shorter_sequences(planned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sequences grow together: a model is read once per token of one sequence."""
+    monkeypatch.setattr(generate, "LENGTH_OF_LARGE", 4)
+    assert written(planned, demo_starts()).shape == (8, 32)
+    monkeypatch.setattr(generate, "LARGE_MODEL", 10**6)
     lines: list[str] = []
     ids = written(planned, demo_starts(), report_progress=lines.append)
     assert ids.shape == (64, 4)
-    assert lines == [f"generating token {number} of 4, sequences 1 to 64 of 64" for number in (2, 3, 4)]
+    assert lines == [f"generating token {number} of 4, 64 sequences" for number in (2, 3, 4)]
 
 
 def test_samples_follow_the_probabilities() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+import qmerge.demo
+from qmerge.calibration import generate
 from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.recipe import make_recipe
@@ -29,6 +31,7 @@ from qmerge.run import merge_model as run_module
 from ..conftest import SERVER, Cli, snapshot
 from ..models import edit_json
 
+DEMO = Path(qmerge.demo.__file__).parent
 TOKENIZER = {"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{}", "LICENSE": "Do as you like.\n"}
 
 
@@ -319,6 +322,25 @@ def test_a_spoiled_journal_costs_work_but_no_bytes(job: Job, spoiled: bytes, cli
 def test_a_journal_whose_first_line_is_cut(job: Job) -> None:
     out = job.killed(job.moment("journal run"), "half")
     assert contents(job.resumed(out)) == job.whole
+
+
+def test_a_default_run_goes_on_when_less_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter model writes the same text, whether it fits into memory or not."""
+    settings = {"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter"), "target": "nf4", "device": "cpu"}
+    settings |= {"rounding": "preserve", "calibration_tokens": 768, "sequence_length": 96, "out": str(tmp_path / "out")}
+    run_module.merge(make_recipe(settings))
+    undisturbed = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Journal, "file_done", _interrupted)
+        run_module.merge(make_recipe(settings))
+    monkeypatch.setattr(generate, "_fits", lambda layered: False)
+    run_module.merge(make_recipe(settings), resume=True)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # --- what must be the same -------------------------------------------------------------------------------------------
