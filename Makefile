@@ -1,7 +1,8 @@
-# Two commands for a machine with python3 (3.10 or later) and make:
+# Three commands for a machine with python3 (3.10 or later) and make:
 #
 #   make demo   install into .venv, merge a small trained model, and show how much survives
 #   make test   install into .venv with the development tools, then lint, check types and run every test
+#   make bench  the same installation, then time and memory next to other tools (BENCH=--small for a quick look)
 #
 # PYTHON=python3.12 chooses another interpreter, VENV=dir another folder, PIP="uv pip" another installer, JOBS=4 the number
 # of processes that run tests. torch is installed first, in the version of constraints.txt; if .venv already has a build of
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export GPTQMODEL_CPU_WORKERS ?= 2  # gptqmodel 7.6 does not start on two cores otherwise
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -34,6 +35,9 @@ test: $(VENV)/installed-dev
 	$(BIN)/python tools/style_report.py --check
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile
 	$(PYTEST) -m slow
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/speed.py $(BENCH)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -34,6 +34,7 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update
 from qmerge.weights.context import RunContext
+from qmerge.weights.parallel import cpu_threads, in_order, keep_freed_memory, one_torch_thread
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.values import OpenSource, open_source, open_weight
 
@@ -107,10 +108,22 @@ def convert_or_merge(
     step: Step, sink: TensorSink, context: RunContext, inputs: InputStatistics | None
 ) -> Outcome | None:
     """base → + delta → the target's grid → codes → bytes, some rows at a time. A conversion has no delta to measure."""
-    work = open_step(step, context, inputs)
+    if uses_block_threads(step, context):
+        keep_freed_memory()
+        with one_torch_thread():
+            return round_weight(step, sink, context, inputs, threads=blocks_at_once(context))
+    return round_weight(step, sink, context, inputs, threads=1)
+
+
+def round_weight(
+    step: Step, sink: TensorSink, context: RunContext, inputs: InputStatistics | None, *, threads: int
+) -> Outcome | None:
+    """The same, with so many row blocks at once."""
+    work = open_step(step, context, inputs, threads)
     codes_sink = CodesSink(step, work.target, sink)
     measurement = Measurement(work)
-    for rows in row_blocks(step, entries_per_block(step, context)):
+
+    def round_block(rows: Rows) -> RoundedBlock:
         # Dequantize, and add the delta in float32.
         block = read_block(work, rows)
         # Round. This happens once, however many adapters there are.
@@ -118,8 +131,11 @@ def convert_or_merge(
         # Decode what was rounded, so that the measured values are those that a loader will read.
         stored_OI = block.grid.decode(codes_OI)
         work.target.check_range(stored_OI, block.merged_OI, step.name)
-        codes_sink.append(codes_OI)
-        measurement.add(block, codes_OI, stored_OI)
+        return RoundedBlock(block, codes_sink.pack(codes_OI), measurement.sums(block, codes_OI, stored_OI))
+
+    for rounded in in_order(round_block, row_blocks(step, entries_per_block(step, context)), threads):
+        codes_sink.append(rounded.packed)
+        measurement.add(rounded)
     codes_sink.finish()
     write_scales(work, sink)
     return measurement.outcome(inputs)
@@ -161,7 +177,16 @@ class Block:
     kept_codes_OI: Tensor | None
 
 
-def open_step(step: Step, context: RunContext, inputs: InputStatistics | None) -> Work:
+@dataclass(frozen=True)
+class RoundedBlock:
+    """Some rows after rounding: ``packed`` for the disk, and measured (None without an update)."""
+
+    block: Block
+    packed: Tensor
+    sums: Sums | None
+
+
+def open_step(step: Step, context: RunContext, inputs: InputStatistics | None, threads: int = 1) -> Work:
     """Open the source, and settle the grid and the objective for the whole weight."""
     source = open_source(step, context)
     update = step.update.to(context.device) if step.update else None
@@ -176,7 +201,7 @@ def open_step(step: Step, context: RunContext, inputs: InputStatistics | None) -
         source=source,
         target=get_target(step.target),
         update=update,
-        grid=choose_grid(step, source, update, context=context, inputs=inputs),
+        grid=choose_grid(step, source, update, context=context, inputs=inputs, threads=threads),
         objective=objective,
         rounding=rounding,
     )
@@ -234,6 +259,17 @@ def entries_per_block(step: Step, context: RunContext) -> int:
     return context.block_entries
 
 
+def uses_block_threads(step: Step, context: RunContext) -> bool:
+    """Whether row blocks are small, one for each core. Those of ``preserve`` and of a GPU are large, one after the other."""
+    return step.rounding != "preserve" and context.device.type == "cpu"
+
+
+def blocks_at_once(context: RunContext) -> int:
+    """Row blocks to work on at once: one for each core, as far as they take no more memory than one of the largest blocks."""
+    fitting = context.block_entries // CACHED_ENTRIES - 1  # one more waits to be written
+    return max(1, min(fitting, cpu_threads()))
+
+
 def cached_entries(context: RunContext) -> int:
     """Values per row block for work that goes over each of them a few times."""
     if context.device.type == "cpu":
@@ -245,7 +281,13 @@ def cached_entries(context: RunContext) -> int:
 
 
 def choose_grid(
-    step: Step, source: OpenSource, update: Update | None, *, context: RunContext, inputs: InputStatistics | None
+    step: Step,
+    source: OpenSource,
+    update: Update | None,
+    *,
+    context: RunContext,
+    inputs: InputStatistics | None,
+    threads: int = 1,
 ) -> Grid:
     """The grid of the whole weight: the base's where it is kept, else a fresh one.
 
@@ -261,9 +303,11 @@ def choose_grid(
     scales = [torch.empty(0, device=context.device)]  # a dense target has no scales
     if target.info.is_quantized:
         # The scales come from all rows, so the weight is read twice; keeping it would take the memory of a whole weight.
-        for rows in row_blocks(step, cached_entries(context)):
+        def scales_of(rows: Rows) -> Tensor:
             merged_OI = add_delta(step, source.base.values(rows), update, rows)
-            scales.append(target.scales(merged_OI, step.options, inputs_I))
+            return target.scales(merged_OI, step.options, inputs_I)
+
+        scales += in_order(scales_of, row_blocks(step, cached_entries(context)), threads)
     return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
 
 
@@ -326,12 +370,12 @@ class Measurement:
         self._sums: Sums | None = None
         self._pairs = pair_stats(work.update)
 
-    def add(self, block: Block, codes_OI: Tensor, stored_OI: Tensor) -> None:
+    def sums(self, block: Block, codes_OI: Tensor, stored_OI: Tensor) -> Sums | None:
         """Compare base, merged and stored values of some rows."""
         update = self._work.update
         objective = self._work.objective
         if update is None:
-            return
+            return None
         base_codes_OI = block.kept_codes_OI
         if base_codes_OI is None:
             # A fresh grid is that of the merged values: the base's codes on it are compared to count changed codes.
@@ -348,9 +392,15 @@ class Measurement:
             update=update,
             hessian_II=objective.hessian_II if objective else None,
         )
-        self._sums = added(self._sums, sums_of(merged_rows))
+        return sums_of(merged_rows)
+
+    def add(self, rounded: RoundedBlock) -> None:
+        """Add the sums of the next rows."""
+        if rounded.sums is None:
+            return
+        self._sums = added(self._sums, rounded.sums)
         if self._pairs:
-            self._pairs.add(block.base_OI, block.rows)
+            self._pairs.add(rounded.block.base_OI, rounded.block.rows)
 
     def outcome(self, inputs: InputStatistics | None) -> Outcome | None:
         """The sums over all rows; None without an update."""
@@ -383,12 +433,15 @@ class CodesSink:
         self._name = codes_name(step, target)
         self._waiting: list[Tensor] = []
 
-    def append(self, codes_OI: Tensor) -> None:
-        """The codes of the next rows."""
+    def pack(self, codes_OI: Tensor) -> Tensor:
+        """The codes of some rows as they are on disk."""
         codes = codes_OI
         if self._step.source.conv1d and self._target.info.is_dense:
             codes = codes_OI.T  # a dense Conv1D is stored as [I, O]; its one block has all rows
-        packed = self._target.pack(codes, self._step.options)
+        return self._target.pack(codes, self._step.options)
+
+    def append(self, packed: Tensor) -> None:
+        """Write the packed codes of the next rows."""
         if self._target.info.row_axis == 0:
             self._sink.append(self._name, packed)
         else:

@@ -1,0 +1,98 @@
+"""Row blocks of one weight at once, in threads of this process: torch, numba and file reads release Python's lock.
+
+torch itself divides every operation among threads that then wait for one another. For small blocks that costs more than it
+gains, and on a busy machine many times more. So each block is worked on by one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+from qmerge.types import Rows
+
+T = TypeVar("T")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's settings (malloc.h)."""
+
+
+@cache
+def cpu_threads() -> int:
+    """Threads that this process may use: torch's number of them, before anything here has changed it."""
+    return torch.get_num_threads()
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Keep some freed memory for the next block, where the C library is glibc.
+
+    By default glibc gives arrays of 1 MB back to the system and asks for them again: a quarter of a merge's CPU time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # musl has none
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**26)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Inside, torch uses one thread for what the calling thread does."""
+    threads = cpu_threads()
+    # torch looks up its number of threads when a thread first needs it, which would undo an earlier setting.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) -> Iterator[T]:
+    """``work`` of every block, in the order of the blocks. As many as there are threads are worked on at once.
+
+    Raises:
+        Whatever the first failing block raised.
+    """
+    if threads == 1:
+        yield from map(work, blocks)
+        return
+    pool = _pool(threads)
+    running: deque[Future[T]] = deque()
+    try:
+        for rows in blocks:
+            running.append(pool.submit(work, rows))
+            # One more than there are threads, so that none waits while a result is taken.
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses no further ones; the calling thread has one, too."""
+    started = threading.Barrier(threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # see one_torch_thread
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="qmerge-blocks", initializer=start)
+    for _ in range(threads):
+        pool.submit(torch.get_num_threads)
+    started.wait()
+    return pool
