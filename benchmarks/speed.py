@@ -277,6 +277,7 @@ class Benchmark:
             return self.compared(name, "shard by shard", ours, script(SHARD_MERGE, model, adapter, self.out))
         merged = self.work / "merged"
         if not merged.exists():
+            shutil.rmtree(self.out, ignore_errors=True)
             run_process(ours)
             self.out.rename(merged)
         return self.compared(name, "copying", ours, script(COPY, model, merged, self.out))
