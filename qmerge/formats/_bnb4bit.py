@@ -45,6 +45,23 @@ from qmerge.types import SAFETENSORS_DTYPES, TORCH_DTYPES, Options, Parts, Rows,
 # Absmax values that share a scale with double quantization, as bitsandbytes writes it.
 NESTED_BLOCK_SIZE = 256
 
+# quantization_config of transformers, before anything is set (transformers 5.23, BitsAndBytesConfig).
+DEFAULT_CONFIG: Mapping[str, Any] = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "_load_in_4bit": False,
+    "_load_in_8bit": False,
+    "llm_int8_threshold": 6.0,
+    "llm_int8_skip_modules": None,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+}
+
 # torch dtypes of the tensor with the codes. (FSDP shards only tensors of one dtype, so their bytes may pose as another.)
 STORAGES = ("uint8", "int8", "bfloat16", "float16", "float32", "int32", "float8_e4m3fn")
 
@@ -251,12 +268,14 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
 def bitsandbytes_config(base: Mapping[str, Any], layout: ModuleLayout, **settings: Any) -> dict[str, Any]:
     """``quantization_config`` as transformers writes it, with the thresholds and the skip list of ``base``.
 
-    Without a list the loader has its own, which a written list replaces.
+    Without a list the loader has its own, which a written list replaces. The import of transformers' BitsAndBytesConfig
+    would take longer than the merge of a small model.
     """
-    from transformers import BitsAndBytesConfig
-
     kept = {name: base[name] for name in ("llm_int8_skip_modules", "llm_int8_threshold") if name in base}
     if layout.dense:
         listed = kept.get("llm_int8_skip_modules") or layout.skipped
         kept["llm_int8_skip_modules"] = [*listed, *layout.dense]
-    return dict(BitsAndBytesConfig(**kept, **settings).to_dict())
+    config = {**DEFAULT_CONFIG, **kept, **settings}
+    for name in ("load_in_4bit", "load_in_8bit"):
+        config[f"_{name}"] = config[name]
+    return config

@@ -5,8 +5,12 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
+from qmerge.formats import get_target
+from qmerge.formats._bnb4bit_find import Bnb4bitOptions
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid, code_table, scale_blocks, standard_quant_map
+from qmerge.formats.base import ModuleLayout, NoOptions
 
 NAMES = ["nf4", "fp4"]
 
@@ -14,6 +18,30 @@ NAMES = ["nf4", "fp4"]
 @pytest.mark.parametrize("name", NAMES)
 def test_standard_quant_map(name: str) -> None:
     assert torch.equal(standard_quant_map(name), bnb.get_4bit_type(name, device="cpu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("skipped", [None, ["lm_head"]])
+def test_config_is_that_of_transformers(name: str, dtype: str, skipped: list[str] | None) -> None:
+    options = Bnb4bitOptions(double_quant=dtype == "float16", quant_storage=dtype)
+    expected = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=name,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_quant_storage=dtype,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+        llm_int8_threshold=5.0,
+    )
+    base = {"llm_int8_skip_modules": skipped, "llm_int8_threshold": 5.0, "bnb_4bit_compute_dtype": f"torch.{dtype}"}
+    written = get_target(name).quantization_config(options, base, "bfloat16", ModuleLayout())
+    assert written == expected.to_dict()
+
+
+def test_int8_config_is_that_of_transformers() -> None:
+    written = get_target("int8").quantization_config(NoOptions(), {}, "bfloat16", ModuleLayout())
+    assert written == BitsAndBytesConfig(load_in_8bit=True).to_dict()
 
 
 @pytest.mark.parametrize("name", NAMES)
