@@ -140,7 +140,7 @@ class Int8(TargetFormat[NoOptions]):
     def target_warnings(self, options: NoOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         warning = (
             "int8: bitsandbytes quantizes the activations to int8, too, which no number here includes. On SmolLM2-135M the KL "
-            "ratio was 0.073 as it runs, but 0.019 by the stored values. Test the model on your task; w8a16 and bf16 leave "
+            "ratio was 0.063 as it runs, but 0.004 by the stored values. Test the model on your task; w8a16 and bf16 leave "
             "activations alone"
         )
         return [warning]
