@@ -112,7 +112,7 @@ def test_loaders_of_int8_quantize_activations(cli: Cli, nf4: Path, lora: Path, t
     inputs = ("--base", nf4, "--adapter", lora, "--device", "cpu")
     every = cli("plan", *inputs)
     assert re.search(r"fp8.*int8.*: loaders quantize activations, too", every.out.replace("w8a8, ", "")), every.out
-    as_it_runs = "KL ratio was 0.073 as it runs, but 0.019 by the stored values"
+    as_it_runs = "KL ratio was 0.063 as it runs, but 0.004 by the stored values"
     assert as_it_runs not in every.err
     assert as_it_runs in cli("plan", *inputs, "--target", "int8").err
     assert as_it_runs not in cli("plan", *inputs, "--target", "w8a16").err
