@@ -34,7 +34,8 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update
 from qmerge.weights.context import RunContext
-from qmerge.weights.parallel import cpu_threads, in_order, keep_freed_memory, one_torch_thread
+from qmerge.weights.heap import keep_freed_memory
+from qmerge.weights.parallel import cpu_threads, in_order, one_torch_thread
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.values import OpenSource, open_source, open_weight
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qmerge.calibration.forward import LayerCall, pausing_forward
-from qmerge.calibration.heap import release_freed_memory
 from qmerge.checkpoint.architecture import empty_model
 from qmerge.checkpoint.conversion import Conversion
 from qmerge.errors import CheckpointError
+from qmerge.weights.heap import release_freed_memory
 
 Values = Callable[[str], Tensor]
 """Name of a weight on disk → its float32 values, in the shape of a dense checkpoint."""

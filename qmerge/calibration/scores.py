@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration.forward import ForwardPass, LayerCall
-from qmerge.calibration.heap import release_freed_memory
 from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun
 from qmerge.schema import FidelityRecord, TextKind
+from qmerge.weights.heap import release_freed_memory
 
 POSITIONS = 64
 """Token positions, over all sequences of a batch, whose logits are in memory at once. A few more where the sequences of a

@@ -31,7 +31,6 @@ from qmerge.calibration.capture import (
     without_expert_number,
 )
 from qmerge.calibration.forward import ForwardPass, LayerCall, pause
-from qmerge.calibration.heap import map_large_blocks
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import FinishedRun, finish_run, score_runs
 from qmerge.calibration.sums import InputSums
@@ -42,6 +41,7 @@ from qmerge.rounding.base import InputStatistics
 from qmerge.schema import FidelityRecord
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
+from qmerge.weights.heap import map_large_blocks
 
 
 class CalibratedGroup(NamedTuple):

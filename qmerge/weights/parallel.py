@@ -6,8 +6,6 @@ gains, and on a busy machine many times more. So each block is worked on by one 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,26 +20,11 @@ from qmerge.types import Rows
 
 T = TypeVar("T")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's settings (malloc.h)."""
-
 
 @cache
 def cpu_threads() -> int:
     """Threads that this process may use: torch's number of them, before anything here has changed it."""
     return torch.get_num_threads()
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Keep some freed memory for the next block, where the C library is glibc.
-
-    By default glibc gives arrays of 1 MB back to the system and asks for them again: a quarter of a merge's CPU time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:  # musl has none
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from qmerge.calibration.heap import release_freed_memory
+from qmerge.weights.heap import release_freed_memory
 
 ROOT = Path(__file__).parent.parent.parent
 
