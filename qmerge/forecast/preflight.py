@@ -21,6 +21,7 @@ from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
 from qmerge.types import Options
 from qmerge.weights.context import RunContext
+from qmerge.weights.parallel import one_torch_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,11 @@ def run_preflight(
         AdapterError: the adapter's deltas show that it was trained on other weights.
     """
     # A wrong base is an error, which comes before the predictions for it.
-    check_deltas(plan, context)
-    # Only auto chooses by the prediction, weight by weight.
-    settled = is_settled if rounding == "auto" else None
-    predicted = predict_kinds(plan, context, is_settled=settled).survivals
+    with one_torch_thread():  # for samples, more threads only wait for one another
+        check_deltas(plan, context)
+        # Only auto chooses by the prediction, weight by weight.
+        settled = is_settled if rounding == "auto" else None
+        predicted = predict_kinds(plan, context, is_settled=settled).survivals
     notes = target_notes(plan)
     reason = "as asked"
     if rounding == "auto":

@@ -21,6 +21,7 @@ from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
+from qmerge.weights.parallel import one_torch_thread
 
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 """An adapter with one of these files brings a tokenizer of its own."""
@@ -92,7 +93,8 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
         original = read_checkpoint(original_source.folder, reader, ranges)
     names = Names.of(base)
-    adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
+    with one_torch_thread():  # for many small tensors, more threads only wait for one another
+        adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
     return Inputs(
         base_source=base_source,
         adapter_sources=adapter_sources,
