@@ -15,7 +15,9 @@ reads float32 values; ``checkpoint/`` and ``safetensors_io/`` read and write fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +114,7 @@ def convert_or_merge(
     if uses_block_threads(step, context):
         keep_freed_memory()
         with one_torch_thread():
-            return round_weight(step, sink, context, inputs, threads=blocks_at_once(context))
+            return round_weight(step, sink, context, inputs, threads=blocks_at_once(step, context))
     return round_weight(step, sink, context, inputs, threads=1)
 
 
@@ -134,9 +136,10 @@ def round_weight(
         work.target.check_range(stored_OI, block.merged_OI, step.name)
         return RoundedBlock(block, codes_sink.pack(codes_OI), measurement.sums(block, codes_OI, stored_OI))
 
-    for rounded in in_order(round_block, row_blocks(step, entries_per_block(step, context)), threads):
-        codes_sink.append(rounded.packed)
-        measurement.add(rounded)
+    with closing(in_order(round_block, row_blocks(step, entries_per_block(step, context)), threads)) as rounded_blocks:
+        for rounded in rounded_blocks:
+            codes_sink.append(rounded.packed)
+            measurement.add(rounded)
     codes_sink.finish()
     write_scales(work, sink)
     return measurement.outcome(inputs)
@@ -265,9 +268,11 @@ def uses_block_threads(step: Step, context: RunContext) -> bool:
     return step.rounding != "preserve" and context.device.type == "cpu"
 
 
-def blocks_at_once(context: RunContext) -> int:
+def blocks_at_once(step: Step, context: RunContext) -> int:
     """Row blocks to work on at once: one for each core, as far as they take no more memory than one of the largest blocks."""
-    fitting = context.block_entries // CACHED_ENTRIES - 1  # one more waits to be written
+    block = next(iter(row_blocks(step, cached_entries(context))))  # the largest; blocks that span rows may be large
+    entries = max(CACHED_ENTRIES, len(block) * math.prod(step.shape[1:]))
+    fitting = context.block_entries // entries - 1  # one more waits to be written
     return max(1, min(fitting, cpu_threads()))
 
 

@@ -187,7 +187,7 @@ class CalibrationPass:
         for run in runs:
             run.model.load(index, run.model.names(index), run.values)
         layer = self._layer_groups(index, runs[0])
-        if layer.once:
+        if layer.groups and layer.once:
             yield from self._in_one_pass(index, layer, runs)
             return
         yield from self._in_repeated_passes(index, layer, runs)

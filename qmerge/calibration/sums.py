@@ -63,6 +63,8 @@ class InputSums:
         leader_of_input: dict[tuple[int, int], str] = {}
         for position, product in enumerate(merged):
             x = product.x
+            if not len(x):  # an expert without a token
+                continue
             leader = leader_of_input.setdefault((x.data_ptr(), len(x)), product.names[0])
             for name in product.names:
                 self.tokens[name] += len(x)

@@ -28,6 +28,7 @@ def nearest_codes(values: Tensor, absmax_B: Tensor, midpoints: tuple[float, ...]
         absmax_B: float32, one for every block of ``block_size`` values; the last block may be shorter.
         midpoints: between neighbouring levels, ascending; a value on a midpoint goes down.
     """
+    assert absmax_B.numel() * block_size >= values.numel(), "a block has no absmax"
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     edges = tuple(np.float32(midpoint) for midpoint in midpoints)
     _nearest_codes(values.numpy(), absmax_B.numpy(), edges, block_size, codes.numpy())
@@ -36,6 +37,7 @@ def nearest_codes(values: Tensor, absmax_B: Tensor, midpoints: tuple[float, ...]
 
 def decoded(codes: Tensor, absmax_B: Tensor, levels_L: Tensor, block_size: int) -> Tensor:
     """float32: the level of every code times the absmax of its block."""
+    assert absmax_B.numel() * block_size >= codes.numel(), "a block has no absmax"
     values = torch.empty(codes.numel(), dtype=torch.float32)
     _decode(codes.numpy(), absmax_B.numpy(), levels_L.numpy(), block_size, values.numpy())
     return values

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
@@ -21,9 +21,18 @@ from qmerge.types import Rows
 T = TypeVar("T")
 
 
-@cache
+_lock = threading.Lock()
+"""Of the two caches below: with ``--workers``, several threads come to them at once."""
+
+
 def cpu_threads() -> int:
     """Threads that this process may use: torch's number of them, before anything here has changed it."""
+    with _lock:
+        return _torch_threads()
+
+
+@cache
+def _torch_threads() -> int:
     return torch.get_num_threads()
 
 
@@ -40,7 +49,7 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) -> Iterator[T]:
+def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) -> Generator[T, None, None]:
     """``work`` of every block, in the order of the blocks. As many as there are threads are worked on at once.
 
     Raises:
@@ -49,7 +58,8 @@ def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) ->
     if threads == 1:
         yield from map(work, blocks)
         return
-    pool = _pool(threads)
+    with _lock:
+        pool = _pool(threads)
     running: deque[Future[T]] = deque()
     try:
         for rows in blocks:
@@ -62,6 +72,7 @@ def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) ->
     finally:
         for future in running:
             future.cancel()
+        wait(running)  # the files that the blocks read may be closed next
 
 
 @cache

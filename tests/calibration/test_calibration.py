@@ -369,6 +369,17 @@ def test_infinite_inputs_are_an_error_that_names_the_weight() -> None:
         sums.statistics()
 
 
+def test_experts_with_empty_inputs_share_nothing() -> None:
+    """Empty tensors have the same address."""
+    names = [f"layer.experts.{e}.w1.weight" for e in range(2)]
+    sums = InputSums(names, torch.device("cpu"))
+    sums.add(None, [MatrixProduct((name,), torch.zeros(0, 8)) for name in names])
+    sums.add(None, [MatrixProduct((names[0],), torch.eye(8)), MatrixProduct((names[1],), torch.ones(16, 8))])
+    result = sums.statistics()
+    same(result[names[0]].hessian_II, torch.eye(8))
+    same(result[names[1]].hessian_II, torch.ones(8, 8))
+
+
 def test_an_expert_with_an_empty_input_has_nothing_to_lend() -> None:
     names = [f"layer.experts.{e}.w1.weight" for e in range(2)]
     sums = InputSums(names, torch.device("cpu"))
@@ -389,6 +400,19 @@ def test_the_report_says_which_experts_borrowed(tmp_path: Path) -> None:
     report = qmerge.merge(base=str(base), adapter=str(lora), out=str(tmp_path / "out"), quiet=True, **asked)
     seen = [w.calibration for w in report.data.weights if w.calibration]
     assert len(seen) == 12 and any(s.borrowed > 0 for s in seen) and all(0 <= s.borrowed <= 1 for s in seen)
+
+
+@pytest.mark.parametrize("untouched", [0, 1, 3])
+def test_layers_that_the_adapter_leaves_alone(untouched: int, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shutil.copy(DEMO / "adapter" / "adapter_config.json", adapter)
+    factors = load_file(DEMO / "adapter" / "adapter_model.safetensors")
+    others = {name: values for name, values in factors.items() if f".layers.{untouched}." not in name}
+    assert 0 < len(others) < len(factors)
+    save_file(others, adapter / "adapter_model.safetensors")
+    report = qmerge.merge(**asked(tmp_path / "out", adapter=str(adapter)))
+    assert report.kl_ratio is not None and report.kl_ratio < 0.1
 
 
 # --- from end to end -------------------------------------------------------------------------------------------------

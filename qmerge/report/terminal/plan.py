@@ -56,8 +56,8 @@ def _work_lines(described: dict[str, Any]) -> list[str]:
     written = f"writes {size_text(described['bytes_out'])} in {counted(len(described['shards']), 'file')}"
     enough = "enough" if described["enough_disk"] else "NOT ENOUGH"
     memory = [
-        f"{size_text(described['peak_memory'])} for the weights being worked on",
-        "about 0.6 GB for the libraries",
+        f"{size_text(described['peak_memory'])} for weights",
+        "about 0.6 GB for libraries",
     ]
     if described["calibration_memory"]:
         memory.insert(1, f"about {described['calibration_memory'] / 1e9:.1f} GB for calibration")
