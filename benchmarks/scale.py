@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from qmerge.planning.memory import MATRICES
+
 BITS_NF4 = 4 + 32 / 64  # a code per weight, and a float32 scale per block of 64
 BITS_BF16 = 16
 FLOAT32 = 4
@@ -125,7 +127,8 @@ def show_times(rate: float, processes: int) -> None:
 
 
 def show_preserve(tokens: int) -> None:
-    columns = "layer | rounding | all layers | widest matrix of inputs | four of them | layer, float32 | hidden states"
+    columns = "layer | rounding | all layers | widest matrix of inputs"
+    columns += f" | {MATRICES} of them | layer, float32 | hidden states"
     print(f"\n| preserve, {tokens:,} tokens | {columns} |")
     print("|---|---|---|---|---|---|---|---|")
     for model in MODELS:
@@ -135,7 +138,7 @@ def show_preserve(tokens: int) -> None:
         widest = max(inputs for _, layer in model.layers for _, inputs, _ in layer)
         matrix = FLOAT32 * widest**2
         states = 2 * FLOAT32 * tokens * model.hidden
-        sizes = [matrix, 4 * matrix, FLOAT32 * weights(shapes), states]
+        sizes = [matrix, MATRICES * matrix, FLOAT32 * weights(shapes), states]
         rounding = preserve_seconds(shapes, tokens)["rounding"] / per_layer[-1]
         cells = [
             duration(per_layer[-1]),

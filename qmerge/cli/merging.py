@@ -71,7 +71,7 @@ def finalize_command(
     try:
         report = run.finalize(out, progress)
     except KeyboardInterrupt as cause:
-        raise StoppedError("interrupted. The parts are as they were; the same command starts again.") from cause
+        raise StoppedError("interrupted. All parts are kept; the same command goes on.") from cause
     recipe = make_recipe({**report.recipe, "out": str(out)})
     _end_merge(report, recipe, None, json=json, progress=progress)
 

@@ -17,7 +17,7 @@ from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal, JournalContent, first_difference, parts_begun, read_journal
 from qmerge.checkpoint.parts import Part, name_of_part
-from qmerge.errors import InputError, NumbersError, RecipeError, listed
+from qmerge.errors import InputError, NumbersError, QmergeError, RecipeError, listed
 from qmerge.pipeline import Outcome
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Device, Recipe, make_recipe
@@ -42,6 +42,9 @@ DIFFERS_BETWEEN_PARTS = ("input",)
 DIFFERS_IN_FINALIZE = ("input", "device")
 """The same for the process that completes the model: it computes no weight."""
 
+MOST_LISTED = 20
+"""Missing parts that an error line names."""
+
 
 def merge_part(recipe: Recipe, part: Part, resume: bool = False, progress: Progress | None = None) -> list[str]:
     """Merge the weights of one part into the output folder.
@@ -58,6 +61,8 @@ def merge_part(recipe: Recipe, part: Part, resume: bool = False, progress: Progr
     """
     progress = progress or NoProgress()
     check_recipe_for_parts(recipe)
+    if not resume:
+        _check_not_complete(recipe, part)
     with Reader() as reader:
         run = prepare(recipe, reader, resume=resume, progress=progress, part=part)
         files = [shard.file for shard in run.shards]
@@ -87,6 +92,23 @@ def check_recipe_for_parts(recipe: Recipe) -> None:
     for name, reason in reasons.items():
         if getattr(recipe, name) is not None:
             raise RecipeError(f"--{name} cannot be done in parts (--shard, --workers ray): {reason}")
+
+
+def _check_not_complete(recipe: Recipe, part: Part) -> None:
+    """Check that this part is still to be written; whether it was begun is checked later.
+
+    Raises:
+        RecipeError: it is complete.
+    """
+    if recipe.out is None:
+        return
+    out = Path(recipe.out).expanduser()
+    journal = out / name_of_part(JOURNAL, part)
+    if journal.is_file() and _is_complete(out, read_journal(journal)):
+        raise RecipeError(
+            f"--shard {part}: this part is complete in {out}: run the parts that are missing, then qmerge finalize {out}; for "
+            f"another recipe use another folder"
+        )
 
 
 def _write_part(run: Run, part: Part, files: list[str], resume: bool) -> None:
@@ -121,8 +143,8 @@ def finalize(out: Path, progress: Progress | None = None) -> ReportData:
     progress = progress or NoProgress()
     parts = _parts_in(out)
     with _locked(out, parts):
-        if (out / "config.json").exists():
-            # It is written last: an earlier call was interrupted when the model was complete.
+        if len(parts) < parts[0].count:
+            # They are removed last: an earlier call was interrupted when the model was complete, and judged.
             _remove_journals(out, parts)
             return ReportData.model_validate_json((out / REPORT_NAME).read_bytes())
         contents = read_parts(out, parts)
@@ -148,12 +170,19 @@ def complete_from_parts(run: Run, contents: Sequence[JournalContent]) -> ReportD
 
     Raises:
         RecipeError: the inputs are no longer those of the parts.
+        QmergeError: the model cannot be judged. It is complete.
     """
+    parts = _numbered(len(contents))
     try:
         report = complete_model(run, _written(run, contents))
-        _remove_journals(run.out, _numbered(len(contents)))
         if run.recipe.verify:
-            report = add_fidelity(report, run, Path(run.recipe.verify).expanduser())
+            try:
+                report = add_fidelity(report, run, Path(run.recipe.verify).expanduser())
+            except QmergeError:  # as in a merge: the model stays
+                _remove_journals(run.out, parts)
+                raise
+        # Last, so that the same command goes on after an interruption.
+        _remove_journals(run.out, parts)
         return report
     finally:
         run.progress.end()
@@ -168,12 +197,10 @@ def read_parts(out: Path, parts: Sequence[Part]) -> list[JournalContent]:
     contents = [read_journal(out / name_of_part(JOURNAL, part)) for part in parts]
     unfinished = []
     for part, content in zip(parts, contents, strict=True):
-        if not content.first or not all(_is_whole(out, file, content) for file in content.first["part"]["files"]):
-            unfinished.append(str(part))
+        if not _is_complete(out, content):
+            unfinished.append(part)
     if unfinished:
-        raise RecipeError(
-            f"{out}: not finished: --shard {listed(unfinished)}; run the same command for each again, with --resume"
-        )
+        raise RecipeError(f"{out}: {_to_run(unfinished, 'not finished', ' --resume')}")
     first = contents[0].first["run"]
     for part, content in zip(parts, contents, strict=True):
         difference = _difference(first, content.first["run"], DIFFERS_BETWEEN_PARTS)
@@ -183,6 +210,24 @@ def read_parts(out: Path, parts: Sequence[Part]) -> list[JournalContent]:
                 f"versions and kind of device: start again in an empty folder"
             )
     return contents
+
+
+def _is_complete(out: Path, content: JournalContent) -> bool:
+    """Whether all files of a part are whole."""
+    return bool(content.first) and all(_is_whole(out, file, content) for file in content.first["part"]["files"])
+
+
+def _to_run(parts: Sequence[Part], state: str, more: str = "") -> str:
+    """What is wrong with some parts, and how to write them, in words.
+
+    Args:
+        state: what they are, such as ``missing``.
+        more: further options of the command.
+    """
+    if len(parts) == 1:
+        return f"part {parts[0]} is {state}: run your merge command with --shard {parts[0]}{more}"
+    names = listed([str(part) for part in parts], most=MOST_LISTED)
+    return f"parts {names} are {state}: run your merge command for each, such as --shard {parts[0]}{more}"
 
 
 def _is_whole(out: Path, file: str, content: JournalContent) -> bool:
@@ -200,7 +245,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], ignored: Colle
 
 
 def _parts_in(out: Path) -> list[Part]:
-    """All parts of the run in a folder.
+    """All parts of the run in a folder; of a complete model, those whose journals are still to be removed.
 
     Raises:
         RecipeError: some were not begun, or there are none.
@@ -217,11 +262,11 @@ def _parts_in(out: Path) -> list[Part]:
             f"empty folder"
         )
     parts = _numbered(counts[0])
-    missing = [str(part) for part in parts if part not in begun]
-    if (out / "config.json").exists():  # the model is complete: these journals were removed already
+    missing = [part for part in parts if part not in begun]
+    if missing and (out / "config.json").exists():  # the model is complete: these journals were removed already
         return begun
     if missing:
-        raise RecipeError(f"{out}: not begun: --shard {listed(missing)}; run the same command for each")
+        raise RecipeError(f"{out}: {_to_run(missing, 'missing')}")
     return parts
 
 

@@ -58,9 +58,11 @@ def merge_with_ray(recipe: Recipe, resume: bool = False, progress: Progress | No
         with discarding(run, parts), folder.locked(run.out), connected(ray):
             try:
                 run_tasks(run, parts)
-                return complete_from_parts(run, read_parts(run.out, parts))
             finally:
                 progress.end()
+        # The weights are all written: from here on nothing is discarded.
+        with folder.locked(run.out):
+            return complete_from_parts(run, read_parts(run.out, parts))
 
 
 def import_ray() -> Any:

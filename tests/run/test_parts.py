@@ -16,8 +16,9 @@ import torch
 
 from qmerge import run
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name, read_part
-from qmerge.errors import RecipeError
+from qmerge.errors import InputError, RecipeError
 from qmerge.recipe import make_recipe
+from qmerge.run import merge_model
 
 from .. import models
 from ..conftest import Cli, snapshot
@@ -164,9 +165,10 @@ def refused(ran: Any, out: Path, before: Mapping[str, str], *words: str) -> None
 def test_a_missing_part(settings: dict[str, Any], whole: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "out"
     write_part(settings, out, 1)
-    refused(cli("finalize", out), out, snapshot(out), "not begun: --shard 2/3, 3/3")
-    for number in (2, 3):
-        write_part(settings, out, number)
+    refused(cli("finalize", out), out, snapshot(out), "parts 2/3, 3/3 are missing: run", "--shard 2/3")
+    write_part(settings, out, 3)
+    refused(cli("finalize", out), out, snapshot(out), "part 2/3 is missing: run your merge command with --shard 2/3")
+    write_part(settings, out, 2)
     assert cli("finalize", out).code == 0
     assert contents(out) == whole
 
@@ -181,13 +183,17 @@ def test_an_unfinished_part(settings: dict[str, Any], whole: dict[str, Any], par
         os.truncate(file, file.stat().st_size // 2)
     else:
         journal.write_text("\0" * 100 + journal.read_text())
-    refused(cli("finalize", parts), parts, snapshot(parts), "not finished: --shard 2/3", "--resume")
+    refused(cli("finalize", parts), parts, snapshot(parts), "part 2/3 is not finished", "--shard 2/3 --resume")
     write_part(settings, parts, 2, resume=True)
     assert cli("finalize", parts).code == 0
     assert contents(parts) == whole
 
 
 def test_a_part_that_was_begun_is_not_begun_again(settings: dict[str, Any], parts: Path, cli: Cli) -> None:
+    ran = cli(*arguments(settings, parts, "--shard", "2/3"))
+    refused(ran, parts, snapshot(parts), "--shard 2/3", "is complete", f"qmerge finalize {parts}")
+    journal = parts / name_of_part(".qmerge-journal.jsonl", Part(2, COUNT))
+    journal.write_text(journal.read_text().splitlines()[0] + "\n")
     ran = cli(*arguments(settings, parts, "--shard", "2/3"))
     refused(ran, parts, snapshot(parts), "--shard 2/3", "begun", "--resume")
 
@@ -236,6 +242,50 @@ def test_parts_of_different_runs(settings: dict[str, Any], tmp_path: Path, cli: 
         write_part(changed, out, 3)
         ran = cli("finalize", out)
     refused(ran, out, snapshot(out), words)
+
+
+@pytest.fixture
+def judged_parts(settings: dict[str, Any], tmp_path: Path) -> Path:
+    """An output folder with all parts of a run that ends with judging the model."""
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    out = tmp_path / "out"
+    for number in (1, 2):
+        write_part({**settings, "verify": str(text)}, out, number, 2)
+    return out
+
+
+def fail_with(error: BaseException) -> Callable[..., Any]:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return failing
+
+
+def weights_in(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("*.safetensors"))
+
+
+def test_interrupted_judging_is_done_again(judged_parts: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(merge_model, "fidelity", fail_with(KeyboardInterrupt()))
+        ran = cli("finalize", judged_parts)
+        assert "the same command goes on" in ran.err
+    assert (judged_parts / "config.json").exists()
+    judged = []
+    monkeypatch.setattr(merge_model, "fidelity", lambda *arguments, **options: judged.append(arguments))
+    run.finalize(judged_parts)
+    assert len(judged) == 1 and not list(judged_parts.glob(".qmerge*"))
+
+
+def test_the_model_stays_when_it_cannot_be_judged(
+    judged_parts: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_model, "fidelity", fail_with(InputError("no words")))
+    with pytest.raises(InputError, match="no words"):
+        run.finalize(judged_parts)
+    assert (judged_parts / "config.json").exists() and not list(judged_parts.glob(".qmerge*"))
+    assert weights_in(judged_parts) == sorted(name for name in whole if name.endswith(".safetensors"))
 
 
 def test_inputs_that_changed_before_finalize(settings: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
@@ -333,7 +383,7 @@ def test_a_killed_part_is_resumed(settings: dict[str, Any], whole: dict[str, Any
         shutil.rmtree(asked["out"])
         write_part(settings, tmp_path / "out", 1)
         assert finished(child(part_in_child, asked, 2, False, at, None)) == -signal.SIGKILL
-        with pytest.raises(RecipeError, match=r"not begun|not finished"):
+        with pytest.raises(RecipeError, match=r"missing|not finished"):
             run.finalize(tmp_path / "out")
         for number in (2, 3):
             write_part(settings, tmp_path / "out", number, resume=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from qmerge import run
-from qmerge.errors import NumbersError, RecipeError, RoomError
+from qmerge.checkpoint.parts import Part
+from qmerge.errors import InputError, NumbersError, RecipeError, RoomError
 from qmerge.patch import direct
 from qmerge.progress import NoProgress
 from qmerge.recipe import make_recipe
-from qmerge.run import ray_tasks
+from qmerge.run import merge_model, ray_tasks
+from qmerge.run.merge_model import Run
 from qmerge.run.parts import merge_part
 from qmerge.schema import ReportData
 
@@ -63,6 +66,35 @@ def test_a_task_that_fits_no_node_is_an_error() -> None:
         ray_tasks.task_options(FakeRun("cpu"), nodes(memory=4e9))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="no node of the Ray cluster has a GPU"):
         ray_tasks.task_options(FakeRun("cuda"), nodes(memory=8e9))  # type: ignore[arg-type]
+
+
+def test_an_error_in_judging_discards_no_weight(
+    settings: dict[str, Any], whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tasks run in this process, without Ray."""
+
+    def run_tasks(run: Run, parts: list[Part]) -> None:
+        for part in parts:
+            merge_part(run.recipe, part, resume=True)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise InputError("no words")
+
+    monkeypatch.setattr(ray_tasks, "import_ray", lambda: None)
+    monkeypatch.setattr(ray_tasks, "connected", lambda ray: nullcontext())
+    monkeypatch.setattr(ray_tasks, "run_tasks", run_tasks)
+    monkeypatch.setattr(merge_model, "fidelity", failing)
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    with pytest.raises(InputError, match="no words"):
+        merge({**settings, "verify": str(text)}, tmp_path / "out")
+    left = without_workers(tmp_path / "out")
+    files = [name for name in whole if name.endswith(".safetensors")]
+    assert (
+        len(files) > 1
+        and "config.json" in left
+        and {name: left[name] for name in files} == {name: whole[name] for name in files}
+    )
 
 
 # --- a cluster -------------------------------------------------------------------------------------------------------
