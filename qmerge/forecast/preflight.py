@@ -101,9 +101,8 @@ def run_preflight(
     if any(step.rounding == "preserve" for step in plan.rounded):
         if not may_calibrate and plan.calibration.source != "none":
             raise RecipeError(
-                f"rounding {rounding} cannot be done in parts (--shard, --workers ray): it takes preserve here ({reason}), whose "
-                f"calibration runs each layer on the layers before it; merge in one process, or give --rounding stochastic or "
-                f"--calibration none"
+                "add --rounding stochastic or --calibration none, or merge in one process: preserve with calibration cannot be "
+                f"done in parts (--shard, --workers ray), and rounding {rounding} takes it here"
             )
         calibration = prepare_calibration(plan, context, report_progress)
         if rounding == "auto" and calibration.tokens is None:

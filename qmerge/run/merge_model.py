@@ -100,9 +100,10 @@ def shards_of_part(plan: Plan, part: Part | None) -> tuple[Shard, ...]:
     if part is None:
         return plan.shards
     if part.count > len(plan.shards):
+        count = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
         raise RecipeError(
-            f"--shard {part}: the model has {len(plan.shards)} files (--max-shard-size {plan.recipe.max_shard_size}), and each "
-            f"part writes at least one; use fewer parts, or smaller files"
+            f"--shard {part}: --max-shard-size 500MB, for example, gives more files, or use fewer parts: the model has {count} "
+            f"(--max-shard-size {plan.recipe.max_shard_size}), and each part writes at least one"
         )
     mine = part.share({shard.file: shard.layout.most_bytes for shard in plan.shards})
     return tuple(shard for shard in plan.shards if shard.file in mine)
