@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py [--layers 18] [--runs 3] [--small] [--rows nf4 bf16 ...] [--work DIR]
 
-Every figure is that of a whole process, imports included: the median wall time of some runs, which take turns, and the peak
-resident memory. The model is a Llama of width 2048 with random weights in 4 shards (18 layers: 1.0 billion weights; --small: 2
-layers), the adapter a LoRA of rank 16 on all linear layers. Quote ratios of one run: absolute times depend on the machine.
+Every figure is that of a whole process, imports included: medians of some runs, which take turns, of wall time, CPU time and
+peak resident memory. The model is a Llama of width 2048 with random weights in 4 shards (18 layers: 1.0 billion weights;
+--small: 2 layers), the adapter a LoRA of rank 16 on all linear layers. Quote ratios of one run, on a shared machine those of
+CPU time: absolute times depend on the machine.
 
     quantizer  NF4 codes and absmax of a 4096 x 4096 weight, against bitsandbytes
     nf4        NF4 + LoRA to NF4, against peft (load, merge_and_unload, save)
@@ -41,7 +42,10 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
 }
 ROWS = ("quantizer", "nf4", "bf16", "dense", "workers", "memory")
-HEADER = "| row | against | qmerge: s | GB | other: s | GB | time, qmerge / other | memory |\n|---|---|---|---|---|---|---|---|"
+HEADER = (
+    "| row | against | qmerge: s | CPU s | GB | other: s | CPU s | GB | time, qmerge / other | CPU | memory |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 PEFT = """
 import sys, torch, warnings
@@ -224,9 +228,10 @@ def write_json(path: Path, content: object) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole process: wall time in seconds, peak resident memory in GB."""
+    """Of a whole process: wall and CPU time in seconds, peak resident memory in GB."""
 
     seconds: float
+    cpu: float
     gigabytes: float
 
 
@@ -239,7 +244,8 @@ def run_process(command: list[str]) -> Cost:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(errors.decode()[-2000:])
-    return Cost(time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9)  # Linux counts in kilobytes
+    seconds = time.monotonic() - started
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)  # Linux counts in kilobytes
 
 
 def script(text: str, *arguments: Path) -> list[str]:
@@ -275,7 +281,7 @@ class Benchmark:
         ours = self.merge(model, adapter, "bf16")
         if name == "dense":
             return self.compared(name, "shard by shard", ours, script(SHARD_MERGE, model, adapter, self.out))
-        merged = self.work / "merged"
+        merged = self.models / "merged"
         if not merged.exists():
             shutil.rmtree(self.out, ignore_errors=True)
             run_process(ours)
@@ -314,24 +320,32 @@ class Benchmark:
                 cost = run_process(command)
                 if run > 0:
                     found.append(cost)
-        (seconds, memory), (other_seconds, other_memory) = map(medians, costs)
-        return (
-            f"| {name} | {other_name} | {seconds:.1f} | {memory:.2f} | {other_seconds:.1f} | {other_memory:.2f} "
-            f"| {seconds / other_seconds:.2f} | {memory / other_memory:.2f} |"
-        )
+        mine, others = map(median, costs)
+        cells = [
+            *(name, other_name),
+            *(f"{mine.seconds:.1f}", f"{mine.cpu:.1f}", f"{mine.gigabytes:.2f}"),
+            *(f"{others.seconds:.1f}", f"{others.cpu:.1f}", f"{others.gigabytes:.2f}"),
+            f"{mine.seconds / others.seconds:.2f}",
+            f"{mine.cpu / others.cpu:.2f}",
+            f"{mine.gigabytes / others.gigabytes:.2f}",
+        ]
+        return f"| {' | '.join(cells)} |"
 
     def quantizer(self) -> str:
         """One thread each, in one process."""
         ran = subprocess.run(script(QUANTIZER), capture_output=True, text=True, check=True)
         ours, theirs = map(float, ran.stdout.split())
         rates = f"{4096**2 / ours / 1e6:.0f} and {4096**2 / theirs / 1e6:.0f} million weights/s"
-        return f"| quantizer | bitsandbytes | {ours:.3f} | | {theirs:.3f} | | {ours / theirs:.3f} | {rates} |"
+        return f"| quantizer | bitsandbytes: {rates} | {ours:.3f} | | | {theirs:.3f} | | | {ours / theirs:.3f} | | |"
 
 
-def medians(costs: list[Cost]) -> tuple[float, float]:
-    """The medians of time and of memory."""
-    seconds = statistics.median(cost.seconds for cost in costs)
-    return seconds, statistics.median(cost.gigabytes for cost in costs)
+def median(costs: list[Cost]) -> Cost:
+    """The medians of each."""
+    return Cost(
+        statistics.median(cost.seconds for cost in costs),
+        statistics.median(cost.cpu for cost in costs),
+        statistics.median(cost.gigabytes for cost in costs),
+    )
 
 
 def main() -> None:
