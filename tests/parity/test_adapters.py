@@ -154,8 +154,9 @@ def test_calibrated_in_the_unmerged_model(
     found = seen["model.layers.1.mlp.down_proj.weight"]
     assert found.tokens == 64
     gate = model.get_submodule("base_model.model.model.layers.1.mlp")
-    h = torch.nn.functional.silu(gate.gate_proj(x)) * gate.up_proj(x)
-    assert stock.distance(found.hessian_II, h.detach().T @ h.detach() / 64) < 1e-4
+    h = (torch.nn.functional.silu(gate.gate_proj(x)) * gate.up_proj(x)).detach()
+    expected = h.T @ h
+    assert stock.distance(found.hessian_II, expected / expected.diagonal().mean()) < 1e-4
 
 
 def keep(step: Any, sink: Any, context: Any, inputs: Any, seen: dict[str, Any]) -> Any:
