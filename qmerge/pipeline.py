@@ -9,14 +9,12 @@
 float32 values exist for some rows of one weight at a time, so memory grows neither with the model nor with its largest
 weight. (``preserve`` also holds a few [I, I] matrices of statistics of the layer's inputs, and one decoder layer while
 ``calibration/`` collects them.) ``planning/`` makes the steps; ``run/`` runs them and publishes the files; ``weights/``
-reads float32 values; ``checkpoint/`` and ``safetensors_io/`` read and write files; ``formats/``, ``adapters/``,
+reads float32 values and writes tensors; ``checkpoint/`` and ``safetensors_io/`` read and write files; ``formats/``, ``adapters/``,
 ``rounding/`` and ``metrics/`` hold one plug-in per file.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -32,23 +30,15 @@ from qmerge.grids import Grid
 from qmerge.metrics.base import MergedRows, Sums, added, plain, sums_of
 from qmerge.rounding import get_rounding
 from qmerge.rounding.base import EFFORTS, InputStatistics, Objective, RoundingContext, make_objective
-from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
-from qmerge.types import TORCH_DTYPES, Rows, Step, TensorInfo, Update
+from qmerge.types import Rows, Step, Update
+from qmerge.weights.blocks import blocks_at_once, cached_entries, entries_per_block, uses_block_threads
 from qmerge.weights.context import RunContext
 from qmerge.weights.heap import keep_freed_memory
-from qmerge.weights.parallel import cpu_threads, in_order, one_torch_thread
+from qmerge.weights.parallel import map_blocks, one_torch_thread
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.values import OpenSource, open_source, open_weight
-
-COPY_BYTES = 2**22
-"""Bytes that are copied at a time."""
-
-AMPLE_ENTRIES = 2**22
-"""Values per row block where memory is not short."""
-
-CACHED_ENTRIES = 2**18
-"""Values per row block that stay in a CPU's cache from one operation to the next."""
+from qmerge.weights.writing import CodesSink, copy_bytes, write_replacement, write_scales
 
 
 @dataclass(frozen=True)
@@ -91,22 +81,6 @@ def run_step(
     return convert_or_merge(step, sink, context, inputs)
 
 
-def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
-    """Every part of the weight, byte for byte."""
-    for info in step.weight.parts.values():
-        for start in range(0, info.nbytes, COPY_BYTES):
-            stop = min(start + COPY_BYTES, info.nbytes)
-            sink.append_bytes(info.name, reader.bytes(info, start, stop))
-
-
-def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:
-    """The adapter's own float32 values, cast once."""
-    target = get_target(step.target)
-    stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
-    target.check_range(stored.float(), values, step.name)
-    sink.append(step.name, stored)
-
-
 def convert_or_merge(
     step: Step, sink: TensorSink, context: RunContext, inputs: InputStatistics | None
 ) -> Outcome | None:
@@ -136,12 +110,14 @@ def round_weight(
         work.target.check_range(stored_OI, block.merged_OI, step.name)
         return RoundedBlock(block, codes_sink.pack(codes_OI), measurement.sums(block, codes_OI, stored_OI))
 
-    with closing(in_order(round_block, row_blocks(step, entries_per_block(step, context)), threads)) as rounded_blocks:
+    with closing(
+        map_blocks(round_block, row_blocks(step, entries_per_block(step, context)), threads)
+    ) as rounded_blocks:
         for rounded in rounded_blocks:
             codes_sink.append(rounded.packed)
             measurement.add(rounded)
     codes_sink.finish()
-    write_scales(work, sink)
+    write_scales(step, work.target, work.grid, reader=context.reader, sink=sink)
     return measurement.outcome(inputs)
 
 
@@ -253,36 +229,6 @@ def is_finite(values: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def entries_per_block(step: Step, context: RunContext) -> int:
-    """Values per row block. ``preserve`` factors its objective once per block: it gets fewer and larger ones, unless
-    memory is short."""
-    if step.rounding != "preserve":
-        return cached_entries(context)
-    if context.block_entries >= AMPLE_ENTRIES:
-        return 4 * context.block_entries
-    return context.block_entries
-
-
-def uses_block_threads(step: Step, context: RunContext) -> bool:
-    """Whether row blocks are small, one for each core. Those of ``preserve`` and of a GPU are large, one after the other."""
-    return step.rounding != "preserve" and context.device.type == "cpu"
-
-
-def blocks_at_once(step: Step, context: RunContext) -> int:
-    """Row blocks to work on at once: one for each core, as far as they take no more memory than one of the largest blocks."""
-    block = next(iter(row_blocks(step, cached_entries(context))))  # the largest; blocks that span rows may be large
-    entries = max(CACHED_ENTRIES, len(block) * math.prod(step.shape[1:]))
-    fitting = context.block_entries // entries - 1  # one more waits to be written
-    return max(1, min(fitting, cpu_threads()))
-
-
-def cached_entries(context: RunContext) -> int:
-    """Values per row block for work that goes over each of them a few times."""
-    if context.device.type == "cpu":
-        return min(context.block_entries, CACHED_ENTRIES)
-    return context.block_entries
-
-
 # --- grid, round -----------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +259,7 @@ def choose_grid(
             merged_OI = add_delta(step, source.base.values(rows), update, rows)
             return target.scales(merged_OI, step.options, inputs_I)
 
-        scales += in_order(scales_of, row_blocks(step, cached_entries(context)), threads)
+        scales += map_blocks(scales_of, row_blocks(step, cached_entries(context)), threads)
     return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
 
 
@@ -424,61 +370,3 @@ class Measurement:
         if inputs is None:
             return {"tokens": 0, "borrowed": 0.0, "damping": damping}
         return {"tokens": inputs.tokens, "borrowed": inputs.borrowed, "damping": damping}
-
-
-# --- write -----------------------------------------------------------------------------------------------------------
-
-
-class CodesSink:
-    """Writes the codes of a step, row block by row block."""
-
-    def __init__(self, step: Step, target: TargetFormat[Any], sink: TensorSink) -> None:
-        self._step = step
-        self._target = target
-        self._sink = sink
-        self._name = codes_name(step, target)
-        self._waiting: list[Tensor] = []
-
-    def pack(self, codes_OI: Tensor) -> Tensor:
-        """The codes of some rows as they are on disk."""
-        codes = codes_OI
-        if self._step.source.conv1d and self._target.info.is_dense:
-            codes = codes_OI.T  # a dense Conv1D is stored as [I, O]; its one block has all rows
-        return self._target.pack(codes, self._step.options)
-
-    def append(self, packed: Tensor) -> None:
-        """Write the packed codes of the next rows."""
-        if self._target.info.row_axis == 0:
-            self._sink.append(self._name, packed)
-        else:
-            # The rows of the weight are columns on disk (GPTQ): they can be written when all of them are packed.
-            self._waiting.append(packed)
-
-    def finish(self) -> None:
-        """No more rows follow."""
-        if self._waiting:
-            self._sink.append(self._name, torch.cat(self._waiting, dim=self._target.info.row_axis))
-
-
-def write_scales(work: Work, sink: TensorSink) -> None:
-    """The other parts: copied from the base where its grid is kept (with those that it lacks), else those of the grid."""
-    step, target = work.step, work.target
-    kept: Mapping[str, TensorInfo] = {}
-    # A grid that was made as in training has no scales on disk to copy.
-    if step.source.keeps_grid and step.source.training_format is None:
-        kept = step.weight.parts
-    for info in kept.values():
-        if info.name != codes_name(step, target):
-            sink.append_bytes(info.name, work.context.reader.bytes(info, 0, info.nbytes))
-    kept_names = {info.name for info in kept.values()}
-    if kept_names >= step.outputs.keys():
-        return  # the base has every part that the target's loaders look for
-    for local, tensor in target.scale_tensors(work.grid, step.weight.local, step.shape, step.options).items():
-        name = step.weight.prefix + local
-        if name not in kept_names:
-            sink.append(name, tensor)
-
-
-def codes_name(step: Step, target: TargetFormat[Any]) -> str:
-    """Full name of the output tensor that holds the codes."""
-    return step.weight.prefix + target.codes_part(step.weight.local)

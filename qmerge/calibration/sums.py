@@ -104,7 +104,8 @@ class InputSums:
 
         Nothing can be added afterwards: the sums become the means, because large ones would not fit into memory twice.
         """
-        for leader in set(self.leaders.values()):
+        leaders = dict.fromkeys(self.leaders.values())
+        for leader in leaders:
             complete(self.hessians[leader])
             if not bool(self.hessians[leader].isfinite().all()):
                 raise NumbersError(
@@ -113,23 +114,23 @@ class InputSums:
                 )
         if self.has_experts:
             return self._statistics_of_experts()
-        factors = {leader: _scale(self.hessians[leader]) for leader in self.leaders.values()}
+        factors = {leader: _scale(self.hessians[leader]) for leader in leaders}
         for leader, factor in factors.items():
             self.hessians[leader] *= factor
             if leader in self.crosses:
                 self.crosses[leader] *= factor
         for name, missing_OI in self.missing.items():
             missing_OI *= factors[self.leaders[name]]
-        return {
-            name: InputStatistics(
-                self.hessians[leader],
-                self.crosses.get(leader),
-                self.tokens[name],
-                of_task=self._of_task,
-                missing_OI=self.missing.get(name),
-            )
-            for name, leader in self.leaders.items()
-        }
+        # Weights with the same sums share one object, and what is computed from it.
+        of_leader = {leader: self._of(leader, self.tokens[leader], None) for leader in factors}
+        result = {name: of_leader[leader] for name, leader in self.leaders.items()}
+        for name, missing_OI in self.missing.items():
+            result[name] = self._of(self.leaders[name], self.tokens[name], missing_OI)
+        return result
+
+    def _of(self, leader: str, tokens: int, missing_OI: Tensor | None) -> InputStatistics:
+        cross_II = self.crosses.get(leader)
+        return InputStatistics(self.hessians[leader], cross_II, tokens, of_task=self._of_task, missing_OI=missing_OI)
 
     def _statistics_of_experts(self) -> dict[str, InputStatistics]:
         # Experts differ in the number of tokens that they get, so each sum has its own count. An expert may be called with an

@@ -68,7 +68,7 @@ def name_of_part(name: str, part: Part | None) -> str:
 
 
 def part_of_name(name: str, whole: str) -> Part | None:
-    """The part that ``name_of_part`` gives this name to; None if it is no such name.
+    """The part that ``name_of_part`` gives this name to; None for any other name.
 
     Args:
         whole: the name of the file without a part.

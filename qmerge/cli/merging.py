@@ -12,6 +12,7 @@ from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_r
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
 from qmerge.errors import StoppedError
 from qmerge.recipe import DEFAULT_TARGET, Recipe, make_recipe, read_recipe
+from qmerge.wording import counted
 
 if TYPE_CHECKING:
     from qmerge.patch.make import Summary
@@ -168,8 +169,9 @@ def _run_part(recipe: Recipe, shard: str, *, resume: bool, json: bool, progress:
     if json:
         print_json({"part": part.number, "parts": part.count, "files": files})
     else:
-        count = f"{len(files)} file{'s' * (len(files) != 1)}"
-        typer.echo(f"Part {part} is written ({count}). When all parts are: qmerge finalize {recipe.out}")
+        typer.echo(
+            f"Part {part} is written ({counted(len(files), 'file')}). When all parts are: qmerge finalize {recipe.out}"
+        )
 
 
 def _end_merge(

@@ -11,10 +11,11 @@ from statistics import mode
 
 from qmerge.errors import RoomError
 from qmerge.formats import get_format
-from qmerge.pipeline import AMPLE_ENTRIES, COPY_BYTES
 from qmerge.recipe import parse_size
 from qmerge.types import Step
+from qmerge.weights.blocks import AMPLE_ENTRIES
 from qmerge.weights.rows import row_blocks
+from qmerge.weights.writing import COPY_BYTES
 
 FLOAT32_BYTES = 4
 
@@ -32,7 +33,6 @@ MOST_ENTRIES = AMPLE_ENTRIES
 
 FEWEST_ENTRIES = 2**16
 """Values per row block: smaller blocks are slower."""
-
 
 WAITING_WIDTHS = 4
 """Hidden states that a batch holds while it waits inside a decoder layer, besides the input that it waits with: the residual

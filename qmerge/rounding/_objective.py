@@ -15,6 +15,7 @@ P counts by the inputs' own size in the directions that the adapter reads: in re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,11 +72,12 @@ class InputStatistics:
     of_task: bool = True
     missing_OI: Tensor | None = None
 
+    @cached_property
     def correction(self) -> Tensor | None:
         """float32 R [I, I]: with T (I + R) instead of T, the layer makes up for the effect of rounding on its inputs.
 
         The least-squares answer to T x = T' x̃: T' = T E[x x̃ᵀ] E[x̃ x̃ᵀ]⁻¹ (Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692).
-        None if calibration was not sequential.
+        None if calibration was not sequential. Weights that share inputs (q, k and v) share it.
         """
         return self._explained(self.cross_II, CORRECTION_DAMPING)
 
@@ -161,7 +163,7 @@ def make_objective(
         K_II,
         damping,
         hessian_II=H_II,
-        correction_II=statistics.correction(),
+        correction_II=statistics.correction,
         compensation_OI=statistics.compensation(),
         unseen_loss=0.0 if statistics.of_task else UNSEEN_LOSS,
     )

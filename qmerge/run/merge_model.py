@@ -37,6 +37,7 @@ from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles
 from qmerge.weights.context import RunContext
+from qmerge.wording import counted
 
 IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
 """Packages whose version may change an output byte, so that ``--resume`` needs the same one."""
@@ -100,10 +101,10 @@ def shards_of_part(plan: Plan, part: Part | None) -> tuple[Shard, ...]:
     if part is None:
         return plan.shards
     if part.count > len(plan.shards):
-        count = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
         raise RecipeError(
-            f"--shard {part}: --max-shard-size 500MB, for example, gives more files, or use fewer parts: the model has {count} "
-            f"(--max-shard-size {plan.recipe.max_shard_size}), and each part writes at least one"
+            f"--shard {part}: --max-shard-size 500MB, for example, gives more files, or use fewer parts: the model has "
+            f"{counted(len(plan.shards), 'file')} (--max-shard-size {plan.recipe.max_shard_size}), and each part writes at "
+            f"least one"
         )
     mine = part.share({shard.file: shard.layout.most_bytes for shard in plan.shards})
     return tuple(shard for shard in plan.shards if shard.file in mine)

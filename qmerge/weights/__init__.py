@@ -1,1 +1,1 @@
-"""Weights as float32 values: opened in their format, read in row blocks, before and after a merge."""
+"""Weights as float32 values: opened in their format, read in row blocks, before and after a merge; and written."""

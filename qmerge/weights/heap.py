@@ -9,19 +9,14 @@ from collections.abc import Callable
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``, from malloc.h."""
 
-LARGE_BLOCK = 2**21
-"""Bytes."""
-
 
 def keep_freed_memory() -> None:
     """From now on, keep some freed memory for the next row block of a weight.
 
     By default glibc gives arrays of 1 MB back to the system and asks for them again: a quarter of a merge's CPU time.
     """
-    mallopt = _glibc_function("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**26)
+    _set_option(M_MMAP_THRESHOLD, 2**25)
+    _set_option(M_TRIM_THRESHOLD, 2**26)
 
 
 def map_large_blocks() -> None:
@@ -30,9 +25,7 @@ def map_large_blocks() -> None:
     glibc would keep them for the thread that allocated them (up to 32 MB each). The batches of a calibration wait in threads of
     their own, so each would keep the largest tensors of a layer: twice the memory of a calibration, for 4 % less CPU time.
     """
-    mallopt = _glibc_function("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    _set_option(M_MMAP_THRESHOLD, 2**21)
 
 
 def release_freed_memory() -> None:
@@ -44,6 +37,12 @@ def release_freed_memory() -> None:
     malloc_trim = _glibc_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def _set_option(parameter: int, nbytes: int) -> None:
+    mallopt = _glibc_function("mallopt")
+    if mallopt is not None:
+        mallopt(parameter, nbytes)
 
 
 def _glibc_function(name: str) -> Callable[..., int] | None:

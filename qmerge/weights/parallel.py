@@ -49,7 +49,7 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_order(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) -> Generator[T, None, None]:
+def map_blocks(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) -> Generator[T, None, None]:
     """``work`` of every block, in the order of the blocks. As many as there are threads are worked on at once.
 
     Raises:

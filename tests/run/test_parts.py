@@ -42,9 +42,14 @@ def settings(nf4: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process writes."""
+    return contents(merged_by_one(settings, tmp_path_factory))
+
+
+def merged_by_one(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that one process writes."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run.merge(make_recipe({**settings, "out": str(out)}))
-    return contents(out)
+    return out
 
 
 def contents(out: Path) -> dict[str, Any]:

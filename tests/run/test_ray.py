@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge import run
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError, RoomError
 from qmerge.patch import direct
@@ -28,7 +27,7 @@ from qmerge.schema import ReportData
 
 from .. import models
 from ..conftest import snapshot
-from .test_parts import contents
+from .test_parts import contents, merged_by_one
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,9 +129,7 @@ def settings(nf4: Path, lora: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run.merge(make_recipe({**settings, "out": str(out)}))
-    return without_workers(out)
+    return without_workers(merged_by_one(settings, tmp_path_factory))
 
 
 def without_workers(out: Path) -> dict[str, Any]:

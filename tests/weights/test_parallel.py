@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qmerge
-from qmerge import pipeline
 from qmerge.demo import build
 from qmerge.types import Rows
-from qmerge.weights.parallel import cpu_threads, in_order, one_torch_thread
+from qmerge.weights import blocks
+from qmerge.weights.parallel import cpu_threads, map_blocks, one_torch_thread
 
 DEMO = Path(build.__file__).parent
 BLOCKS = [Rows(start, start + 1) for start in range(20)]
@@ -25,7 +25,7 @@ def test_results_come_in_order(threads: int) -> None:
         time.sleep(0.002 * (rows.start % 3))  # later blocks are ready before earlier ones
         return rows.start
 
-    assert list(in_order(work, BLOCKS, threads)) == list(range(20))
+    assert list(map_blocks(work, BLOCKS, threads)) == list(range(20))
 
 
 def test_blocks_overlap_and_each_has_one_torch_thread() -> None:
@@ -36,7 +36,7 @@ def test_blocks_overlap_and_each_has_one_torch_thread() -> None:
             meeting.wait()  # passes only when three blocks are worked on at once
         return torch.get_num_threads()
 
-    assert set(in_order(work, BLOCKS, 3)) == {1}
+    assert set(map_blocks(work, BLOCKS, 3)) == {1}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -47,7 +47,7 @@ def test_the_first_error_is_raised(threads: int) -> None:
         return rows.start
 
     with pytest.raises(ValueError, match=r"^5$"):
-        list(in_order(work, BLOCKS, threads))
+        list(map_blocks(work, BLOCKS, threads))
 
 
 def test_torch_has_its_threads_back() -> None:
@@ -61,9 +61,9 @@ def test_torch_has_its_threads_back() -> None:
 def test_bytes_do_not_depend_on_threads(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept scales, and scales that are made from the merged weight, in row blocks of 2**12 values."""
     written = []
-    monkeypatch.setattr(pipeline, "CACHED_ENTRIES", 2**12)
+    monkeypatch.setattr(blocks, "CACHED_ENTRIES", 2**12)
     for threads in (1, 3):
-        monkeypatch.setattr(pipeline, "cpu_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(blocks, "cpu_threads", lambda threads=threads: threads)
         out = tmp_path / str(threads)
         qmerge.merge(base=DEMO / "base-nf4", adapter=DEMO / "adapter", target=target, rounding="nearest", out=out)
         written.append((out / "model.safetensors").read_bytes())
