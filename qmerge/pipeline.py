@@ -189,13 +189,17 @@ def open_step(step: Step, context: RunContext, inputs: InputStatistics | None, t
 
 def read_block(work: Work, rows: Rows) -> Block:
     """Dequantize some rows and add the delta."""
-    base_OI = work.source.base.values(rows)
+    grid = work.grid.rows(rows)
     kept_codes_OI = None
     if work.step.source.keeps_grid:
         kept_codes_OI = work.source.stored.codes(rows)
+    if kept_codes_OI is not None and work.source.base is work.source.stored:
+        base_OI = grid.decode(kept_codes_OI)  # not read again
+    else:
+        base_OI = work.source.base.values(rows)
     return Block(
         rows=rows,
-        grid=work.grid.rows(rows),
+        grid=grid,
         base_OI=base_OI,
         merged_OI=add_delta(work.step, base_OI, work.update, rows),
         kept_codes_OI=kept_codes_OI,

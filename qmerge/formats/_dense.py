@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import NumbersError
+from qmerge.formats import _dense_kernels as kernels
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid
 from qmerge.safetensors_io.reader import Reader
@@ -36,17 +37,29 @@ class FloatGrid(Grid):
             info = torch.finfo(self.dtype)
             toward = torch.full_like(codes_OI, direction * torch.inf)
             return torch.nextafter(codes_OI, toward).clamp(info.min, info.max)
-        # torch.nextafter lacks float16: walk the integers that the bits are, negated below zero (so that -0 is 0).
-        bits = codes_OI.view(torch.int16).int()
-        ordered = torch.where(bits < 0, -(bits & 0x7FFF), bits) + direction
-        stepped = torch.where(ordered < 0, -ordered | -0x8000, ordered).to(torch.int16).view(self.dtype)
-        return torch.where(stepped.isfinite(), stepped, codes_OI)
+        if codes_OI.device.type == "cpu":
+            return kernels.stepped_codes(codes_OI, direction)
+        return stepped_by_torch(codes_OI, direction)
+
+    def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
+        if self.dtype is torch.float32 or values_OI.device.type != "cpu":
+            return super().expected_slope(values_OI, sigma_O1)
+        return kernels.expected_slope(values_OI, self.nearest(values_OI), sigma_O1)
 
     def column_rounder(self, columns: Tensor, rows: Tensor) -> ColumnRounder:
         return lambda _, values_O: values_O.to(self.dtype).float()
 
     def rows(self, rows: Rows) -> FloatGrid:
         return self
+
+
+def stepped_by_torch(codes: Tensor, direction: int) -> Tensor:
+    """``FloatGrid.step`` of 16-bit numbers on any device."""
+    # torch.nextafter lacks float16: walk the integers that the bits are, negated below zero (so that -0 is 0).
+    bits = codes.view(torch.int16).int()
+    ordered = torch.where(bits < 0, -(bits & 0x7FFF), bits) + direction
+    stepped = torch.where(ordered < 0, -ordered | -0x8000, ordered).to(torch.int16).view(codes.dtype)
+    return torch.where(stepped.isfinite(), stepped, codes)
 
 
 class StoredDense(Stored):

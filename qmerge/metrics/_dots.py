@@ -1,4 +1,4 @@
-"""The scalar products of base, delta, actual change and rounding error over some rows of a weight, in one pass over memory."""
+"""What a merge does to some rows of a weight: change, scalar products and number of other codes, in one pass over memory each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qmerge.types import dot
 
 Array = NDArray[Any]
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Bytes per entry → the signed integers of this size."""
 
 
 class Dots(NamedTuple):
@@ -24,32 +28,54 @@ class Dots(NamedTuple):
     error_error: float
 
 
-def dots_of(base_OI: Tensor, merged_OI: Tensor, stored_OI: Tensor) -> Dots:
+class Changes(NamedTuple):
+    """What a merge does to some rows: ``change_OI``, stored − base, float32, and scalar products."""
+
+    change_OI: Tensor
+    dots: Dots
+
+
+def changes_of(base_OI: Tensor, merged_OI: Tensor, stored_OI: Tensor) -> Changes:
     """For float32 values before the merge, after it, and after rounding."""
     if base_OI.device.type == "cpu":
-        arrays = [tensor.contiguous().numpy() for tensor in (base_OI, merged_OI, stored_OI)]
-        return Dots(*_dots(*arrays).tolist())
+        change_OI = torch.empty(base_OI.shape, dtype=torch.float32)
+        arrays = [tensor.contiguous().numpy() for tensor in (base_OI, merged_OI, stored_OI, change_OI)]
+        return Changes(change_OI, Dots(*_changes(*arrays).tolist()))
     delta_OI, change_OI, error_OI = merged_OI - base_OI, stored_OI - base_OI, stored_OI - merged_OI
-    return Dots(
+    dots = Dots(
         base_base=dot(base_OI, base_OI),
         delta_delta=dot(delta_OI, delta_OI),
         change_delta=dot(change_OI, delta_OI),
         change_change=dot(change_OI, change_OI),
         error_error=dot(error_OI, error_OI),
     )
+    return Changes(change_OI, dots)
+
+
+def count_different(codes: Tensor, others: Tensor) -> int:
+    """Entries in which two tensors of codes differ; 0 and −0 do not."""
+    if codes.device.type != "cpu":
+        return int(torch.count_nonzero(codes != others))
+    integer = INTEGERS[codes.element_size()]
+    # All bits of an integer, all but the sign of a float: where these are 0 in both, so are the numbers.
+    magnitude = torch.iinfo(integer).max if codes.is_floating_point() else -1
+    arrays = [tensor.contiguous().view(integer).flatten().numpy() for tensor in (codes, others)]
+    arrays.append(np.array(magnitude, arrays[0].dtype))
+    return int(_count_different(*arrays))
 
 
 # "reassoc" lets numba add in several lanes, as torch does.
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _dots(base: Array, merged: Array, stored: Array) -> Array:
+def _changes(base: Array, merged: Array, stored: Array, changes: Array) -> Array:
     totals = np.zeros(5, np.float64)
     for row in range(len(base)):
-        base_row, merged_row, stored_row = base[row], merged[row], stored[row]
+        base_row, merged_row, stored_row, change_row = base[row], merged[row], stored[row], changes[row]
         base_base = delta_delta = change_delta = change_change = error_error = np.float32(0)
         for i in range(len(base_row)):
             delta = merged_row[i] - base_row[i]
             change = stored_row[i] - base_row[i]
             error = stored_row[i] - merged_row[i]
+            change_row[i] = change
             base_base += base_row[i] * base_row[i]
             delta_delta += delta * delta
             change_delta += change * delta
@@ -61,3 +87,11 @@ def _dots(base: Array, merged: Array, stored: Array) -> Array:
         totals[3] += change_change
         totals[4] += error_error
     return totals
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_different(codes: Array, others: Array, magnitude: Array) -> int:
+    count, magnitude_bits = 0, magnitude[()]
+    for i in range(len(codes)):
+        count += (codes[i] != others[i]) & (((codes[i] | others[i]) & magnitude_bits) != 0)
+    return count

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.metrics import all_metrics
-from qmerge.metrics._dots import Dots, dots_of
+from qmerge.metrics._dots import Changes, Dots, changes_of
 from qmerge.types import Rows, Update
 
 
@@ -70,17 +70,21 @@ class MergedRows:
     @cached_property
     def change_OI(self) -> Tensor:
         """stored − base: the actual change."""
-        return self.stored_OI - self.base_OI
+        return self._changes.change_OI
 
     @cached_property
     def delta_hessian_OI(self) -> Tensor | None:
         """delta · H; None where calibration saw no inputs."""
         return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
 
-    @cached_property
+    @property
     def dots(self) -> Dots:
         """Scalar products of base, delta, actual change and rounding error."""
-        return dots_of(self.base_OI, self.merged_OI, self.stored_OI)
+        return self._changes.dots
+
+    @cached_property
+    def _changes(self) -> Changes:
+        return changes_of(self.base_OI, self.merged_OI, self.stored_OI)
 
     @property
     def delta_delta(self) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from qmerge.metrics._dots import count_different
 from qmerge.metrics.base import MergedRows, Metric, ratio
 
 
@@ -14,7 +13,7 @@ class CodesChanged(Metric):
     """Share of the entries that the merge moved to another level."""
 
     def sums(self, rows: MergedRows) -> dict[str, float]:
-        changed = torch.count_nonzero(rows.codes_OI != rows.base_codes_OI)
+        changed = count_different(rows.codes_OI, rows.base_codes_OI)
         return {"changed": float(changed), "count": float(rows.codes_OI.numel())}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:

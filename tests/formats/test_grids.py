@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.formats import get_target
-from qmerge.formats._dense import FloatGrid
+from qmerge.formats._dense import FloatGrid, stepped_by_torch
 from qmerge.grids import DOWN, UP, Grid
 from qmerge.types import Rows
 
@@ -54,7 +54,8 @@ def test_step_walks_every_16_bit_number(dtype: torch.dtype, direction: int) -> N
     ordered = every.double().unique()  # sorted; 0 and -0 are one
     position = torch.searchsorted(ordered, every.double())
     expected = ordered[(position + direction).clamp(0, len(ordered) - 1)]
-    assert torch.equal(FloatGrid(dtype).step(every, direction).double(), expected)
+    for step in (FloatGrid(dtype).step, stepped_by_torch):  # compiled, and as on a GPU
+        assert torch.equal(step(every, direction).double(), expected)
 
 
 @pytest.mark.parametrize("direction", [UP, DOWN])
@@ -90,6 +91,19 @@ def test_no_gap_beyond_the_ends(name: str) -> None:
     assert math.isinf(float(grid.gap(last, torch.ones(1, 1)))) and torch.equal(grid.step(last, UP), last)
     assert math.isinf(float(grid.gap(-last, -torch.ones(1, 1)))) and torch.equal(grid.step(-last, DOWN), -last)
     assert math.isfinite(float(grid.gap(last, -torch.ones(1, 1))))
+
+
+@pytest.mark.parametrize("relative_sigma", [1e-5, 1e-3, 3e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("scale", [1e-6, 0.02, 1e4])
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_compiled_slope_of_dense_numbers(name: str, scale: float, relative_sigma: float) -> None:
+    """The kernel adds up what the loop over whole tensors adds up, in another order."""
+    grid = FloatGrid(DTYPES[name])
+    values_OI = (gaussian() * scale).clamp(-6e4, 6e4)
+    values_OI[0, 0] = 0
+    sigma_O1 = torch.linspace(0.5, 2, SHAPE[0])[:, None] * scale * relative_sigma
+    expected_OI = Grid.expected_slope(grid, values_OI, sigma_O1)
+    assert torch.allclose(grid.expected_slope(values_OI, sigma_O1), expected_OI, rtol=1e-4, atol=1e-5)
 
 
 # --- quantized grids -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from qmerge import plugins
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.grids import Grid
 from qmerge.metrics import _sample
+from qmerge.metrics._dots import count_different
 from qmerge.metrics.base import MergedRows, added, over_weights, plain, sums_of, values_of
 from qmerge.rounding import nearest, stochastic
 from qmerge.rounding.base import RoundingContext
@@ -209,6 +210,21 @@ def test_a_sample_stands_for_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -
     sums = sums_of(c)
     assert sums["under_half_gap"]["count"] < SHAPE[0] * SHAPE[1] / 3
     assert sums["predicted_kept"]["weight"] == pytest.approx(c.delta_delta, rel=0.3)
+
+
+CODE_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", CODE_DTYPES)
+def test_codes_that_differ_are_counted(dtype: torch.dtype) -> None:
+    """As torch counts them: the two zeros of a float are the same, the lowest integer is not 0."""
+    codes = (gaussian(0, (40, 7)) * 3).to(dtype)
+    others = (gaussian(1, (40, 7)) * 3).to(dtype)
+    codes[0], others[0] = 0, -0.0 if dtype.is_floating_point else 0
+    if not dtype.is_floating_point:
+        codes[1], others[1] = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    assert count_different(codes, others) == int((codes != others).sum()) > 0
+    assert count_different(codes[:1], others[:1]) == count_different(codes, codes) == 0
 
 
 def test_totals_count_each_weight_by_its_delta() -> None:

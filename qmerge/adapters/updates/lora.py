@@ -41,7 +41,8 @@ class LoraUpdate(Update):
         # BLAS gives other last bits for products of a few rows: never take fewer, so that row blocks change no byte.
         start = max(0, min(rows.start, self.shape[0] - FEWEST_ROWS))
         product_OI = self.B_OR[start : max(rows.stop, start + FEWEST_ROWS)] @ self.A_RI
-        return base_OI + product_OI[rows.start - start : rows.stop - start] * self.scale
+        delta_OI = product_OI[rows.start - start : rows.stop - start].mul_(self.scale)
+        return delta_OI.add_(base_OI)
 
     def row_norms(self) -> Tensor:
         return self._row_norms_O
