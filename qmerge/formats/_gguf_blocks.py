@@ -215,7 +215,7 @@ class PackedType(BlockType):
 
 
 def libgguf_package() -> Any:
-    """The ``libgguf`` package, which chooses fresh scales as llama.cpp does. It is an optional dependency.
+    """The ``libgguf`` package, an optional dependency. Its blocks are those of llama.cpp's quantizer, byte for byte.
 
     Raises:
         RecipeError: it is not installed.

@@ -163,6 +163,14 @@ def test_fresh_scales_are_those_of_libgguf(name: str, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
+def test_scales_do_not_depend_on_the_grouping_of_rows(name: str) -> None:
+    block_type, inputs_I = BLOCK_TYPES[name], torch.logspace(0, -3, SHAPE[1])
+    parts = [block_type.fresh_scales(part_OI, inputs_I) for part_OI in weights().split(7)]
+    assert torch.equal(torch.cat(parts), block_type.fresh_scales(weights(), inputs_I))
+    assert not torch.equal(torch.cat(parts), block_type.fresh_scales(weights().flip(0), inputs_I))
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_inputs_that_calibration_never_saw_keep_their_weights(name: str) -> None:
     """libgguf gives a group without importance the scale 0."""
     values_OI = gaussian(1, SHAPE)
