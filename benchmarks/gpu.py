@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from rounding_speed import SweptRows
 from torch import Tensor
 
 import qmerge
@@ -251,14 +250,36 @@ class Example:
         product = 2 * outputs * inputs**2
         # For every order: feedback is half a product, as the factor of K is triangular, and factoring K takes inputs³ / 3.
         orders = EFFORTS["default"].orders * (product / 2 + inputs**3 / 3)
-        # Then sweeps, two squared errors (half a product each), and the product of K with the delta.
-        return (orders + swept_rows / outputs * product + 2 * product) / 1e9
+        # Then sweeps, one squared error (half a product), and the product of K with the delta.
+        return (orders + swept_rows / outputs * product + 1.5 * product) / 1e9
 
     def gigabytes(self, swept_rows: int) -> float:
         """Least traffic of that rounding: every pass reads the aim and K, and writes levels and errors."""
         outputs, inputs = self.shape
-        passes = EFFORTS["default"].orders + swept_rows / outputs + 3
+        passes = EFFORTS["default"].orders + swept_rows / outputs + 2
         return passes * (3 * outputs * inputs + inputs**2) * 4 / 1e9
+
+
+class SweptRows:
+    """Counts the rows that sweeps work on: fewer in every sweep, as rows that no longer change drop out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count while the block runs."""
+        sweep = preserve.sweep
+
+        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor, Tensor]:
+            self.count += len(rows)
+            return sweep(levels_IO, rows, problem)
+
+        preserve.sweep = counted
+        try:
+            yield
+        finally:
+            preserve.sweep = sweep
 
 
 def make_grid(target: str, values_OI: Tensor) -> Grid:
@@ -409,13 +430,12 @@ def products_of_sweep(problem: preserve.Problem) -> float:
 
 def pass_times(problem: preserve.Problem, start_IO: Tensor) -> str:
     """Milliseconds of feedback and of a sweep; the second call of each with kernels, the first with torch."""
-    rows = torch.arange(start_IO.shape[1], device=DEVICE)
 
     def feedback() -> object:
         return preserve.feedback(problem)
 
     def sweep() -> object:
-        return preserve.sweep(start_IO.clone(), rows, problem)
+        return preserve.descend(start_IO, problem, 1)
 
     if not isinstance(problem.loops, TorchLoops):
         sweep()

@@ -2,21 +2,18 @@
 
     python benchmarks/rounding_speed.py [--size 4096] [--runs 1]
 
-Measures the time to round a size × size weight to NF4, and the time that the same multiplications take in plain matrix
-products on this machine, measured right before; prints the ratio. Counted are the products of feedback, squared errors and
-sweeps, these as often as they were done. The time to make the objective is in its own column: it depends on the number of
-inputs alone.
+Measures the CPU time to round a size × size weight to NF4, and the time that the same multiplications take in plain matrix
+products on this machine, measured right before; prints the ratio. The time to make the objective is in its own column: it
+depends on the number of inputs alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from qmerge.formats._bnb4bit_grid import Bnb4bitGrid
 from qmerge.rounding import preserve
@@ -68,33 +65,11 @@ class Example:
         preserve.ROUNDING.choose(merged_OI, self.grid, context)
 
 
-class SweptRows:
-    """Counts the rows that sweeps work on: fewer in every sweep, as rows that no longer change drop out."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count while the block runs."""
-        sweep = preserve.sweep
-
-        def counted(levels_IO: Tensor, rows: Tensor, problem: preserve.Problem) -> tuple[Tensor, Tensor, Tensor]:
-            self.count += len(rows)
-            return sweep(levels_IO, rows, problem)
-
-        preserve.sweep = counted
-        try:
-            yield
-        finally:
-            preserve.sweep = sweep
-
-
 def seconds_of(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    started = time.perf_counter()
+    """CPU time of a call."""
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def measure_rate(size: int) -> float:
@@ -105,27 +80,25 @@ def measure_rate(size: int) -> float:
     return 2 * size**3 / seconds / 1e9
 
 
-def products_done(swept_rows: int, size: int) -> float:
+def products_done() -> float:
     """Products of two size × size matrices that one rounding consists of."""
-    # For every order: feedback is half a product, as the factor of K is triangular, and factoring K is a sixth of one
-    # (size³ / 3 multiplications and additions).
-    orders = EFFORTS["default"].orders * (0.5 + 1 / 6)
-    sweeps = swept_rows / size
-    # Compensation for the loss along the delta: one product, and two squared errors.
-    compensation = 1 + 2 * 0.5
-    return orders + sweeps + compensation
+    # For every order: feedback is half a product, as the factor of K is triangular; factoring K is a sixth of one
+    # (size³ / 3 multiplications and additions); and the slope that descent starts from is one.
+    orders = EFFORTS["default"].orders * (0.5 + 1 / 6 + 1)
+    nearest_error = 0.5
+    # Compensation for the loss along the delta: its product with K, and a descent.
+    compensation = 1 + 1
+    return orders + nearest_error + compensation
 
 
 def table_row(run: int, example: Example) -> str:
     """Measure once, and format the row."""
     rate = measure_rate(example.size)
-    started = time.perf_counter()
+    started = time.process_time()
     objective = example.make_objective()
-    objective_seconds = time.perf_counter() - started
-    swept = SweptRows()
-    with swept.counting():
-        seconds = seconds_of(lambda: example.round(objective))
-    gflop = 2 * example.size**3 * products_done(swept.count, example.size) / 1e9
+    objective_seconds = time.process_time() - started
+    seconds = seconds_of(lambda: example.round(objective))
+    gflop = 2 * example.size**3 * products_done() / 1e9
     ratio = seconds / (gflop / rate)
     return f"| {run} | {rate:.0f} | {objective_seconds:.1f} | {seconds:.1f} | {gflop:.0f} | {ratio:.2f} |"
 

@@ -23,6 +23,9 @@ from qmerge.grids import ScaleTable
 TILE = 128
 """Rows of the weight that go through the columns of a block together: their part of a block fits into the L1 cache."""
 
+PROPOSALS = 64
+"""Columns of a row whose best levels are found at once. (Most of them are where they are best already.)"""
+
 FEWEST_ROWS = 64
 """A thread takes at least as many rows."""
 
@@ -50,12 +53,13 @@ class CpuKernels:
         rows = torch.arange(aim_IO.shape[1])
         _in_threads(_feedback_block, len(rows), *_arrays(*tensors, rows), self.offset_I[start:stop], *self.grid, start)
 
-    def sweep(
-        self, start: int, stop: int, *, slope: Tensor, K_II: Tensor, levels_IO: Tensor, errors_IO: Tensor, rows: Tensor
-    ) -> None:
-        """See ``ColumnLoops``."""
-        tensors = (slope, K_II, levels_IO, errors_IO, rows)
-        _in_threads(_sweep_block, len(rows), *_arrays(*tensors), self.offset_I[start:stop], *self.grid, start)
+    def descend(self, start_IO: Tensor, slope_OI: Tensor, K_II: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+        """See ``RowLoops``."""
+        levels_OI = start_IO.T.contiguous()
+        gained_O = torch.empty(len(levels_OI), dtype=torch.float64)
+        tensors = (slope_OI, K_II.contiguous(), K_II.diagonal().contiguous(), levels_OI, gained_O)
+        _in_threads(_descend_rows, len(levels_OI), *_arrays(*tensors), self.offset_I, *self.grid, sweeps)
+        return levels_OI.T.contiguous(), gained_O
 
 
 def make_cpu_kernels(table: ScaleTable, columns: Tensor) -> CpuKernels:
@@ -169,37 +173,45 @@ def _feedback_block(
 
 
 @numba.njit(nogil=True, cache=True)
-def _sweep_block(
-    slope: Array, K: Array, levels: Array, errors: Array, rows: Array, offset: Array, scale: Array,
+def _descend_rows(
+    slope: Array, K: Array, diagonal: Array, levels: Array, gained: Array, offset: Array, scale: Array,
     inverse: Array, zero: Array, table: Array, edges: Array, row_stride: int, shift: int, first: np.float32,
-    last: np.float32, level_bits: int, start: int, first_row: int, end_row: int,
+    last: np.float32, level_bits: int, sweeps: int, first_row: int, end_row: int,
 ) -> None:  # fmt: skip
-    memory = np.empty((2, TILE), np.float32)
-    level_memory = np.empty(TILE, np.int32)
-    place_memory = np.empty(TILE, np.uint64)
+    value_memory = np.empty(PROPOSALS, np.float32)
+    level_memory = np.empty(PROPOSALS, np.int32)
+    place_memory = np.empty(PROPOSALS, np.uint64)
     columns = len(offset)
-    for tile in range(first_row, end_row, TILE):
-        end = min(tile + TILE, end_row)
-        count = end - tile
-        value, change = memory[0, :count], memory[1, :count]
-        level, place, rows_here = level_memory[:count], place_memory[:count], rows[tile:end]
-        for i in range(columns):
-            j = start + i
-            diagonal, slope_here = K[j, j], slope[i, tile:end]
-            levels_here, errors_here = levels[j, tile:end], errors[j, tile:end]
-            for lane in range(count):
-                value[lane] = levels_here[lane] - slope_here[lane] / diagonal
-                place[lane] = (rows_here[lane] * row_stride + offset[i]) >> shift
-            _round_to_levels(value, level, place, scale, inverse, zero, table, edges, first, last, level_bits)
-            moves = 0
-            for lane in range(count):
-                change[lane] = value[lane] - levels_here[lane]
-                moves += change[lane] != 0
-            if moves == 0:
-                continue
-            for lane in range(count):
-                levels_here[lane] = value[lane]
-                errors_here[lane] += change[lane]
-            # K is symmetric: its row j is its column j.
-            for later in range(i + 1, columns):
-                _add_multiple(slope[later, tile:end], K[j, start + later], change)
+    for row in range(first_row, end_row):
+        slope_here, levels_here = slope[row], levels[row]
+        fall = 0.0
+        for _ in range(sweeps):
+            moved = False
+            start = 0
+            while start < columns:
+                stop = min(start + PROPOSALS, columns)
+                count = stop - start
+                value, level, place = value_memory[:count], level_memory[:count], place_memory[:count]
+                before, slope_part = levels_here[start:stop], slope_here[start:stop]
+                diagonal_part, offset_part = diagonal[start:stop], offset[start:stop]
+                for lane in range(count):
+                    value[lane] = before[lane] - slope_part[lane] / diagonal_part[lane]
+                    place[lane] = (row * row_stride + offset_part[lane]) >> shift
+                _round_to_levels(value, level, place, scale, inverse, zero, table, edges, first, last, level_bits)
+                lane = 0
+                while lane < count and value[lane] == before[lane]:
+                    lane += 1
+                if lane == count:
+                    start = stop
+                    continue
+                # The columns after the first that moves are proposed again, with the slope after its move.
+                j = start + lane
+                change = value[lane] - before[lane]
+                fall -= change * (2.0 * slope_here[j] + change * diagonal[j])
+                levels_here[j] = value[lane]
+                _add_multiple(slope_here, change, K[j])
+                moved = True
+                start = j + 1
+            if not moved:
+                break
+        gained[row] = fall

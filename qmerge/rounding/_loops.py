@@ -1,6 +1,6 @@
 """The column loops of ``preserve`` inside one block of columns: compiled for the CPU (numba) or a GPU (Triton), or by torch.
 
-All three decide the columns of a block one after the other, with the same arithmetic in the same order.
+All decide one column after the other, with the same arithmetic.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ OLDEST_CAPABILITY = (7, 0)
 """Triton compiles for GPUs from Volta on. (A P100 has 6.0.)"""
 
 
-class ColumnLoops(Protocol):
+class FeedbackLoops(Protocol):
     """The loops for one weight with its columns in some order. Tensors are float32 and contiguous, columns are rows of memory."""
 
     def feedback(
@@ -42,6 +42,10 @@ class ColumnLoops(Protocol):
             carried: float32 [stop − start, O], the errors of all earlier blocks; afterwards those of all earlier columns.
         """
 
+
+class BlockLoops(FeedbackLoops, Protocol):
+    """Descent goes block by block of columns, all rows of the weight at once; the slope is computed anew for each block."""
+
     def sweep(
         self, start: int, stop: int, *, slope: Tensor, K_II: Tensor, levels_IO: Tensor, errors_IO: Tensor, rows: Tensor
     ) -> None:
@@ -51,6 +55,25 @@ class ColumnLoops(Protocol):
             slope: float32 [stop − start, O], K (Q − T) of the block; afterwards that of each column when it was decided.
             rows: int64 [O], the rows of the weight.
         """
+
+
+@runtime_checkable
+class RowLoops(FeedbackLoops, Protocol):
+    """Descent goes row by row of the weight and keeps the slope of the whole row: few columns move, so that costs little."""
+
+    def descend(self, start_IO: Tensor, slope_OI: Tensor, K_II: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+        """Sweeps of descent.
+
+        Args:
+            slope_OI: float32, (Q − T) K at the start; changed in place.
+            sweeps: most sweeps; a row that did not move in a sweep has arrived.
+
+        Returns:
+            The levels, float32 [I, O], and by how much the squared error fell, float64 [O].
+        """
+
+
+ColumnLoops = BlockLoops | RowLoops
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def upper_factor(K_II: Tensor) -> Tensor | None:
     """
     lower_II, info = torch.linalg.cholesky_ex(K_II.flip(0, 1))
     # cholesky_ex reports failure in ``info``; a factor of a nearly singular matrix may also overflow.
-    if int(info) != 0 or not bool(lower_II.isfinite().all()):
+    if int(info) != 0 or not bool(lower_II.sum().isfinite()):
         return None
     upper_II: Tensor = lower_II.flip(0, 1).contiguous()
     return upper_II

@@ -22,9 +22,6 @@ needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs triton, which CPU builds of torch leave out: pip install triton (290 MB)"
 )
 ROOT = Path(__file__).parent.parent.parent
-# Of feedback (levels, squared error) and a sweep (levels, moved rows, what the squared error fell by): sums, whose last bits
-# depend on torch's vector instructions.
-SQUARED_ERRORS = (1, 4)
 STEPS = ("feedback", "sweep", "second sweep")
 
 
@@ -99,14 +96,12 @@ def test_compiled_for_the_cpu_they_choose_the_levels_that_torch_chooses(
     problem, nearest_IO = case.problem()
     assert isinstance(problem.loops, _cpu_kernels.CpuKernels)
     by_torch = replace(problem, loops=TorchLoops(problem.grid, problem.columns))
-    rows = case.rows()
-    found = [*preserve.feedback(problem), *preserve.sweep(nearest_IO[:, rows].clone(), rows, problem)]
-    expected = [*preserve.feedback(by_torch), *preserve.sweep(nearest_IO[:, rows].clone(), rows, by_torch)]
-    for number, (mine, of_torch) in enumerate(zip(found, expected, strict=True)):
-        if number in SQUARED_ERRORS:
-            torch.testing.assert_close(mine, of_torch, rtol=1e-5, atol=0)
-        else:
-            assert torch.equal(mine, of_torch)
+    for sweeps in (1, 3):
+        found = [*preserve.feedback(problem), *preserve.descend(nearest_IO, problem, sweeps)]
+        expected = [*preserve.feedback(by_torch), *preserve.descend(nearest_IO, by_torch, sweeps)]
+        for levels, squared_errors in ((0, 1), (2, 3)):
+            assert torch.equal(found[levels], expected[levels])
+            torch.testing.assert_close(found[squared_errors], expected[squared_errors], rtol=1e-5, atol=0)
     table = problem.grid.scale_table(len(problem.columns))
     assert table is not None
     wrong = _cpu_kernels.make_cpu_kernels(replace(table, inverse=table.inverse * 1.2), problem.columns)

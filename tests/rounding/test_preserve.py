@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qmerge.grids import Grid
 from qmerge.rounding import preserve, stochastic
+from qmerge.rounding._loops import TorchLoops
 from qmerge.rounding._objective import DAMPING, READ, READ_OTHER, damped
 from qmerge.rounding.base import Effort, InputStatistics, Objective, RoundingContext, make_objective
 from qmerge.types import Rows
@@ -72,10 +73,14 @@ def gptq(aim_OI: Tensor, K_II: Tensor, grid: Grid) -> Tensor:
     return levels
 
 
+@pytest.mark.parametrize("product_block", [64, 512])
 @pytest.mark.parametrize("target", TARGETS)
-def test_feedback_is_gptq_with_another_quantizer(target: str) -> None:
+def test_feedback_is_gptq_with_another_quantizer(
+    target: str, product_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Float32 and float64 part ways where a value lies on a midpoint to 1e-6, and then in the rest of that row: seldom on
     16 levels, in every row of a fine grid, whose squared error is the same all the same."""
+    monkeypatch.setattr(preserve, "PRODUCT_BLOCK", product_block)
     problem, aim_OI, grid = problem_for(target)
     expected_OI = gptq(aim_OI, problem.K_II, grid)
     same_O = (expected_OI == preserve.feedback(problem)[0].T).all(dim=1)
@@ -93,6 +98,7 @@ def test_feedback_is_gptq_with_another_quantizer(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_sweep_never_raises_the_error(target: str) -> None:
     problem, aim_OI, grid = problem_for(target)
+    problem = replace(problem, loops=TorchLoops(grid, problem.columns))
     levels_IO = grid.decode(grid.nearest(aim_OI)).T.contiguous()
     rows = torch.arange(SHAPE[0])
     before = squared_error(levels_IO.T, aim_OI, problem.K_II)
