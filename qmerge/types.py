@@ -29,6 +29,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -42,7 +43,6 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BITS = {
     **{name: dtype.itemsize * 8 for name, dtype in TORCH_DTYPES.items()},
     "U16": 16,
-    "U32": 32,
     "U64": 64,
     "C64": 64,
     "F8_E8M0": 8,

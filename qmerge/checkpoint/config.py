@@ -40,7 +40,8 @@ def output_config(
         config["dtype"] = dtype
     assert options is not None
     quantization = target.quantization_config(options, shared_quantization_config(base, target), dtype, layout)
-    return {**config, "quantization_config": quantization}
+    assert quantization is not None
+    return target.complete_config(config, quantization)
 
 
 def shared_quantization_config(base: Checkpoint, target: TargetFormat[Any]) -> dict[str, Any]:

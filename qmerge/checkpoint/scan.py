@@ -19,6 +19,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files in which auto-gptq and AutoAWQ kept ``quantization_config`` → its ``quant_method``, which they left out."""
 
+MLX_METHOD = "mlx"
+"""``quant_method`` of models that mlx_lm has quantized, as qmerge names it: in config.json they have none."""
+
 LARGEST_JSON = 64 * 2**20
 """Bytes."""
 
@@ -91,7 +94,7 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
     tensors = _read_headers(files)
     _check_index(folder, tensors)
     # A checkpoint without weights, only for its ``quantization``, which formats need to find the weights.
-    config = _with_quantize_config(config, folder)
+    config = _with_mlx_config(_with_quantize_config(config, folder))
     quantization = Checkpoint(folder, config, {}, files).quantization
     checkpoint = Checkpoint(folder, config, _find_weights(tensors, reader, quantization), files)
     _check_quantization(checkpoint)
@@ -120,6 +123,15 @@ def _with_quantize_config(config: dict[str, Any], folder: Path) -> dict[str, Any
             quantization = {"quant_method": method, **read_json(folder / name, CheckpointError)}
             return {**config, "quantization_config": quantization}
     return config
+
+
+def _with_mlx_config(config: dict[str, Any]) -> dict[str, Any]:
+    """mlx_lm has ``quantization``, which it repeats as ``quantization_config``: without a ``quant_method``."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict) or "group_size" not in quantization:
+        return config
+    others = {name: value for name, value in config.items() if name != "quantization"}
+    return {**others, "quantization_config": {"quant_method": MLX_METHOD, **quantization}}
 
 
 def shard_files(folder: Path) -> tuple[Path, ...]:

@@ -136,7 +136,7 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, candidates: Sequence[Candidate]
     """
     assert recipe.max_size is not None
     limit = parse_size(recipe.max_size)
-    possible = [c for c in candidates if c.impossible is None and _accepts_options(c.target, recipe)]
+    possible = [c for c in candidates if c.impossible is None and _is_choice(c.target, recipe)]
     fitting = [c for c in possible if c.nbytes <= limit]
     too_large = [c for c in possible if c.nbytes > limit]
     if not possible:
@@ -155,8 +155,10 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, candidates: Sequence[Candidate]
     return retargeted(recipe, best.target), _reason(best, fitting, too_large, recipe.max_size)
 
 
-def _accepts_options(target: str, recipe: Recipe) -> bool:
-    return recipe.format_options.keys() <= set(get_target(target).info.accepted_options)
+def _is_choice(target: str, recipe: Recipe) -> bool:
+    """Whether a target may be chosen without being named, and has the options that the recipe asks for."""
+    info = get_target(target).info
+    return info.chosen_by_auto and recipe.format_options.keys() <= set(info.accepted_options)
 
 
 def _reason(best: Candidate, fitting: Sequence[Candidate], too_large: Sequence[Candidate], limit: str) -> str:

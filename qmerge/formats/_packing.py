@@ -13,14 +13,14 @@ WORD = 32
 def pack_bits(codes_XN: Tensor, bits: int) -> Tensor:
     """Codes below 2**bits, integers [X, N] → int32 [X, N·bits/32]: one little-endian stream of bits in every row.
 
-    This is the order of GPTQ, AWQ and compressed-tensors, which describe it differently: "least significant first" for 2, 4 and
-    8 bits, and for 3 bits three words that hold 32 codes, two of which span words.
+    This is the order of GPTQ, AWQ, compressed-tensors and MLX, which describe it differently: "least significant first" for 2,
+    4 and 8 bits, and for 3, 5 and 6 bits so many words that hold 32 codes, some of which span words.
 
     Args:
-        codes_XN: N is a multiple of 32/bits (for 3 bits: of 32).
+        codes_XN: N is a multiple of 32/bits (where codes span words: of 32).
     """
     rows, count = codes_XN.shape
-    if bits == 3:
+    if WORD % bits:
         return _pack_spanning(codes_XN, bits)
     per_word = WORD // bits
     shifts = torch.arange(per_word, device=codes_XN.device) * bits
@@ -47,7 +47,7 @@ def _pack_spanning(codes_XN: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(words_XW: Tensor, bits: int) -> Tensor:
     """The reverse of ``pack_bits``: int32 [X, W] → uint8 [X, W·32/bits]."""
-    if bits == 3:
+    if WORD % bits:
         return _unpack_spanning(words_XW, bits)
     shifts = torch.arange(WORD // bits, device=words_XW.device, dtype=torch.int32) * bits
     fields: Tensor = (words_XW[:, :, None] >> shifts) & (2**bits - 1)

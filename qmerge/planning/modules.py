@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from qmerge.checkpoint.architecture import ModuleKinds, module_kinds
+from qmerge.checkpoint.architecture import ModuleKinds, embedding_weights, module_kinds, ties_embeddings
 from qmerge.checkpoint.config import shared_quantization_config
 from qmerge.checkpoint.names import UNCONVERTED, WITHOUT_CONV1D
 from qmerge.errors import CheckpointError, RecipeError
@@ -82,7 +82,16 @@ class Modules:
         # In memory these experts are a stack, where transformers' rules find no linear layers.
         if self.target.info.takes_single_experts and self._is_single_expert(weight):
             return self.target.name not in self.inputs.base.formats()
+        if self.is_quantizable_embedding(weight):
+            return self.target.name not in self.inputs.base.formats()
         return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
+
+    def is_quantizable_embedding(self, weight: Weight) -> bool:
+        """Whether a weight is an embedding that the target's library quantizes, too."""
+        if not self.target.info.quantizes_embeddings:
+            return False
+        is_stored_so = self._is_dense_matrix(weight) and self.target.accepts(weight.shape)
+        return is_stored_so and self._parameter(weight) in self._embeddings
 
     def _is_dense_matrix(self, weight: Weight) -> bool:
         is_matrix = weight.local == "weight" and len(weight.shape) == 2
@@ -180,6 +189,13 @@ class Modules:
         if self.target.info.quant_method in (None, "bitsandbytes") or self._keeps_names:
             return frozenset()
         return self._default_module_kinds.towers
+
+    @cached_property
+    def _embeddings(self) -> tuple[str, ...]:
+        """Weights of the input and the output embedding; of the first one only where they are tied."""
+        config = self.inputs.base.config
+        both = embedding_weights(config) or ()
+        return both[:1] if ties_embeddings(config) else both
 
     # --- names ---
 

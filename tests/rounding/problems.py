@@ -64,6 +64,7 @@ CASES = [
     Case("int8", (8, 96)),
     Case("gptq", (16, 96), shuffled=True, options={"group_size": 32}),
     Case("awq", (8, 128), options={"group_size": 64}),
+    Case("mlx", (8, 128), shuffled=True),
     Case("w4a16", (8, 128), shuffled=True),
     Case("nvfp4", (8, 96), shuffled=True),
 ]

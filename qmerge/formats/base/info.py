@@ -27,6 +27,9 @@ class FormatInfo:
     accepted_options: tuple[str, ...] = ()
     """Recipe options that apply to this target, for example ``group_size``."""
 
+    chosen_by_auto: bool = True
+    """Whether ``--target auto`` may choose it: not where only one kind of machine can run the model."""
+
     row_axis: int = 0
     """Axis of the tensor with the codes along which the rows of the weight follow one another."""
 
@@ -38,6 +41,9 @@ class FormatInfo:
 
     takes_single_experts: bool = False
     """Whether loaders accept quantized experts that are separate on disk and stacked in memory."""
+
+    quantizes_embeddings: bool = False
+    """Whether the format's library quantizes embeddings and the output embedding as well."""
 
     quantizes_activations: bool = False
     """Whether loaders quantize the activations as well, which no number of qmerge includes."""

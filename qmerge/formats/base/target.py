@@ -117,6 +117,15 @@ class TargetFormat(Format[OptionsT]):
         """
         return None
 
+    def complete_config(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json as the format's loaders expect it.
+
+        Args:
+            config: of the model, without any quantization.
+            quantization: ``quantization_config`` of the output.
+        """
+        return {**config, "quantization_config": quantization}
+
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
         """Name → content of further JSON files that the format's loaders read."""
         return {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ... import models
-from . import awq, compressed, fp8, gptq, hqq, mxfp4, torchao
+from . import awq, compressed, fp8, gptq, hqq, mlx, mxfp4, torchao
 from .kinds import KINDS, LLAMA
 from .layers import Tensors, Written
 
@@ -28,6 +28,7 @@ WRITERS: dict[str, Callable[..., Written]] = {
     "compressed-tensors": compressed.write,
     "hqq": hqq.write,
     "torchao": torchao.write,
+    "mlx": mlx.write,
 }
 
 # quant_method → tensors, quantization_config and metadata of a file to values.
@@ -40,6 +41,7 @@ READERS: dict[str, Callable[[Tensors, dict[str, Any], dict[str, str]], dict[str,
     "compressed-tensors": compressed.read,
     "hqq": hqq.read,
     "torchao": torchao.read,
+    "mlx": mlx.read,
 }
 
 
@@ -57,6 +59,8 @@ def make(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     contiguous = {name: tensor.contiguous() for name, tensor in written.tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt", **written.metadata})
     models.edit_json(folder / "config.json", quantization_config=written.config)
+    if family == "mlx":
+        models.edit_json(folder / "config.json", quantization=written.config)
     if family == "gptq":
         (folder / "quantize_config.json").write_text(json.dumps(written.config, indent=2))
     return folder
@@ -95,6 +99,8 @@ def values(folder: Path) -> dict[str, Tensor]:
 def quantization_config(folder: Path) -> dict[str, Any]:
     """That of config.json; empty for a dense model."""
     config = json.loads((folder / "config.json").read_text())
+    if "quantization" in config:  # mlx_lm has no quant_method
+        return {"quant_method": "mlx", **config["quantization"]}
     return dict(config.get("quantization_config") or {})
 
 

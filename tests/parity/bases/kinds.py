@@ -53,6 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "hqq-2bit": {"family": "hqq", "nbits": 2, "group_size": 32},
     "hqq-3bit": {"family": "hqq", "nbits": 3},
     "hqq-8bit": {"family": "hqq", "nbits": 8},
+    "mlx": {"family": "mlx"},
+    "mlx-3bit-g32": {"family": "mlx", "bits": 3, "group_size": 32},
+    "mlx-8bit": {"family": "mlx", "bits": 8},
     "torchao-int8": {"family": "torchao", "config": "Int8WeightOnlyConfig"},
     "torchao-int8-g32": {"family": "torchao", "config": "Int8WeightOnlyConfig", "group_size": 32},
     "torchao-fp8": {"family": "torchao", "config": "Float8WeightOnlyConfig"},
@@ -62,6 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MODULES = {
     "gptq": "gptqmodel", "awq": "gptqmodel", "fp8": "transformers", "fbgemm_fp8": "transformers", "hqq": "hqq",
     "compressed-tensors": "compressed_tensors", "mxfp4": "compressed_tensors", "torchao": "torchao",
+    "mlx": "mlx_lm",
 }  # fmt: skip
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import torchao
+from . import mlx, torchao
 from .folder import quantization_config
 from .kinds import KINDS
 
@@ -29,6 +29,8 @@ EXACT = LOADABLE - {
 
 def loads(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The stock loader's model, computing in float32, and its lists of missing and unexpected tensors."""
+    if quantization_config(folder).get("quant_method") == "mlx":
+        return cast(PreTrainedModel, mlx.MlxModel(folder)), {}  # it raises where a tensor is missing or left over
     options = _options(quantization_config(folder))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, device_map="cpu", **options
