@@ -28,6 +28,9 @@ COLUMNS = (
     "rank_kept_min",
 )  # fmt: skip
 
+FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[ \t]*(?:[\r\n]|$)", re.DOTALL)
+"""The YAML at the start of a model card."""
+
 
 def model_card(report: ReportData, plan: Plan) -> str:
     """YAML metadata (``base_model``, the base's licence, tags) and a page for people, as Markdown."""
@@ -38,19 +41,21 @@ def model_card(report: ReportData, plan: Plan) -> str:
 # --- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def _metadata(report: ReportData, plan: Plan) -> str:
-    from huggingface_hub import ModelCardData
+# huggingface_hub's ModelCard writes and reads the same, but its import takes as long as a small merge.
 
+
+def _metadata(report: ReportData, plan: Plan) -> str:
     tags = ["qmerge", "qlora", plan.target]  # what people filter the Hub by
     quant_method = get_format(plan.target).info.quant_method
     if quant_method:
         tags.append(quant_method)
-    fields = _licence_fields(plan.inputs.base.folder)
+    fields: dict[str, Any] = {"library_name": "transformers"}
+    fields |= _licence_fields(plan.inputs.base.folder)
+    fields |= {"pipeline_tag": "text-generation", "tags": tags}
     origins = _origin_ids(report.inputs[0], report.inputs[1], plan.inputs.adapter.config)
     if origins:
-        fields |= {"base_model": origins, "base_model_relation": "finetune"}
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **fields)
-    return str(data.to_yaml())
+        fields = {"base_model": origins, **fields, "base_model_relation": "finetune"}
+    return yaml.dump(fields, allow_unicode=True, sort_keys=False)
 
 
 def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
@@ -69,14 +74,12 @@ def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[st
 
 def _licence_fields(base: Path) -> dict[str, Any]:
     """The licence fields of the base's own card; empty where it has none."""
-    from huggingface_hub import ModelCard
-
-    path = base / "README.md"
-    if not path.is_file():
-        return {}
     try:
-        data = ModelCard.load(path).data.to_dict()
-    except (ValueError, OSError, AttributeError, yaml.YAMLError):  # whatever the card of a stranger's model holds
+        front_matter = FRONT_MATTER.match((base / "README.md").read_text(encoding="utf-8"))
+        data = yaml.safe_load(front_matter[1]) if front_matter else {}
+    except (ValueError, OSError, yaml.YAMLError):  # no card, or whatever the card of a stranger's model holds
+        return {}
+    if not isinstance(data, dict):
         return {}
     fields = {}
     for name in ("license", "license_name", "license_link"):

@@ -176,6 +176,16 @@ def test_card_metadata(folders: Folders) -> None:
     assert {"qmerge", "qlora", "nf4", "bitsandbytes"} <= set(data["tags"])
     assert data["library_name"] == "transformers"
     assert "language" not in data
+    # As huggingface_hub itself would write it.
+    assert (folders.out / "README.md").read_text().startswith(f"---\n{card.data.to_yaml()}\n---\n")
+
+
+@pytest.mark.parametrize(
+    "card", ["# no metadata", "---\n- a list\n---\n", "---\n: [\n---\n", "---\nlicense: null\n---\n"]
+)
+def test_a_base_with_an_unusable_card(folders: Folders, card: str) -> None:
+    folders.put("base", "README.md", card)
+    assert folders.card().data.license is None
 
 
 def test_card_of_a_dense_target_has_no_quantization_tag(folders: Folders) -> None:
