@@ -164,6 +164,12 @@ class Bnb4bitGrid(Grid):
             edges=self._table.midpoints,
         )
 
+    def expected_slope(self, values_OI: Tensor, sigma_O1: Tensor) -> Tensor:
+        if values_OI.device.type != "cpu":
+            return super().expected_slope(values_OI, sigma_O1)
+        levels_L = self._table.levels_L
+        return kernels.expected_slope(values_OI, self.absmax_B, levels_L, self.block_size, sigma_O1)
+
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
         stepped_OI = self._step_levels(codes_OI, direction)
         if not self._has_negative_absmax:

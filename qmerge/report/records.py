@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qmerge.progress import Progress
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import FileRecord, FingerprintRecord, InputRecord
+from qmerge.weights.parallel import cpu_threads
 
 Share = Callable[[Mapping[Path, int]], Collection[Path]]
 """Which of the models' weight files to hash, of path → bytes."""
@@ -53,7 +55,8 @@ def input_records(inputs: Inputs, progress: Progress, share: Share = every_file)
     left_out = sizes.keys() - share(sizes)
     all_files = [files.without(left_out) for files in _files_of(inputs)]
     progress.stage("hashing inputs", sum(files.nbytes for files in all_files))
-    return [_input_record(files, progress) for files in all_files]
+    with ThreadPoolExecutor(cpu_threads()) as pool:  # hashing and reading release Python's lock
+        return [_input_record(files, pool, progress) for files in all_files]
 
 
 def joined_records(inputs: Inputs, parts: Sequence[Sequence[InputRecord]]) -> list[InputRecord]:
@@ -101,24 +104,25 @@ def _files_of(inputs: Inputs) -> list[_InputFiles]:
     return all_files
 
 
-def _input_record(files: _InputFiles, progress: Progress) -> InputRecord:
+def _input_record(files: _InputFiles, pool: ThreadPoolExecutor, progress: Progress) -> InputRecord:
     source = files.source
+    records = []
+    for record in pool.map(_file_record, files.files):
+        progress.advance(record.bytes, record.file)
+        records.append(record)
     return InputRecord(
         role=files.role,
         name=source.name,
         id=source.id,
         commit=source.commit,
-        files=[_file_record(path, progress) for path in files.files],
+        files=records,
         # An adapter's files are few: their hashes say enough.
         fingerprint=None if files.role == "adapter" else fingerprint_record(source.folder),
     )
 
 
-def _file_record(path: Path, progress: Progress) -> FileRecord:
-    size = path.stat().st_size
-    record = FileRecord(file=path.name, bytes=size, sha256=hash_file(path))
-    progress.advance(size, path.name)
-    return record
+def _file_record(path: Path) -> FileRecord:
+    return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def fingerprint_record(folder: Path) -> FingerprintRecord:

@@ -106,6 +106,18 @@ def test_compiled_slope_of_dense_numbers(name: str, scale: float, relative_sigma
     assert torch.allclose(grid.expected_slope(values_OI, sigma_O1), expected_OI, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("relative_sigma", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_compiled_slope_of_4_bit_numbers(name: str, relative_sigma: float) -> None:
+    values_OI = gaussian(shape=(8, 96))  # a row has one and a half blocks
+    values_OI[:2] = 0
+    grid = grid_for(name, values_OI)
+    sigma_O1 = torch.linspace(0.5, 2, 8)[:, None] * relative_sigma
+    expected_OI = Grid.expected_slope(grid, values_OI, sigma_O1)
+    assert expected_OI.max() > 0
+    assert torch.allclose(grid.expected_slope(values_OI, sigma_O1), expected_OI, rtol=1e-4, atol=1e-5)
+
+
 # --- quantized grids -------------------------------------------------------------------------------------------------
 
 
