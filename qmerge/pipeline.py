@@ -15,6 +15,7 @@ reads float32 values and writes tensors; ``checkpoint/`` and ``safetensors_io/``
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -230,7 +231,7 @@ def is_finite(values: Tensor) -> bool:
     if not values.numel():
         return True
     low, high = values.aminmax()
-    return bool(low.isfinite() & high.isfinite())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 # --- grid, round -----------------------------------------------------------------------------------------------------

@@ -223,9 +223,8 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
 
     def pack(self, codes_OI: Tensor, options: Bnb4bitOptions) -> Tensor:
         # bitsandbytes pads an odd number of codes with that of the value 0.
-        table = code_table(self.name, codes_OI.device)
-        zero = torch.bucketize(torch.zeros(1, device=codes_OI.device), table.midpoints)
-        return pack_nibbles(to_disk_codes(codes_OI, self.name), padding=int(table.disk_L[zero]))
+        padding = code_table(self.name, codes_OI.device).zero_code
+        return pack_nibbles(to_disk_codes(codes_OI, self.name), padding)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Bnb4bitOptions) -> Parts:
         assert isinstance(grid, Bnb4bitGrid)

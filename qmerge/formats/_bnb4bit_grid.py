@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,17 @@ class CodeTable:
 
     disk_L: Tensor
     """uint8 [16]: the code on disk of every level."""
+
+    @cached_property
+    def edges(self) -> tuple[np.float32, ...]:
+        """``midpoints`` as a compiled kernel takes them."""
+        return tuple(np.float32(midpoint) for midpoint in self.midpoints.tolist())
+
+    @cached_property
+    def zero_code(self) -> int:
+        """The code on disk of the value 0."""
+        zero = torch.bucketize(torch.zeros(1, device=self.midpoints.device), self.midpoints)
+        return int(self.disk_L[zero])
 
 
 def standard_quant_map(quant_type: str) -> Tensor:
@@ -117,8 +129,8 @@ class Bnb4bitGrid(Grid):
     def _nearest(self, values_OI: Tensor) -> Tensor:
         absmax_B = self.rounding_absmax_B
         if values_OI.device.type == "cpu":
-            midpoints = tuple(self._table.midpoints.tolist())
-            codes = kernels.nearest_codes(values_OI.flatten(), absmax_B.contiguous(), midpoints, self.block_size)
+            edges = self._table.edges
+            codes = kernels.nearest_codes(values_OI.flatten(), absmax_B.contiguous(), edges, self.block_size)
         else:
             scaled = scale_blocks(values_OI, absmax_B, self.block_size)
             # A value on a midpoint goes down, as in bitsandbytes.

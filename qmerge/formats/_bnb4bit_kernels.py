@@ -22,17 +22,16 @@ SMALLEST_ABSMAX = 1e-38
 Array = NDArray[Any]
 
 
-def nearest_codes(values: Tensor, absmax_B: Tensor, midpoints: tuple[float, ...], block_size: int) -> Tensor:
+def nearest_codes(values: Tensor, absmax_B: Tensor, edges: tuple[np.float32, ...], block_size: int) -> Tensor:
     """uint8 codes in the order of the levels, as many as there are values.
 
     Args:
         values: float32.
         absmax_B: float32, one for every block of ``block_size`` values; the last block may be shorter.
-        midpoints: between neighbouring levels, ascending; a value on a midpoint goes down.
+        edges: between neighbouring levels, ascending; a value on an edge goes down.
     """
     assert absmax_B.numel() * block_size >= values.numel(), "a block has no absmax"
     codes = torch.empty(values.numel(), dtype=torch.uint8)
-    edges = tuple(np.float32(midpoint) for midpoint in midpoints)
     _nearest_codes(values.numpy(), absmax_B.numpy(), edges, block_size, codes.numpy())
     return codes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -124,7 +125,10 @@ class Dense(TargetFormat[NoOptions]):
 
     def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
         # The extremes tell, several times faster than a test of every value.
-        if not stored_OI.numel() or not bool(torch.stack(stored_OI.aminmax()).isinf().any()):
+        if not stored_OI.numel():
+            return
+        low, high = stored_OI.aminmax()
+        if not math.isinf(low) and not math.isinf(high):
             return
         largest = float(merged_OI.abs().max())
         limit = torch.finfo(TORCH_DTYPES[self._dtype]).max

@@ -5,6 +5,7 @@ A plug-in defines ``METRIC``, a ``Metric`` (see ``base.py``), and its docstring'
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from qmerge import plugins
@@ -23,6 +24,7 @@ def get_metric(name: str) -> Metric:
     return metric
 
 
+@cache
 def all_metrics() -> dict[str, Metric]:
     """Every metric, by name."""
     return {name: get_metric(name) for name in plugins.names("metrics")}

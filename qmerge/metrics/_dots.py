@@ -91,7 +91,14 @@ def _changes(base: Array, merged: Array, stored: Array, changes: Array) -> Array
 
 @numba.njit(nogil=True, cache=True)
 def _count_different(codes: Array, others: Array, magnitude: Array) -> int:
-    count, magnitude_bits = 0, magnitude[()]
-    for i in range(len(codes)):
-        count += (codes[i] != others[i]) & (((codes[i] | others[i]) & magnitude_bits) != 0)
-    return count
+    total = 0
+    magnitude_bits = magnitude[()]
+    # Counts that fit into a byte: as many lanes as codes have.
+    for start in range(0, len(codes), 128):
+        some, some_others = codes[start : start + 128], others[start : start + 128]
+        count: Any = np.uint8(0)
+        for i in range(len(some)):
+            differ = (some[i] != some_others[i]) & (((some[i] | some_others[i]) & magnitude_bits) != 0)
+            count = np.uint8(count + np.uint8(differ))
+        total += count
+    return total

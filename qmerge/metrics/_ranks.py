@@ -16,18 +16,8 @@ class RankMetric(Metric):
     """A number made of the survival of every rank. Subclasses define ``value``."""
 
     def sums(self, rows: MergedRows) -> dict[str, float | Tensor]:
-        """float32 [R] each: ``landed``, the change along every singular direction, and ``meant``, its singular value.
-
-        A row block has its rows' share of both. Empty for a delta without small factors.
-        """
-        directions = rows.update.directions()
-        landed_R = rows.change_along_ranks_R
-        if directions is None or landed_R is None:
-            return {}
-        u_OR, s_R, _ = directions
-        u_rows = u_OR[rows.position.start : rows.position.stop]
-        # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
-        return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
+        """``MergedRows.rank_sums``."""
+        return {**rows.rank_sums}
 
 
 def rank_survival(sums: Mapping[str, Sequence[float]]) -> list[float]:

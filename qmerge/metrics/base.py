@@ -16,6 +16,12 @@ from qmerge.metrics import all_metrics
 from qmerge.metrics._dots import Changes, Dots, changes_of
 from qmerge.types import Rows, Update
 
+SAMPLE_ENTRIES = 2**14
+"""Entries of a sample."""
+
+SAMPLE_SPACING = 2**22
+"""Entries from the start of one sample to the next. (Taken from all entries, some metrics would cost more than the merge.)"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergedRows:
@@ -73,6 +79,11 @@ class MergedRows:
         return self._changes.change_OI
 
     @cached_property
+    def gap_OI(self) -> Tensor:
+        """Distance from the base's levels to the next ones on the side of the delta; infinite at the ends of the grid."""
+        return self.grid.gap(self.base_codes_OI, self.delta_OI)
+
+    @cached_property
     def delta_hessian_OI(self) -> Tensor | None:
         """delta · H; None where calibration saw no inputs."""
         return None if self.hessian_II is None else self.delta_OI @ self.hessian_II
@@ -92,17 +103,41 @@ class MergedRows:
         return self.dots.delta_delta
 
     @cached_property
-    def change_along_ranks_R(self) -> Tensor | None:
-        """float32 [R]: change along every singular direction of the delta; None for a delta without small factors.
+    def rank_sums(self) -> dict[str, Tensor]:
+        """float32 [R] each: ``landed``, the change along every singular direction of the delta, and ``meant``, its singular value.
 
-        A row block has its rows' share.
+        A row block has its rows' share of both. Empty for a delta without small factors.
         """
         directions = self.update.directions()
         if directions is None:
-            return None
-        u_OR, _, v_IR = directions
+            return {}
+        u_OR, s_R, v_IR = directions
         u_rows = u_OR[self.position.start : self.position.stop]
-        return ((self.change_OI @ v_IR) * u_rows).sum(dim=0)
+        landed_R = ((self.change_OI @ v_IR) * u_rows).sum(dim=0)
+        # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
+        return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
+
+    @cached_property
+    def samples(self) -> list[MergedRows]:
+        """Those of these rows that are in a sample. The samples are the same however the rows are grouped in blocks."""
+        step = self.grid.row_step
+        # Multiples of the grid's row_step, so that no block of the format is cut.
+        count = self._rows_of(SAMPLE_ENTRIES, step)
+        spacing = max(count, self._rows_of(SAMPLE_SPACING, step))
+        samples = []
+        for first in range(self.position.start // spacing * spacing, self.position.stop, spacing):
+            start = max(first, self.position.start)
+            stop = min(first + count, self.position.stop)
+            if start < stop:
+                rows_left = self.weight_rows - first
+                stands_for = min(spacing, rows_left) / min(count, rows_left)
+                samples.append(replace(self.part(Rows(start, stop)), stands_for=stands_for))
+        return samples
+
+    def _rows_of(self, entries: int, step: int) -> int:
+        """Rows with about so many entries, a multiple of ``step``."""
+        columns = max(1, self.base_OI.shape[1])
+        return max(step, entries // columns // step * step)
 
 
 class Metric(ABC):

@@ -20,7 +20,7 @@ class GapToDelta(SampledMetric):
         return {**super().sums(rows), "count": float(rows.base_OI.numel()), "delta_delta": rows.delta_delta}
 
     def sample_sums(self, sample: MergedRows) -> dict[str, float]:
-        gap, inside = finite_sum(sample.grid.gap(sample.base_codes_OI, sample.delta_OI))
+        gap, inside = finite_sum(sample.gap_OI)
         return {"gap": gap, "inside": inside}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:

@@ -13,7 +13,7 @@ class UnderHalfGap(SampledMetric):
     """Share of the entries whose delta nearest rounding would forget, from a sample of the rows."""
 
     def sample_sums(self, sample: MergedRows) -> dict[str, float]:
-        under = sample.delta_OI.abs() * 2 < sample.grid.gap(sample.base_codes_OI, sample.delta_OI)
+        under = sample.delta_OI.abs() * 2 < sample.gap_OI
         return {"under": float(under.sum()), "count": float(under.numel())}
 
     def value(self, sums: Mapping[str, Any]) -> float | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmerge import plugins
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.grids import Grid
-from qmerge.metrics import _sample
+from qmerge.metrics import base
 from qmerge.metrics._dots import count_different
 from qmerge.metrics.base import MergedRows, added, over_weights, plain, sums_of, values_of
 from qmerge.rounding import nearest, stochastic
@@ -187,8 +187,8 @@ def test_formulas(target: str, size: float, rounding: Any) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_add_up_over_row_blocks(target: str, samples: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, too, are the same however the rows are grouped: one sample of all, or several."""
-    monkeypatch.setattr(_sample, "ENTRIES", samples[0])
-    monkeypatch.setattr(_sample, "SPACING", samples[1])
+    monkeypatch.setattr(base, "SAMPLE_ENTRIES", samples[0])
+    monkeypatch.setattr(base, "SAMPLE_SPACING", samples[1])
     c = comparison(target)
     total = None
     step = 2 * c.grid.row_step
@@ -204,8 +204,8 @@ def test_sums_add_up_over_row_blocks(target: str, samples: tuple[int, int], monk
 
 def test_a_sample_stands_for_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights count by the size of their whole delta, however small the samples are."""
-    monkeypatch.setattr(_sample, "ENTRIES", 2**10)
-    monkeypatch.setattr(_sample, "SPACING", 2**12)
+    monkeypatch.setattr(base, "SAMPLE_ENTRIES", 2**10)
+    monkeypatch.setattr(base, "SAMPLE_SPACING", 2**12)
     c = comparison("nf4")
     sums = sums_of(c)
     assert sums["under_half_gap"]["count"] < SHAPE[0] * SHAPE[1] / 3
