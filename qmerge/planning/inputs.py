@@ -10,12 +10,12 @@ from typing import Any
 from qmerge import hub
 from qmerge.adapters.combining.chain import chained, check_new, check_order
 from qmerge.adapters.combining.combined import combined
-from qmerge.adapters.reading.folder import Adapter, config_file, read_adapter
+from qmerge.adapters.reading.folder import Adapter, read_adapter, read_config
 from qmerge.adapters.reading.named import find_adapter
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.replication import replicate_layers
-from qmerge.checkpoint.scan import Checkpoint, read_json, scan
+from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.recipe import CHAIN, Recipe
@@ -146,8 +146,7 @@ def layer_replication(folders: Sequence[Path]) -> Any:
     """
     values = []
     for folder in folders:
-        config = read_json(config_file(folder), AdapterError)
-        values.append(config.get("layer_replication") or None)
+        values.append(read_config(folder).get("layer_replication") or None)
     for folder, ranges in zip(folders, values, strict=True):
         if ranges != values[0]:
             raise AdapterError(

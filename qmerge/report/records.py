@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.adapters.reading.folder import CONFIG, TENSORS
+from qmerge.adapters.reading.folder import CONFIG, tensors_file
 from qmerge.checkpoint.fingerprint import fingerprint
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import RecipeError
@@ -98,7 +98,7 @@ def _files_of(inputs: Inputs) -> list[_InputFiles]:
     base_files = [*inputs.base.files, inputs.base.folder / "config.json"]
     all_files = [_InputFiles("base", inputs.base_source, base_files)]
     for source in inputs.adapter_sources:
-        all_files.append(_InputFiles("adapter", source, [source.folder / TENSORS, source.folder / CONFIG]))
+        all_files.append(_InputFiles("adapter", source, [tensors_file(source.folder), source.folder / CONFIG]))
     if inputs.original and inputs.original_source:
         all_files.append(_InputFiles("original", inputs.original_source, list(inputs.original.files)))
     return all_files

@@ -79,6 +79,8 @@ class _HeaderParser:
             raise self._invalid(f"the safetensors header must begin with '{{', found {text[:8]!r}")
         entries = strict_json(text, f"{self.path.name}: header", self.error)
         metadata = entries.pop("__metadata__", {})
+        if metadata is None:  # mlx writes null where it has none
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._invalid("__metadata__ must map names to texts")
         for name in entries:

@@ -22,10 +22,9 @@ from qmerge.adapters.combining.joint import (
     check_shapes,
     sum_of_loras,
 )
-from qmerge.adapters.reading.folder import CONFIG, TENSORS, Adapter
+from qmerge.adapters.reading.folder import CONFIG, Adapter, read_config, tensors_file
 from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate, TokenRowsUpdate
-from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.types import Replacement, Rows, Update
@@ -195,12 +194,13 @@ def check_new(adapters: Sequence[Adapter], merged_files: Collection[str]) -> Non
 def is_merged(folder: Path, merged_files: Collection[str]) -> bool:
     """Whether the adapter in this folder is among the adapters with these SHA-256."""
     # Files are hashed only where there is something to compare with.
-    return bool(merged_files) and (folder / TENSORS).is_file() and hash_file(folder / TENSORS) in merged_files
+    file = tensors_file(folder)
+    return bool(merged_files) and file.is_file() and hash_file(file) in merged_files
 
 
 def parent_adapter(folder: Path) -> Path | None:
     """The folder of the adapter that an adapter's config names as its base; None where its base is a model."""
-    return adapter_folder(read_json(folder / CONFIG, AdapterError).get("base_model_name_or_path"))
+    return adapter_folder(read_config(folder).get("base_model_name_or_path"))
 
 
 def adapter_folder(base_name: Any) -> Path | None:

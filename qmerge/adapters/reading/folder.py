@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT saves it → its change of each weight, with every tensor accounted for."""
+"""An adapter folder, as PEFT or mlx_lm saves it → its change of each weight, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qmerge.adapters import all_kinds, get_kind
+from qmerge.adapters.reading import mlx
 from qmerge.adapters.reading.placement import placed_on_disk
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import read_json
@@ -62,10 +63,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: Names | None = None) -> Adapter:
-    """Read a PEFT adapter folder.
+    """Read an adapter folder of PEFT or mlx_lm.
 
     Args:
-        folder: as ``PeftModel.save_pretrained`` writes it.
+        folder: as ``PeftModel.save_pretrained`` or ``mlx_lm.lora`` writes it.
         reader: of its tensors.
         name: of the adapter, where the file may contain several.
         names: of the base's weights. None: names stay as the adapter has them, and adapters that need the base are an error.
@@ -75,12 +76,16 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
         NeedsBaseError: the adapter cannot be understood without the base's names.
         CheckpointError: transformers makes an adapted weight of the base's weights in a way that cannot be followed.
     """
-    config = read_json(config_file(folder), AdapterError)
+    config = read_config(folder)
     infos = select_adapter(tensor_infos(folder), name)
     kind_name = kind_of(config)
     kind = get_kind(kind_name)
     kind.check_folder(folder, config)
-    tensors = {without_prefix(key): read_finite(info, reader, kind.index_parts) for key, info in infos.items()}
+    tensors = {key: read_finite(info, reader, kind.index_parts) for key, info in infos.items()}
+    if tensors_file(folder).name == mlx.TENSORS:
+        tensors = mlx.peft_tensors(tensors)
+    else:
+        tensors = {without_prefix(key): tensor for key, tensor in tensors.items()}
     changes = kind.updates(config, tensors, names)
     # A tensor that no change uses would be a part of the training that is lost.
     unused = set(tensors)
@@ -88,7 +93,7 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
         unused.difference_update(tensor_names)
     if unused:
         raise AdapterError(
-            f"{TENSORS} contains {listed(sorted(unused))}, which qmerge cannot apply; nothing was written"
+            f"{tensors_file(folder).name} contains {listed(sorted(unused))}, which qmerge cannot apply; nothing was written"
         )
     if names is not None:
         changes = placed_on_disk(changes, names)
@@ -109,11 +114,23 @@ def read_adapter(folder: Path, reader: Reader, name: str | None = None, names: N
     )
 
 
-def config_file(folder: Path) -> Path:
-    """adapter_config.json in the folder; AdapterError if it has none."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder; that of mlx_lm is translated to PEFT's.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
-    return folder / CONFIG
+    config = read_json(folder / CONFIG, AdapterError)
+    return mlx.peft_config(config) if mlx.is_mlx(config) else config
+
+
+def tensors_file(folder: Path) -> Path:
+    """The file with the adapter's tensors, which need not exist: PEFT's, or mlx_lm's where there is only that one."""
+    if (folder / mlx.TENSORS).is_file() and not (folder / TENSORS).exists():
+        return folder / mlx.TENSORS
+    return folder / TENSORS
 
 
 def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
@@ -122,16 +139,17 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         AdapterError: there is no safetensors file, or it is empty.
     """
-    if not (folder / TENSORS).exists():
+    file = tensors_file(folder)
+    if not file.exists():
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{folder} contains only adapter_model.bin, a pickle, which can run code when it is read; convert it where "
                 f"you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
             )
         raise AdapterError(f"{folder} has no {TENSORS}: expected an adapter folder as PEFT saves it")
-    infos, _ = read_header(folder / TENSORS, AdapterError)
+    infos, _ = read_header(file, AdapterError)
     if not infos:
-        raise AdapterError(f"{TENSORS} is empty: the adapter was saved without its weights; save it again")
+        raise AdapterError(f"{file.name} is empty: the adapter was saved without its weights; save it again")
     return infos
 
 
@@ -219,11 +237,11 @@ def read_finite(info: TensorInfo, reader: Reader, index_parts: tuple[str, ...] =
     if info.dtype in INTEGERS and any(part in info.name for part in index_parts):
         return reader.tensor(info)
     if info.dtype not in TORCH_DTYPES or not TORCH_DTYPES[info.dtype].is_floating_point:
-        raise AdapterError(f"{TENSORS}: {info.name} has dtype {info.dtype}, expected floats")
+        raise AdapterError(f"{info.file.name}: {info.name} has dtype {info.dtype}, expected floats")
     # The only cast of the adapter: from here on everything is float32.
     tensor = reader.tensor(info).float()
     if not bool(tensor.isfinite().all()):
         raise AdapterError(
-            f"{TENSORS}: {info.name} contains NaN or infinity: the training run diverged; use an earlier checkpoint of it"
+            f"{info.file.name}: {info.name} contains NaN or infinity: the training run diverged; use an earlier checkpoint of it"
         )
     return tensor

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.adapters.reading.folder import CONFIG, DEFAULT, TENSORS, adapter_names, tensor_infos
+from qmerge.adapters.reading.folder import CONFIG, DEFAULT, adapter_names, tensor_infos, tensors_file
 from qmerge.errors import AdapterError, listed
 
 CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
@@ -91,7 +91,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     """Name → folder of every adapter: in the folder itself (several, where its file contains several), and below it."""
     adapters: dict[str, Path] = {}
     if (folder / CONFIG).is_file():
-        names = adapter_names(tensor_infos(folder)) if (folder / TENSORS).is_file() else []
+        names = adapter_names(tensor_infos(folder)) if tensors_file(folder).is_file() else []
         # Of a single adapter the file may contain the name, but peft does not ask for it.
         adapters |= dict.fromkeys(names if len(names) > 1 else [DEFAULT], folder)
     for config in sorted(folder.glob(f"*/{CONFIG}")):

@@ -10,14 +10,21 @@ from typing import Any
 from torch import Tensor
 
 from qmerge import hub
-from qmerge.adapters.reading.folder import TENSORS, Adapter, config_file, read_adapter, select_adapter, tensor_infos
+from qmerge.adapters.reading.folder import (
+    Adapter,
+    read_adapter,
+    read_config,
+    select_adapter,
+    tensor_infos,
+    tensors_file,
+)
 from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.adapters.updates.variants import ByWidthUpdate
 from qmerge.base_check import declared, deltas
-from qmerge.checkpoint.scan import read_json, scan
+from qmerge.checkpoint.scan import scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
 from qmerge.planning.inputs import read_inputs
 from qmerge.planning.plan import make_run_context, plan_from
@@ -59,7 +66,7 @@ def describe_adapter(source: hub.Source, base: str | None = None, base_revision:
     Raises:
         AdapterError, CheckpointError: the folder holds no adapter, or ``base`` is no model.
     """
-    config = read_json(config_file(source.folder), AdapterError)
+    config = read_config(source.folder)
     described = _describe_files(source, config)
     if base is not None:
         return described | _compare_with_base(_recipe_for(source, base, base_revision), source, config)
@@ -87,7 +94,7 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
         "commit": source.commit,
         "config": known,
         "other_options": other,
-        "file": TENSORS,
+        "file": tensors_file(source.folder).name,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
         "dtypes": sorted({info.dtype for info in infos.values()}),
