@@ -385,7 +385,7 @@ def inspect(
     return describe(str(adapter), revision, None if base is None else str(base), base_revision)
 
 
-def verify(out: PathLike, *, reload: bool = True, loader: str = "transformers") -> Checks:
+def verify(out: PathLike, *, reload: bool = True, loader: str | None = None) -> Checks:
     """Check a folder that qmerge wrote: hashes, headers and index, and whether a stock loader loads the model.
 
     ``fidelity`` compares the model with the unmerged one.
@@ -393,7 +393,8 @@ def verify(out: PathLike, *, reload: bool = True, loader: str = "transformers") 
     Args:
         out: the folder.
         reload: also load the model, with nothing missing and nothing left over, and run it.
-        loader: what to load it with: ``"transformers"``, ``"gptqmodel"`` or ``"auto-gptq"``.
+        loader: what to load it with: ``"transformers"``, ``"gptqmodel"``, ``"auto-gptq"`` or ``"mlx"``. None: mlx for an MLX
+            folder, transformers for all others.
 
     Returns:
         The checks, as a list; ``.ok`` is True if all of them passed.

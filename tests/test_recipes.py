@@ -15,11 +15,13 @@ from qmerge.schema import read_report
 from . import models
 from .conftest import Cli
 from .parity import bases
+from .parity.bases.mlx import MlxModel
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASES: dict[str, str] = {
     "nf4-to-nf4": "nf4",
     "nf4-to-bf16": "nf4_dq",
+    "bf16-to-mlx": "dense",
     "int8-to-int8": "int8",
     "fp16-base-trained-on-nf4": "dense",
     "nf4-to-gptq": "nf4",
@@ -60,6 +62,10 @@ def test_runs_and_loads(name: str, request: pytest.FixtureRequest, lora: Path, t
     assert {name: report.recipe[name] for name in asked.keys() - {"base", "adapter", "out", "min_kept"}} == {
         name: value for name, value in asked.items() if name not in {"base", "adapter", "out", "min_kept"}
     }
+    if asked["target"] == "mlx":
+        pytest.importorskip("mlx_lm")
+        assert torch.isfinite(models.logits(MlxModel(out))).all()  # type: ignore[arg-type]
+        return
     model, info = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.isfinite(models.logits(model)).all()

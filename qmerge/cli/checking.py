@@ -48,8 +48,11 @@ def verify_command(
     out: MergedFolder,
     reload: Annotated[bool, flag("--reload/--no-reload", help="also load it with a stock loader")] = True,
     loader: Annotated[
-        str, typer.Option(help="load with this: transformers, gptqmodel or auto-gptq", metavar="NAME")
-    ] = "transformers",
+        str | None,
+        typer.Option(
+            help="load with this: transformers, gptqmodel, auto-gptq or mlx (default: by format)", metavar="NAME"
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(help="compare it with the unmerged model on this held-out text: txt or jsonl", metavar="FILE"),

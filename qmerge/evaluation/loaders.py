@@ -15,10 +15,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,6 +160,33 @@ def load_with_gptqmodel(folder: Path) -> str:
     return f"{type(model.model).__name__} with {library}, {check_logits(model.model, folder, library)}"
 
 
+def load_with_mlx(folder: Path) -> str:
+    """Load with mlx_lm, which finds every tensor and no other.
+
+    Raises:
+        CheckpointError: mlx_lm does not load it, or computes other logits.
+        RecipeError: mlx_lm is not installed.
+    """
+    how_to_install = 'pip install mlx-lm, and "mlx[cpu]" on Linux'
+    package = import_library("mlx_lm", "mlx", how_to_install)
+    core = import_library("mlx.core", "mlx", how_to_install)
+    library = f"mlx_lm {package.__version__}"
+    with as_checkpoint_error(library), silenced():
+        model, _ = importlib.import_module("mlx_lm.utils").load_model(folder)
+
+    def with_logits(input_ids: Tensor) -> SimpleNamespace:
+        logits = model(core.array(input_ids.numpy())).astype(core.float32)
+        return SimpleNamespace(logits=torch.from_numpy(np.array(logits)))
+
+    return f"{type(model).__module__} with {library}, {check_logits(with_logits, folder, library)}"
+
+
+def default_loader(folder: Path) -> str:
+    """The loader for a folder where none is named."""
+    config = json.loads((folder / "config.json").read_text())
+    return "mlx" if "quantization" in config else "transformers"
+
+
 def load_with_auto_gptq(folder: Path) -> str:
     """Multiply with auto-gptq's layers, weight by weight, and compare with the values that qmerge reads.
 
@@ -220,6 +248,7 @@ LOADERS: dict[str, Callable[[Path], str]] = {
     "transformers": load_with_transformers,
     "gptqmodel": load_with_gptqmodel,
     "auto-gptq": load_with_auto_gptq,
+    "mlx": load_with_mlx,
 }
 """Name on the command line → loader: folder → one line with the result; CheckpointError where it fails."""
 

@@ -19,7 +19,7 @@ import torch
 from qmerge import hub, plugins
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
-from qmerge.evaluation.loaders import LOADERS, WrongLogitsError
+from qmerge.evaluation.loaders import LOADERS, WrongLogitsError, default_loader
 from qmerge.formats import get_format
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
@@ -36,18 +36,18 @@ class Check:
     found: str
 
 
-def verify(folder: Path, reload: bool = True, loader: str = "transformers") -> list[Check]:
+def verify(folder: Path, reload: bool = True, loader: str | None = None) -> list[Check]:
     """Run every check that makes sense: after damaged files, nothing is loaded.
 
     Args:
         reload: also load the model with a stock loader.
-        loader: one of ``LOADERS``.
+        loader: one of ``LOADERS``; None: ``default_loader``.
 
     Raises:
         CheckpointError: ``folder`` has no qmerge.json.
         RecipeError: there is no such loader, or its library is not installed.
     """
-    if loader not in LOADERS:
+    if loader is not None and loader not in LOADERS:
         raise RecipeError(f"no loader is called {loader!r}. {plugins.suggestion(loader, list(LOADERS))}")
     report = read_report(folder)
     # Every error becomes a failed check, so that one run shows all problems.
@@ -59,7 +59,7 @@ def verify(folder: Path, reload: bool = True, loader: str = "transformers") -> l
         return checks
     checks.append(_run_check("finite", lambda: check_finite(folder)))
     if reload:
-        checks.append(_run_check("reload", lambda: check_reload(folder, loader, report)))
+        checks.append(_run_check("reload", lambda: check_reload(folder, loader or default_loader(folder), report)))
     else:
         checks.append(Check("reload", True, "not asked for"))
     return checks

@@ -52,6 +52,25 @@ def test_loads_and_computes_the_right_logits(gptq: Path, cli: Cli, loader: str, 
     assert loader in ran.out and ran.err == ""
 
 
+def test_mlx_loads_mlx_folders(cli: Cli, tmp_path: Path) -> None:
+    """Without being named. The control: another group of scales is another model."""
+    pytest.importorskip("mlx_lm")
+    out = tmp_path / "mlx"
+    inputs = {"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter")}
+    qmerge.merge(**inputs, target="mlx", rounding="nearest", out=str(out), quiet=True)
+    ran = cli("verify", out)
+    assert ran.code == 0 and "mlx_lm.models.llama with mlx_lm" in ran.out, ran.out + ran.err
+    tensors = load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    models.edit_json(out / "config.json", rope_theta=config["rope_theta"] / 100)
+    with pytest.raises(loaders.WrongLogitsError, match="off those of the stored values"):
+        loaders.load_with_mlx(out)
+    del tensors["model.norm.weight"]
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"mlx_lm .* does not load it"):
+        loaders.load_with_mlx(out)
+
+
 def test_auto_gptq_refuses_other_zeros(gptq: Path, tmp_path: Path) -> None:
     """The control: auto-gptq reads v2 zeros as v1, which shifts every weight by a step."""
     if find_spec("auto_gptq") is None:
