@@ -14,7 +14,7 @@ from qmerge.types import dot
 
 Array = NDArray[Any]
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes per entry → the signed integers of this size."""
 
 

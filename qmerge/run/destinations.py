@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ class Destination(ABC):
 class OutputFolder(Destination):
     """Writes every step to the file that it belongs to.
 
-    A step of an earlier run is kept where its bytes still have the hashes in the journal. A file gets its final name
-    when the last of its steps is done.
+    A step of an earlier run is kept where its bytes still have the hashes in the journal. When the last step of a file is done,
+    a thread syncs, hashes and names it, while the steps of the next file run.
 
     residuals: LoRAs that compensate for the rounding of merged weights, by name of the weight; empty without
     ``residual_rank``.
@@ -93,6 +94,8 @@ class OutputFolder(Destination):
         self.residual_rank = residual_rank
         self.residuals: dict[str, Residual] = {}
         self.writers: dict[str, ShardWriter] = {}
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="qmerge-files")
+        self._finished: list[Future[None]] = []
         self._shard_of: dict[str, Shard] = {}
         self._steps_left: dict[str, int] = {}
         for shard in shards:
@@ -112,9 +115,17 @@ class OutputFolder(Destination):
             run_parallel(group, lambda step: self._run_step(step, inputs.get(step.name)), self.workers)
             self._steps_left[file] -= len(group)
             if not self._steps_left[file]:
-                # The journal comes first: a file with its final name must have its hash there.
-                self.journal.file_done(file, self.writers[file].finish())
-                self.writers[file].publish()
+                self._finished.append(self._finisher.submit(self._finish_file, file))
+
+    def _finish_file(self, file: str) -> None:
+        # The journal comes first: a file with its final name must have its hash there.
+        self.journal.file_done(file, self.writers[file].finish())
+        self.writers[file].publish()
+
+    def finish(self) -> None:
+        """Wait until every file whose steps are done has its final name."""
+        for future in self._finished:
+            future.result()
 
     def _run_step(self, step: Step, inputs: InputStatistics | None) -> None:
         record = self._earlier_record(step) or self._write_step(step, inputs)
@@ -167,6 +178,7 @@ class OutputFolder(Destination):
 
     def close(self) -> None:
         """Close all files."""
+        self._finisher.shutdown(cancel_futures=True)
         for writer in self.writers.values():
             writer.close()
 

@@ -269,6 +269,7 @@ def write_weights(run: Run, records: list[InputRecord], journal: Journal, *, res
     destination.start_stage("merging", steps)
     try:
         judged = run_steps(run.plan, steps, destination, run.preflight.tokens)
+        destination.finish()
     finally:
         destination.close()
     return Written(

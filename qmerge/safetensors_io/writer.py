@@ -11,8 +11,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -28,6 +30,9 @@ LONGEST_TEXT = 512
 
 PARTIAL = ".partial"
 """Added to the name of a file that is not whole."""
+
+LEAST_IN_THREAD = 2**16
+"""Bytes from which on a thread hashes them."""
 
 HASH_CHUNK = 2**22
 """Bytes that are read at once to be hashed."""
@@ -96,7 +101,7 @@ class TensorSink(Protocol):
 
 
 class StepSink(TensorSink):
-    """The tensors of one step, which go to a shard. Each is written in order, and hashed while it is written.
+    """The tensors of one step, which go to a shard. Each is written in order, and hashed in a thread.
 
     Args:
         names: all tensors of the step.
@@ -111,6 +116,7 @@ class StepSink(TensorSink):
         self._fixed_names = [name for name in names if name not in shard.layout.texts]
         self._written = dict.fromkeys(self._fixed_names, 0)
         self._hashes = {name: hashlib.sha256() for name in self._fixed_names}
+        self._hashed: Future[None] | None = None
 
     def append(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().flatten()
@@ -122,8 +128,12 @@ class StepSink(TensorSink):
             self.texts[name] = bytes(data).decode()
             return
         self._shard.write(name, self._written[name], data)
-        self._hashes[name].update(data)
         self._written[name] += len(data)
+        self._wait_until_hashed()  # one part at a time: in order, and no more of them in memory
+        if len(data) < LEAST_IN_THREAD:
+            self._hashes[name].update(data)
+        else:
+            self._hashed = _hashing_threads().submit(self._hashes[name].update, data)
 
     def finish(self) -> dict[str, str]:
         """SHA-256, hexadecimal, of every tensor of known size.
@@ -131,10 +141,21 @@ class StepSink(TensorSink):
         Raises:
             AssertionError: one of them is not complete, which is a bug.
         """
+        self._wait_until_hashed()
         for name in self._fixed_names:
             expected = self._shard.layout.tensors[name].spec.nbytes
             assert self._written[name] == expected, f"{name}: {self._written[name]} of {expected} bytes written"
         return {name: self._hashes[name].hexdigest() for name in self._fixed_names}
+
+    def _wait_until_hashed(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+            self._hashed = None
+
+
+@cache
+def _hashing_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qmerge-hashing")
 
 
 class ShardWriter:

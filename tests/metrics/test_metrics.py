@@ -212,14 +212,23 @@ def test_a_sample_stands_for_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -
     assert sums["predicted_kept"]["weight"] == pytest.approx(c.delta_delta, rel=0.3)
 
 
-CODE_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32]
+CODE_DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+]
 
 
 @pytest.mark.parametrize("dtype", CODE_DTYPES)
 def test_codes_that_differ_are_counted(dtype: torch.dtype) -> None:
     """As torch counts them: the two zeros of a float are the same, the lowest integer is not 0."""
-    codes = (gaussian(0, (40, 7)) * 3).to(dtype)
-    others = (gaussian(1, (40, 7)) * 3).to(dtype)
+    codes = (gaussian(0, (40, 7)).abs() * 3).to(dtype)
+    others = (gaussian(1, (40, 7)).abs() * 3).to(dtype)
     codes[0], others[0] = 0, -0.0 if dtype.is_floating_point else 0
     if not dtype.is_floating_point:
         codes[1], others[1] = torch.iinfo(dtype).min, torch.iinfo(dtype).max

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import safe_open
 
 from qmerge.errors import CheckpointError
 from qmerge.safetensors_io.header import read_header
-from qmerge.safetensors_io.writer import LONGEST_TEXT, FileLayout, ShardWriter, write_file
+from qmerge.safetensors_io.writer import LEAST_IN_THREAD, LONGEST_TEXT, FileLayout, ShardWriter, write_file
 from qmerge.types import BITS, SAFETENSORS_DTYPES, TensorSpec
 
 DTYPES = [
@@ -163,6 +164,22 @@ def test_texts_up_to_the_longest(tmp_path: Path, length: int) -> None:
     with safe_open(tmp_path / "model", "pt") as opened:
         assert opened.get_tensor("t").shape == (length,) and bytes(opened.get_tensor("u").tolist()) == b"y"
     check_specification(tmp_path / "model")
+
+
+def test_large_parts_are_hashed_in_order(tmp_path: Path) -> None:
+    """Parts that a thread hashes, small ones between them, of two steps that write at the same time."""
+    names, size = ("a", "b"), 5 * LEAST_IN_THREAD
+    shard = ShardWriter(tmp_path / "x", FileLayout.of({name: TensorSpec("U8", (size,)) for name in names}))
+    data = {name: os.urandom(size) for name in names}
+    sinks = {name: shard.step((name,)) for name in names}
+    edges = [0, LEAST_IN_THREAD, 2 * LEAST_IN_THREAD, 2 * LEAST_IN_THREAD + 7, 4 * LEAST_IN_THREAD, size]
+    for start, stop in pairwise(edges):
+        for name, sink in sinks.items():
+            sink.append_bytes(name, bytearray(data[name][start:stop]))
+    for name, sink in sinks.items():
+        assert sink.finish() == {name: hashlib.sha256(data[name]).hexdigest()}
+        assert shard.read(name) == data[name]
+    shard.close()
 
 
 def test_a_tensor_that_is_not_complete_is_a_bug(tmp_path: Path) -> None:
