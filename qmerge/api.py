@@ -142,7 +142,7 @@ def merge(
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
-    max_memory: str = "2GB",
+    max_memory: str | None = None,
     max_shard_size: str = "5GB",
     resume: bool = False,
     quiet: bool = False,
@@ -195,7 +195,8 @@ def merge(
         seed: seed of stochastic rounding, random calibration tokens and random combinations.
         device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: number of weights that are worked on at once, or ``"ray"`` for one task per output file on a Ray cluster.
-        max_memory: memory for the weights being worked on; larger weights are cut into row blocks.
+        max_memory: memory for the weights being worked on, which are cut into row blocks, and for calibration; None for 2 GB, and
+            as much as is free for calibration.
         max_shard_size: largest size of one file of the model.
         resume: go on with an interrupted run in ``out``.
         quiet: show no progress; warnings are still shown.
@@ -256,7 +257,7 @@ def plan(
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
-    max_memory: str = "2GB",
+    max_memory: str | None = None,
     max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Predict what a merge would keep, and how much disk and memory it needs. Nothing is written.
@@ -323,7 +324,7 @@ def measure(
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
-    max_memory: str = "2GB",
+    max_memory: str | None = None,
     max_shard_size: str = "5GB",
     quiet: bool = False,
 ) -> list[Report]:

@@ -196,9 +196,10 @@ class Recipe(BaseModel):
     workers: int | Literal["ray"] = Field(
         1, description="work on this many weights at once, or on one output file per task of a Ray cluster: ray"
     )
-    max_memory: str = Field(
-        "2GB",
-        description="use this much memory for the weights being worked on; larger weights are cut into row blocks",
+    max_memory: str | None = Field(
+        None,
+        description="use this much memory for the weights being worked on, which are cut into row blocks, and for calibration "
+        "(default: 2GB, and as much as is free for calibration)",
     )
     max_shard_size: str = Field("5GB", description="split the model into files of at most this size")
     # --- what is done in addition ---

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from qmerge.calibration.forward import ForwardPass
 from qmerge.calibration.layered import LayeredModel, Values
+from qmerge.calibration.room import memory_limit
 from qmerge.calibration.starts import Start, Starts
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.planning.plan import Plan
@@ -64,7 +64,8 @@ def generate_tokens(
     random = torch.Generator().manual_seed(seed)
     writers = [_Writer(mine, starts.turn_end) for mine in starts.for_sequences(count, random)]
     model: _WholeModel | _StreamedModel
-    model = _WholeModel(layered, values) if _fits(layered) else _StreamedModel(layered, values)
+    fits = _fits(layered, memory_limit(plan.recipe.max_memory, layered.device))
+    model = _WholeModel(layered, values) if fits else _StreamedModel(layered, values)
     cache = model.new_cache()
     ids = torch.empty(count, length, dtype=torch.int64)
     ids[:, 0] = torch.tensor([writer.first() for writer in writers])
@@ -124,13 +125,9 @@ class _Writer:
         self._is_chat = start.is_chat
 
 
-def _fits(layered: LayeredModel) -> bool:
-    """Whether the float32 values of a model fit twice into the free memory."""
-    nbytes = 4 * _parameter_count(layered)
-    free = psutil.virtual_memory().available
-    if layered.device.type == "cuda":
-        free = torch.cuda.mem_get_info(layered.device)[0]
-    return 2 * nbytes < free
+def _fits(layered: LayeredModel, limit: int) -> bool:
+    """Whether the float32 values of a model fit twice into so many bytes."""
+    return 2 * 4 * _parameter_count(layered) < limit
 
 
 def _parameter_count(layered: LayeredModel) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,16 +20,24 @@ class LayerwiseRun:
         values: the weights of ``model``, for ``start`` and ``run_layer``.
         batches: token ids, int64 [sequences, length] each.
         with_head: also compute logits; without, the passes end at the last decoder layer.
+        keep: what is kept of a layer's output until the next layer, instead of the output itself.
 
     Attributes:
         waiting: per batch, the call of the decoder layer at which it waits.
     """
 
     def __init__(
-        self, model: LayeredModel, values: Values, batches: Sequence[Tensor], *, with_head: bool = False
+        self,
+        model: LayeredModel,
+        values: Values,
+        batches: Sequence[Tensor],
+        *,
+        with_head: bool = False,
+        keep: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model = model
         self.values = values
+        self._keep = keep
         self.waiting: list[LayerCall] = []
         self._last_outputs: list[Any] = []
         # transformers' name for the model without its head; a model that has none is its own.
@@ -65,6 +73,8 @@ class LayerwiseRun:
     def go_on(self, batch: int, output: Any) -> None:
         """One batch goes on to the next decoder layer, with the output of the one at which it waits."""
         # Only hidden states are kept between two layers, those of every batch.
+        if self._keep is not None:
+            output = self._keep(output)
         self.waiting[batch] = self._passes[batch].advance(output)
 
     def logits(self, batch: int) -> Tensor:

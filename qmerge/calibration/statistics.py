@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from qmerge.calibration.capture import (
 )
 from qmerge.calibration.forward import ForwardPass, LayerCall, pause
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
+from qmerge.calibration.room import in_mapped_file, planned_memory, temporary_folder
 from qmerge.calibration.scores import FinishedRun, finish_run, score_runs
 from qmerge.calibration.sums import InputSums
 from qmerge.calibration.texts import CalibrationTokens
@@ -76,6 +78,7 @@ class CalibrationPass:
     Attributes:
         merged: the model as merged so far; the unmerged one where the plan is not sequential.
         fidelity: of the merged model on the held-out tokens, when all groups are done; None where none are held out.
+        in_turn: whether batches take turns in a layer, because they do not fit into memory together.
     """
 
     def __init__(
@@ -102,6 +105,10 @@ class CalibrationPass:
         if plan.recipe.sequential:
             self.merged, _ = unmerged_model(plan, context)
         self.fidelity: FidelityRecord | None = None
+        _, self.in_turn = planned_memory(plan, sum(ids.numel() for ids in tokens.seen), context.device)
+        self._keep: Callable[[Any], Any] | None = None
+        if self.in_turn and context.device.type == "cpu":
+            self._keep = partial(in_mapped_file, folder=temporary_folder(plan))
         self._known_groups: dict[tuple[str, ...], LayerGroups] = {}
 
     @property
@@ -119,9 +126,9 @@ class CalibrationPass:
         Raises:
             CheckpointError: transformers does not know the architecture, or the base lacks a parameter.
         """
-        runs = [LayerwiseRun(self.unmerged, self.unmerged_values, self.tokens.seen)]
+        runs = [LayerwiseRun(self.unmerged, self.unmerged_values, self.tokens.seen, keep=self._keep)]
         if self.sequential:
-            runs.append(LayerwiseRun(self.merged, self._merged_values, self.tokens.seen))
+            runs.append(LayerwiseRun(self.merged, self._merged_values, self.tokens.seen, keep=self._keep))
         judged = self._judged_runs()
         finished: list[FinishedRun] = []
         with stopping([*runs, *judged]):
@@ -187,10 +194,13 @@ class CalibrationPass:
         for run in runs:
             run.model.load(index, run.model.names(index), run.values)
         layer = self._layer_groups(index, runs[0])
-        if layer.groups and layer.once:
+        if layer.groups and layer.once and not self.in_turn:
             yield from self._in_one_pass(index, layer, runs)
             return
-        yield from self._in_repeated_passes(index, layer, runs)
+        if layer.once:
+            yield from self._batches_in_turn(index, layer, runs)
+        else:
+            yield from self._in_repeated_passes(index, layer, runs)
         if index + 1 < len(self.unmerged):  # nothing after the last layer is calibrated, so its outputs are not needed
             for run in runs:
                 run.run_loaded_layer()
@@ -250,6 +260,22 @@ class CalibrationPass:
         finally:
             for layer_pass in (one for passes_of_run in passes for one in passes_of_run):
                 layer_pass.stop()
+
+    def _batches_in_turn(
+        self, index: int, layer: LayerGroups, runs: Sequence[LayerwiseRun]
+    ) -> Iterator[CalibratedGroup]:
+        """The same numbers, with one batch in memory: it begins the layer again for every group."""
+        for number, names in enumerate(layer.groups):
+            sums = InputSums(names, self.context.device, of_task=self.tokens.is_of_task)
+            for batch in range(len(self.tokens.seen)):
+                passes = [_pausing_pass(run, run.waiting[batch], layer) for run in runs]
+                for _ in range(number):
+                    for layer_pass in passes:
+                        layer_pass.advance()
+                self._add_reached(sums, [layer_pass.advance() for layer_pass in passes], layer)
+                for layer_pass in passes:
+                    layer_pass.stop()
+            yield from self._rounded(index, names, sums.statistics())
 
     def _add_reached(self, sums: InputSums, reached: Sequence[GroupReached], layer: LayerGroups) -> None:
         """Add the inputs of a group, of one batch, in the unmerged and in the merged model (one of them: not sequential)."""

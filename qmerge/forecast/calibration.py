@@ -15,6 +15,7 @@ from qmerge.calibration import texts
 from qmerge.calibration.general import general_tokens
 from qmerge.calibration.generate import generate_tokens
 from qmerge.calibration.layered import LayeredModel
+from qmerge.calibration.room import planned_memory
 from qmerge.calibration.starts import find_starts
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.errors import CheckpointError, TokenizerError
@@ -53,11 +54,14 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
 
     Raises:
         RecipeError: the text cannot be used.
+        RoomError: calibration does not fit into ``--max-memory``.
         CheckpointError: the model cannot be run, or its tokenizer not be loaded, and the plan asks for calibration.
     """
     settings = plan.calibration
     if settings.source == "none":
         return Calibration(CalibrationRecord(source="none"))
+    # Before the long work: it raises where there is not enough memory.
+    planned_memory(plan, tokens_of_source(settings.source, settings.tokens), context.device)
     is_default = settings.source in (None, "default")
     try:
         # Only to find out, before the long work, whether transformers can run the model.

@@ -17,6 +17,9 @@ from qmerge.weights.blocks import AMPLE_ENTRIES
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.writing import COPY_BYTES
 
+WEIGHTS_MEMORY = "2GB"
+"""For the weights being worked on, where ``--max-memory`` is not given."""
+
 FLOAT32_BYTES = 4
 
 ARRAYS_PER_BLOCK = 16
@@ -50,7 +53,7 @@ def calibration_memory(steps: Sequence[Step], tokens: int, *, sequential: bool) 
 
     Args:
         steps: all steps of a plan.
-        tokens: those that rounding learns from.
+        tokens: those that rounding learns from; where batches take turns, those of one batch.
         sequential: whether two models run.
     """
     widths = [step.shape[1] for step in steps if step.rounding == "preserve"]

@@ -16,7 +16,7 @@ from qmerge.checkpoint.scan import SINGLE
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import all_targets, get_target
 from qmerge.planning.inputs import Inputs, read_inputs
-from qmerge.planning.memory import block_entries, step_memory
+from qmerge.planning.memory import WEIGHTS_MEMORY, block_entries, step_memory
 from qmerge.planning.steps import StepMaker
 from qmerge.recipe import Recipe, make_recipe, parse_size
 from qmerge.rounding.base import EFFORTS
@@ -173,7 +173,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
     unchanged = [step for step in steps if step.update is None and step.replacement is None]
     assert len(steps) - len(unchanged) == len(changes), "a change was matched, but no step applies it"
     maker.check(steps)
-    entries = block_entries(steps, recipe.max_memory, recipe.threads)
+    entries = block_entries(steps, recipe.max_memory or WEIGHTS_MEMORY, recipe.threads)
     return Plan(
         recipe=recipe,
         inputs=inputs,

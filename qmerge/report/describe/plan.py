@@ -10,6 +10,7 @@ from qmerge.adapters.combining.combined import CombinedUpdate
 from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
+from qmerge.calibration.room import planned_memory
 from qmerge.checkpoint import folder
 from qmerge.forecast.calibration import tokens_of_source
 from qmerge.forecast.kinds import predict_kinds
@@ -20,7 +21,6 @@ from qmerge.forecast.roundings import choose_roundings
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
 from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
 from qmerge.planning.inputs import Inputs, read_inputs
-from qmerge.planning.memory import calibration_memory
 from qmerge.planning.plan import Plan, make_run_context, plan_from
 from qmerge.recipe import Recipe
 from qmerge.report.describe.model import describe_storage
@@ -28,6 +28,7 @@ from qmerge.report.make import pair_records
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import PairRecord
 from qmerge.types import Step
+from qmerge.weights.context import compute_device
 
 
 def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def _calibration_memory(plan: Plan) -> int:
     if settings.source == "none":
         return 0
     tokens = tokens_of_source(settings.source, settings.tokens)
-    return calibration_memory(plan.steps, tokens, sequential=settings.sequential)
+    needed, _ = planned_memory(plan, tokens, compute_device(plan.recipe.device))
+    return needed
 
 
 def _describe_step(step: Step, survival: Survival | None) -> dict[str, Any]:
