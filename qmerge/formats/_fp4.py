@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,9 @@ from qmerge.formats._tensors import read_rows
 from qmerge.formats.base import Stored
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Rows, TensorInfo, TensorSpec, Weight
+
+# Added to the exponents of MXFP4's scales before they are stored.
+MXFP4_BIAS = 127
 
 
 class StoredFp4(Stored):
@@ -51,6 +54,44 @@ def pack_fp4(codes_OI: Tensor) -> Tensor:
     """The reverse of ``unpack_fp4``."""
     disk_OI = FP4_LEVELS.disk_L.to(codes_OI.device)[codes_OI.int()]
     return disk_OI[:, ::2] | (disk_OI[:, 1::2] << 4)
+
+
+def least_error_scales(
+    values_OI: Tensor, group_size: int, candidates: Callable[[Tensor], list[Tensor]], inputs_I: Tensor | None
+) -> Tensor:
+    """float32 [O, G]: of some scales, those with the least squared error.
+
+    Args:
+        candidates: largest magnitudes of the groups → scales to try, each [O, G]. Ties go to the first one.
+        inputs_I: float32, mean square of every input, which weights the errors; None: all count alike.
+    """
+    group_I = sequential_groups(values_OI.shape[1], group_size, values_OI.device)
+    values_OGN, weights_GN = by_groups(values_OI, group_I, inputs_I)
+    levels = FP4_LEVELS.to(values_OI.device)
+    best_OG = least_OG = torch.full_like(values_OGN[..., 0], torch.inf)
+    for scale_OG in candidates(values_OGN.abs().amax(dim=2)):
+        scaled_OGN = values_OGN / torch.where(scale_OG == 0, 1.0, scale_OG)[..., None]
+        errors_OGN = levels.rounded(scaled_OGN).mul_(scale_OG[..., None]).sub_(values_OGN)
+        cost_OG = torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, weights_GN)
+        best_OG = torch.where(cost_OG < least_OG, scale_OG, best_OG)
+        least_OG = torch.minimum(cost_OG, least_OG)
+    return best_OG
+
+
+def power_candidates(largest_OG: Tensor) -> list[Tensor]:
+    """Scales of MXFP4: the power that makes the largest value a 4 or more, and its neighbours."""
+    exponent_OG = torch.frexp(largest_OG).exponent - 3 + MXFP4_BIAS
+    return [powers_of_two((exponent_OG + step).clamp(1, 254)) for step in (0, 1, -1)]
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2 ** (exponents − 127), exactly; int32 0 … 254 → float32.
+
+    The bits are put together: the exponent is above the 23 bits of the mantissa. The least power is below float32's normal
+    numbers.
+    """
+    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 class CompressedFp4(Compressed):
@@ -115,17 +156,7 @@ class CompressedFp4(Compressed):
 
     def scales(self, values_OI: Tensor, options: CompressedOptions, inputs_I: Tensor | None = None) -> Tensor:
         """float32 [rows, G]: of the scales that can be stored, those with the least squared error."""
-        group_I = sequential_groups(values_OI.shape[1], self.group_size, values_OI.device)
-        values_OGN, weights_GN = by_groups(values_OI, group_I, inputs_I)
-        levels = FP4_LEVELS.to(values_OI.device)
-        best_OG = least_OG = torch.full_like(values_OGN[..., 0], torch.inf)
-        for scale_OG in self.scale_candidates(values_OGN.abs().amax(dim=2)):
-            scaled_OGN = values_OGN / torch.where(scale_OG == 0, 1.0, scale_OG)[..., None]
-            errors_OGN = levels.rounded(scaled_OGN).mul_(scale_OG[..., None]).sub_(values_OGN)
-            cost_OG = torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, weights_GN)
-            best_OG = torch.where(cost_OG < least_OG, scale_OG, best_OG)
-            least_OG = torch.minimum(cost_OG, least_OG)
-        return best_OG
+        return least_error_scales(values_OI, self.group_size, self.scale_candidates, inputs_I)
 
     @abstractmethod
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:

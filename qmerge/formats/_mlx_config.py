@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._packing import WORD
 from qmerge.formats._tensors import modules_with
 from qmerge.types import TensorInfo
@@ -16,7 +16,7 @@ QUANT_METHOD = "mlx"
 
 AFFINE = "affine"
 
-MODES = (AFFINE,)
+MODES = (AFFINE, "mxfp4", "nvfp4")
 """``mode`` → how numbers are stored. Without one it is affine: older versions of mlx_lm had no other."""
 
 TAKE_CONFIG = "Take the config.json that belongs to these files"
@@ -89,3 +89,32 @@ def shape_of(module: str, parts: Mapping[str, TensorInfo], settings: MlxSettings
         f"{module}: tensors of shapes {shapes} are not {settings.bits} bits in groups of {settings.group_size}, as config.json "
         f"says. {TAKE_CONFIG}"
     )
+
+
+def check_storable(name: str, shape: tuple[int, int], group_size: int, advice: str) -> None:
+    """Check that mlx_lm would find a weight where qmerge writes it, and that groups divide its inputs.
+
+    Raises:
+        RecipeError: it would not, or they do not; ``advice`` says what to do about the second.
+    """
+    if ".experts." in name:
+        raise RecipeError(f"{name} is an expert, which mlx_lm stores in a stack: use another target, or a 16-bit one")
+    if shape[1] % group_size:
+        raise RecipeError(
+            f"{name} has {shape[1]} inputs, which is not a multiple of the group size {group_size}: {advice}"
+        )
+
+
+def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with both names that mlx_lm gives the quantization, and with ``rope_theta``.
+
+    transformers 5 writes it into ``rope_parameters``, where most models of mlx_lm 0.32 do not look: they would take their
+    default.
+    """
+    rope = config.get("rope_parameters") or {}
+    old_names = {}
+    if "rope_theta" in rope:
+        old_names["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        old_names["rope_scaling"] = rope
+    return {**old_names, **config, "quantization": quantization, "quantization_config": quantization}

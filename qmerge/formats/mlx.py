@@ -11,7 +11,16 @@ from torch import Tensor
 
 from qmerge.errors import RecipeError
 from qmerge.formats._affine import AffineGrid, sequential_groups
-from qmerge.formats._mlx_config import AFFINE, QUANT_METHOD, MlxSettings, quantized_modules, settings_of, shape_of
+from qmerge.formats._mlx_config import (
+    AFFINE,
+    QUANT_METHOD,
+    MlxSettings,
+    check_storable,
+    quantized_modules,
+    settings_of,
+    shape_of,
+    with_quantization,
+)
 from qmerge.formats._mlx_scales import fit_mlx
 from qmerge.formats._packing import WORD, pack_bits, unpack_bits
 from qmerge.formats._tensors import check_dtype, check_finite, check_present, parts_of, read_rows
@@ -153,15 +162,8 @@ class Mlx(TargetFormat[MlxOptions]):
         return len(shape) == 2 and shape[1] % min(GROUP_SIZES) == 0
 
     def check(self, name: str, shape: tuple[int, int], options: MlxOptions) -> None:
-        if ".experts." in name:
-            raise RecipeError(
-                f"{name} is an expert, which mlx_lm stores in a stack: use another target, or a 16-bit one"
-            )
-        if shape[1] % options.group_size:
-            raise RecipeError(
-                f"{name} has {shape[1]} inputs, which is not a multiple of the group size {options.group_size}: use "
-                f"--group-size {min(GROUP_SIZES)}, or another target"
-            )
+        advice = f"use --group-size {min(GROUP_SIZES)}, or another target"
+        check_storable(name, shape, options.group_size, advice)
 
     # --- write ---
 
@@ -206,18 +208,7 @@ class Mlx(TargetFormat[MlxOptions]):
         return config
 
     def complete_config(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """With both names that mlx_lm gives it, and with ``rope_theta``.
-
-        transformers 5 writes it into ``rope_parameters``, where most models of mlx_lm 0.32 do not look: they would take their
-        default.
-        """
-        rope = config.get("rope_parameters") or {}
-        old_names = {}
-        if "rope_theta" in rope:
-            old_names["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            old_names["rope_scaling"] = rope
-        return {**old_names, **config, "quantization": quantization, "quantization_config": quantization}
+        return with_quantization(config, quantization)
 
 
 FORMAT = Mlx()

@@ -8,15 +8,12 @@ from torch import Tensor
 from qmerge.errors import CheckpointError
 from qmerge.formats._compressed import CompressedOptions
 from qmerge.formats._compressed_config import QUANT_METHOD
-from qmerge.formats._fp4 import CompressedFp4, StoredFp4
+from qmerge.formats._fp4 import MXFP4_BIAS, CompressedFp4, StoredFp4, power_candidates, powers_of_two
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import FormatInfo, Stored
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Parts, Weight
-
-# Added to the exponents of two before they are stored.
-BIAS = 127
 
 
 class Mxfp4a16(CompressedFp4):
@@ -44,9 +41,7 @@ class Mxfp4a16(CompressedFp4):
         return StoredFp4(weight, scale_OG, reader, device, group_size=self.group_size)
 
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
-        """The power that makes the largest value a 4 or more, and its neighbours."""
-        exponent_OG = torch.frexp(largest_OG).exponent - 3 + BIAS
-        return [powers_of_two((exponent_OG + step).clamp(1, 254)) for step in (0, 1, -1)]
+        return power_candidates(largest_OG)
 
     def grid(
         self, scales: Tensor, shape: tuple[int, int], options: CompressedOptions, inputs_I: Tensor | None = None
@@ -55,18 +50,8 @@ class Mxfp4a16(CompressedFp4):
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, LevelsGrid)
-        exponents_OG = torch.frexp(grid.scale_OG).exponent - 1 + BIAS
+        exponents_OG = torch.frexp(grid.scale_OG).exponent - 1 + MXFP4_BIAS
         return {"weight_scale": exponents_OG.to(torch.uint8).cpu()}
-
-
-def powers_of_two(exponents: Tensor) -> Tensor:
-    """2 ** (exponents − 127), exactly; int32 0 … 254 → float32.
-
-    The bits are put together: the exponent is above the 23 bits of the mantissa. The least power is below float32's normal
-    numbers.
-    """
-    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
-    return bits.to(torch.int32).view(torch.float32)
 
 
 FORMAT = Mxfp4a16()

@@ -74,7 +74,9 @@ class Modules:
         if self._towers and self._module(weight) in self._towers and not is_in_target_format:
             return False
         if get_format(weight.format).info.is_quantized:
-            return is_in_target_format or not self.target.info.is_quantized or self.target.accepts(weight.shape)
+            if is_in_target_format or not self.target.info.is_quantized:
+                return True
+            return self.target.accepts(weight.shape) and not self._is_embedding_for_others(weight)
         if not self._is_dense_matrix(weight):
             return False
         if not (self.target.info.is_quantized or self.simulates_training):
@@ -85,6 +87,12 @@ class Modules:
         if self.is_quantizable_embedding(weight):
             return self.target.name not in self.inputs.base.formats()
         return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
+
+    def _is_embedding_for_others(self, weight: Weight) -> bool:
+        """Whether a weight is an embedding that the base's library has quantized, and the target's would not."""
+        if self.target.info.quantizes_embeddings or not get_format(weight.format).info.quantizes_embeddings:
+            return False
+        return self._parameter(weight) in self._embeddings
 
     def is_quantizable_embedding(self, weight: Weight) -> bool:
         """Whether a weight is an embedding that the target's library quantizes, too."""
@@ -154,7 +162,9 @@ class Modules:
         return dense - set(quantized)
 
     def check_experts(self, steps: tuple[Step, ...]) -> None:
-        """Raise RecipeError where the target's loader would drop a weight that stays dense."""
+        """Raise RecipeError where the target's loader would not take a weight that stays dense."""
+        if self.target.info.quant_method == "mlx":
+            self._check_stacks(steps)
         if self.target.info.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         for step in steps:
@@ -162,6 +172,14 @@ class Modules:
                 raise RecipeError(
                     f"{step.name} would stay dense, and transformers 5.23 drops dense single experts of a compressed-tensors "
                     f"model: use --target w4a16 or w8a16, which quantize them, or nf4, gptq, awq or fp8"
+                )
+
+    def _check_stacks(self, steps: tuple[Step, ...]) -> None:
+        for step in steps:
+            if len(step.weight.shape) > 2 and EXPERTS.match(step.weight.module):
+                raise RecipeError(
+                    f"{step.name} is a stack of experts, which mlx_lm arranges otherwise: use another target, or bf16 and then "
+                    f"mlx_lm.convert"
                 )
 
     # --- what transformers knows ---

@@ -16,9 +16,9 @@ from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import _compressed_int, _fp4, get_target
 from qmerge.formats._compressed import CompressedOptions
 from qmerge.formats._compressed_config import scheme_of
+from qmerge.formats._fp4 import powers_of_two
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import ModuleLayout
-from qmerge.formats.mxfp4a16 import powers_of_two
 from qmerge.grids import DOWN, UP
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
+from qmerge.formats import get_target
 from qmerge.formats._fit_scales import by_groups
 from qmerge.formats._mlx_scales import fit_mlx, mlx_scales
+from qmerge.formats.base import NoOptions
 from qmerge.formats.mlx import BITS, FORMAT, GROUP_SIZES, BiasGrid, MlxOptions
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import SAFETENSORS_DTYPES, Rows
@@ -141,7 +143,57 @@ def cost(error_OI: Tensor, inputs_I: Tensor) -> float:
     return float((error_OI.square() * inputs_I).sum())
 
 
+FP4 = {"mlx_mxfp4": ("mxfp4", 32), "mlx_nvfp4": ("nvfp4", 16)}
+"""Target → mlx's mode and size of groups."""
+
+
+@pytest.mark.parametrize("size", [1.0, 0.02])
+@pytest.mark.parametrize("target", FP4)
+def test_fp4_is_mlxs(target: str, size: float, tmp_path: Path) -> None:
+    """Both ways, with scales at the lower end of FP8's range, too. The error is no larger than mlx's."""
+    fmt, (mode, group_size) = get_target(target), FP4[target]
+    values_OI = weight(torch.float32) * size
+    parts = oracle.quantized(values_OI, 4, group_size, mode)
+    theirs_OI = oracle.dequantized(parts, 4, group_size, mode)
+    (tmp_path / "theirs").mkdir()
+    with Reader() as reader:
+        _, stored = bnb.opened(bnb.saved(parts, tmp_path / "theirs"), target, reader, NoOptions())
+        assert bnb.same(stored.values(Rows(0, 24)), theirs_OI)
+    written = bnb.fresh(values_OI, target, NoOptions())
+    grid = fmt.grid(fmt.scales(values_OI, NoOptions()), (24, 256), NoOptions())
+    ours_OI = grid.decode(grid.nearest(values_OI))
+    assert bnb.same(oracle.dequantized(written, 4, group_size, mode), ours_OI)
+    assert float((ours_OI - values_OI).norm()) < 0.99 * float((theirs_OI - values_OI).norm())
+
+
+@pytest.mark.parametrize("target", FP4)
+def test_mlx_lm_runs_fp4(target: str, base: Made, adapter: Path, tmp_path: Path) -> None:
+    out = stock.merged(tmp_path / "out", base("dense"), adapter, target)
+    assert bases.quantization_config(out)["mode"] == FP4[target][0]
+    expected = models.logits(stock.float_model(out, like=read_all(out)))
+    assert stock.distance(models.logits(oracle.MlxModel(out)), expected) < BOUND  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", FP4)
+def test_fp4_keeps_scales(target: str, base: Made, adapter: Path, tmp_path: Path) -> None:
+    source = base(target.replace("_", "-"))
+    out = stock.merged(tmp_path / "out", source, adapter, target)
+    assert stock.differing(stock.tensors(source), stock.tensors(out)) == CHANGED
+    assert bases.quantization_config(out) == bases.quantization_config(source)
+
+
+def test_fp4_scales_that_are_nan(base: Made, adapter: Path, tmp_path: Path, cli: Cli) -> None:
+    for kind, code in (("mlx-mxfp4", 255), ("mlx-nvfp4", 0x7F)):
+        (tmp_path / kind).mkdir()
+        damage = put(f"{Q_PROJ}.scales", lambda t, code=code: torch.full_like(t, code))  # type: ignore[misc]
+        refused(base(kind), damage, (f"{Q_PROJ}.scales holds NaN",), adapter, tmp_path / kind, cli, "fp32")
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
+
+CHANGED = [f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("mlp.down_proj", "self_attn.q_proj")]
+"""Tensors that the adapter changes in an MLX model."""
+
 
 KINDS = [kind for kind, settings in bases.KINDS.items() if settings["family"] == "mlx"]
 
@@ -202,14 +254,11 @@ def test_rope_is_what_transformers_has(adapter: Path, tmp_path: Path) -> None:
     assert config["rope_scaling"] == config["rope_parameters"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("fp4")])
 def test_same_format_keeps_scales(kind: str, base: Made, adapter: Path, tmp_path: Path) -> None:
     out = stock.merged(tmp_path / "out", base(kind), adapter, "mlx")
     before, after = stock.tensors(base(kind)), stock.tensors(out)
-    layers = [
-        f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("mlp.down_proj", "self_attn.q_proj")
-    ]
-    assert stock.differing(before, after) == layers
+    assert stock.differing(before, after) == CHANGED
     assert bases.quantization_config(out) == bases.quantization_config(base(kind))
     settings = bases.quantization_config(out)
     columns = torch.arange(256) // settings["group_size"]
@@ -232,6 +281,18 @@ def test_to_float(base: Made, adapter: Path, tmp_path: Path) -> None:
     assert not {"quantization", "quantization_config"} & json.loads((out / "config.json").read_text()).keys()
     _, info = stock.loaded(out)
     assert not any(info.values()), info
+
+
+@pytest.mark.parametrize("target", ["nf4", "w4a16"])
+def test_embeddings_become_dense_for_other_libraries(target: str, base: Made, adapter: Path, tmp_path: Path) -> None:
+    """transformers finds every tensor of a folder made of an MLX base, and no other."""
+    if target == "w4a16":
+        pytest.importorskip("compressed_tensors")
+    out = stock.merged(tmp_path / "out", base("mlx"), adapter, target)
+    _, info = stock.loaded(out)
+    assert not any(info.values()), info
+    expected = bases.oracle(base("mlx"))["lm_head.weight"].bfloat16()
+    assert torch.equal(stock.tensors(out)["lm_head.weight"], expected)
 
 
 def test_layers_of_several_widths(base: Made, adapter: Path, tmp_path: Path) -> None:
@@ -310,7 +371,7 @@ def test_damaged_bases_are_refused(base: Made, adapter: Path, tmp_path: Path, cl
     [
         ({"group_size": 32, "bits": 4}, "4 bits in groups of 32, as config.json says"),
         ({"group_size": 64, "bits": "4"}, "bits '4' and group_size 64"),
-        ({"group_size": 64, "bits": 4, "mode": "mxfp8"}, "MLX's mode 'mxfp8'; qmerge reads affine"),
+        ({"group_size": 64, "bits": 4, "mode": "mxfp8"}, "MLX's mode 'mxfp8'; qmerge reads affine, mxfp4, nvfp4"),
     ],
 )
 def test_configs_that_do_not_fit(base: Made, adapter: Path, tmp_path: Path, quantization: Any, words: str) -> None:

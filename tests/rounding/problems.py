@@ -65,6 +65,7 @@ CASES = [
     Case("gptq", (16, 96), shuffled=True, options={"group_size": 32}),
     Case("awq", (8, 128), options={"group_size": 64}),
     Case("mlx", (8, 128), shuffled=True),
+    Case("mlx_nvfp4", (8, 96)),
     Case("w4a16", (8, 128), shuffled=True),
     Case("nvfp4", (8, 96), shuffled=True),
 ]

@@ -56,6 +56,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "mlx": {"family": "mlx"},
     "mlx-3bit-g32": {"family": "mlx", "bits": 3, "group_size": 32},
     "mlx-8bit": {"family": "mlx", "bits": 8},
+    "mlx-mxfp4": {"family": "mlx", "group_size": 32, "mode": "mxfp4"},
+    "mlx-nvfp4": {"family": "mlx", "group_size": 16, "mode": "nvfp4"},
     "torchao-int8": {"family": "torchao", "config": "Int8WeightOnlyConfig"},
     "torchao-int8-g32": {"family": "torchao", "config": "Int8WeightOnlyConfig", "group_size": 32},
     "torchao-fp8": {"family": "torchao", "config": "Float8WeightOnlyConfig"},

@@ -1,0 +1,37 @@
+"""MXFP4 as mlx writes it: FP4 in groups of 32, whose scales are powers of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmerge.formats._fp4 import MXFP4_BIAS, power_candidates, powers_of_two
+from qmerge.formats._mlx_config import QUANT_METHOD
+from qmerge.formats._mlx_fp4 import MlxFp4
+from qmerge.formats.base import FormatInfo
+
+
+class MlxMxfp4(MlxFp4):
+    """Scales are exponents of two plus 127."""
+
+    info = FormatInfo(
+        name="mlx_mxfp4",
+        quant_method=QUANT_METHOD,
+        loaders="mlx_lm, LM Studio",
+        chosen_by_auto=False,  # it runs on Apple machines
+        quantizes_embeddings=True,
+    )
+    mode = "mxfp4"
+    group_size = 32
+
+    def decoded_scales(self, stored_OG: Tensor) -> Tensor:
+        return torch.where(stored_OG == 255, torch.nan, powers_of_two(stored_OG.int()))
+
+    def encoded_scales(self, scale_OG: Tensor) -> Tensor:
+        return (torch.frexp(scale_OG).exponent - 1 + MXFP4_BIAS).to(torch.uint8)
+
+    def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
+        return power_candidates(largest_OG)
+
+
+FORMAT = MlxMxfp4()

@@ -1,0 +1,41 @@
+"""NVFP4 as mlx writes it: FP4 in groups of 16 with an FP8 scale each, and none for the whole weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmerge.formats._mlx_config import QUANT_METHOD
+from qmerge.formats._mlx_fp4 import MlxFp4
+from qmerge.formats._scaled_float import FLOAT8, LARGEST
+from qmerge.formats.base import FormatInfo
+
+# Scales that are tried, relative to the one that makes a group's largest value a 6. At 1.5 it is a 4. Without a scale for the
+# whole weight most scales are small, where FP8 is coarse: so neighbours of those are tried as well.
+SHARES = torch.linspace(0.6, 1.6, 21).tolist()
+
+
+class MlxNvfp4(MlxFp4):
+    """Scales are E4M3 numbers, as their bits."""
+
+    info = FormatInfo(
+        name="mlx_nvfp4",
+        quant_method=QUANT_METHOD,
+        loaders="mlx_lm, LM Studio",
+        chosen_by_auto=False,  # it runs on Apple machines
+        quantizes_embeddings=True,
+    )
+    mode = "nvfp4"
+    group_size = 16
+
+    def decoded_scales(self, stored_OG: Tensor) -> Tensor:
+        return stored_OG.view(FLOAT8).float()
+
+    def encoded_scales(self, scale_OG: Tensor) -> Tensor:
+        return scale_OG.to(FLOAT8).view(torch.uint8)
+
+    def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
+        return [(largest_OG * (share / 6)).clamp(max=LARGEST).to(FLOAT8).float() for share in SHARES]
+
+
+FORMAT = MlxNvfp4()
