@@ -47,7 +47,7 @@ def model_card(report: ReportData, plan: Plan) -> str:
 def _metadata(report: ReportData, plan: Plan) -> str:
     tags = ["qmerge", "qlora", plan.target]  # what people filter the Hub by
     quant_method = get_format(plan.target).info.quant_method
-    if quant_method:
+    if quant_method and quant_method not in tags:
         tags.append(quant_method)
     fields: dict[str, Any] = {"library_name": "transformers"}
     fields |= _licence_fields(plan.inputs.base.folder)

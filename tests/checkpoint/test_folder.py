@@ -188,6 +188,11 @@ def test_a_base_with_an_unusable_card(folders: Folders, card: str) -> None:
     assert folders.card().data.license is None
 
 
+def test_card_names_a_format_once(folders: Folders) -> None:
+    assert folders.card(target="fp8").data.tags.count("fp8") == 1
+    assert (folders.out / "README.md").read_text().count("- fp8\n") == 1
+
+
 def test_card_of_a_dense_target_has_no_quantization_tag(folders: Folders) -> None:
     assert "bitsandbytes" not in folders.card().data.tags
 
