@@ -8,6 +8,7 @@ peak resident memory. The model is a Llama of width 2048 with random weights in 
 CPU time: absolute times depend on the machine.
 
     quantizer  NF4 codes and absmax of a 4096 x 4096 weight, against bitsandbytes
+    gptq       a 4096 x 4096 weight to 4-bit GPTQ with 8192 inputs, their sums included, against gptqmodel; CPU time
     nf4        NF4 + LoRA to NF4, against peft (load, merge_and_unload, save)
     bf16       NF4 + LoRA to bf16, against a copy of the same bytes in and out, synced
     dense      bf16 + LoRA to bf16, against a script that loads a shard, adds the delta in float32 and saves the shard
@@ -41,7 +42,7 @@ SHAPES = {
     "mlp.up_proj": (FEED_FORWARD, HIDDEN),
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
 }
-ROWS = ("quantizer", "nf4", "bf16", "dense", "workers", "memory")
+ROWS = ("quantizer", "gptq", "nf4", "bf16", "dense", "workers", "memory")
 HEADER = (
     "| row | against | qmerge: s | CPU s | GB | other: s | CPU s | GB | time, qmerge / other | CPU | memory |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
@@ -110,6 +111,46 @@ def seconds(work):
     return time.perf_counter() - started
 assert torch.equal(ours(), theirs().flatten())
 print(*(statistics.median(seconds(work) for _ in range(5)) for work in (ours, theirs)))
+"""
+
+GPTQ = """
+import os, time, torch
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+torch.set_num_threads(1)
+from gptqmodel import QuantizeConfig
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.gptq import GPTQ
+from qmerge.calibration.capture import MatrixProduct
+from qmerge.calibration.sums import InputSums
+from qmerge.formats import get_target
+from qmerge.rounding import get_rounding
+from qmerge.rounding.base import RoundingContext, make_objective
+from qmerge.types import Rows
+SIZE, CPU = 4096, torch.device("cpu")
+target, preserve = get_target("gptq"), get_rounding("preserve")
+options = target.options({"group_size": 128}, None, "F32")
+layer = torch.nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False)
+inputs = torch.randn(2 * SIZE, SIZE) * torch.logspace(0, -1.5, SIZE)
+def theirs(layer, inputs):
+    config = QuantizeConfig(bits=4, group_size=128, sym=True)
+    task = GPTQ(NamedModule(layer, name="layer", full_name="layer", layer_index=0), config)
+    task.quantizer.configure(perchannel=True)
+    task.add_batch(inputs[None], None)
+    return task.quantize()[0]
+def ours(layer, inputs):
+    size = len(layer.weight)
+    sums = InputSums(["layer"], CPU)
+    sums.add(None, [MatrixProduct(("layer",), inputs)])
+    grid = target.grid(target.scales(layer.weight, options, None), (size, size), options, None)
+    objective = make_objective(sums.statistics()["layer"], None, size, CPU)
+    return grid.decode(preserve.choose(layer.weight, grid, RoundingContext(name="layer", rows=Rows(0, size), objective=objective)))
+def error(weight_OI):
+    return (inputs @ (weight_OI - layer.weight).T).square().sum()
+for way in (ours, theirs):
+    way(torch.nn.Linear(256, 256, bias=False).requires_grad_(False), inputs[:512, :256])  # compiles
+    started = time.process_time()
+    weight_OI = way(layer, inputs)
+    print("measured", time.process_time() - started, float(error(weight_OI)))
 """
 
 
@@ -269,6 +310,8 @@ class Benchmark:
         """Measure one row, and format it."""
         if name == "quantizer":
             return self.quantizer()
+        if name == "gptq":
+            return self.gptq()
         model = self.made(self.models, self.layers, "bf16" if name == "dense" else "nf4")
         adapter = self.models / "adapter"
         ours = self.merge(model, adapter, "nf4")
@@ -339,6 +382,14 @@ class Benchmark:
         ours, theirs = map(float, ran.stdout.split())
         rates = f"{4096**2 / ours / 1e6:.0f} and {4096**2 / theirs / 1e6:.0f} million weights/s"
         return f"| quantizer | bitsandbytes: {rates} | {ours:.3f} | | | {theirs:.3f} | | | {ours / theirs:.3f} | | |"
+
+    def gptq(self) -> str:
+        """One thread each, in one process."""
+        ran = subprocess.run(script(GPTQ), capture_output=True, text=True, check=True)
+        lines = [line.split() for line in ran.stdout.splitlines() if line.startswith("measured")]
+        (ours, our_error), (theirs, their_error) = (map(float, line[1:]) for line in lines)
+        against = f"gptqmodel: its squared error is {their_error / our_error:.2f} times ours"
+        return f"| gptq | {against} | | {ours:.1f} | | | {theirs:.1f} | | | {ours / theirs:.2f} | |"
 
 
 def median(costs: list[Cost]) -> Cost:
