@@ -60,8 +60,6 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
     settings = plan.calibration
     if settings.source == "none":
         return Calibration(CalibrationRecord(source="none"))
-    # Before the long work: it raises where there is not enough memory.
-    planned_memory(plan, tokens_of_source(settings.source, settings.tokens), context.device)
     is_default = settings.source in (None, "default")
     try:
         # Only to find out, before the long work, whether transformers can run the model.
@@ -71,6 +69,8 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
             raise  # the user asked for calibration, and gets it or an error
         note = f"No calibration (as with --calibration none), because the model cannot be run: {error}"
         return Calibration(CalibrationRecord(source="none"), note=note)
+    # Before the long work: it raises where there is not enough memory.
+    planned_memory(plan, tokens_of_source(settings.source, settings.tokens), context.device)
     if not is_default:
         return _Preparation(plan, context, report_progress).calibration(str(settings.source))
     try:
