@@ -394,8 +394,8 @@ def verify(out: PathLike, *, reload: bool = True, loader: str | None = None) -> 
     Args:
         out: the folder.
         reload: also load the model, with nothing missing and nothing left over, and run it.
-        loader: what to load it with: ``"transformers"``, ``"gptqmodel"``, ``"auto-gptq"`` or ``"mlx"``. None: mlx for an MLX
-            folder, transformers for all others.
+        loader: what to load it with: ``"transformers"``, ``"llama.cpp"``, ``"gptqmodel"``, ``"auto-gptq"`` or ``"mlx"``. None: mlx
+            for an MLX folder, llama.cpp for a GGUF file where xllamacpp is installed, transformers for all others.
 
     Returns:
         The checks, as a list; ``.ok`` is True if all of them passed.

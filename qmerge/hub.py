@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmerge.errors import InputError
@@ -19,12 +19,18 @@ UNUSED_FILES = ["original/*", "consolidated*", "*.gguf", "onnx/*", "openvino/*"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """``owner/name``."""
 
+GGUF = ".gguf"
+
+HUB_FILE = re.compile(rf"(?P<id>{HUB_ID.pattern}):(?P<file>(?!.*\.\.)[\w./-]+\.gguf)")
+"""``owner/name:file.gguf``."""
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a model or an adapter comes from.
 
     folder           local folder with its files
+    file             the file in it, where the model is one file (GGUF)
     id, commit       of the Hub; None for a local folder
     adapter          name of the adapter that was asked for, where there are several
     adapters_folder  the folder above, where several adapters have a folder each; None for all others
@@ -35,11 +41,14 @@ class Source:
     commit: str | None = None
     adapter: str | None = None
     adapters_folder: Path | None = None
+    file: Path | None = None
 
     @property
     def name(self) -> str:
         """The Hub id, or the last part of a local folder, with ``#ADAPTER`` where it holds several adapters."""
         model_name = self.id or self.folder.name
+        if self.file is not None:
+            model_name = self.file.stem
         if self.adapter and model_name != self.adapter:
             return f"{model_name}#{self.adapter}"
         return model_name
@@ -58,6 +67,12 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
     folder = Path(reference).expanduser()
+    if folder.suffix == GGUF and folder.is_file():
+        return Source(folder.resolve().parent, file=folder.resolve())
+    hub_file = HUB_FILE.fullmatch(reference)
+    if hub_file and not folder.exists():
+        source = _download(hub_file["id"], revision, error, [hub_file["file"]])
+        return replace(source, file=source.folder / hub_file["file"])
     if folder.is_dir():
         if revision:  # otherwise it would be ignored without a word
             raise error(f"{reference} is a local folder: a revision ({revision}) makes sense for a Hub id only")
@@ -88,7 +103,10 @@ def find_local(reference: str, revision: str | None) -> Path | None:
         return None
 
 
-def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Source:
+def _download(
+    hub_id: str, revision: str | None, error: type[InputError], files: list[str] | None = None
+) -> Source:  # fmt: skip
+    """A snapshot of a model in the cache: of these files, or of those that a model needs."""
     import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -102,8 +120,8 @@ def _download(hub_id: str, revision: str | None, error: type[InputError]) -> Sou
         folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=commit or revision,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=UNUSED_FILES,
+            allow_patterns=files or MODEL_FILES,
+            ignore_patterns=None if files else UNUSED_FILES,
             local_files_only=commit is None,  # offline: do not wait for the network again
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:

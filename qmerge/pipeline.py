@@ -109,7 +109,7 @@ def round_weight(
         # Decode what was rounded, so that the measured values are those that a loader will read.
         stored_OI = block.grid.decode(codes_OI)
         work.target.check_range(stored_OI, block.merged_OI, step.name)
-        return RoundedBlock(block, codes_sink.pack(codes_OI), measurement.sums(block, codes_OI, stored_OI))
+        return RoundedBlock(block, codes_sink.pack(codes_OI, block.grid), measurement.sums(block, codes_OI, stored_OI))
 
     with closing(
         map_blocks(round_block, row_blocks(step, entries_per_block(step, context)), threads)
@@ -257,7 +257,7 @@ def choose_grid(
     inputs_I = None
     if inputs is not None:
         inputs_I = inputs.hessian_II.diagonal().to(context.device)
-    scales = [torch.empty(0, device=context.device)]  # a dense target has no scales
+    scales: list[Tensor] = []
     if target.info.is_quantized:
         # The scales come from all rows, so the weight is read twice; keeping it would take the memory of a whole weight.
         def scales_of(rows: Rows) -> Tensor:
@@ -265,7 +265,8 @@ def choose_grid(
             return target.scales(merged_OI, step.options, inputs_I)
 
         scales += map_blocks(scales_of, row_blocks(step, cached_entries(context)), threads)
-    return target.grid(torch.cat(scales), step.shape, step.options, inputs_I)
+    no_scales = torch.empty(0, device=context.device)  # of a dense target
+    return target.grid(torch.cat(scales) if scales else no_scales, step.shape, step.options, inputs_I)
 
 
 def objective_for(

@@ -327,8 +327,8 @@ class Step:
 
     @property
     def source_is_dense(self) -> bool:
-        """Whether the weight is stored as one tensor. A quantized weight has scales as well."""
-        return len(self.weight.parts) == 1
+        """Whether the weight is stored as one tensor of numbers. A quantized weight has scales as well, or blocks of bytes."""
+        return len(self.weight.parts) == 1 and all(part.dtype != "U8" for part in self.weight.parts.values())
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

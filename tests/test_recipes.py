@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+import qmerge.demo
 from qmerge.recipe import Recipe, make_recipe, read_recipe
 from qmerge.schema import read_report
 
@@ -18,6 +21,7 @@ from .parity import bases
 from .parity.bases.mlx import MlxModel
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+DEMO = Path(qmerge.demo.__file__).parent
 BASES: dict[str, str] = {
     "nf4-to-nf4": "nf4",
     "nf4-to-bf16": "nf4_dq",
@@ -29,6 +33,9 @@ BASES: dict[str, str] = {
     "two-adapters": "nf4",
 }
 """Recipe → the fixture that is its kind of base."""
+
+GGUF_RECIPES = ("nf4-to-q4_k_m-ollama", "gguf-to-gguf")
+"""They need a tokenizer, which those models do not have: the demo model takes their place."""
 
 
 def adapters(name: str, lora: Path) -> list[object]:
@@ -46,7 +53,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_has_a_base_here() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == BASES.keys()
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == BASES.keys() | set(GGUF_RECIPES)
     assert {path.suffix for path in RECIPES.iterdir()} == {".yaml"}
 
 
@@ -69,6 +76,23 @@ def test_runs_and_loads(name: str, request: pytest.FixtureRequest, lora: Path, t
     model, info = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.isfinite(models.logits(model)).all()
+
+
+def test_gguf_recipes_run_one_after_the_other(tmp_path: Path, cli: Cli) -> None:
+    """The file that the first one writes is the base of the second one."""
+    pytest.importorskip("conversion")
+    unchanged = shutil.copytree(DEMO / "adapter", tmp_path / "adapter")
+    config = json.loads((unchanged / "adapter_config.json").read_text())
+    (unchanged / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e-9}))
+    base, adapter = DEMO / "base-nf4", unchanged
+    for name in GGUF_RECIPES:
+        out = tmp_path / name
+        ran = cli("run", RECIPES / f"{name}.yaml", "--base", base, "--adapter", adapter, "--out", out,
+                  "--rounding", "stochastic", "--min-kept", -1)  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert {record.file for record in read_report(out).outputs} == {"model.gguf"}
+        assert "FROM ./model.gguf" in (out / "Modelfile").read_text()
+        base, adapter = out / "model.gguf", DEMO / "adapter"
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -108,7 +132,7 @@ def test_unknown_keys_are_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [*BASES, *GGUF_RECIPES])
 def test_lines_that_are_commented_out_are_keys_too(name: str) -> None:
     """`# block_size: 64` must work when its # is taken away."""
     path = RECIPES / f"{name}.yaml"

@@ -38,6 +38,8 @@ def output_config(
         config = {**with_dtype(config, dtype), "dtype": dtype}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
+    if target.info.container:
+        return config  # such a file holds its own keys
     assert options is not None
     quantization = target.quantization_config(options, shared_quantization_config(base, target), dtype, layout)
     assert quantization is not None

@@ -199,7 +199,7 @@ def acquire_lock(out: Path, part: Part | None = None) -> FileLock:
 def discard(out: Path, made_by_us: bool) -> None:
     """After an error that no resume can repair: delete the run's files, and the folder if the run created it."""
     # All other files are written after the last step.
-    for path in [*out.glob(f"*{PARTIAL}"), *out.glob("*.safetensors"), out / journal.NAME]:
+    for path in [*out.glob(f"*{PARTIAL}"), *out.glob("*.safetensors"), *out.glob("*.gguf"), out / journal.NAME]:
         path.unlink(missing_ok=True)
     if made_by_us and not any(path.name != LOCK for path in out.iterdir()):
         (out / LOCK).unlink(missing_ok=True)

@@ -50,7 +50,8 @@ def verify_command(
     loader: Annotated[
         str | None,
         typer.Option(
-            help="load with this: transformers, gptqmodel, auto-gptq or mlx (default: by format)", metavar="NAME"
+            help="load with this: transformers, llama.cpp, gptqmodel, auto-gptq or mlx (default: by format)",
+            metavar="NAME",
         ),
     ] = None,
     text: Annotated[

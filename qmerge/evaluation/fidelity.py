@@ -22,8 +22,9 @@ from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.unmerged import unmerged_model
-from qmerge.checkpoint.scan import scan
+from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
+from qmerge.gguf.base import GgufCheckpoint, open_model
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
@@ -170,7 +171,11 @@ def _score_models(
     base_model, base_values = unmerged_model(plan, context, with_delta=False)
     adapter_model, adapter_values = unmerged_model(plan, context)
     # A merged model's config.json may name a quantizer; the plan's is that of a dense model of the same architecture.
-    merged_model, merged_values = _stored_model(merged, plan.config, context.reader, context.device)
+    like: Checkpoint | None = plan.inputs.base
+    if isinstance(like, GgufCheckpoint):
+        like = plan.inputs.original
+    stored = open_model(merged, context.reader, like)
+    merged_model, merged_values = _stored_model(stored, plan.config, context.reader, context.device)
     runs = [
         LayerwiseRun(base_model, base_values, batches),
         LayerwiseRun(adapter_model, adapter_values, batches),
@@ -195,14 +200,13 @@ def _score_models(
 
 
 def _stored_model(
-    folder: Path, config: dict[str, Any] | None, reader: Reader, device: torch.device
+    checkpoint: Checkpoint, config: dict[str, Any] | None, reader: Reader, device: torch.device
 ) -> tuple[LayeredModel, Values]:
-    """A model without weights, and the stored values of a folder to load into it.
+    """A model without weights, and the stored values of a checkpoint to load into it.
 
     Args:
-        config: of the model; None for the folder's own.
+        config: of the model; None for the checkpoint's own.
     """
-    checkpoint = scan(folder, reader)
     weights = {name: weight for name, weight in checkpoint.weights.items() if weight.format != "raw"}
     model = LayeredModel(config or checkpoint.config, weights, device)
 
@@ -219,7 +223,7 @@ def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
         ids_NL: token ids, int64 [N, L].
     """
     with Reader() as reader:
-        model, values = _stored_model(folder, None, reader, ids_NL.device)
+        model, values = _stored_model(open_model(folder, reader), None, reader, ids_NL.device)
         run = LayerwiseRun(model, values, [ids_NL], with_head=True)
         with stopping([run]):
             run.start()

@@ -27,6 +27,8 @@ from qmerge.calibration import texts
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.fidelity import logits_of_folder
+from qmerge.evaluation.llama_cpp import has_llama_cpp, next_token_logprobs
+from qmerge.gguf.base import extracted_folder, gguf_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 from qmerge.weights.values import dense_values
@@ -41,6 +43,9 @@ TOKENS = 16
 LOGITS_TOLERANCE, LOGITS_TOLERANCE_8BIT_ACTIVATIONS = 0.05, 0.1
 """Relative distance of logits from those of the stored values. float32 is off by less than 1e-5. Formats whose loaders compute
 in 16 bits are off by about half a percent on small models and by a few on deep ones, activations in 8 bits by more."""
+
+LLAMA_CPP_NATS, BEGINNINGS = 0.05, 4
+"""Mean KL divergence of llama.cpp's next token from that of the stored values, over so many beginnings of the sentence."""
 
 PRODUCT_TOLERANCE = 1e-5
 """Relative: two float32 sums over up to 2**14 inputs, in different orders, differ by about √n · 2**-24."""
@@ -77,13 +82,15 @@ def load_with_transformers(folder: Path) -> str:
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     library = f"transformers {transformers.__version__}"
+    file = gguf_file(folder)
+    how = {"gguf_file": file.name, "dtype": torch.float32} if file else _cpu_kernel(folder)
     with as_checkpoint_error(library), silenced():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
+            file.parent if file else folder,
             device_map="cpu",
             output_loading_info=True,
             trust_remote_code=False,
-            **_cpu_kernel(folder),
+            **how,
         )
     # from_pretrained fills missing weights with random numbers and goes on.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -128,6 +135,8 @@ def _cpu_kernel(folder: Path) -> dict[str, Any]:
 
 def quantization_config(folder: Path) -> dict[str, Any]:
     """``quantization_config`` of a folder's config.json; {} where it has none."""
+    if gguf_file(folder):
+        return {}
     config = json.loads((folder / "config.json").read_text())
     return dict(config.get("quantization_config") or {})
 
@@ -183,6 +192,8 @@ def load_with_mlx(folder: Path) -> str:
 
 def default_loader(folder: Path) -> str:
     """The loader for a folder where none is named."""
+    if gguf_file(folder):
+        return "llama.cpp" if has_llama_cpp() else "transformers"
     config = json.loads((folder / "config.json").read_text())
     return "mlx" if "quantization" in config else "transformers"
 
@@ -244,8 +255,32 @@ def import_auto_gptq() -> ModuleType:
         return import_library("auto_gptq", "auto-gptq", "pip install --no-deps auto-gptq==0.7.1, for Python up to 3.11")
 
 
+def load_with_llama_cpp(folder: Path) -> str:
+    """Let llama.cpp compute the next token after some beginnings of a sentence, and compare with the stored values.
+
+    llama.cpp rounds activations to 8 bits, and some products to 16; ``LLAMA_CPP_NATS`` allows for that.
+
+    Raises:
+        CheckpointError: it does not load the file, or computes something else.
+        RecipeError: xllamacpp is not installed.
+    """
+    file = gguf_file(folder)
+    if file is None:
+        raise CheckpointError(f"llama.cpp reads GGUF files, and {folder} has none")
+    ids_NL = question_ids(folder)
+    expected = logits_of_folder(folder, ids_NL)[0].log_softmax(-1)
+    lengths = sorted({ids_NL.shape[1] * part // BEGINNINGS for part in range(1, BEGINNINGS + 1)} - {0})
+    found = next_token_logprobs(file, [ids_NL[0, :length].tolist() for length in lengths], expected.shape[-1])
+    expected = expected[[length - 1 for length in lengths]]
+    nats = float((expected.exp() * (expected - found)).sum(-1).mean())
+    if nats > LLAMA_CPP_NATS:
+        raise WrongLogitsError("llama.cpp", nats)
+    return f"llama.cpp answers within {nats:.2g} nats (KL) of the stored values"
+
+
 LOADERS: dict[str, Callable[[Path], str]] = {
     "transformers": load_with_transformers,
+    "llama.cpp": load_with_llama_cpp,
     "gptqmodel": load_with_gptqmodel,
     "auto-gptq": load_with_auto_gptq,
     "mlx": load_with_mlx,
@@ -281,6 +316,8 @@ def check_logits(model: Any, folder: Path, library: str) -> str:
 
 def question_ids(folder: Path) -> Tensor:
     """Token ids [1, L] of a sentence; ids from the middle of the vocabulary where no tokenizer in the folder knows any."""
+    file = gguf_file(folder)
+    folder = extracted_folder(file) if file else folder
     vocab_size = texts.vocab_size(json.loads((folder / "config.json").read_text()))
     ids: list[int] = []
     with contextlib.suppress(CheckpointError), silenced():

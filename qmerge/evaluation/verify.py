@@ -9,6 +9,7 @@ reload   a stock loader loads the model with nothing missing and nothing left ov
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.evaluation.loaders import LOADERS, WrongLogitsError, default_loader
 from qmerge.formats import get_format
+from qmerge.gguf.base import gguf_file, open_model
+from qmerge.gguf.header import read_header
+from qmerge.gguf.mapping import packages
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import ReportData, read_report
@@ -49,6 +53,7 @@ def verify(folder: Path, reload: bool = True, loader: str | None = None) -> list
     """
     if loader is not None and loader not in LOADERS:
         raise RecipeError(f"no loader is called {loader!r}. {plugins.suggestion(loader, list(LOADERS))}")
+    folder = folder.parent if folder.is_file() else folder
     report = read_report(folder)
     # Every error becomes a failed check, so that one run shows all problems.
     checks = [
@@ -102,6 +107,9 @@ def check_headers(folder: Path) -> str:
     """
     from safetensors import SafetensorError, safe_open
 
+    file = gguf_file(folder)
+    if file is not None:
+        return _check_gguf_header(file)
     with Reader() as reader:
         checkpoint = scan(folder, reader)
     count = 0
@@ -119,6 +127,20 @@ def check_headers(folder: Path) -> str:
     return f"{count} tensors in {counted(len(checkpoint.files), 'file')}, {formats}"
 
 
+def _check_gguf_header(file: Path) -> str:
+    """Compare the tensors that qmerge's reader and llama.cpp's own see."""
+    gguf, _ = packages()
+    header = read_header(file)
+    found: dict[str, tuple[str, int]] = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        found[tensor.name] = (tensor.tensor_type.name, int(tensor.data_offset))
+    expected = {name: (header.types[name], offset) for name, offset in header.offsets.items()}
+    if found != expected:
+        raise CheckpointError(f"{file.name}: the gguf package sees other tensors than qmerge")
+    types = ", ".join(f"{count} {name}" for name, count in Counter(header.types.values()).most_common())
+    return f"{len(found)} tensors in 1 file, {types}"
+
+
 def _tensor_names(checkpoint: Checkpoint, file: Path) -> set[str]:
     """Tensors that qmerge's reader sees in one file."""
     names: set[str] = set()
@@ -134,7 +156,7 @@ def check_finite(folder: Path) -> str:
         CheckpointError: a weight cannot be opened.
     """
     with Reader() as reader:
-        checkpoint = scan(folder, reader)
+        checkpoint = open_model(folder, reader)
         count = 0
         for weight in checkpoint.weights.values():
             weight_format = get_format(weight.format)
@@ -169,7 +191,10 @@ def check_reload(folder: Path, loader: str, report: ReportData) -> str:
 
 def _too_large(folder: Path) -> str:
     """Why the model cannot be loaded into memory; empty where it can."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    file = gguf_file(folder)
+    # Its values take 4 bytes each while they are compared.
+    size = file.stat().st_size * 8 if file else 0
+    size += sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = psutil.virtual_memory().available
     if size <= free / 2:
         return ""

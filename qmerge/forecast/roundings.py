@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qmerge.forecast.kinds import delta_size
 from qmerge.forecast.predict import Survival
 from qmerge.formats import get_target
-from qmerge.planning.plan import Plan, Shard
+from qmerge.planning.plan import Plan
 from qmerge.types import Step
 from qmerge.wording import percent
 
@@ -174,7 +174,7 @@ def with_roundings(plan: Plan, roundings: Mapping[str, str]) -> Plan:
     # The shards hold the same steps: both views of the plan must agree.
     shards = []
     for shard in plan.shards:
-        shards.append(Shard(shard.file, tuple(steps[step.name] for step in shard.steps)))
+        shards.append(replace(shard, steps=tuple(steps[step.name] for step in shard.steps)))
     return replace(plan, steps=tuple(steps.values()), shards=tuple(shards))
 
 

@@ -12,7 +12,9 @@ from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.forecast.kinds import Prediction, predict_kinds
 from qmerge.forecast.predict import Survival, total_kept, total_noise
 from qmerge.forecast.roundings import NEAREST_IS_ENOUGH, with_roundings
-from qmerge.formats import all_targets, get_target
+from qmerge.formats import MIXES, all_targets, get_target
+from qmerge.gguf.base import GgufCheckpoint
+from qmerge.gguf.output import OWN_TYPES
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe, parse_size
@@ -63,8 +65,14 @@ class Candidate:
 
 
 def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candidate]:
-    """Every target, the smallest model first; impossible ones last."""
-    candidates = [candidate(recipe, target, inputs, reader) for target in all_targets()]
+    """Every target, the smallest model first; impossible ones last.
+
+    GGUF files are candidates for a GGUF base only: llama.cpp's converter, which says what is in one, takes seconds.
+    """
+    targets = [target for target in all_targets() if get_target(target).info.container is None]
+    if isinstance(inputs.base, GgufCheckpoint):
+        targets += [OWN_TYPES, *MIXES]
+    candidates = [candidate(recipe, target, inputs, reader) for target in targets]
     return sorted(candidates, key=lambda c: (c.impossible is not None, c.nbytes, c.target))
 
 
@@ -136,7 +144,9 @@ def resolve_auto(recipe: Recipe, inputs: Inputs, candidates: Sequence[Candidate]
     """
     assert recipe.max_size is not None
     limit = parse_size(recipe.max_size)
+    container = "gguf" if isinstance(inputs.base, GgufCheckpoint) else None
     possible = [c for c in candidates if c.impossible is None and _is_choice(c.target, recipe)]
+    possible = [c for c in possible if get_target(c.target).info.container == container]
     fitting = [c for c in possible if c.nbytes <= limit]
     too_large = [c for c in possible if c.nbytes > limit]
     if not possible:

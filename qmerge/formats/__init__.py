@@ -15,12 +15,23 @@ if TYPE_CHECKING:  # at run time this would import torch before a format is aske
     from qmerge.formats.base import Format, TargetFormat
 
 
+MIXES = (
+    "q3_k_m", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0", "iq4_nl", "iq4_xs",
+    "gguf_f16", "gguf_bf16",
+)  # fmt: skip
+"""GGUF targets besides ``gguf``: llama.cpp's mixes of block types (``qmerge/gguf/mixes.py`` knows which tensor gets which type).
+``fp16`` and ``bf16`` are folders, so the dense files have longer names."""
+
+
 def get_format(name: str) -> Format[Any]:
-    """The format of that name.
+    """The format of that name; of a GGUF target, too.
 
     Raises:
         RecipeError: no format has that name; the message lists those that exist.
     """
+    if name in MIXES:
+        mix: Format[Any] = plugins.load("formats", "gguf").mix(name)
+        return mix
     plugin: Format[Any] = plugins.load("formats", name).FORMAT
     return plugin
 
@@ -33,10 +44,11 @@ def get_target(name: str) -> TargetFormat[Any]:
     """
     from qmerge.formats.base import TargetFormat
 
-    fmt = get_format(name) if name in plugins.names("formats") else None
+    is_known = name in MIXES or name in plugins.names("formats")
+    fmt = get_format(name) if is_known else None
     if isinstance(fmt, TargetFormat):
         return fmt
-    raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, list(all_targets()))}")
+    raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, [*all_targets(), *MIXES])}")
 
 
 def all_formats() -> dict[str, Format[Any]]:
@@ -45,7 +57,7 @@ def all_formats() -> dict[str, Format[Any]]:
 
 
 def all_targets() -> dict[str, TargetFormat[Any]]:
-    """Every format that qmerge can write, by name."""
+    """Every format that qmerge can write, by name. The mixes of ``gguf`` count as one."""
     from qmerge.formats.base import TargetFormat
 
     return {name: fmt for name, fmt in all_formats().items() if isinstance(fmt, TargetFormat)}

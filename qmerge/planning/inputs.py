@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qmerge.checkpoint.replication import replicate_layers
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
+from qmerge.gguf.base import read_gguf
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
@@ -87,11 +88,15 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     adapter_sources = tuple(find_adapter(name, recipe.adapter_revision) for name, _ in recipe.adapters)
     # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
     ranges = layer_replication([source.folder for source in adapter_sources])
-    base = read_checkpoint(base_source.folder, reader, ranges)
     original_source, original = None, None
     if recipe.original:
         original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
         original = read_checkpoint(original_source.folder, reader, ranges)
+    if base_source.file is not None:
+        base: Checkpoint = read_gguf(base_source.file, original)
+        base_source = replace(base_source, folder=base.folder)  # where its config and tokenizer are
+    else:
+        base = read_checkpoint(base_source.folder, reader, ranges)
     names = Names.of(base)
     with one_torch_thread():  # for many small tensors, more threads only wait for one another
         adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)

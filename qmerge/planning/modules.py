@@ -70,6 +70,8 @@ class Modules:
 
     def is_quantizable(self, weight: Weight) -> bool:
         """Whether the stock loader quantizes a weight, or expects it quantized."""
+        if self.target.info.container:
+            return True
         is_in_target_format = weight.format == self.target.name
         if self._towers and self._module(weight) in self._towers and not is_in_target_format:
             return False
@@ -126,7 +128,7 @@ class Modules:
         """Which linear layers are quantized in the output, and which stay dense although the loader expects them
         quantized: promoted ones, and those that a base of another library left dense on purpose.
         """
-        if not self.target.info.is_quantized:
+        if not self.target.info.is_quantized or self.target.info.container:
             return ModuleLayout()
         modules: list[str] = []  # of all steps
         quantized: list[str] = []

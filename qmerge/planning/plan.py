@@ -15,6 +15,8 @@ from typing import Any, Literal
 from qmerge.checkpoint.scan import SINGLE
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import all_targets, get_target
+from qmerge.gguf.output import FILE as GGUF_FILE
+from qmerge.gguf.output import GgufOutput
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.memory import WEIGHTS_MEMORY, block_entries, step_memory
 from qmerge.planning.steps import StepMaker
@@ -31,14 +33,17 @@ LIBRARIES_BYTES = 600_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file and the steps that write to it."""
+    """One output file and the steps that write to it. ``gguf``: it is a GGUF file."""
 
     file: str
     steps: tuple[Step, ...]
+    gguf: GgufOutput | None = None
 
     @cached_property
     def layout(self) -> writer.FileLayout:
         """Names, dtypes and shapes of the tensors in the file, and where their bytes go."""
+        if self.gguf is not None:
+            return self.gguf.layout(self.steps)
         specs: dict[str, TensorSpec] = {}
         for step in self.steps:
             specs.update(step.outputs)
@@ -98,6 +103,11 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """config.json of the output. For some targets it takes seconds, because transformers builds the model for it."""
         return self.make_config()
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is a GGUF file."""
+        return get_target(self.target).info.container == "gguf"
 
     @cached_property
     def merged(self) -> tuple[Step, ...]:
@@ -180,7 +190,7 @@ def plan_from(recipe: Recipe, inputs: Inputs, promoted: frozenset[str] = frozens
         target=recipe.target,
         merge_onto=recipe.merge_onto,
         steps=steps,
-        shards=shards_of(steps, parse_size(recipe.max_shard_size)),
+        shards=shards_of(steps, parse_size(recipe.max_shard_size), maker.gguf),
         make_config=lambda: maker.config(steps),
         calibration=CalibrationSettings(
             source=recipe.calibration,
@@ -246,8 +256,13 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         )
 
 
-def shards_of(steps: tuple[Step, ...], limit: int) -> tuple[Shard, ...]:
-    """Steps in the base's order, cut into files of at most ``limit`` bytes. A larger weight gets a file of its own."""
+def shards_of(steps: tuple[Step, ...], limit: int, gguf: GgufOutput | None) -> tuple[Shard, ...]:
+    """Steps in the base's order, cut into files of at most ``limit`` bytes. A larger weight gets a file of its own.
+
+    A GGUF file is one.
+    """
+    if gguf is not None:
+        return (Shard(GGUF_FILE, steps, gguf),)
     groups: list[list[Step]] = [[]]
     size = 0
     for step in steps:

@@ -14,6 +14,7 @@ from qmerge.checkpoint.config import output_config, with_setting, with_vocab_siz
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format, get_target
 from qmerge.formats.base import NoOptions
+from qmerge.gguf.output import GgufOutput, gguf_output
 from qmerge.planning.changes import ChangeMatcher
 from qmerge.planning.embeddings import Embeddings
 from qmerge.planning.inputs import Inputs
@@ -48,12 +49,23 @@ class StepMaker:
     @cached_property
     def targets(self) -> TargetChooser:
         """How each weight is written."""
-        return TargetChooser(self.recipe, self.inputs, self.modules, self.promoted)
+        return TargetChooser(self.recipe, self.inputs, self.modules, self.promoted, self.gguf)
+
+    @cached_property
+    def gguf(self) -> GgufOutput | None:
+        """The GGUF file, where the target is one."""
+        if get_target(self.recipe.target).info.container != "gguf":
+            return None
+        return gguf_output(
+            self.recipe.target, self.inputs.base, self.inputs.tokenizer_folder, self.inputs.base_source.name
+        )
 
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
         """The weights to write, by name: those of the base, and the output embedding where it is no longer tied."""
         base = self.inputs.base.weights
+        if self.gguf is not None:
+            base = {name: self.gguf.fitted(weight) for name, weight in base.items() if self.gguf.has(weight)}
         if self.embeddings.untied is None:
             return base
         input_name, output_name = self.embeddings.untied
@@ -185,8 +197,7 @@ class StepMaker:
         """Whether the bytes on disk are already what the target stores."""
         if source.training_format is not None and target.format.info.is_dense:
             return False  # the values change: they are quantized as in training
-        is_stored_so = source.weight.format == target.format.name and source.weight.options == target.options
-        return is_stored_so and weight.has_own_parts
+        return target.format.stores(source.weight, target.options) and weight.has_own_parts
 
     def _choose_rounding(self, weight: Weight, update: Update | None, target: WeightTarget) -> str:
         """The recipe's rounding for merged weights. ``auto`` is settled later, by what it does to them.

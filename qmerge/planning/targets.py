@@ -9,6 +9,7 @@ from typing import Any
 
 from qmerge.formats import get_format, get_target
 from qmerge.formats.base import TargetFormat
+from qmerge.gguf.output import GgufOutput
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.recipe import Recipe
@@ -38,12 +39,14 @@ class TargetChooser:
     """Chooses a target for every weight of the base.
 
     promoted: names of weights that stay dense although the target is quantized.
+    gguf: the GGUF file, where the target is one.
     """
 
     recipe: Recipe
     inputs: Inputs
     modules: Modules
     promoted: frozenset[str]
+    gguf: GgufOutput | None = None
 
     @property
     def format(self) -> TargetFormat[Any]:
@@ -77,6 +80,8 @@ class TargetChooser:
             RecipeError: the weight has a dtype that is only copied.
         """
         stored = get_format(weight.format).info
+        if self.gguf is not None:
+            return self.format
         if weight.name in self.promoted:
             return self._dense_format  # --promote: rounding it would lose most
         if self.format.info.is_quantized:
@@ -103,6 +108,8 @@ class TargetChooser:
         return TrainingFormat(name, get_target(name).options(asked, None, self.inputs.base.dtype))
 
     def _options(self, weight: Weight, fmt: TargetFormat[Any], training: TrainingFormat | None) -> Options:
+        if self.gguf is not None:
+            return self.gguf.options_of(weight)
         if fmt.name == weight.format and fmt.info.is_dense:
             return weight.options
         default = training.options if training else weight.options
@@ -132,4 +139,4 @@ class TargetChooser:
             return False
         if training is not None:
             return training.format == fmt.name and fmt.same_grid(training.options, options)
-        return weight.format == fmt.name and fmt.same_grid(weight.options, options)
+        return fmt.keeps_grid_of(weight, options)

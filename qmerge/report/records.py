@@ -12,6 +12,7 @@ from qmerge.adapters.reading.folder import CONFIG, tensors_file
 from qmerge.checkpoint.fingerprint import fingerprint
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import RecipeError
+from qmerge.gguf.base import unnamed
 from qmerge.planning.inputs import Inputs
 from qmerge.progress import Progress
 from qmerge.safetensors_io.reader import Reader
@@ -117,7 +118,7 @@ def _input_record(files: _InputFiles, pool: ThreadPoolExecutor, progress: Progre
         commit=source.commit,
         files=records,
         # An adapter's files are few: their hashes say enough.
-        fingerprint=None if files.role == "adapter" else fingerprint_record(source.folder),
+        fingerprint=None if files.role == "adapter" else fingerprint_record(source.folder, source.file),
     )
 
 
@@ -125,8 +126,8 @@ def _file_record(path: Path) -> FileRecord:
     return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
 
 
-def fingerprint_record(folder: Path) -> FingerprintRecord:
-    """The fingerprint of a model folder as it is on disk, whatever a run makes of it (replicated layers)."""
+def fingerprint_record(folder: Path, file: Path | None = None) -> FingerprintRecord:
+    """The fingerprint of a model folder, or of a GGUF file, as it is on disk, whatever a run makes of it (replicated layers)."""
     with Reader() as reader:
-        found = fingerprint(scan(folder, reader), reader)
+        found = fingerprint(unnamed(file) if file else scan(folder, reader), reader)
     return FingerprintRecord(id=found.id, tensors=found.tensors, values=found.values, config=found.config)

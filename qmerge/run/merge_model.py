@@ -19,6 +19,7 @@ from qmerge.evaluation.fidelity import fidelity
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import all_candidates, resolve_auto
 from qmerge.formats import get_target
+from qmerge.gguf.modelfile import modelfile
 from qmerge.pipeline import Outcome
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
@@ -190,7 +191,8 @@ def show_preflight(
 
 def input_folders(inputs: Inputs) -> dict[str, Path]:
     """What an input is, in words → its folder."""
-    folders = {"the base": inputs.base_source.folder}
+    # A GGUF file may lie anywhere, beside other models too.
+    folders = {"the base": inputs.base_source.file or inputs.base_source.folder}
     for source in inputs.adapter_sources:
         folders[f"the adapter {source.folder.name}"] = source.folder
     if inputs.original_source:
@@ -287,8 +289,11 @@ def complete_model(run: Run, written: Written) -> ReportData:
     """Write everything else. The index, the card and the config come last, so that an unfinished folder does not load as a
     model."""
     plan = run.plan
-    folder.write_index(run.out, {shard.file: shard.layout for shard in plan.shards}, written.texts)
-    folder.copy_side_files(run.out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
+    if plan.is_gguf:  # the file has everything in it
+        write_file(run.out / "Modelfile", modelfile(run.out / plan.shards[0].file).encode())
+    else:
+        folder.write_index(run.out, {shard.file: shard.layout for shard in plan.shards}, written.texts)
+        folder.copy_side_files(run.out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
     report = make_report(
         plan,
         device=written.device,
@@ -304,7 +309,8 @@ def complete_model(run: Run, written: Written) -> ReportData:
     # The report is complete now; without config.json the folder is not a model yet.
     write_file(run.out / RECIPE_NAME, with_commits(run.recipe, plan.inputs).to_yaml().encode())
     write_reports(report, plan, run.out)
-    write_configs(plan, run.out)
+    if not plan.is_gguf:
+        write_configs(plan, run.out)
     return report
 
 

@@ -79,6 +79,10 @@ class FileLayout:
         header_length = len(build_header(longest)) - LENGTH_BYTES
         return cls(tensors, tuple(sorted(texts)), header_length, fixed_bytes=position)
 
+    def header(self, tensors: Mapping[str, PlacedTensor]) -> bytes:
+        """What stands before the tensors; texts have their final length in ``tensors``."""
+        return build_header(tensors, self.header_length)
+
     @property
     def data_start(self) -> int:
         """Position of the first tensor in the file."""
@@ -235,7 +239,7 @@ class ShardWriter:
                 tensors[name] = PlacedTensor(TensorSpec("U8", (len(data),)), offset)
                 offset += len(data)
             size = self.layout.data_start + offset
-            os.pwrite(self._descriptor, build_header(tensors, self.layout.header_length), 0)
+            os.pwrite(self._descriptor, self.layout.header(tensors), 0)
             os.ftruncate(self._descriptor, size)  # texts took less than was reserved
             os.fsync(self._descriptor)
         # Hashed as they are on the disk, not as they were meant to be.

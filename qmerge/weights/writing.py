@@ -45,12 +45,12 @@ class CodesSink:
         self._name = codes_name(step, target)
         self._waiting: list[Tensor] = []
 
-    def pack(self, codes_OI: Tensor) -> Tensor:
-        """The codes of some rows as they are on disk."""
+    def pack(self, codes_OI: Tensor, grid: Grid) -> Tensor:
+        """The codes of some rows, and their grid, as they are on disk."""
         codes = codes_OI
         if self._step.source.conv1d and self._target.info.is_dense:
             codes = codes_OI.T  # a dense Conv1D is stored as [I, O]; its one block has all rows
-        return self._target.pack(codes, self._step.options)
+        return self._target.pack_with_scales(codes, grid, self._step.options)
 
     def append(self, packed: Tensor) -> None:
         """Write the packed codes of the next rows."""

@@ -45,7 +45,7 @@ def planned(reader: Reader, inputs: dict[str, str], **settings: str) -> Plan:
     return make_plan(make_recipe({**inputs, "device": "cpu", **settings}), reader)
 
 
-@pytest.mark.parametrize("target", sorted(all_targets()))
+@pytest.mark.parametrize("target", sorted(all_targets().keys() - {"gguf"}))  # whose kinds depend on the mix
 def test_a_few_weights_predict_all_of_the_demo(target: str) -> None:
     """Kept within 0.05, noise within 5 %, with as few values as the comparison of targets reads."""
     with Reader() as reader:

@@ -54,6 +54,10 @@ class FormatInfo:
     required_dtype: str | None = None
     """The one dtype that loaders dequantize to, which config.json must then declare (torch's spelling); None: any."""
 
+    container: str | None = None
+    """``gguf``: all weights of a model go into one file of that kind, norms and embeddings too. None: safetensors files, with
+    those weights that the format's loaders quantize."""
+
     @property
     def is_quantized(self) -> bool:
         """Whether weights have codes and scales. Neither this nor ``is_dense`` holds for ``raw``."""

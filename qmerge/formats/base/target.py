@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmerge.formats.base.format import Format, OptionsT
 from qmerge.grids import Grid
-from qmerge.types import Options, Parts, TensorSpec
+from qmerge.types import Options, Parts, TensorSpec, Weight
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,14 @@ class TargetFormat(Format[OptionsT]):
         """Whether weights with these options have the same grid, so that the base's scales can be kept."""
         return one == other
 
+    def keeps_grid_of(self, weight: Weight, options: OptionsT) -> bool:
+        """Whether a weight of the base is on a grid that these options can keep."""
+        return weight.format == self.name and self.same_grid(self.options_of(weight), options)
+
+    def stores(self, weight: Weight, options: OptionsT) -> bool:
+        """Whether a weight of the base is on disk just as these options would store it."""
+        return weight.format == self.name and weight.options == options
+
     def as_loaded(self, values_OI: Tensor) -> Tensor:
         """Dense values as the stock loader casts them before it quantizes them on the fly."""
         return values_OI
@@ -100,6 +108,10 @@ class TargetFormat(Format[OptionsT]):
     @abstractmethod
     def pack(self, codes_OI: Tensor, options: OptionsT) -> Tensor:
         """Codes of some rows in the dtype of ``codes_part``, in any shape, ready to be appended to it."""
+
+    def pack_with_scales(self, codes_OI: Tensor, grid: Grid, options: OptionsT) -> Tensor:
+        """The same, for formats that have scales between the codes: ``grid`` is that of the same rows."""
+        return self.pack(codes_OI, options)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: OptionsT) -> Parts:
         """The other tensors (scales, zeros, quant state) of a weight on ``grid``, which is one of this format."""

@@ -1,0 +1,287 @@
+"""Merges into GGUF files, from Hugging Face folders and from GGUF bases. Oracles: gguf-py, transformers' GGUF loader, llama.cpp."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qmerge import hub
+from qmerge.checkpoint.scan import scan
+from qmerge.errors import CheckpointError
+from qmerge.evaluation.llama_cpp import has_llama_cpp
+from qmerge.evaluation.verify import verify
+from qmerge.formats.gguf import in_file_order, in_model_order
+from qmerge.gguf.base import parameter_shapes, read_gguf
+from qmerge.gguf.header import read_header
+from qmerge.gguf.mapping import shortest_order, trace
+from qmerge.recipe import make_recipe
+from qmerge.run.merge_model import merge
+from qmerge.safetensors_io.reader import Reader
+from qmerge.weights.values import dense_values
+
+from .. import models
+from .test_gguf import KINDS, distance, logits, make, stored
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("conversion")
+
+FLOAT16_ERROR = 2e-3
+"""Logits of these models (about 1 in size) with matrices in float16: 2**-11 per weight, over some products."""
+
+
+def merged(base: Path, adapter: Path, out: Path, target: str, **settings: Any) -> Path:
+    """The GGUF file that a merge writes."""
+    settings = {"rounding": "nearest", **settings}
+    merge(make_recipe({"base": str(base), "adapter": str(adapter), "target": target, "out": str(out), **settings}))
+    return out / "model.gguf"
+
+
+def with_adapter(folder: Path, place: Path, **settings: Any) -> Path:
+    """A random adapter for the model in a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return models.adapter(model, place, **settings)
+
+
+def unmerged_logits(folder: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, adapter)(input_ids=torch.arange(40).view(2, 20) * 7).logits
+
+
+def values_of(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensor → float32 values, by gguf-py."""
+    return {name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for name, tensor in stored(file).items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random Llama and an adapter."""
+    place = tmp_path_factory.mktemp("llama")
+    folder = make(place / "model", hidden_size=256, intermediate_size=512)
+    return folder, with_adapter(folder, place / "adapter")
+
+
+# --- from a folder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_computes_the_unmerged_model_from_the_file(kind: str, tmp_path: Path) -> None:
+    # Rows without a token are cut off in Gemma 3's files, and transformers does not load those.
+    folder = make(tmp_path / "model", kind, **({"vocab_size": 770} if kind == "gemma3" else {}))
+    adapter = with_adapter(folder, tmp_path / "adapter")
+    expected = unmerged_logits(folder, adapter)
+    file = merged(folder, adapter, tmp_path / "out", "gguf_f16")
+    assert distance(logits(folder, file), expected) < FLOAT16_ERROR * float(expected.abs().max())
+    # The adapter is in it: without it, the logits are others.
+    assert distance(logits(folder), expected) > 20 * FLOAT16_ERROR
+
+
+@pytest.mark.parametrize("target", ["q8_0", "q4_0", "q5_0", "q4_k_m", "q6_k", "iq4_nl", "iq4_xs", "q3_k_m"])
+def test_every_mix_is_read_back_by_the_gguf_package(target: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    file = merged(folder, adapter, tmp_path / "out", target)
+    with Reader() as reader:
+        checkpoint = read_gguf(file, None)
+        for name, weight in checkpoint.weights.items():
+            place = checkpoint.mapped.places[name]
+            found = dense_values(weight, reader, torch.device("cpu"))
+            expected = torch.from_numpy(values_of(file)[place.tensor]).float()
+            assert torch.equal(in_file_order(found.view(expected.shape), place.order), expected), name
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = (
+        PeftModel.from_pretrained(source, adapter).merge_and_unload().state_dict()["model.layers.0.mlp.up_proj.weight"]
+    )
+    got = torch.from_numpy(values_of(file)["blk.0.ffn_up.weight"])
+    relative = float((got - wanted).norm() / wanted.norm())
+    assert relative < 0.17  # 3 bits
+    assert all(check.ok for check in verify(tmp_path / "out", reload=False))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp (xllamacpp) is not installed")
+@pytest.mark.parametrize("target", ["gguf_f16", "q8_0", "q4_k_m", "iq4_xs"])
+def test_llama_cpp_loads_it_and_answers_the_same(target: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    file = merged(folder, adapter, tmp_path / "out", target)
+    reload = verify(tmp_path / "out")[-1]
+    assert reload.ok and "llama.cpp answers" in reload.found
+    # Control: as if the rows of q were not reordered.
+    header = read_header(file)
+    data = bytearray(file.read_bytes())
+    start = header.offsets["blk.0.attn_q.weight"]
+    size = len(np.asarray(stored(file)["blk.0.attn_q.weight"].data).tobytes())
+    half = size // 2
+    data[start : start + size] = data[start + half : start + size] + data[start : start + half]
+    file.write_bytes(data)
+    expected, control = unmerged_logits(folder, adapter), logits(folder, file)
+    assert distance(expected, control) > 0.1
+
+
+def test_experts_are_stacked_and_read_back(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        **{**models.LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 800}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = make(tmp_path / "tokenizer").parent / "model"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "tokenizer" / name).read_bytes())
+    adapter = models.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    file = merged(folder, adapter, tmp_path / "out", "gguf_f16")
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    found = values_of(file)["blk.1.ffn_up_exps.weight"]
+    for expert in range(4):
+        expected = weights[f"model.layers.1.block_sparse_moe.experts.{expert}.w3.weight"]
+        assert np.array_equal(found[expert], expected.half().float().numpy())
+    with Reader() as reader:
+        checkpoint = read_gguf(file, scan(folder, reader))
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in checkpoint.weights
+
+
+# --- from a GGUF base ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["q8_0", "q4_k_m", "q4_0"])
+def test_nothing_but_codes_changes_on_a_gguf_base(target: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    base = merged(folder, adapter, tmp_path / "base", target)
+    file = merged(base, with_adapter(folder, tmp_path / "other", seed=2), tmp_path / "out", "gguf")
+    before, after = base.read_bytes(), file.read_bytes()
+    header = read_header(base)
+    start = min(header.offsets.values())
+    assert (len(after), after[:start]) == (len(before), before[:start])
+    touched = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    for name, tensor in stored(file).items():
+        same = np.array_equal(tensor.data, stored(base)[name].data)
+        assert same == (name.split(".")[2] not in touched if name.startswith("blk.") else True) or target == "q4_0", (
+            name
+        )
+
+
+def test_preserve_keeps_the_delta_that_nearest_loses(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, _ = llama
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    small = models.adapter(model, tmp_path / "small", size=0.002)
+    none = models.adapter(model, tmp_path / "none", size=0.0)
+    base = merged(folder, none, tmp_path / "base", "q4_k_m")
+    lost = merged(base, small, tmp_path / "lost", "gguf")
+    kept = merged(base, small, tmp_path / "kept", "gguf", rounding="preserve", calibration="random")
+
+    def change(file: Path) -> float:
+        """How far one weight moved."""
+        name = "blk.0.ffn_up.weight"
+        return float(np.abs(values_of(file)[name] - values_of(base)[name]).sum())
+
+    assert change(lost) < 0.05 * change(kept)
+
+
+def test_a_gguf_base_merges_into_a_folder(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    base = merged(folder, adapter, tmp_path / "base", "q8_0")
+    adapter = with_adapter(folder, tmp_path / "other", seed=2)
+    merge(make_recipe({"base": str(base), "adapter": str(adapter), "target": "fp32", "out": str(tmp_path / "out")}))
+    dense = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(dense, adapter)(input_ids=torch.arange(40).view(2, 20) * 7).logits
+    assert distance(logits(tmp_path / "out"), expected) < 1e-4
+
+
+# --- orders and names ------------------------------------------------------------------------------------------------
+
+
+def test_orders_are_inverse_and_as_short_as_possible() -> None:
+    order = tuple(row for pair in zip(range(4), range(4, 8), strict=True) for row in pair)
+    whole = torch.tensor([*order, *(8 + row for row in order)])
+    assert shortest_order(whole) == order
+    assert shortest_order(torch.arange(16)) == ()
+    assert shortest_order(torch.tensor([1, 0, 2])) == (1, 0, 2)
+    rows = torch.arange(32).view(16, 2)
+    assert torch.equal(in_file_order(rows, order), rows[whole])
+    assert torch.equal(in_model_order(in_file_order(rows, order), order), rows)
+
+
+def test_gemmas_norms_are_shifted_and_biases_are_not_taken_for_it(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "gemma2")
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    places = trace(folder, config, parameter_shapes(config)).places
+    assert {place.shift for name, place in places.items() if "norm" in name} == {1.0}
+    assert {place.shift for name, place in places.items() if "norm" not in name} == {0.0}
+
+
+def test_a_file_on_the_hub_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(hub_id: str, **settings: Any) -> str:
+        asked.update(settings, id=hub_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "_commit", lambda *_: "c0ffee")
+    source = hub.resolve("owner/name-GGUF:sub/model-Q4_K_M.gguf", None, CheckpointError)
+    assert (asked["id"], asked["allow_patterns"]) == ("owner/name-GGUF", ["sub/model-Q4_K_M.gguf"])
+    assert source.file == tmp_path / "sub/model-Q4_K_M.gguf"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(data: bytes, kind: str) -> bytes:
+    if kind == "magic":
+        return b"GGML" + data[4:]
+    if kind == "version":
+        return data[:4] + struct.pack("<I", 1) + data[8:]
+    if kind == "counts":
+        return data[:8] + struct.pack("<Q", 2**60) + data[16:]
+    if kind == "header":
+        return data[:2000]
+    return data[:-1000]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("magic", "is no GGUF file"),
+        ("version", "GGUF version 1, expected 3"),
+        ("counts", "announces"),
+        ("header", "damaged or not whole"),
+        ("end", "ends inside"),
+    ],
+)
+def test_damaged_files_are_told_in_one_line(kind: str, message: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    base = merged(folder, adapter, tmp_path / "base", "q8_0")
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(damaged(base.read_bytes(), kind))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        merged(bad, adapter, tmp_path / "out", "gguf")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_one_part_of_several_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    base = merged(folder, adapter, tmp_path / "base", "q8_0")
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(CheckpointError, match="one part of 3"):
+        read_header(tmp_path / "part.gguf")
+    assert read_header(base).scalars["general.architecture"] == "llama"
+
+
+def test_without_a_gguf_base_the_target_gguf_is_a_default_mix(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    one, other = (merged(folder, adapter, tmp_path / target, target) for target in ("gguf", "q4_k_m"))
+    assert one.read_bytes() == other.read_bytes()
