@@ -182,6 +182,7 @@ def load_with_mlx(folder: Path) -> str:
     library = f"mlx_lm {package.__version__}"
     with as_checkpoint_error(library), silenced():
         model, _ = importlib.import_module("mlx_lm.utils").load_model(folder)
+        model.set_dtype(core.float32)  # so that only other values can make its logits differ
 
     def with_logits(input_ids: Tensor) -> SimpleNamespace:
         logits = model(core.array(input_ids.numpy())).astype(core.float32)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from qmerge.errors import RecipeError
@@ -252,6 +253,28 @@ def test_rope_is_what_transformers_has(adapter: Path, tmp_path: Path) -> None:
     models.edit_json(out / "config.json", rope_theta=10000.0)
     assert stock.distance(models.logits(oracle.MlxModel(out)), expected) > 100 * BOUND  # type: ignore[arg-type]
     assert config["rope_scaling"] == config["rope_parameters"]
+
+
+ARCHITECTURES = {
+    "Qwen3": ["q_proj", "down_proj"], "Mistral": ["q_proj", "down_proj"], "Gemma2": ["q_proj", "down_proj"],
+    "Phi3": ["qkv_proj", "gate_up_proj"], "Starcoder2": ["q_proj", "c_fc"],
+}  # fmt: skip
+"""Prefix of transformers' classes → modules of the adapter."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **{**models.LLAMA, "tie_word_embeddings": name == "Gemma2"}, head_dim=16, pad_token_id=0
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    dense = models.save(model, tmp_path / "dense")
+    lora = models.adapter(model, tmp_path / "lora", target_modules=ARCHITECTURES[name])
+    out = stock.merged(tmp_path / "out", dense, lora, "mlx")
+    expected = models.logits(stock.float_model(out, like=read_all(out)))
+    assert stock.distance(models.logits(oracle.MlxModel(out)), expected) < BOUND  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("fp4")])
