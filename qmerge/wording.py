@@ -111,4 +111,4 @@ def span(formatter: Callable[[float], str], values: Iterable[float | None]) -> s
 
 def article(target: str) -> str:
     """What follows "a" before the name of a target: ``n`` for "an NF4 step", nothing for "a GPTQ step"."""
-    return "n" if target.startswith(("nf", "nv", "fp", "mx", "a", "e", "i", "o", "u")) else ""
+    return "n" if target.startswith(("nf", "nv", "fp", "mx", "ml", "a", "e", "i", "o", "u")) else ""

@@ -74,7 +74,7 @@ def test_span() -> None:
 @pytest.mark.parametrize(
     ("target", "text"),
     [("nf4", "an"), ("fp8", "an"), ("awq", "an"), ("int8", "an"), ("mxfp4a16", "an"), ("nvfp4", "an"), ("gptq", "a"),
-     ("w4a16", "a"), ("bf16", "a")],
+     ("w4a16", "a"), ("bf16", "a"), ("mlx", "an")],
 )  # fmt: skip
 def test_article(target: str, text: str) -> None:
     assert f"a{wording.article(target)}" == text

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from qmerge.errors import RecipeError
@@ -237,6 +238,7 @@ def test_same_tensors_and_config_as_mlx_lm(base: Made, adapter: Path, tmp_path: 
     out = stock.merged(tmp_path / "out", base("dense"), adapter, "mlx")
     shapes = [{name: (t.dtype, t.shape) for name, t in stock.tensors(folder).items()} for folder in (theirs, out)]
     assert shapes[0] == shapes[1]
+    assert ModelCard.load(out / "README.md").data.library_name == "mlx"
     expected, found = (json.loads((folder / "config.json").read_text()) for folder in (theirs, out))
     assert found == {"rope_theta": 10000.0, **expected}
 
