@@ -112,7 +112,7 @@ def trace(
         config: config.json.
         weights: name → shape of every weight on disk, [O, I] for a matrix.
         values: reads a weight, where the converter computes with it; None: such weights have no place.
-        file_type: number of the mix (``gguf.LlamaFileType``); None: the keys are not needed.
+        file_type: number of the mix (``gguf.LlamaFileType``); None: the tokenizer and the other keys are not needed yet.
         name: of the model, for ``general.name``.
 
     Raises:
@@ -128,11 +128,11 @@ def trace(
         converter = _converter(seen, file_type or 0, name)
         traced = _Tracer(converter, shapes, values).trace()
         if file_type is None:
-            return traced
+            converter.set_gguf_parameters()
+            return replace(traced, scalars=_scalars(converter))
         keys = _keys(converter, traced, seen / "keys")
-        values_of_keys = {key: value.value for key, value in converter.gguf_writer.kv_data[0].items()}
-        scalars = {key: value for key, value in values_of_keys.items() if isinstance(value, bool | int | float | str)}
-        return replace(traced, keys=keys, key_count=len(values_of_keys), scalars=scalars)
+        key_count = len(converter.gguf_writer.kv_data[0])
+        return replace(traced, keys=keys, key_count=key_count, scalars=_scalars(converter))
 
 
 def packages() -> tuple[Any, Any]:
@@ -173,6 +173,15 @@ def _write_names(path: Path, weights: Mapping[str, Sequence[int]]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+
+
+def _scalars(converter: Any) -> dict[str, Any]:
+    """The keys that the converter has set so far, as far as they hold one number or one text."""
+    scalars: dict[str, Any] = {}
+    for key, value in converter.gguf_writer.kv_data[0].items():
+        if isinstance(value.value, bool | int | float | str):
+            scalars[key] = value.value
+    return scalars
 
 
 def _keys(converter: Any, traced: GgufMap, path: Path) -> bytes:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge.checkpoint.config import with_setting
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.errors import RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.gguf import GgufOptions
 from qmerge.gguf.base import GgufCheckpoint
@@ -22,11 +24,15 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import FileLayout, PlacedTensor
 from qmerge.types import Rows, Step, Weight, as_matrix
 
+Shape = tuple[int, ...]
+
 OWN_TYPES = "gguf"
 """The target that keeps the types of a GGUF base; of another base, it is the default mix."""
 
 DEFAULT_MIX = "q4_k_m"
 """What Ollama and LM Studio run most."""
+
+EMBEDDING = "token_embd.weight"
 
 FILE = "model.gguf"
 """Name of the file in the output folder."""
@@ -58,12 +64,14 @@ class GgufOutput:
     """A GGUF file before it is written.
 
     mapped     its tensors, and where the weights of the model are in them
+    complete   gives the same with all keys, for a model with weights of these shapes; None: they are there already
     types      name of a tensor → type of its blocks
     alignment  every tensor starts at a multiple of so many bytes
     """
 
     mapped: GgufMap
     types: Mapping[str, str]
+    complete: Callable[[Mapping[str, Shape]], GgufMap] | None = None
     alignment: int = ALIGNMENT
 
     def has(self, weight: Weight) -> bool:
@@ -85,6 +93,22 @@ class GgufOutput:
 
     def layout(self, steps: Sequence[Step]) -> GgufLayout:
         """Where the outputs of these steps go: all steps of the model."""
+        if self.complete is None:
+            self._check_shapes(steps)
+            return self._layout(steps)
+        shapes = {step.name: shape_of(step) for step in steps}
+        return replace(self, mapped=self.complete(shapes), complete=None)._layout(steps)
+
+    def _check_shapes(self, steps: Sequence[Step]) -> None:
+        """Raise RecipeError where the adapter brings more or fewer tokens than a GGUF base's own tokenizer has."""
+        for step in steps:
+            if step.replacement is not None and shape_of(step) != step.weight.shape:
+                raise RecipeError(
+                    f"the adapter resizes {step.name} to {list(shape_of(step))}, but a GGUF base keeps its tokenizer, for "
+                    f"{list(step.weight.shape)}: give the Hugging Face model as --base"
+                )
+
+    def _layout(self, steps: Sequence[Step]) -> GgufLayout:
         specs = {name: spec for step in steps for name, spec in step.outputs.items()}
         sizes: dict[str, int] = {name: 4 * values.numel() for name, values in self.mapped.constants.items()}
         for name, spec in specs.items():
@@ -129,11 +153,19 @@ class GgufOutput:
         return data + bytes(-len(data) % self.alignment)
 
 
-def gguf_output(target: str, base: Checkpoint, tokenizer: Path, name: str) -> GgufOutput:
+def shape_of(step: Step) -> Shape:
+    """The shape of the values that a step writes."""
+    return step.weight.shape if step.replacement is None else tuple(step.replacement.values.shape)
+
+
+def gguf_output(
+    target: str, base: Checkpoint, untied: tuple[str, str] | None, *, tokenizer: Path, name: str
+) -> GgufOutput:  # fmt: skip
     """The GGUF file that a model becomes.
 
     Args:
         target: name of a mix.
+        untied: names of input and output embedding, where the base ties them and the output does not.
         tokenizer: folder of the tokenizer.
         name: of the model, for ``general.name``.
 
@@ -143,9 +175,20 @@ def gguf_output(target: str, base: Checkpoint, tokenizer: Path, name: str) -> Gg
     """
     if isinstance(base, GgufCheckpoint):
         return _from_gguf(target, base)
+    config = base.config
     shapes = {weight.name: weight.shape for weight in base.weights.values() if weight.format != "raw"}
-    mapped = trace(tokenizer, base.config, shapes, values=_reads(base), file_type=FILE_TYPES[mix_of(target)], name=name)
-    return GgufOutput(mapped=mapped, types=types_of(mix_of(target), mapped, mapped.scalars))
+    if untied is not None:
+        shapes[untied[1]] = shapes[untied[0]]
+        config = with_setting(config, "tie_word_embeddings", False)
+    mapped = trace(tokenizer, config, shapes, values=_reads(base))
+
+    def complete(shapes: Mapping[str, Shape]) -> GgufMap:
+        rows = [shape[0] for weight, shape in shapes.items() if mapped.places[weight].tensor == EMBEDDING]
+        resized = with_setting(config, "vocab_size", rows[0]) if rows else config
+        file_type = FILE_TYPES[mix_of(target)]
+        return trace(tokenizer, resized, shapes, values=_reads(base), file_type=file_type, name=name)
+
+    return GgufOutput(mapped=mapped, types=types_of(mix_of(target), mapped, mapped.scalars), complete=complete)
 
 
 def mix_of(target: str) -> str:

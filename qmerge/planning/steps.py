@@ -57,7 +57,11 @@ class StepMaker:
         if get_target(self.recipe.target).info.container != "gguf":
             return None
         return gguf_output(
-            self.recipe.target, self.inputs.base, self.inputs.tokenizer_folder, self.inputs.base_source.name
+            self.recipe.target,
+            self.inputs.base,
+            self.embeddings.untied,
+            tokenizer=self.inputs.tokenizer_folder,
+            name=self.inputs.base_source.name,
         )
 
     @cached_property
@@ -125,13 +129,18 @@ class StepMaker:
         """The adapter's own values, in the dtype of the base's (in a dense target's dtype)."""
         target = self.targets.format_of(weight, merged=True)
         # The shape is the adapter's: an embedding may have more or fewer tokens than that of the base.
-        spec = TensorSpec(str(target.info.dense_dtype), tuple(change.values.shape))
+        shape = tuple(change.values.shape)
+        options: Options = NoOptions()
+        if self.gguf is not None:
+            options = self.gguf.options_of(weight)
         return Step(
             source=StepSource(weight=weight),
             action="replace",
             target=target.name,
-            options=NoOptions(),
-            outputs={weight.name: spec},
+            options=options,
+            outputs={
+                weight.prefix + local: spec for local, spec in target.outputs(weight.local, shape, options).items()
+            },
             replacement=change,
         )
 

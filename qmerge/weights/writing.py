@@ -13,7 +13,7 @@ from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
-from qmerge.types import TORCH_DTYPES, Step, TensorInfo
+from qmerge.types import TORCH_DTYPES, Step, TensorInfo, as_matrix
 
 COPY_BYTES = 2**22
 """Bytes that are copied at a time."""
@@ -28,8 +28,16 @@ def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
 
 
 def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:
-    """The adapter's own float32 values, cast once."""
+    """The adapter's own float32 values, cast once; in a GGUF file, on a fresh grid."""
     target = get_target(step.target)
+    if target.info.is_quantized:
+        matrix_OI = values.view(as_matrix(tuple(values.shape)))
+        scales = target.scales(matrix_OI, step.options)
+        grid = target.grid(scales, as_matrix(tuple(values.shape)), step.options)
+        codes_OI = grid.nearest(matrix_OI)
+        target.check_range(grid.decode(codes_OI), matrix_OI, step.name)
+        sink.append(codes_name(step, target), target.pack_with_scales(codes_OI, grid, step.options))
+        return
     stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
     target.check_range(stored.float(), values, step.name)
     sink.append(step.name, stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qmerge import hub
 from qmerge.checkpoint.scan import scan
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.llama_cpp import has_llama_cpp
 from qmerge.evaluation.verify import verify
 from qmerge.formats.gguf import in_file_order, in_model_order
@@ -285,3 +286,29 @@ def test_without_a_gguf_base_the_target_gguf_is_a_default_mix(llama: tuple[Path,
     folder, adapter = llama
     one, other = (merged(folder, adapter, tmp_path / target, target) for target in ("gguf", "q4_k_m"))
     assert one.read_bytes() == other.read_bytes()
+
+
+# --- values that the adapter trained as a whole ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_trained_embeddings_are_in_the_file(rows: int, tmp_path: Path) -> None:
+    """lm_head and embed_tokens as the adapter trained them, with some more tokens, too."""
+    folder = make(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + rows)
+    adapter = models.adapter(model, tmp_path / "adapter", modules_to_save=["lm_head", "embed_tokens"])
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in tensors:
+        if "lora" not in name:
+            tensors[name] += 0.1
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    found = values_of(merged(folder, adapter, tmp_path / "out", "gguf_f16"))
+    for name, tensor in {"lm_head": "output.weight", "embed_tokens": "token_embd.weight"}.items():
+        (expected,) = [values for key, values in tensors.items() if key.endswith(f"{name}.weight")]
+        assert np.array_equal(found[tensor], expected.half().float().numpy())
+    with pytest.raises(RecipeError, match="keeps its tokenizer") if rows else nullcontext():
+        base = merged(folder, with_adapter(folder, tmp_path / "other", seed=3), tmp_path / "base", "q8_0")
+        merged(base, adapter, tmp_path / "again", "gguf")
