@@ -115,7 +115,9 @@ class Recipe(BaseModel):
     max_size: str | None = Field(
         None, description="choose the best format whose files fit into this size, such as 6GB (for target auto)"
     )
-    out: str | None = Field(None, description="write the model to this folder, which must be new or empty")
+    out: str | None = Field(
+        None, description="write the model to this folder, which must be new or empty (NAME.gguf means NAME)"
+    )
     patch: str | None = Field(
         None,
         description="write only the difference to the base, as a small file (temporarily needs disk space for the full model)",
@@ -233,6 +235,12 @@ class Recipe(BaseModel):
         if isinstance(value, (list, tuple)):
             return [cls._path_to_text(item) for item in value]
         return value  # pydantic refuses what is no text
+
+    @field_validator("out")
+    @classmethod
+    def _gguf_file_in_a_folder(cls, out: str | None) -> str | None:
+        """``model.gguf``: the folder ``model``, which holds the file, the report and the Modelfile."""
+        return out.removesuffix(".gguf") if out else out
 
     @field_validator("target")
     @classmethod

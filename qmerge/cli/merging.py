@@ -199,7 +199,11 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 def _closing_lines(recipe: Recipe, seconds: float, patch: Summary | None) -> list[str]:
     """Where the result is, and what to do with it."""
     if patch is None:
-        return [f"Written to {recipe.out} in {seconds:.0f} s. Check it with: qmerge verify {recipe.out}"]
+        from qmerge.gguf.output import FILE
+
+        file = Path(recipe.out or ".").expanduser() / FILE
+        written = file if file.is_file() else recipe.out
+        return [f"Written to {written} in {seconds:.0f} s. Check it with: qmerge verify {recipe.out}"]
     revision = f" --revision {recipe.revision}" if recipe.revision else ""
     return [*patch.lines(), f"To get the merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"]
 

@@ -312,3 +312,8 @@ def test_trained_embeddings_are_in_the_file(rows: int, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="keeps its tokenizer") if rows else nullcontext():
         base = merged(folder, with_adapter(folder, tmp_path / "other", seed=3), tmp_path / "base", "q8_0")
         merged(base, adapter, tmp_path / "again", "gguf")
+
+
+def test_an_output_called_like_a_file_is_a_folder_with_that_file() -> None:
+    assert make_recipe({"base": "b", "adapter": "a", "out": "tuned.gguf", "target": "q8_0"}).out == "tuned"
+    assert make_recipe({"base": "b", "adapter": "a", "out": "gguf", "target": "q8_0"}).out == "gguf"
