@@ -23,7 +23,7 @@ from qmerge.errors import CheckpointError, listed
 from qmerge.formats.base import NoOptions
 from qmerge.formats.gguf import BLOCK_TYPES, GgufOptions
 from qmerge.gguf.header import GgufHeader, read_header
-from qmerge.gguf.mapping import GgufMap, trace
+from qmerge.gguf.mapping import GgufMap, Place, trace
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight, as_matrix
 
@@ -117,6 +117,14 @@ def _raw(name: str, header: GgufHeader) -> Weight:
     module, _, local = name.rpartition(".")
     info = TensorInfo(dtype="U8", shape=shape, name=name, file=header.path, offset=header.offsets[name])
     return Weight(module=module, local=local, format="raw", shape=shape, parts={local: info}, options=NoOptions())
+
+
+def places_of(base: Checkpoint) -> Mapping[str, Place]:
+    """Where the weights of a model are in a GGUF file of it."""
+    if isinstance(base, GgufCheckpoint):
+        return base.mapped.places
+    shapes = {weight.name: weight.shape for weight in base.weights.values() if weight.format != "raw"}
+    return trace(base.folder, base.config, shapes).places
 
 
 def gguf_file(path: Path) -> Path | None:

@@ -18,7 +18,8 @@ from qmerge.checkpoint.replication import replicate_layers
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
-from qmerge.gguf.base import read_gguf
+from qmerge.gguf.adapter import extracted_adapter
+from qmerge.gguf.base import places_of, read_gguf
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
@@ -87,7 +88,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     adapter_sources = tuple(find_adapter(name, recipe.adapter_revision) for name, _ in recipe.adapters)
     # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
-    ranges = layer_replication([source.folder for source in adapter_sources])
+    ranges = layer_replication([source.folder for source in adapter_sources if source.file is None])
     original_source, original = None, None
     if recipe.original:
         original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
@@ -98,6 +99,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     else:
         base = read_checkpoint(base_source.folder, reader, ranges)
     names = Names.of(base)
+    adapter_sources = tuple(_as_folder(source, base) for source in adapter_sources)
     with one_torch_thread():  # for many small tensors, more threads only wait for one another
         adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
     return Inputs(
@@ -110,6 +112,13 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         original_source=original_source,
         original=original,
     )
+
+
+def _as_folder(source: hub.Source, base: Checkpoint) -> hub.Source:
+    """An adapter that is a GGUF file, as the folder that PEFT would have saved; others as they are."""
+    if source.file is None:
+        return source
+    return replace(source, folder=extracted_adapter(source.file, places_of(base)))
 
 
 def as_one(recipe: Recipe, adapters: Sequence[Adapter], merged_files: Collection[str]) -> Adapter:
@@ -152,6 +161,8 @@ def layer_replication(folders: Sequence[Path]) -> Any:
     values = []
     for folder in folders:
         values.append(read_config(folder).get("layer_replication") or None)
+    if not values:
+        return None
     for folder, ranges in zip(folders, values, strict=True):
         if ranges != values[0]:
             raise AdapterError(

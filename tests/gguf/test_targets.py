@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qmerge import hub
 from qmerge.checkpoint.scan import scan
-from qmerge.errors import CheckpointError, RecipeError
+from qmerge.errors import AdapterError, CheckpointError, RecipeError
 from qmerge.evaluation.llama_cpp import has_llama_cpp
 from qmerge.evaluation.verify import verify
 from qmerge.formats.gguf import in_file_order, in_model_order
@@ -317,3 +317,38 @@ def test_trained_embeddings_are_in_the_file(rows: int, tmp_path: Path) -> None:
 def test_an_output_called_like_a_file_is_a_folder_with_that_file() -> None:
     assert make_recipe({"base": "b", "adapter": "a", "out": "tuned.gguf", "target": "q8_0"}).out == "tuned"
     assert make_recipe({"base": "b", "adapter": "a", "out": "gguf", "target": "q8_0"}).out == "gguf"
+
+
+# --- adapters in llama.cpp's form ------------------------------------------------------------------------------------
+
+
+def as_gguf(adapter: Path, out: Path, heads: int, kv_heads: int) -> Path:
+    """An adapter as llama.cpp's convert_lora_to_gguf writes it: rows of q and k in its order, by its own code."""
+    from conversion.llama import LlamaModel
+    from safetensors.torch import load_file
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        module, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        values = tensor.float()
+        if factor == "lora_B" and module.endswith(("q_proj", "k_proj")):
+            values = LlamaModel.permute(values, heads, heads if module.endswith("q_proj") else kv_heads)
+        writer.add_tensor(f"{names.get_name(module)}.weight.{factor.lower()}", values.contiguous().numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return out
+
+
+def test_an_adapter_in_gguf_form_merges_like_the_folder(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    file = as_gguf(adapter, tmp_path / "lora.gguf", 4, 2)
+    expected = merged(folder, adapter, tmp_path / "folder", "q8_0").read_bytes()
+    assert merged(folder, file, tmp_path / "file", "q8_0").read_bytes() == expected
+    control = as_gguf(adapter, tmp_path / "control.gguf", 2, 2)  # other heads: rows in another order
+    assert merged(folder, control, tmp_path / "control", "q8_0").read_bytes() != expected
+    with pytest.raises(AdapterError, match="expected a LoRA"):
+        merged(folder, tmp_path / "file/model.gguf", tmp_path / "model-as-adapter", "q8_0")

@@ -22,17 +22,18 @@ MOST_NAMES = 20
 
 
 def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
-    """The folder of an adapter.
+    """The folder of an adapter, or its GGUF file.
 
     Args:
-        reference: folder or Hub id, with ``#NAME`` where it contains several adapters.
+        reference: folder, file or Hub id, with ``#NAME`` where it contains several adapters.
         revision: on the Hub.
 
     Raises:
         AdapterError: it cannot be downloaded; it contains several adapters and none is named; it has none of this name.
     """
     location, name = split_reference(reference)
-    return choose_adapter(hub.resolve(location, revision, AdapterError), location, name)
+    source = hub.resolve(location, revision, AdapterError)
+    return source if source.file else choose_adapter(source, location, name)
 
 
 def choose_adapter(source: hub.Source, location: str, name: str | None) -> hub.Source:
