@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from qmerge.formats import _fit_scales_kernels as kernels
 from qmerge.formats._affine import AffineGrid
 
 # Fractions of a group's range that the search tries: clipping a few large values makes all steps finer.
@@ -58,18 +60,23 @@ def fitted_grid(scales_OG2: Tensor, group_I: Tensor, bits: int) -> AffineGrid:
 
 
 def by_groups(values_OI: Tensor, group_I: Tensor, inputs_I: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values group by group, [O, G, N], and the weights of their errors, [G, N].
+    """Values group by group, [O, G, N], and the weights of their errors, [G, N], both contiguous.
 
-    N is the size of the largest group. Shorter ones are padded with zeros of weight zero.
+    N is the size of the largest group. Shorter ones are padded with zeros of weight zero. The values may share memory with
+    ``values_OI``.
     """
     order = group_I.argsort(stable=True)
     groups = int(group_I.max()) + 1
     size = int(group_I.bincount().max())
     missing = groups * size - len(order)
     weights_I = torch.ones_like(values_OI[0]) if inputs_I is None else inputs_I
-    values_OGN = torch.nn.functional.pad(values_OI[:, order], (0, missing)).view(-1, groups, size)
-    weights_GN = torch.nn.functional.pad(weights_I[order], (0, missing)).view(groups, size)
-    return values_OGN, weights_GN
+    values_OI, weights_I = values_OI.contiguous(), weights_I.contiguous()
+    # A copy only where columns must move: nearly always, groups are neighbours of one size.
+    if bool((order.diff() != 1).any()):
+        values_OI, weights_I = values_OI[:, order], weights_I[order]
+    if missing:
+        values_OI, weights_I = pad(values_OI, (0, missing)), pad(weights_I, (0, missing))
+    return values_OI.view(-1, groups, size), weights_I.view(groups, size)
 
 
 class _Search:
@@ -82,7 +89,8 @@ class _Search:
         self.dtype = dtype
         self.scale_OG = torch.zeros_like(values_OGN[..., 0])
         self.zero_OG = torch.zeros_like(self.scale_OG)
-        self.cost_OG = torch.full_like(self.scale_OG, torch.inf)
+        self.cost_OG = torch.full_like(self.scale_OG, torch.inf, dtype=torch.float64)
+        self.is_on_cpu = values_OGN.device.type == "cpu"
 
     def try_symmetric(self, shrink: float, low_OG: Tensor, high_OG: Tensor) -> None:
         """Offer the scale at which codes around the middle one reach this part of the range."""
@@ -103,8 +111,7 @@ class _Search:
         # At least the smallest number of the dtype: a group of zeros has a scale all the same.
         info = torch.finfo(self.dtype)
         scale_OG = scale_OG.clamp(min=info.tiny * info.eps).to(self.dtype).float()
-        errors_OGN = self._steps(scale_OG, zero_OG).mul_(scale_OG[..., None]).sub_(self.values_OGN)
-        cost_OG = torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, self.weights_GN)
+        cost_OG = self._squared_error(scale_OG, zero_OG)
         better_OG = cost_OG < self.cost_OG
         self.scale_OG = torch.where(better_OG, scale_OG, self.scale_OG)
         self.zero_OG = torch.where(better_OG, zero_OG, self.zero_OG)
@@ -112,10 +119,21 @@ class _Search:
 
     def refitted(self) -> Tensor:
         """The scale with the least squared error for the codes of the best one so far."""
+        if self.is_on_cpu:
+            return kernels.refitted_scale(
+                self.values_OGN, self.weights_GN, self.scale_OG, self.zero_OG, last_code=self.last_code
+            )
         steps_OGN = self._steps(self.scale_OG, self.zero_OG)
         products_OG = torch.einsum("ogn,ogn,gn->og", steps_OGN, self.values_OGN, self.weights_GN)
         squares_OG = torch.einsum("ogn,ogn,gn->og", steps_OGN, steps_OGN, self.weights_GN)
         return torch.where(squares_OG > 0, products_OG / squares_OG, self.scale_OG)
+
+    def _squared_error(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+        """float64 [O, G], of rounding to the nearest codes."""
+        if self.is_on_cpu:
+            return kernels.squared_error(self.values_OGN, self.weights_GN, scale_OG, zero_OG, last_code=self.last_code)
+        errors_OGN = self._steps(scale_OG, zero_OG).mul_(scale_OG[..., None]).sub_(self.values_OGN)
+        return torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, self.weights_GN).double()
 
     def _steps(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         """code − zero, for the nearest codes."""
