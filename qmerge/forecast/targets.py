@@ -20,6 +20,7 @@ from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe, parse_size
 from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.context import RunContext
+from qmerge.weights.parallel import one_torch_thread
 
 NEGLIGIBLE_NOISE = 0.02
 """Noise, in deltas, below which more bits gain nothing."""
@@ -72,7 +73,8 @@ def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candi
     targets = [target for target in all_targets() if get_target(target).info.container is None]
     if isinstance(inputs.base, GgufCheckpoint):
         targets += [OWN_TYPES, *MIXES]
-    candidates = [candidate(recipe, target, inputs, reader) for target in targets]
+    with one_torch_thread():  # for samples, more threads only wait for one another
+        candidates = [candidate(recipe, target, inputs, reader) for target in targets]
     return sorted(candidates, key=lambda c: (c.impossible is not None, c.nbytes, c.target))
 
 
