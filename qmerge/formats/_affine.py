@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats import _affine_kernels as kernels
 from qmerge.grids import ColumnRounder, Grid, ScaleTable
 from qmerge.types import Rows
 
@@ -91,13 +92,21 @@ class AffineGrid(Grid):
         self._inverse_OG = torch.where(scale_OG == 0, 0.0, 1.0 / scale_OG)
 
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
-        position_OI = values_OI * self._per_column(self._inverse_OG) + self._per_column(self.zero_OG)
-        codes_OI = position_OI.round_().clamp_(0, self.levels_count - 1).to(torch.uint8)
+        codes_OI = self._nearest(values_OI)
         if near_OI is None or bool(self.scale_OG.all()):
             return codes_OI
         return torch.where(self._per_column(self.scale_OG) == 0, near_OI, codes_OI)
 
+    def _nearest(self, values_OI: Tensor) -> Tensor:
+        last = self.levels_count - 1
+        if values_OI.device.type == "cpu":
+            return kernels.nearest_codes(values_OI, self._inverse_OG, self.zero_OG, self.group_I, last_code=last)
+        position_OI = values_OI * self._per_column(self._inverse_OG) + self._per_column(self.zero_OG)
+        return position_OI.round_().clamp_(0, last).to(torch.uint8)
+
     def decode(self, codes_OI: Tensor) -> Tensor:
+        if codes_OI.device.type == "cpu":
+            return kernels.decoded(codes_OI, self.scale_OG, self.zero_OG, self.group_I)
         return (codes_OI.float() - self._per_column(self.zero_OG)) * self._per_column(self.scale_OG)
 
     def step(self, codes_OI: Tensor, direction: int) -> Tensor:
