@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qmerge.formats import _mlx_scales_kernels as kernels
 from qmerge.formats._fit_scales import by_groups
 
 # Fractions of a group's range that the search tries.
@@ -66,14 +67,13 @@ class _Search:
         self.dtype = dtype
         self.scale_OG = torch.full_like(values_OGN[..., 0], LEAST_SCALE)
         self.bias_OG = torch.zeros_like(self.scale_OG)
-        self.cost_OG = torch.full_like(self.scale_OG, torch.inf)
+        self.cost_OG = torch.full_like(self.scale_OG, torch.inf, dtype=torch.float64)
+        self.is_on_cpu = values_OGN.device.type == "cpu"
 
     def offer(self, scale_OG: Tensor, bias_OG: Tensor) -> None:
         """Take the scale and the bias of the groups in which they make the error smaller."""
         scale_OG, bias_OG = scale_OG.to(self.dtype).float(), bias_OG.to(self.dtype).float()
-        errors_OGN = self._codes(scale_OG, bias_OG).mul_(scale_OG[..., None]).add_(bias_OG[..., None])
-        errors_OGN.sub_(self.values_OGN)
-        cost_OG = torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, self.weights_GN)
+        cost_OG = self._squared_error(scale_OG, bias_OG)
         better_OG = (cost_OG < self.cost_OG) & (scale_OG != 0)
         self.scale_OG = torch.where(better_OG, scale_OG, self.scale_OG)
         self.bias_OG = torch.where(better_OG, bias_OG, self.bias_OG)
@@ -81,6 +81,24 @@ class _Search:
 
     def refitted(self) -> tuple[Tensor, Tensor]:
         """Scale and bias with the least squared error for the codes of the best ones so far."""
+        scale_OG, code_mean_OG, value_mean_OG = self._regression()
+        # The bias belongs to the scale as it is stored.
+        return scale_OG, value_mean_OG - scale_OG.to(self.dtype).float() * code_mean_OG
+
+    def _squared_error(self, scale_OG: Tensor, bias_OG: Tensor) -> Tensor:
+        """float64 [O, G], of rounding to the nearest codes."""
+        if self.is_on_cpu:
+            return kernels.squared_error(self.values_OGN, self.weights_GN, scale_OG, bias_OG, last_code=self.last_code)
+        errors_OGN = self._codes(scale_OG, bias_OG).mul_(scale_OG[..., None]).add_(bias_OG[..., None])
+        errors_OGN.sub_(self.values_OGN)
+        return torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, self.weights_GN).double()
+
+    def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The slope of values over codes by least squares, the mean code, and the mean value, for the best so far."""
+        if self.is_on_cpu:
+            return kernels.regression(
+                self.values_OGN, self.weights_GN, self.scale_OG, self.bias_OG, last_code=self.last_code
+            )
         codes_OGN = self._codes(self.scale_OG, self.bias_OG)
         total_G1 = self.weights_GN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         shares_GN = self.weights_GN / total_G1
@@ -89,9 +107,7 @@ class _Search:
         codes_OGN -= code_mean_OG[..., None]
         products_OG = torch.einsum("ogn,ogn,gn->og", codes_OGN, self.values_OGN, shares_GN)
         squares_OG = torch.einsum("ogn,ogn,gn->og", codes_OGN, codes_OGN, shares_GN)
-        scale_OG = torch.where(squares_OG > 0, products_OG / squares_OG, self.scale_OG)
-        # The bias belongs to the scale as it is stored.
-        return scale_OG, value_mean_OG - scale_OG.to(self.dtype).float() * code_mean_OG
+        return torch.where(squares_OG > 0, products_OG / squares_OG, self.scale_OG), code_mean_OG, value_mean_OG
 
     def _codes(self, scale_OG: Tensor, bias_OG: Tensor) -> Tensor:
         position_OGN = (self.values_OGN - bias_OG[..., None]) / scale_OG[..., None]
