@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
+from qmerge.formats import _fp4_kernels as kernels
 from qmerge.formats._affine import sequential_groups
 from qmerge.formats._compressed import Compressed, CompressedOptions
 from qmerge.formats._compressed_config import TAKE_CONFIG, Scheme, group_size_of
@@ -67,15 +68,23 @@ def least_error_scales(
     """
     group_I = sequential_groups(values_OI.shape[1], group_size, values_OI.device)
     values_OGN, weights_GN = by_groups(values_OI, group_I, inputs_I)
-    levels = FP4_LEVELS.to(values_OI.device)
-    best_OG = least_OG = torch.full_like(values_OGN[..., 0], torch.inf)
+    best_OG = torch.full_like(values_OGN[..., 0], torch.inf)
+    least_OG = best_OG.double()
     for scale_OG in candidates(values_OGN.abs().amax(dim=2)):
-        scaled_OGN = values_OGN / torch.where(scale_OG == 0, 1.0, scale_OG)[..., None]
-        errors_OGN = levels.rounded(scaled_OGN).mul_(scale_OG[..., None]).sub_(values_OGN)
-        cost_OG = torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, weights_GN)
+        cost_OG = squared_error(values_OGN, weights_GN, scale_OG)
         best_OG = torch.where(cost_OG < least_OG, scale_OG, best_OG)
         least_OG = torch.minimum(cost_OG, least_OG)
     return best_OG
+
+
+def squared_error(values_OGN: Tensor, weights_GN: Tensor, scale_OG: Tensor) -> Tensor:
+    """float64 [O, G]: weighted squared error of the nearest levels."""
+    if values_OGN.device.type == "cpu":
+        return kernels.squared_error(values_OGN, weights_GN, scale_OG.contiguous())
+    levels = FP4_LEVELS.to(values_OGN.device)
+    scaled_OGN = values_OGN / torch.where(scale_OG == 0, 1.0, scale_OG)[..., None]
+    errors_OGN = levels.rounded(scaled_OGN).mul_(scale_OG[..., None]).sub_(values_OGN)
+    return torch.einsum("ogn,ogn,gn->og", errors_OGN, errors_OGN, weights_GN).double()
 
 
 def power_candidates(largest_OG: Tensor) -> list[Tensor]:
