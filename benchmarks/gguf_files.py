@@ -1,12 +1,13 @@
 """An adapter in a GGUF file: the usual way over llama.cpp's quantizer, and qmerge's two ways, judged by transformers and peft.
 
     python benchmarks/gguf_files.py --base NF4 --original 16BIT --adapter DIR --calibration FILE --text FILE --work DIR
-                              [--types q4_k_m q4_0 iq4_nl q6_k] [--tokens 5120]
+                              [--types q4_k_m q4_0 iq4_nl q6_k] [--bases nf4 gguf] [--tokens 5120]
 
 From an NF4 base with an adapter (reference: the base with the adapter attached):
 
     quantizer    the adapter merged into the 16-bit original, then llama.cpp's quantizer
     importance   the same with an importance matrix from the calibration text
+    dequantized  the same, but the adapter merged into the dequantized NF4 base
     qmerge       qmerge --base NF4 --target TYPE --calibration FILE
 
 From a GGUF file of the original, made by llama.cpp's quantizer with the importance matrix (reference: that file's values with
@@ -148,10 +149,9 @@ class Work:
             make(path)
         return path
 
-    def merged_values(self) -> dict[str, Tensor]:
-        """The 16-bit original with the adapter."""
-        model = PeftModel.from_pretrained(load(self.args.original), self.args.adapter)
-        return dict(model.merge_and_unload().state_dict())
+    def merged_values(self, base: Path) -> dict[str, Tensor]:
+        """A model with the adapter, merged in float32."""
+        return dict(PeftModel.from_pretrained(load(base), self.args.adapter).merge_and_unload().state_dict())
 
     def weights(self) -> dict[str, Tensor]:
         """The importance matrix, of the original with the adapter."""
@@ -180,8 +180,9 @@ class Work:
             return self.file(f"{kind}-qmerge", merge)
 
         def make(path: Path) -> None:
-            weights = self.weights() if row == "importance" else {}
-            quantize(self.merged_values(), self.template(kind), path, weights)
+            base = self.args.base if row == "dequantized" else self.args.original
+            weights = {} if row == "quantizer" else self.weights()
+            quantize(self.merged_values(base), self.template(kind), path, weights)
 
         return self.file(f"{kind}-{row}", make)
 
@@ -234,15 +235,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("base", "original", "adapter", "calibration", "text", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q4_0", "iq4_nl", "q6_k"])
+    parser.add_argument("--bases", nargs="+", choices=["nf4", "gguf"], default=["nf4", "gguf"])
     parser.add_argument("--tokens", type=int, default=5120)
     work = Work(parser.parse_args(arguments))
     work.folder.mkdir(parents=True, exist_ok=True)
     print("| type | base | row | gain kept | KL ratio |\n|---|---|---|---|---|", flush=True)
     for kind in work.args.types:
-        files = {row: work.from_folder(kind, row) for row in ("quantizer", "importance", "qmerge")}
-        show(kind, "NF4", judge(work, work.args.base, files, work.folder / f"{kind}-nf4.json"))
-        files = {row: work.from_gguf(kind, row) for row in ("again", "nearest", "kept")}
-        show(kind, "GGUF", judge(work, work.gguf_base(kind), files, work.folder / f"{kind}-gguf.json"))
+        if "nf4" in work.args.bases:
+            files = {row: work.from_folder(kind, row) for row in ("quantizer", "importance", "dequantized", "qmerge")}
+            show(kind, "NF4", judge(work, work.args.base, files, work.folder / f"{kind}-nf4.json"))
+        if "gguf" in work.args.bases:
+            files = {row: work.from_gguf(kind, row) for row in ("again", "nearest", "kept")}
+            show(kind, "GGUF", judge(work, work.gguf_base(kind), files, work.folder / f"{kind}-gguf.json"))
 
 
 def show(kind: str, base: str, rows: Rows) -> None:

@@ -334,7 +334,7 @@ def test_a_default_run_goes_on_when_less_memory_is_free(tmp_path: Path, monkeypa
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Journal, "file_done", _interrupted)
         run_module.merge(make_recipe(settings))
-    monkeypatch.setattr(generate, "_fits", lambda layered: False)
+    monkeypatch.setattr(generate, "_fits", lambda *_: False)
     run_module.merge(make_recipe(settings), resume=True)
     assert contents(tmp_path / "out") == undisturbed
 
