@@ -50,7 +50,8 @@ def _metadata(report: ReportData, plan: Plan) -> str:
     if quant_method and quant_method not in tags:
         tags.append(quant_method)
     # The Hub offers the programs that belong to this name.
-    fields: dict[str, Any] = {"library_name": "mlx" if quant_method == "mlx" else "transformers"}
+    own_name = quant_method in ("mlx", "gguf")
+    fields: dict[str, Any] = {"library_name": quant_method if own_name else "transformers"}
     fields |= _licence_fields(plan.inputs.base.folder)
     fields |= {"pipeline_tag": "text-generation", "tags": tags}
     origins = _origin_ids(report.inputs[0], report.inputs[1], plan.inputs.adapter.config)

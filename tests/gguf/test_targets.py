@@ -24,6 +24,7 @@ from qmerge.gguf.base import parameter_shapes, read_gguf
 from qmerge.gguf.header import read_header
 from qmerge.gguf.mapping import shortest_order, trace
 from qmerge.recipe import make_recipe
+from qmerge.report.describe.inspect import inspect
 from qmerge.run.merge_model import merge
 from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import dense_values
@@ -352,3 +353,14 @@ def test_an_adapter_in_gguf_form_merges_like_the_folder(llama: tuple[Path, Path]
     assert merged(folder, control, tmp_path / "control", "q8_0").read_bytes() != expected
     with pytest.raises(AdapterError, match="expected a LoRA"):
         merged(folder, tmp_path / "file/model.gguf", tmp_path / "model-as-adapter", "q8_0")
+
+
+def test_inspect_describes_a_file_from_its_header(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    file = merged(folder, adapter, tmp_path / "out", "q8_0")
+    for reference in (file, file.parent):
+        described = inspect(str(reference))
+        assert described["architectures"] == ["llama (GGUF)"]
+        assert described["formats"] == {"Q8_0": 16, "F32": 5}
+        assert described["made_of"]["base"]["name"] == "model"
+    assert "library_name: gguf" in (file.parent / "README.md").read_text()

@@ -30,7 +30,7 @@ def inspect(
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
     location, name = split_reference(reference)
     source = hub.resolve(location, revision, AdapterError)
-    if not is_model(source.folder):
+    if source.file is None and not is_model(source.folder):
         if not any(source.folder.rglob("adapter_config.json")) and not any(source.folder.rglob("*.safetensors")):
             raise AdapterError(
                 f"{reference} holds neither an adapter (adapter_config.json) nor a model (config.json and *.safetensors)"
