@@ -245,7 +245,7 @@ class Recipe(BaseModel):
     @field_validator("target")
     @classmethod
     def _check_target(cls, name: str) -> str:
-        return name if name == "auto" else get_target(name).name
+        return name if name == "auto" else get_target(name.lower()).name
 
     @field_validator("combine")
     @classmethod
@@ -437,6 +437,8 @@ def _trained_on_and_original(recipe: Recipe) -> str | None:
 
 
 def _unused_original(recipe: Recipe) -> str | None:
+    if recipe.base.endswith(".gguf"):
+        return None  # it may give the config and the tokenizer
     # preserve rounding may use the original while it merges onto the dequantized base.
     if recipe.original and recipe.merge_onto != "original" and recipe.rounding not in ("auto", "preserve"):
         return (

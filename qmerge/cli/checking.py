@@ -76,8 +76,10 @@ def verify_command(
     unmerged one: losses, gain kept, KL ratio.
     """
     from qmerge.calibration.texts import read_texts
-    from qmerge.evaluation.fidelity import fidelity_of_folder
+    from qmerge.evaluation.fidelity import fidelity_of_folder, llama_cpp_fidelity
+    from qmerge.evaluation.llama_cpp import has_llama_cpp
     from qmerge.evaluation.verify import Check, verify
+    from qmerge.gguf.base import gguf_file
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress
     from qmerge.report.terminal.tables import check_line, fidelity_table
@@ -99,6 +101,8 @@ def verify_command(
                 device=device,
                 progress=TerminalProgress(quiet),
             )
+            if gguf_file(out) and has_llama_cpp():
+                checks.append(Check("llama.cpp", True, llama_cpp_fidelity(out, text, against)))
         except InputError as error:  # the results of the other checks are shown all the same
             checks.append(Check("text", False, str(error)))
     all_ok = all(check.ok for check in checks)

@@ -24,7 +24,9 @@ from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
-from qmerge.gguf.base import GgufCheckpoint, open_model
+from qmerge.evaluation.llama_cpp import next_token_logprobs
+from qmerge.evaluation.merged import open_merged
+from qmerge.gguf.base import GgufCheckpoint, gguf_file, open_model
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
@@ -33,6 +35,9 @@ from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import FidelityRecord, read_report
 from qmerge.weights.context import RunContext, compute_device
 from qmerge.weights.values import dense_values
+
+LLAMA_CPP_TOKENS = 128
+"""Tokens of the text that llama.cpp predicts: each takes a request that returns the whole vocabulary."""
 
 
 def _report_to_nobody(_: str) -> None:
@@ -223,11 +228,55 @@ def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
         ids_NL: token ids, int64 [N, L].
     """
     with Reader() as reader:
-        model, values = _stored_model(open_model(folder, reader), None, reader, ids_NL.device)
-        run = LayerwiseRun(model, values, [ids_NL], with_head=True)
-        with stopping([run]):
-            run.start()
-            for index in range(len(model)):
-                run.run_layer(index)
-            with model.loaded(None, values), torch.inference_mode():
-                return run.logits(0).float()
+        model, values = _stored_model(open_merged(folder, reader), None, reader, ids_NL.device)
+        return _logits(model, values, ids_NL)
+
+
+def _logits(model: LayeredModel, values: Values, ids_NL: Tensor) -> Tensor:
+    """float32 logits [N, L, V], layer by layer."""
+    run = LayerwiseRun(model, values, [ids_NL], with_head=True)
+    with stopping([run]):
+        run.start()
+        for index in range(len(model)):
+            run.run_layer(index)
+        with model.loaded(None, values), torch.inference_mode():
+            return run.logits(0).float()
+
+
+def llama_cpp_fidelity(folder: Path, text: Path, against: tuple[str, str] | None) -> str:
+    """Fidelity of a GGUF file as llama.cpp itself runs it, on the first tokens of a text, in one line.
+
+    Base and unmerged model are computed in float32, as ``fidelity`` does.
+
+    Args:
+        folder: has the file.
+        against: base and adapter to compare with; None for those of the recipe in the folder.
+
+    Raises:
+        QmergeError: as ``fidelity``; CheckpointError where llama.cpp does not load the file.
+    """
+    file = gguf_file(folder)
+    assert file is not None, "the caller has looked"
+    recipe = _recipe_of_folder(folder, against, "cpu")
+    with Reader() as reader:
+        plan = make_plan(_without_target_options(recipe), reader)
+        vocab_size = texts.vocab_size(plan.config)
+        (ids_1L, *_) = texts.token_batches(
+            text, plan.inputs.tokenizer_folder, tokens=LLAMA_CPP_TOKENS, length=LLAMA_CPP_TOKENS, vocab_size=vocab_size
+        )
+        context = RunContext(reader, torch.device("cpu"), 0, plan.block_entries)
+        base_LV, unmerged_LV = (
+            _logits(*unmerged_model(plan, context, with_delta=with_delta), ids_1L)[0, :-1].log_softmax(-1)
+            for with_delta in (False, True)
+        )
+    ids = ids_1L[0].tolist()
+    merged_LV = next_token_logprobs(file, [ids[:length] for length in range(1, len(ids))], base_LV.shape[-1])
+    target_L1 = ids_1L[0, 1:, None]
+    base, unmerged, merged = (-float(log_p.gather(-1, target_L1).mean()) for log_p in (base_LV, unmerged_LV, merged_LV))
+    p_LV = unmerged_LV.exp()
+    divergence = float((p_LV * (unmerged_LV - merged_LV)).sum(-1).mean())
+    ratio = divergence / float((p_LV * (unmerged_LV - base_LV)).sum(-1).mean())
+    return (
+        f"as it runs the file, on {len(ids)} tokens: loss {merged:.3f} (base {base:.3f}, unmerged {unmerged:.3f}), KL ratio "
+        f"{ratio:.4f}"
+    )

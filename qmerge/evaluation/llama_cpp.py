@@ -30,10 +30,11 @@ params.model.path, params.port, params.n_parallel, params.warmup = file, port, 1
 params.n_ctx = max(map(len, prompts)) + 8
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
 server = xllamacpp.Server(params)
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever http_proxy says
 def post(path, **body):
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), kind)
-    return json.load(urllib.request.urlopen(request))
+    return json.load(opener.open(request))
 # The server shows no probabilities for a token without text (an end, a part of a character). So it is made to choose this one;
 # the probabilities are those before the choice.
 letter = post("/tokenize", content="a")["tokens"][-1]

@@ -28,7 +28,8 @@ from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.fidelity import logits_of_folder
 from qmerge.evaluation.llama_cpp import has_llama_cpp, next_token_logprobs
-from qmerge.gguf.base import extracted_folder, gguf_file
+from qmerge.evaluation.merged import open_merged
+from qmerge.gguf.base import gguf_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 from qmerge.weights.values import dense_values
@@ -275,7 +276,9 @@ def load_with_llama_cpp(folder: Path) -> str:
     expected = expected[[length - 1 for length in lengths]]
     nats = float((expected.exp() * (expected - found)).sum(-1).mean())
     if nats > LLAMA_CPP_NATS:
-        raise WrongLogitsError("llama.cpp", nats)
+        raise CheckpointError(
+            f"llama.cpp loads it, but its answers are {nats:.2g} nats (KL) from those of the stored values"
+        )
     return f"llama.cpp answers within {nats:.2g} nats (KL) of the stored values"
 
 
@@ -318,10 +321,12 @@ def check_logits(model: Any, folder: Path, library: str) -> str:
 def question_ids(folder: Path) -> Tensor:
     """Token ids [1, L] of a sentence; ids from the middle of the vocabulary where no tokenizer in the folder knows any."""
     file = gguf_file(folder)
-    folder = extracted_folder(file) if file else folder
+    if file:
+        with Reader() as reader:
+            folder = open_merged(folder, reader).folder
     vocab_size = texts.vocab_size(json.loads((folder / "config.json").read_text()))
     ids: list[int] = []
-    with contextlib.suppress(CheckpointError), silenced():
+    with contextlib.suppress(Exception), silenced():  # tokenizers raise bare Exceptions
         ids = texts.load_tokenizer(folder)(SENTENCE)["input_ids"]
     if len(ids) < 2 or max(ids) >= vocab_size:
         return (vocab_size // 2 + torch.arange(TOKENS) % max(1, vocab_size // 2))[None]

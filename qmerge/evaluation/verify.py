@@ -21,8 +21,9 @@ from qmerge import hub, plugins
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.evaluation.loaders import LOADERS, WrongLogitsError, default_loader
+from qmerge.evaluation.merged import open_merged
 from qmerge.formats import get_format
-from qmerge.gguf.base import gguf_file, open_model
+from qmerge.gguf.base import gguf_file
 from qmerge.gguf.header import read_header
 from qmerge.gguf.mapping import packages
 from qmerge.safetensors_io.reader import Reader
@@ -156,7 +157,7 @@ def check_finite(folder: Path) -> str:
         CheckpointError: a weight cannot be opened.
     """
     with Reader() as reader:
-        checkpoint = open_model(folder, reader)
+        checkpoint = open_merged(folder, reader)
         count = 0
         for weight in checkpoint.weights.values():
             weight_format = get_format(weight.format)

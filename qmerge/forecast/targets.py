@@ -73,6 +73,8 @@ def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candi
     targets = [target for target in all_targets() if get_target(target).info.container is None]
     if isinstance(inputs.base, GgufCheckpoint):
         targets += [OWN_TYPES, *MIXES]
+    elif recipe.target in (OWN_TYPES, *MIXES):
+        targets.append(recipe.target)
     with one_torch_thread():  # for samples, more threads only wait for one another
         candidates = [candidate(recipe, target, inputs, reader) for target in targets]
     return sorted(candidates, key=lambda c: (c.impossible is not None, c.nbytes, c.target))

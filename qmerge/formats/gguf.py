@@ -114,7 +114,7 @@ class Gguf(TargetFormat[GgufOptions]):
         if shape[1] % options.blocks.block:
             raise RecipeError(
                 f"{name} has {shape[1]} inputs, which is not a multiple of {options.blocks.block}, the block of {options.type}: "
-                f"use --target q8_0 or f16"
+                f"use --target gguf_f16"
             )
 
     def scales(self, values_OI: Tensor, options: GgufOptions, inputs_I: Tensor | None = None) -> Tensor:
@@ -147,7 +147,9 @@ class Gguf(TargetFormat[GgufOptions]):
     def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
         if bool(stored_OI.isinf().any()):
             largest = float(merged_OI.abs().max())
-            raise NumbersError(f"{name} reaches {largest:.6g}, which float16 cannot hold. Use --target bf16 or q8_0.")
+            raise NumbersError(
+                f"{name} reaches {largest:.6g}, which float16 cannot hold. Use --target gguf_bf16 or q8_0."
+            )
 
 
 def in_file_order(rows_OB: Tensor, order: tuple[int, ...]) -> Tensor:

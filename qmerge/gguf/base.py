@@ -52,6 +52,11 @@ def read_gguf(path: Path, original: Checkpoint | None) -> GgufCheckpoint:
         CheckpointError: it cannot be read, or its tensors are not those of the architecture.
     """
     header = read_header(path)
+    if original is None and header.scales_rope:
+        raise CheckpointError(
+            f"{path.name} scales its rotary embeddings, which transformers does not read from GGUF files: give the model that it "
+            f"was made from with --original"
+        )
     if original is not None:
         folder = original.folder
         config = original.config
@@ -68,9 +73,6 @@ def read_gguf(path: Path, original: Checkpoint | None) -> GgufCheckpoint:
             continue  # tied: the file has no output embedding
         weights[name] = _weight(name, shapes[name], header, mapped)
         used.add(place.tensor)
-    missing = sorted({tensor for tensor in mapped.tensors if tensor not in header.tensors} & used)
-    if missing:
-        raise CheckpointError(f"{path.name} lacks {listed(missing)}, which {mapped.arch} has: download it again")
     for name in header.tensors:
         if name not in used:
             weights[name] = _raw(name, header)
@@ -147,6 +149,9 @@ def open_model(path: Path, reader: Reader, like: Checkpoint | None = None) -> Ch
         CheckpointError: it cannot be read.
     """
     file = gguf_file(path)
+    several = sorted(path.glob(f"*{SUFFIX}")) if file is None and not (path / "config.json").exists() else []
+    if several:
+        raise CheckpointError(f"{path} holds {listed([one.name for one in several])}: give one of these files")
     return scan(path, reader) if file is None else read_gguf(file, like)
 
 

@@ -77,6 +77,12 @@ class GgufHeader:
         """Bytes; every tensor starts at a multiple of it."""
         return int(self.scalars.get(ALIGNMENT_KEY, ALIGNMENT))
 
+    @property
+    def scales_rope(self) -> bool:
+        """Whether rotary embeddings are scaled (Llama 3.1, YaRN, linear): by a key, or by factors."""
+        kind = self.scalars.get(f"{self.arch}.rope.scaling.type", "none")
+        return kind != "none" or any(name.startswith(("rope_freqs", "rope_factors")) for name in self.tensors)
+
     def keys_with_file_type(self, file_type: int) -> bytes:
         """The keys, with the number of another mix."""
         name = FILE_TYPE.encode()
@@ -232,7 +238,7 @@ class _HeaderParser:
         data = self._file.read(length)
         if len(data) < length:
             raise struct.error
-        return data.decode(errors="surrogateescape")
+        return data.decode()
 
     def _number(self, form: str) -> Any:
         (value,) = struct.unpack(form, self._file.read(struct.calcsize(form)))

@@ -6,7 +6,7 @@ knows where its rows came from. Tensors whose values the code changes are found 
 is measured, anything else is computed from the values and becomes a constant of the file.
 
 The converter also gives the keys of the file: hyperparameters, tokenizer, chat template. It sees a folder with config and
-tokenizer only, so no code from a checkpoint can run.
+tokenizer only, without the names of code in them (``auto_map``), and transformers refuses such code while it runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,12 +29,16 @@ from torch import Tensor
 
 from qmerge.checkpoint.config import without_quantization
 from qmerge.checkpoint.folder import TOKENIZER
+from qmerge.checkpoint.scan import read_json
 from qmerge.checkpoint.traced import TracedTensor, traced_weight
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.gguf.vocabulary import read_vocabulary
 
 OTHER_FILES = ("generation_config.json",)
 """Files that the converter reads besides config and tokenizer."""
+
+MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.json")
+"""Those of the files that are read as JSON objects."""
 
 NOT_CONVERTED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 """Ends of the names that the converter skips."""
@@ -125,14 +131,40 @@ def trace(
         seen.mkdir()
         _copy_small_files(folder, seen, config)
         _write_names(seen / "model.safetensors", shapes)
-        converter = _converter(seen, file_type or 0, name)
-        traced = _Tracer(converter, shapes, values).trace()
-        if file_type is None:
-            converter.set_gguf_parameters()
-            return replace(traced, scalars=_scalars(converter))
-        keys = _keys(converter, traced, seen / "keys")
-        key_count = len(converter.gguf_writer.kv_data[0])
-        return replace(traced, keys=keys, key_count=key_count, scalars=_scalars(converter))
+        try:
+            with no_code_is_run():
+                return _run_converter(seen, shapes, values, file_type=file_type, name=name)
+        except QmergeError:
+            raise
+        except Exception as cause:  # the converter raises what it likes
+            raise CheckpointError(
+                f"{_architecture(config)}: llama.cpp's converter cannot read this model ({type(cause).__name__}: {cause}); "
+                f"choose another --target"
+            ) from cause
+
+
+def _run_converter(
+    seen: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Values | None,
+    *,
+    file_type: int | None,
+    name: str | None,
+) -> GgufMap:
+    """The same, on a folder that the converter may see."""
+    converter = _converter(seen, file_type or 0, name)
+    traced = _Tracer(converter, shapes, values).trace()
+    if file_type is None:
+        converter.set_gguf_parameters()
+        return replace(traced, scalars=_scalars(converter))
+    keys = _keys(converter, traced, seen / "keys")
+    key_count = len(converter.gguf_writer.kv_data[0])
+    return replace(traced, keys=keys, key_count=key_count, scalars=_scalars(converter))
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or ["the model"]
+    return str(architectures[0])
 
 
 def packages() -> tuple[Any, Any]:
@@ -155,10 +187,38 @@ def packages() -> tuple[Any, Any]:
 
 def _copy_small_files(folder: Path, seen: Path, config: Mapping[str, Any]) -> None:
     """What the converter may see: config and tokenizer, and no Python file."""
-    (seen / "config.json").write_text(json.dumps(without_quantization(config)))
+    (seen / "config.json").write_text(json.dumps(without_code(without_quantization(config))))
     for name in (*TOKENIZER, *OTHER_FILES):
-        if (folder / name).is_file():
+        if not (folder / name).is_file():
+            continue
+        if name in MAY_NAME_CODE:
+            (seen / name).write_text(json.dumps(without_code(read_json(folder / name, CheckpointError))))
+        else:
             shutil.copyfile(folder / name, seen / name)
+
+
+def without_code(value: Any) -> Any:
+    """JSON without ``auto_map``, with which a config names Python code for transformers to fetch and run."""
+    if isinstance(value, dict):
+        return {name: without_code(inner) for name, inner in value.items() if name != "auto_map"}
+    if isinstance(value, list):
+        return [without_code(inner) for inner in value]
+    return value
+
+
+@contextmanager
+def no_code_is_run() -> Iterator[None]:
+    """Inside, transformers runs no code of a model, although the converter allows it for some architectures."""
+    import transformers
+
+    def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **settings: load(*args, **{**settings, "trust_remote_code": False})
+
+    with ExitStack() as stack:
+        for name in ("AutoTokenizer", "AutoConfig", "AutoProcessor", "AutoModel"):
+            loader = getattr(transformers, name)
+            stack.enter_context(mock.patch.object(loader, "from_pretrained", refusing(loader.from_pretrained)))
+        yield
 
 
 def _write_names(path: Path, weights: Mapping[str, Sequence[int]]) -> None:
@@ -190,13 +250,17 @@ def _keys(converter: Any, traced: GgufMap, path: Path) -> bytes:
     for tensor in traced.tensors.values():  # it counts the parameters for ``general.size_label``
         values = torch.Size(tensor.shape).numel()
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), 4 * values)
+    if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"the base has no tokenizer ({' or '.join(TOKENIZER_FILES)}), which a GGUF file needs: copy it into its folder"
+        )
     set_vocab = converter.set_vocab
 
     def set_vocab_or_ours() -> None:
         """The converter knows byte-level tokenizers by a hash, and reads some others from tokenizer.model only."""
         try:
             set_vocab()
-        except (NotImplementedError, FileNotFoundError, TypeError):
+        except Exception:  # NotImplementedError, FileNotFoundError, ValueError and others
             gguf, _ = packages()
             for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
                 del writer.kv_data[0][key]
@@ -209,7 +273,8 @@ def _keys(converter: Any, traced: GgufMap, path: Path) -> bytes:
         raise
     except Exception as cause:  # an unknown tokenizer is a NotImplementedError
         raise CheckpointError(
-            f"llama.cpp's converter cannot write the keys of this model: {cause or type(cause).__name__}; choose another --target"
+            f"llama.cpp's converter cannot write the keys of this model: {str(cause) or type(cause).__name__}; choose another "
+            f"--target"
         ) from cause
     writer.write_header_to_file(path)
     start = path.stat().st_size
@@ -300,25 +365,25 @@ class _Tracer:
     def _add_computed(self, name: str, weight: str, cause: Exception) -> None:
         """A tensor that the converter computes: a shift of the values, or a constant."""
         shape = self._weights[weight]
+        if torch.Size(shape).numel() > LARGEST_CONSTANT:
+            raise CheckpointError(
+                f"{weight}: llama.cpp's converter does more than rearrange it ({cause}), which cannot be followed; choose "
+                f"another --target"
+            ) from cause
         count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
         zeros = self._run_on(name, torch.zeros(shape))
         counts = self._run_on(name, count)
         if len(zeros) == len(counts) == 1:
             ((new_name, zero), (_, counted)) = (zeros[0], counts[0])
             shift = float(zero.flatten()[0])
-            is_shift = bool((zero == shift).all()) and bool((counted - zero == count).all())
-            if zero.shape == torch.Size(shape) and is_shift:
+            is_same_shape = zero.shape == torch.Size(shape)
+            if is_same_shape and bool((zero == shift).all()) and bool((counted - zero == count).all()):
                 rows = torch.Size(shape[:-1]).numel()
                 self._places[weight] = Place(tensor=new_name, rows=rows, shift=shift)
                 self._add(name, new_name, shape)
                 return
         if self._values is None:
             return
-        if torch.Size(shape).numel() > LARGEST_CONSTANT:
-            raise CheckpointError(
-                f"{weight}: llama.cpp's converter does more than rearrange it ({cause}), which cannot be followed; choose "
-                f"another --target"
-            ) from cause
         for new_name, data in self._run_on(name, self._values(weight)):
             self._add_constant(name, new_name, data)
 
@@ -350,6 +415,8 @@ class _Tracer:
         )
         return "F32" if is_small or not new_name.endswith(".weight") else None
 
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 ALWAYS_F32 = (
     "FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "POS_EMBD", "TOKEN_TYPES", "SSM_CONV1D", "SHORTCONV_CONV", "TIME_MIX_FIRST",

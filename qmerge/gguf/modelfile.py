@@ -19,6 +19,9 @@ def modelfile(path: Path) -> str:
     stops: list[str] = []
     for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
         if key in fields and "tokenizer.ggml.tokens" in fields:
-            stops.append(str(fields["tokenizer.ggml.tokens"].contents(int(fields[key].contents()))))
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if '"' not in stop]
+            tokens, number = fields["tokenizer.ggml.tokens"], int(fields[key].contents())
+            if 0 <= number < len(tokens.data):
+                stops.append(str(tokens.contents(number)))
+    # A token with a quotation mark or a line break could become a line of its own.
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.isprintable() and '"' not in stop]
     return "\n".join(lines) + "\n"

@@ -139,14 +139,14 @@ class GgufOutput:
     def _start(self, offsets: Mapping[str, int]) -> bytes:
         """Header, keys and tensor infos, up to the first tensor."""
         gguf, _ = packages()
-        start = START.pack(MAGIC, VERSION, len(offsets), self.mapped.key_count) + self.mapped.keys
+        start = bytearray(START.pack(MAGIC, VERSION, len(offsets), self.mapped.key_count) + self.mapped.keys)
         for name, offset in offsets.items():
             shape = self.mapped.tensors[name].shape
             encoded = name.encode()
             start += struct.pack("<Q", len(encoded)) + encoded
             start += struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
             start += struct.pack("<IQ", int(gguf.GGMLQuantizationType[self.types[name]]), offset)
-        return self._padded(start)
+        return self._padded(bytes(start))
 
     def _padded(self, data: bytes) -> bytes:
         """The same bytes, with zeros up to the alignment."""
@@ -199,7 +199,7 @@ def mix_of(target: str) -> str:
 def _from_gguf(target: str, base: GgufCheckpoint) -> GgufOutput:
     """The keys stay, and with the base's own mix all types do."""
     header = base.header
-    mapped = replace(base.mapped, keys=header.keys, key_count=header.key_count, tensors=header.tensors)
+    mapped = replace(base.mapped, keys=header.keys, key_count=header.key_count, tensors=header.tensors, constants={})
     types = header.types
     if target != OWN_TYPES and FILE_TYPES[mix_of(target)] != header.scalars.get(FILE_TYPE):
         types = {**types, **types_of(mix_of(target), base.mapped, header.scalars)}

@@ -15,11 +15,11 @@ from qmerge.adapters.reading.named import find_adapter
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.replication import replicate_layers
-from qmerge.checkpoint.scan import Checkpoint, scan
+from qmerge.checkpoint.scan import Checkpoint
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.gguf.adapter import extracted_adapter
-from qmerge.gguf.base import places_of, read_gguf
+from qmerge.gguf.base import gguf_file, open_model, places_of, read_gguf
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
@@ -93,6 +93,8 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     if recipe.original:
         original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
         original = read_checkpoint(original_source.folder, reader, ranges)
+    if base_source.file is None and gguf_file(base_source.folder):
+        base_source = replace(base_source, file=gguf_file(base_source.folder))
     if base_source.file is not None:
         base: Checkpoint = read_gguf(base_source.file, original)
         base_source = replace(base_source, folder=base.folder)  # where its config and tokenizer are
@@ -148,7 +150,7 @@ def read_checkpoint(folder: Path, reader: Reader, ranges: Any) -> Checkpoint:
     Args:
         ranges: ``layer_replication`` of the adapter, which repeats layers of the base; None for the layers on disk.
     """
-    checkpoint = scan(folder, reader)
+    checkpoint = open_model(folder, reader)
     return replicate_layers(checkpoint, ranges) if ranges else checkpoint
 
 

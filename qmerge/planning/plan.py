@@ -247,6 +247,10 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         raise CheckpointError(
             f"--original {recipe.original} is quantized; expected the dense 16- or 32-bit model that the base was made from"
         )
+    if recipe.promote and get_target(recipe.target).info.container:
+        raise RecipeError(
+            f"--promote: a GGUF file has the types of its mix ({recipe.target}): leave it out, or use q8_0 or q6_k"
+        )
     accepted = get_target(recipe.target).info.accepted_options
     for name in recipe.format_options.keys() - set(accepted):
         # Which targets have this option: the user may have forgotten --target.

@@ -14,6 +14,7 @@ from qmerge.checkpoint.config import output_config, with_setting, with_vocab_siz
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format, get_target
 from qmerge.formats.base import NoOptions
+from qmerge.gguf.base import GgufCheckpoint
 from qmerge.gguf.output import GgufOutput, gguf_output
 from qmerge.planning.changes import ChangeMatcher
 from qmerge.planning.embeddings import Embeddings
@@ -70,6 +71,9 @@ class StepMaker:
         base = self.inputs.base.weights
         if self.gguf is not None:
             base = {name: self.gguf.fitted(weight) for name, weight in base.items() if self.gguf.has(weight)}
+        elif isinstance(self.inputs.base, GgufCheckpoint):
+            # What is no weight of the model (rope factors) belongs to a GGUF file only.
+            base = {name: weight for name, weight in base.items() if weight.format != "raw"}
         if self.embeddings.untied is None:
             return base
         input_name, output_name = self.embeddings.untied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qmerge import hub
@@ -22,7 +23,7 @@ from qmerge.evaluation.verify import verify
 from qmerge.formats.gguf import in_file_order, in_model_order
 from qmerge.gguf.base import parameter_shapes, read_gguf
 from qmerge.gguf.header import read_header
-from qmerge.gguf.mapping import shortest_order, trace
+from qmerge.gguf.mapping import shortest_order, trace, without_code
 from qmerge.recipe import make_recipe
 from qmerge.report.describe.inspect import inspect
 from qmerge.run.merge_model import merge
@@ -30,7 +31,7 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import dense_values
 
 from .. import models
-from .test_gguf import KINDS, distance, logits, make, stored
+from .test_gguf import KINDS, LLAMA3, distance, logits, make, stored
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
@@ -139,8 +140,6 @@ def test_experts_are_stacked_and_read_back(tmp_path: Path) -> None:
         (folder / name).write_bytes((tmp_path / "tokenizer" / name).read_bytes())
     adapter = models.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     file = merged(folder, adapter, tmp_path / "out", "gguf_f16")
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "model.safetensors")
     found = values_of(file)["blk.1.ffn_up_exps.weight"]
     for expert in range(4):
@@ -230,6 +229,10 @@ def test_a_file_on_the_hub_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(hub, "_commit", lambda *_: "c0ffee")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/model-Q4_K_M.gguf").touch()
+    with pytest.raises(CheckpointError, match="has no file other"):
+        hub.resolve("owner/name-GGUF:other.gguf", None, CheckpointError)
     source = hub.resolve("owner/name-GGUF:sub/model-Q4_K_M.gguf", None, CheckpointError)
     assert (asked["id"], asked["allow_patterns"]) == ("owner/name-GGUF", ["sub/model-Q4_K_M.gguf"])
     assert source.file == tmp_path / "sub/model-Q4_K_M.gguf"
@@ -299,8 +302,6 @@ def test_trained_embeddings_are_in_the_file(rows: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.resize_token_embeddings(model.config.vocab_size + rows)
     adapter = models.adapter(model, tmp_path / "adapter", modules_to_save=["lm_head", "embed_tokens"])
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in tensors:
         if "lora" not in name:
@@ -326,7 +327,6 @@ def test_an_output_called_like_a_file_is_a_folder_with_that_file() -> None:
 def as_gguf(adapter: Path, out: Path, heads: int, kv_heads: int) -> Path:
     """An adapter as llama.cpp's convert_lora_to_gguf writes it: rows of q and k in its order, by its own code."""
     from conversion.llama import LlamaModel
-    from safetensors.torch import load_file
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     writer = gguf.GGUFWriter(out, "llama")
@@ -364,3 +364,55 @@ def test_inspect_describes_a_file_from_its_header(llama: tuple[Path, Path], tmp_
         assert described["formats"] == {"Q8_0": 16, "F32": 5}
         assert described["made_of"]["base"]["name"] == "model"
     assert "library_name: gguf" in (file.parent / "README.md").read_text()
+
+
+def test_code_that_a_base_names_is_not_run(tmp_path: Path) -> None:
+    """The converter allows it for this architecture."""
+    folder = make(tmp_path / "model", "qwen2")
+    adapter = with_adapter(folder, tmp_path / "adapter")
+    marker = tmp_path / "ran"
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "tok.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nclass T: pass\n")
+    auto_map = {"AutoTokenizer": [None, f"{tmp_path}/code--tok.T"]}
+    models.edit_json(folder / "config.json", architectures=["DreamModel"], auto_map=auto_map)
+    models.edit_json(folder / "tokenizer_config.json", tokenizer_class="Foo", auto_map=auto_map)
+    with suppress(CheckpointError):
+        merged(folder, adapter, tmp_path / "out", "q8_0")
+    assert not marker.exists()
+    assert without_code({"a": [{"auto_map": 1, "b": 2}], "auto_map": {}}) == {"a": [{"b": 2}]}
+
+
+def test_a_base_without_tokenizer_is_told_so(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="the base has no tokenizer"):
+        merged(folder, with_adapter(folder, tmp_path / "adapter"), tmp_path / "out", "q8_0")
+
+
+def test_scaled_rope_needs_the_original(tmp_path: Path) -> None:
+    """transformers ignores the factors in the file: positions would be wrong."""
+    folder = make(tmp_path / "model", rope_parameters=LLAMA3)
+    base = merged(folder, with_adapter(folder, tmp_path / "adapter"), tmp_path / "base", "q8_0")
+    other = with_adapter(folder, tmp_path / "other", seed=2)
+    with pytest.raises(CheckpointError, match="scales its rotary embeddings"):
+        merged(base, other, tmp_path / "out", "fp32")
+    file = merged(base, other, tmp_path / "same", "gguf", original=str(folder))
+    assert np.array_equal(values_of(file)["rope_freqs.weight"], values_of(base)["rope_freqs.weight"])
+    merged(base, other, tmp_path / "dense", "fp32", original=str(folder))
+    assert "rope_freqs.weight" not in load_file(tmp_path / "dense/model.safetensors")
+    assert all(check.ok for check in verify(tmp_path / "base"))
+
+
+def test_a_folder_with_several_files_asks_for_one(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, adapter = llama
+    base = merged(folder, adapter, tmp_path / "base", "q8_0")
+    (tmp_path / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "two" / name).write_bytes(base.read_bytes())
+    with pytest.raises(CheckpointError, match=r"a\.gguf, b\.gguf: give one"):
+        merged(tmp_path / "two", adapter, tmp_path / "out", "gguf")
+
+
+def test_names_of_mixes_may_be_in_capitals() -> None:
+    assert make_recipe({"base": "b", "adapter": "a", "out": "o", "target": "Q4_K_M"}).target == "q4_k_m"
