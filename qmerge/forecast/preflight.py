@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,11 +139,12 @@ def warnings_about_original(plan: Plan, gap: float | None) -> list[str]:
 def target_notes(plan: Plan) -> list[str]:
     """How the target is written, where it could be written in other ways."""
     target = get_target(plan.target)
-    descriptions: dict[str, None] = {}
-    for options in _options_used(plan):
-        descriptions[target.describe_options(options)] = None
+    written = [step for step in plan.steps if step.target == plan.target]
+    descriptions = Counter(target.describe_options(step.options) for step in written)
     # Most formats have one way to be written, and describe nothing.
     text = " and ".join(filter(None, descriptions))
+    if target.info.container:  # a mix of types
+        text = ", ".join(f"{count} {description}" for description, count in descriptions.most_common())
     return [f"Target {target.name}: {text}."] if text else []
 
 

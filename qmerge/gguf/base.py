@@ -170,13 +170,19 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
-@cache
 def extracted_folder(path: Path) -> Path:
     """A folder with the config and the tokenizer that a GGUF file holds, as transformers reads them. It is removed at exit.
 
     Raises:
         CheckpointError: transformers does not read this architecture from GGUF files.
     """
+    status = path.stat()
+    return _extracted_folder(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _extracted_folder(path: Path, size: int, changed: int) -> Path:
+    """The same; a file that has another size or time is another file."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(tempfile.mkdtemp(prefix="qmerge-"))
@@ -193,7 +199,17 @@ def extracted_folder(path: Path) -> Path:
     content["architectures"] = [architecture_of(config)]
     (folder / "config.json").write_text(json.dumps(content, default=str))
     tokenizer.save_pretrained(folder)
+    _remove_added_tokens(folder / "tokenizer.json", config.vocab_size)
     return folder
+
+
+def _remove_added_tokens(path: Path, vocab_size: int) -> None:
+    """Remove tokens that transformers adds by itself, and that the model has no rows for."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_bytes())
+    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] < vocab_size]
+    path.write_text(json.dumps(content, ensure_ascii=False))
 
 
 def architecture_of(config: Any) -> str:

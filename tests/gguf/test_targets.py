@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import dense_values
 
 from .. import models
-from .test_gguf import KINDS, LLAMA3, distance, logits, make, stored
+from .test_gguf import DEMO, KINDS, LLAMA3, distance, logits, make, stored
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
@@ -416,3 +417,12 @@ def test_a_folder_with_several_files_asks_for_one(llama: tuple[Path, Path], tmp_
 
 def test_names_of_mixes_may_be_in_capitals() -> None:
     assert make_recipe({"base": "b", "adapter": "a", "out": "o", "target": "Q4_K_M"}).target == "q4_k_m"
+
+
+def test_no_token_is_added_to_the_tokenizer_of_a_file(tmp_path: Path) -> None:
+    """transformers adds <|endoftext|> to this one, for which the model has no row."""
+    file = merged(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "out", "q8_0")
+    checkpoint = read_gguf(file, None)
+    content = json.loads((checkpoint.folder / "tokenizer.json").read_text())
+    ids = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
+    assert max(ids) < checkpoint.config["vocab_size"] == 768
