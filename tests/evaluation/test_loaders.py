@@ -144,7 +144,7 @@ def test_inputs_of_the_recipe_that_are_not_found(
 
 def test_unknown_and_missing_loaders(gptq: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = cli("verify", gptq, "--loader", "vllm")
-    assert ran.code == 2 and "There are: transformers, gptqmodel, auto-gptq" in ran.err
+    assert ran.code == 2 and "There are: transformers, llama.cpp, gptqmodel, auto-gptq, mlx" in ran.err
     monkeypatch.setitem(sys.modules, "gptqmodel", None)
     ran = cli("verify", gptq, "--loader", "gptqmodel")
     assert ran.code == 2 and 'needs gptqmodel: pip install "qmerge[gptq]"' in ran.err and ran.out == ""
