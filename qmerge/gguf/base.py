@@ -22,6 +22,7 @@ from qmerge.checkpoint.scan import Checkpoint, read_json, scan
 from qmerge.errors import CheckpointError, listed
 from qmerge.formats.base import NoOptions
 from qmerge.formats.gguf import BLOCK_TYPES, GgufOptions
+from qmerge.gguf.byte_level import pre_tokenizer_of
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import GgufMap, Place, trace
 from qmerge.safetensors_io.reader import Reader
@@ -199,16 +200,23 @@ def _extracted_folder(path: Path, size: int, changed: int) -> Path:
     content["architectures"] = [architecture_of(config)]
     (folder / "config.json").write_text(json.dumps(content, default=str))
     tokenizer.save_pretrained(folder)
-    _remove_added_tokens(folder / "tokenizer.json", config.vocab_size)
+    _correct_tokenizer(folder / "tokenizer.json", config.vocab_size, read_header(path).scalars)
     return folder
 
 
-def _remove_added_tokens(path: Path, vocab_size: int) -> None:
-    """Remove tokens that transformers adds by itself, and that the model has no rows for."""
+def _correct_tokenizer(path: Path, vocab_size: int, scalars: Mapping[str, Any]) -> None:
+    """Mend what transformers leaves out or adds when it reads a tokenizer from a GGUF file.
+
+    It does not look at ``tokenizer.ggml.pre``, by which byte-level tokenizers split text, and adds tokens that the model has no
+    rows for.
+    """
     if not path.is_file():
         return
     content = json.loads(path.read_bytes())
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] < vocab_size]
+    known = pre_tokenizer_of(str(scalars.get("tokenizer.ggml.pre")))
+    if known is not None and scalars.get("tokenizer.ggml.model") == "gpt2":
+        content["pre_tokenizer"], content["model"]["ignore_merges"] = known
     path.write_text(json.dumps(content, ensure_ascii=False))
 
 

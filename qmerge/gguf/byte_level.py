@@ -52,6 +52,25 @@ def pre_tokenizer_name(tokenizer: TokenizerFile) -> str | None:
     return NAMES.get((steps, skips_merges))
 
 
+def pre_tokenizer_of(name: str) -> tuple[dict[str, Any], bool] | None:
+    """The reverse: ``pre_tokenizer`` for tokenizer.json, and ``ignore_merges``; None for a name that qmerge does not know."""
+    for (steps, skips_merges), known in NAMES.items():
+        if known == name:
+            return {"type": "Sequence", "pretokenizers": [_step(step) for step in steps]}, skips_merges
+    return None
+
+
+def _step(name: str) -> dict[str, Any]:
+    """A step of ``NAMES`` as the tokenizers library writes it."""
+    if name == DIGITS:
+        return {"type": "Digits", "individual_digits": True}
+    if name.startswith(SPLIT):
+        pattern = {"Regex": name.removeprefix(SPLIT)}
+        return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    use_regex = name == WORDS_AND_BYTES
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
 def _step_name(step: Mapping[str, Any]) -> str:
     """A step as in ``NAMES``; UNKNOWN_STEP where it has another setting."""
     is_isolated = step.get("behavior", "Isolated") == "Isolated"

@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmerge import hub
 from qmerge.checkpoint.scan import scan
@@ -419,10 +419,13 @@ def test_names_of_mixes_may_be_in_capitals() -> None:
     assert make_recipe({"base": "b", "adapter": "a", "out": "o", "target": "Q4_K_M"}).target == "q4_k_m"
 
 
-def test_no_token_is_added_to_the_tokenizer_of_a_file(tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_file_splits_text_as_the_bases(tmp_path: Path) -> None:
     """transformers adds <|endoftext|> to this one, for which the model has no row."""
     file = merged(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "out", "q8_0")
     checkpoint = read_gguf(file, None)
     content = json.loads((checkpoint.folder / "tokenizer.json").read_text())
     ids = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
     assert max(ids) < checkpoint.config["vocab_size"] == 768
+    own, found = (AutoTokenizer.from_pretrained(folder) for folder in (DEMO / "base-nf4", checkpoint.folder))
+    for text in ("In 1984, 33 333 llamas (4.5 %)", (DEMO / "heldout.txt").read_text()[:2000]):
+        assert found(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
