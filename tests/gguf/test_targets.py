@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qmerge import hub
 from qmerge.checkpoint.scan import scan
@@ -25,6 +25,7 @@ from qmerge.formats.gguf import in_file_order, in_model_order
 from qmerge.gguf.base import parameter_shapes, read_gguf
 from qmerge.gguf.header import read_header
 from qmerge.gguf.mapping import shortest_order, trace, without_code
+from qmerge.gguf.tokenizer_file import read_tokenizer
 from qmerge.recipe import make_recipe
 from qmerge.report.describe.inspect import inspect
 from qmerge.run.merge_model import merge
@@ -33,6 +34,7 @@ from qmerge.weights.values import dense_values
 
 from .. import models
 from .test_gguf import DEMO, KINDS, LLAMA3, distance, logits, make, stored
+from .test_vocabulary import PRE, byte_level
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
@@ -419,13 +421,20 @@ def test_names_of_mixes_may_be_in_capitals() -> None:
     assert make_recipe({"base": "b", "adapter": "a", "out": "o", "target": "Q4_K_M"}).target == "q4_k_m"
 
 
-def test_the_tokenizer_of_a_file_splits_text_as_the_bases(tmp_path: Path) -> None:
+def test_no_token_is_added_to_the_tokenizer_of_a_file(tmp_path: Path) -> None:
     """transformers adds <|endoftext|> to this one, for which the model has no row."""
     file = merged(DEMO / "base-nf4", DEMO / "adapter", tmp_path / "out", "q8_0")
     checkpoint = read_gguf(file, None)
     content = json.loads((checkpoint.folder / "tokenizer.json").read_text())
     ids = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
     assert max(ids) < checkpoint.config["vocab_size"] == 768
-    own, found = (AutoTokenizer.from_pretrained(folder) for folder in (DEMO / "base-nf4", checkpoint.folder))
-    for text in ("In 1984, 33 333 llamas (4.5 %)", (DEMO / "heldout.txt").read_text()[:2000]):
-        assert found(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_the_tokenizer_of_a_file_splits_text_as_the_bases(pre: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    byte_level(folder, pre)
+    file = merged(folder, with_adapter(folder, tmp_path / "adapter"), tmp_path / "out", "q8_0")
+    own, found = (read_tokenizer(place) for place in (folder, read_gguf(file, None).folder))
+    assert found.pre_tokenizer_steps == own.pre_tokenizer_steps
+    assert bool(found.model.get("ignore_merges")) == bool(own.model.get("ignore_merges"))
