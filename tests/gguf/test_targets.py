@@ -21,6 +21,7 @@ from qmerge.checkpoint.scan import scan
 from qmerge.errors import AdapterError, CheckpointError, RecipeError
 from qmerge.evaluation.llama_cpp import has_llama_cpp
 from qmerge.evaluation.verify import verify
+from qmerge.formats import MIXES
 from qmerge.formats.gguf import in_file_order, in_model_order
 from qmerge.gguf.base import parameter_shapes, read_gguf
 from qmerge.gguf.header import read_header
@@ -113,7 +114,7 @@ def test_every_mix_is_read_back_by_the_gguf_package(target: str, llama: tuple[Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp (xllamacpp) is not installed")
-@pytest.mark.parametrize("target", ["gguf_f16", "q8_0", "q4_k_m", "iq4_xs"])
+@pytest.mark.parametrize("target", MIXES)
 def test_llama_cpp_loads_it_and_answers_the_same(target: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
     folder, adapter = llama
     file = merged(folder, adapter, tmp_path / "out", target)
