@@ -221,7 +221,7 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
             offset=float(offset),
         )
 
-    def pack(self, codes_OI: Tensor, options: Bnb4bitOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: Bnb4bitOptions) -> Tensor:
         # bitsandbytes pads an odd number of codes with that of the value 0.
         padding = code_table(self.name, codes_OI.device).zero_code
         return pack_nibbles(to_disk_codes(codes_OI, self.name), padding)

@@ -285,7 +285,7 @@ class CompressedInt(Compressed):
     ) -> Grid:  # fmt: skip
         return fitted_grid(scales, sequential_groups(shape[1], options.group_size), self.bits)
 
-    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: CompressedOptions) -> Tensor:
         return pack_padded(codes_OI, self.bits)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:

@@ -117,7 +117,7 @@ class Dense(TargetFormat[NoOptions]):
     ) -> Grid:  # fmt: skip
         return FloatGrid(TORCH_DTYPES[self._dtype])
 
-    def pack(self, codes_OI: Tensor, options: NoOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: NoOptions) -> Tensor:
         return codes_OI
 
     def accepts(self, shape: tuple[int, ...]) -> bool:

@@ -18,6 +18,7 @@ from qmerge.formats._fit_scales import by_groups
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats._tensors import read_rows
 from qmerge.formats.base import Stored
+from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, Rows, TensorInfo, TensorSpec, Weight
 
@@ -171,7 +172,7 @@ class CompressedFp4(Compressed):
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         """float32 [O, G] each: scales to try for groups whose largest magnitudes are given. Ties go to the first one."""
 
-    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: CompressedOptions) -> Tensor:
         return pack_fp4(codes_OI)
 
     def weights_args(self, options: CompressedOptions) -> dict[str, Any]:

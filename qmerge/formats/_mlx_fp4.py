@@ -128,7 +128,7 @@ class MlxFp4(TargetFormat[NoOptions]):
     ) -> Grid:  # fmt: skip
         return LevelsGrid(FP4_LEVELS, scales, self.group_size)
 
-    def pack(self, codes_OI: Tensor, options: NoOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: NoOptions) -> Tensor:
         return pack_fp4(codes_OI).view(torch.uint32)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: NoOptions) -> Parts:

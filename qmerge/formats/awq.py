@@ -158,7 +158,7 @@ class Awq(TargetFormat[AwqOptions]):
     ) -> Grid:  # fmt: skip
         return fitted_grid(scales, sequential_groups(shape[1], options.group_size), BITS)
 
-    def pack(self, codes_OI: Tensor, options: AwqOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: AwqOptions) -> Tensor:
         return pack_rows(codes_OI.T)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: AwqOptions) -> Parts:

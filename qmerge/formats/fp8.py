@@ -146,7 +146,7 @@ class Fp8(TargetFormat[Fp8Options]):
     ) -> Grid:  # fmt: skip
         return ScaledFloatGrid(1.0 / scales, shape, SQUARE, inverse_RC=scales)
 
-    def pack(self, codes_OI: Tensor, options: Fp8Options) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: Fp8Options) -> Tensor:
         return codes_OI.view(FLOAT8)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: Fp8Options) -> Parts:

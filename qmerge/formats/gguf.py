@@ -58,7 +58,6 @@ class StoredGguf(Stored):
         self._reader = reader
         self._device = device
         rows, columns = as_matrix(weight.shape)
-        self._columns = columns
         step = len(options.order) or 1
         count = max(step, READ_BYTES // max(1, self._info.shape[1]) // step * step)
         blocks = (Rows(start, min(start + count, rows)) for start in range(0, rows, count))
@@ -131,10 +130,7 @@ class Gguf(TargetFormat[GgufOptions]):
     def stores(self, weight: Weight, options: GgufOptions) -> bool:
         return weight.options == options
 
-    def pack(self, codes_OI: Tensor, options: GgufOptions) -> Tensor:
-        raise NotImplementedError("codes and scales are packed together: pack_with_scales")
-
-    def pack_with_scales(self, codes_OI: Tensor, grid: Grid, options: GgufOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: GgufOptions) -> Tensor:
         shifted_OI = codes_OI + options.shift if options.shift else codes_OI
         return in_file_order(options.blocks.pack(shifted_OI, grid), options.order)
 

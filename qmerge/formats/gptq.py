@@ -194,7 +194,7 @@ class Gptq(TargetFormat[GptqOptions]):
     ) -> Grid:  # fmt: skip
         return fitted_grid(scales, fresh_groups(shape[1], options, inputs_I), options.bits)
 
-    def pack(self, codes_OI: Tensor, options: GptqOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: GptqOptions) -> Tensor:
         return pack_bits(codes_OI, options.bits).T
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: GptqOptions) -> Parts:

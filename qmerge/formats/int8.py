@@ -130,7 +130,7 @@ class Int8(TargetFormat[NoOptions]):
         # Int8Params casts to float16 before it quantizes (bitsandbytes/nn/modules.py, Int8Params._quantize).
         return values_OI.half().float()
 
-    def pack(self, codes_OI: Tensor, options: NoOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: NoOptions) -> Tensor:
         return codes_OI
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: NoOptions) -> Parts:

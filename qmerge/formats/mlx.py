@@ -189,7 +189,7 @@ class Mlx(TargetFormat[MlxOptions]):
         group_I = sequential_groups(shape[1], options.group_size, scales.device)
         return BiasGrid(scale_OG, bias_OG, group_I, 2**options.bits)
 
-    def pack(self, codes_OI: Tensor, options: MlxOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: MlxOptions) -> Tensor:
         return pack_bits(codes_OI, options.bits).view(torch.uint32)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: MlxOptions) -> Parts:

@@ -38,7 +38,7 @@ class W8a8(CompressedInt):
             specs["weight_zero_point"] = TensorSpec("I8", (rows, groups))
         return specs
 
-    def pack(self, codes_OI: Tensor, options: CompressedOptions) -> Tensor:
+    def pack(self, codes_OI: Tensor, grid: Grid, options: CompressedOptions) -> Tensor:
         return (codes_OI.short() - middle_code(self.bits)).to(torch.int8)
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:

@@ -31,12 +31,12 @@ def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:
     """The adapter's own float32 values, cast once; in a GGUF file, on a fresh grid."""
     target = get_target(step.target)
     if target.info.is_quantized:
-        matrix_OI = values.view(as_matrix(tuple(values.shape)))
-        scales = target.scales(matrix_OI, step.options)
-        grid = target.grid(scales, as_matrix(tuple(values.shape)), step.options)
+        shape = as_matrix(tuple(values.shape))
+        matrix_OI = values.view(shape)
+        grid = target.grid(target.scales(matrix_OI, step.options), shape, step.options)
         codes_OI = grid.nearest(matrix_OI)
         target.check_range(grid.decode(codes_OI), matrix_OI, step.name)
-        sink.append(codes_name(step, target), target.pack_with_scales(codes_OI, grid, step.options))
+        sink.append(codes_name(step, target), target.pack(codes_OI, grid, step.options))
         return
     stored = values.to(TORCH_DTYPES[step.outputs[step.name].dtype])
     target.check_range(stored.float(), values, step.name)
@@ -58,7 +58,7 @@ class CodesSink:
         codes = codes_OI
         if self._step.source.conv1d and self._target.info.is_dense:
             codes = codes_OI.T  # a dense Conv1D is stored as [I, O]; its one block has all rows
-        return self._target.pack_with_scales(codes, grid, self._step.options)
+        return self._target.pack(codes, grid, self._step.options)
 
     def append(self, packed: Tensor) -> None:
         """Write the packed codes of the next rows."""

@@ -109,7 +109,7 @@ def fresh(values_OI: Tensor, name: str, options: Options) -> dict[str, Tensor]:
     for rows in blocks:
         part = grid.rows(rows)
         codes_OI = part.nearest(values_OI[rows.start : rows.stop])
-        packed.append(target.pack_with_scales(codes_OI, part, options))
+        packed.append(target.pack(codes_OI, part, options))
     if target.info.row_axis == 0:
         joined = torch.cat([part.flatten() for part in packed])
     else:

@@ -106,12 +106,12 @@ class TargetFormat(Format[OptionsT]):
         return values_OI
 
     @abstractmethod
-    def pack(self, codes_OI: Tensor, options: OptionsT) -> Tensor:
-        """Codes of some rows in the dtype of ``codes_part``, in any shape, ready to be appended to it."""
+    def pack(self, codes_OI: Tensor, grid: Grid, options: OptionsT) -> Tensor:
+        """Codes of some rows in the dtype of ``codes_part``, in any shape, ready to be appended to it.
 
-    def pack_with_scales(self, codes_OI: Tensor, grid: Grid, options: OptionsT) -> Tensor:
-        """The same, for formats that have scales between the codes: ``grid`` is that of the same rows."""
-        return self.pack(codes_OI, options)
+        Args:
+            grid: that of the same rows, for formats that store scales between the codes.
+        """
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: OptionsT) -> Parts:
         """The other tensors (scales, zeros, quant state) of a weight on ``grid``, which is one of this format."""
