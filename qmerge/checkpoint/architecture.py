@@ -20,6 +20,17 @@ import torch
 from qmerge.checkpoint.config import with_dtype
 from qmerge.errors import CheckpointError
 
+USUAL_NAMES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""``model_type`` → class of models whose embeddings are ``model.embed_tokens`` and ``lm_head`` (a test asks transformers)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleKinds:
@@ -116,6 +127,8 @@ def embedding_weights(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
     None where the model lacks one of them, or where transformers does not know the architecture.
     """
+    if config.get("model_type") in USUAL_NAMES and config.get("architectures") == [USUAL_NAMES[config["model_type"]]]:
+        return "model.embed_tokens.weight", "lm_head.weight"  # without building the model, which takes seconds
     return _embedding_weights(json.dumps(config))
 
 

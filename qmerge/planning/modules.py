@@ -94,14 +94,14 @@ class Modules:
         """Whether a weight is an embedding that the base's library has quantized, and the target's would not."""
         if self.target.info.quantizes_embeddings or not get_format(weight.format).info.quantizes_embeddings:
             return False
-        return self._parameter(weight) in self._embeddings
+        return self._is_embedding(weight)
 
     def is_quantizable_embedding(self, weight: Weight) -> bool:
         """Whether a weight is an embedding that the target's library quantizes, too."""
         if not self.target.info.quantizes_embeddings:
             return False
         is_stored_so = self._is_dense_matrix(weight) and self.target.accepts(weight.shape)
-        return is_stored_so and self._parameter(weight) in self._embeddings
+        return is_stored_so and self._is_embedding(weight)
 
     def _is_dense_matrix(self, weight: Weight) -> bool:
         is_matrix = weight.local == "weight" and len(weight.shape) == 2
@@ -209,6 +209,10 @@ class Modules:
         if self.target.info.quant_method in (None, "bitsandbytes") or self._keeps_names:
             return frozenset()
         return self._default_module_kinds.towers
+
+    def _is_embedding(self, weight: Weight) -> bool:
+        # Names on disk are often those in memory, and to ask for these takes seconds.
+        return weight.name in self._embeddings or self._parameter(weight) in self._embeddings
 
     @cached_property
     def _embeddings(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from transformers import core_model_loading as ops
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from qmerge.checkpoint import architecture
 from qmerge.checkpoint import names as module
 from qmerge.checkpoint.architecture import meta_model
 from qmerge.checkpoint.blocks import DiskBlock, disk_block
@@ -439,6 +440,17 @@ def test_unconverted_architectures_are_those_that_transformers_does_not_convert(
         assert len(get_model_conversion_mapping(model)) == len(legacy), model_type
         has_conv1d = any(isinstance(layer, Conv1D) for layer in model.modules())
         assert has_conv1d != (model_type in WITHOUT_CONV1D), model_type
+
+
+@pytest.mark.parametrize("model_type", architecture.USUAL_NAMES)
+def test_usual_names_of_embeddings_are_those_of_transformers(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.AutoConfig.for_model(model_type).to_dict()
+    config["architectures"] = [architecture.USUAL_NAMES[model_type]]
+    names = architecture.embedding_weights(config)
+    other = {**config, "architectures": [config["architectures"][0].replace("ForCausalLM", "Model")]}
+    assert architecture.embedding_weights(other) is None, "this class has no output embedding"
+    monkeypatch.setattr(architecture, "USUAL_NAMES", {})
+    assert architecture.embedding_weights(config) == names == ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
