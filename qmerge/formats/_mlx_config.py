@@ -9,6 +9,7 @@ from typing import Any
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._packing import WORD
 from qmerge.formats._tensors import modules_with
+from qmerge.formats.base import FormatInfo
 from qmerge.types import TensorInfo
 
 QUANT_METHOD = "mlx"
@@ -33,6 +34,32 @@ class MlxSettings:
     def as_config(self) -> dict[str, Any]:
         """As an entry of config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def mlx_info(name: str, accepted_options: tuple[str, ...] = ()) -> FormatInfo:
+    """Facts that all of MLX's formats share."""
+    return FormatInfo(
+        name=name,
+        quant_method=QUANT_METHOD,
+        loaders="mlx_lm, LM Studio",
+        accepted_options=accepted_options,
+        chosen_by_auto=False,  # it runs on Apple machines
+        quantizes_embeddings=True,
+    )
+
+
+def modules_of_mode(
+    mode: str, tensors: Mapping[str, TensorInfo], quantization: Mapping[str, Any]
+) -> list[tuple[str, MlxSettings]]:
+    """The modules that mlx has quantized in this way, each with its settings.
+
+    Raises:
+        CheckpointError: the settings of a module are not complete, or of a mode that is not read.
+    """
+    if not quantization or quantization.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        return []
+    of_all = [(module, settings_of(module, quantization)) for module in quantized_modules(tensors)]
+    return [(module, settings) for module, settings in of_all if settings.mode == mode]
 
 
 def quantized_modules(tensors: Mapping[str, TensorInfo]) -> list[str]:

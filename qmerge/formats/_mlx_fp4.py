@@ -12,11 +12,9 @@ from torch import Tensor
 from qmerge.formats._fp4 import least_error_scales, pack_fp4, unpack_fp4
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats._mlx_config import (
-    QUANT_METHOD,
     MlxSettings,
     check_storable,
-    quantized_modules,
-    settings_of,
+    modules_of_mode,
     shape_of,
     with_quantization,
 )
@@ -59,14 +57,7 @@ class MlxFp4(TargetFormat[NoOptions]):
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if not quantization or quantization.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
-            return []
-        weights = []
-        for module in quantized_modules(tensors):
-            settings = settings_of(module, quantization)
-            if settings.mode == self.mode:
-                weights.append(self._weight(module, tensors))
-        return weights
+        return [self._weight(module, tensors) for module, _ in modules_of_mode(self.mode, tensors, quantization)]
 
     def _weight(self, module: str, tensors: Mapping[str, TensorInfo]) -> Weight:
         parts = parts_of(module, PARTS, tensors)

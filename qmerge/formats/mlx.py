@@ -13,18 +13,17 @@ from qmerge.errors import RecipeError
 from qmerge.formats._affine import AffineGrid, sequential_groups
 from qmerge.formats._mlx_config import (
     AFFINE,
-    QUANT_METHOD,
     MlxSettings,
     check_storable,
-    quantized_modules,
-    settings_of,
+    mlx_info,
+    modules_of_mode,
     shape_of,
     with_quantization,
 )
 from qmerge.formats._mlx_scales import fit_mlx
 from qmerge.formats._packing import WORD, pack_bits, unpack_bits
 from qmerge.formats._tensors import check_dtype, check_finite, check_present, parts_of, read_rows
-from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat, with_asked
+from qmerge.formats.base import NOT_QUANTIZED, ModuleLayout, Stored, TargetFormat, with_asked
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Options, Parts, Rows, TensorInfo, TensorSpec, Weight
@@ -113,26 +112,13 @@ class StoredMlx(Stored):
 class Mlx(TargetFormat[MlxOptions]):
     """Tensors: ``weight`` uint32 [O, I·bits/32], ``scales`` and ``biases`` [O, G] in the model's dtype."""
 
-    info = FormatInfo(
-        name="mlx",
-        quant_method=QUANT_METHOD,
-        loaders="mlx_lm, LM Studio",
-        accepted_options=("bits", "group_size"),
-        chosen_by_auto=False,  # it runs on Apple machines
-        quantizes_embeddings=True,
-    )
+    info = mlx_info("mlx", accepted_options=("bits", "group_size"))
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
     ) -> list[Weight]:
-        if not quantization or quantization.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
-            return []
-        weights = []
-        for module in quantized_modules(tensors):
-            settings = settings_of(module, quantization)
-            if settings.mode == AFFINE:
-                weights.append(_weight(module, tensors, settings))
-        return weights
+        modules = modules_of_mode(AFFINE, tensors, quantization)
+        return [_weight(module, tensors, settings) for module, settings in modules]
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredMlx(weight, self.options_of(weight), reader, device)

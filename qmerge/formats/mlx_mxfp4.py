@@ -6,21 +6,14 @@ import torch
 from torch import Tensor
 
 from qmerge.formats._fp4 import MXFP4_BIAS, power_candidates, powers_of_two
-from qmerge.formats._mlx_config import QUANT_METHOD
+from qmerge.formats._mlx_config import mlx_info
 from qmerge.formats._mlx_fp4 import MlxFp4
-from qmerge.formats.base import FormatInfo
 
 
 class MlxMxfp4(MlxFp4):
     """Scales are exponents of two plus 127."""
 
-    info = FormatInfo(
-        name="mlx_mxfp4",
-        quant_method=QUANT_METHOD,
-        loaders="mlx_lm, LM Studio",
-        chosen_by_auto=False,  # it runs on Apple machines
-        quantizes_embeddings=True,
-    )
+    info = mlx_info("mlx_mxfp4")
     mode = "mxfp4"
     group_size = 32
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmerge.formats._mlx_config import QUANT_METHOD
+from qmerge.formats._mlx_config import mlx_info
 from qmerge.formats._mlx_fp4 import MlxFp4
 from qmerge.formats._scaled_float import FLOAT8, LARGEST
-from qmerge.formats.base import FormatInfo
 
 # Scales that are tried, relative to the one that makes a group's largest value a 6. At 1.5 it is a 4. Without a scale for the
 # whole weight most scales are small, where FP8 is coarse: so neighbours of those are tried as well.
@@ -18,13 +17,7 @@ SHARES = torch.linspace(0.6, 1.6, 21).tolist()
 class MlxNvfp4(MlxFp4):
     """Scales are E4M3 numbers, as their bits."""
 
-    info = FormatInfo(
-        name="mlx_nvfp4",
-        quant_method=QUANT_METHOD,
-        loaders="mlx_lm, LM Studio",
-        chosen_by_auto=False,  # it runs on Apple machines
-        quantizes_embeddings=True,
-    )
+    info = mlx_info("mlx_nvfp4")
     mode = "nvfp4"
     group_size = 16
 
