@@ -67,20 +67,20 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
     folder = Path(reference).expanduser()
-    if folder.suffix == GGUF and folder.is_file():
-        return Source(
-            folder.absolute().parent, file=folder.absolute()
-        )  # in the Hub cache, files are links to other names
+    is_file = folder.suffix == GGUF and folder.is_file()
+    if is_file or folder.is_dir():
+        if revision:  # otherwise it would be ignored without a word
+            raise error(f"{reference} is local: a revision ({revision}) makes sense for a Hub id only")
+        if is_file:
+            file = folder.absolute()  # not resolved: in the Hub cache, files are links to other names
+            return Source(file.parent, file=file)
+        return Source(folder.resolve())
     hub_file = HUB_FILE.fullmatch(reference)
-    if hub_file and not folder.exists():
+    if hub_file:
         source = _download(hub_file["id"], revision, error, [hub_file["file"]])
         if not (source.folder / hub_file["file"]).is_file():
             raise error(f"{hub_file['id']} on the Hub has no file {hub_file['file']}")
         return replace(source, file=source.folder / hub_file["file"])
-    if folder.is_dir():
-        if revision:  # otherwise it would be ignored without a word
-            raise error(f"{reference} is a local folder: a revision ({revision}) makes sense for a Hub id only")
-        return Source(folder.resolve())
     if folder.suffix == GGUF:
         raise error(f"{reference}: no such file")
     if not HUB_ID.fullmatch(reference):

@@ -82,10 +82,11 @@ def verify_command(
     from qmerge.gguf.base import gguf_file
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress
-    from qmerge.report.terminal.tables import check_line, fidelity_table
+    from qmerge.report.terminal.tables import check_line, fidelity_table, llama_cpp_line
 
     if against and text is None:
         raise RecipeError("--against needs --text FILE: the held-out text to compare on")
+    out = out.parent if out.is_file() else out
     if text:
         read_texts(text)  # a text that cannot be used is refused before gigabytes are hashed and loaded
     checks = verify(out, reload, loader)
@@ -101,8 +102,10 @@ def verify_command(
                 device=device,
                 progress=TerminalProgress(quiet),
             )
-            if gguf_file(out) and has_llama_cpp():
-                checks.append(Check("llama.cpp", True, llama_cpp_fidelity(out, text, against)))
+            file = gguf_file(out)
+            if file and has_llama_cpp():
+                record = llama_cpp_fidelity(file, text, against)
+                checks.append(Check("llama.cpp", True, llama_cpp_line(record)))
         except InputError as error:  # the results of the other checks are shown all the same
             checks.append(Check("text", False, str(error)))
     all_ok = all(check.ok for check in checks)

@@ -25,8 +25,7 @@ from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
 from qmerge.evaluation.llama_cpp import next_token_logprobs
-from qmerge.evaluation.merged import open_merged
-from qmerge.gguf.base import GgufCheckpoint, gguf_file, open_model
+from qmerge.gguf.base import GgufCheckpoint, open_model
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
@@ -221,15 +220,14 @@ def _stored_model(
     return model, values
 
 
-def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
-    """float32 logits [N, L, V] of the stored values of a folder, by transformers' own code, layer by layer.
+def stored_logits(checkpoint: Checkpoint, ids_NL: Tensor, reader: Reader) -> Tensor:
+    """float32 logits [N, L, V] of the stored values of a model, by transformers' own code, layer by layer.
 
     Args:
         ids_NL: token ids, int64 [N, L].
+        reader: of its tensors.
     """
-    with Reader() as reader:
-        model, values = _stored_model(open_merged(folder, reader), None, reader, ids_NL.device)
-        return _logits(model, values, ids_NL)
+    return _logits(*_stored_model(checkpoint, None, reader, ids_NL.device), ids_NL)
 
 
 def _logits(model: LayeredModel, values: Values, ids_NL: Tensor) -> Tensor:
@@ -243,21 +241,19 @@ def _logits(model: LayeredModel, values: Values, ids_NL: Tensor) -> Tensor:
             return run.logits(0).float()
 
 
-def llama_cpp_fidelity(folder: Path, text: Path, against: tuple[str, str] | None) -> str:
-    """Fidelity of a GGUF file as llama.cpp itself runs it, on the first tokens of a text, in one line.
+def llama_cpp_fidelity(file: Path, text: Path, against: tuple[str, str] | None) -> FidelityRecord:
+    """Fidelity of a GGUF file as llama.cpp itself runs it, on the first tokens of a text.
 
     Base and unmerged model are computed in float32, as ``fidelity`` does.
 
     Args:
-        folder: has the file.
+        file: in a folder that qmerge wrote.
         against: base and adapter to compare with; None for those of the recipe in the folder.
 
     Raises:
         QmergeError: as ``fidelity``; CheckpointError where llama.cpp does not load the file.
     """
-    file = gguf_file(folder)
-    assert file is not None, "the caller has looked"
-    recipe = _recipe_of_folder(folder, against, "cpu")
+    recipe = _recipe_of_folder(file.parent, against, "cpu")
     with Reader() as reader:
         plan = make_plan(_without_target_options(recipe), reader)
         vocab_size = texts.vocab_size(plan.config)
@@ -265,18 +261,10 @@ def llama_cpp_fidelity(folder: Path, text: Path, against: tuple[str, str] | None
             text, plan.inputs.tokenizer_folder, tokens=LLAMA_CPP_TOKENS, length=LLAMA_CPP_TOKENS, vocab_size=vocab_size
         )
         context = RunContext(reader, torch.device("cpu"), 0, plan.block_entries)
-        base_LV, unmerged_LV = (
-            _logits(*unmerged_model(plan, context, with_delta=with_delta), ids_1L)[0, :-1].log_softmax(-1)
-            for with_delta in (False, True)
-        )
+        base_LV = _logits(*unmerged_model(plan, context, with_delta=False), ids_1L)[0, :-1]
+        unmerged_LV = _logits(*unmerged_model(plan, context), ids_1L)[0, :-1]
     ids = ids_1L[0].tolist()
     merged_LV = next_token_logprobs(file, [ids[:length] for length in range(1, len(ids))], base_LV.shape[-1])
-    target_L1 = ids_1L[0, 1:, None]
-    base, unmerged, merged = (-float(log_p.gather(-1, target_L1).mean()) for log_p in (base_LV, unmerged_LV, merged_LV))
-    p_LV = unmerged_LV.exp()
-    divergence = float((p_LV * (unmerged_LV - merged_LV)).sum(-1).mean())
-    ratio = divergence / float((p_LV * (unmerged_LV - base_LV)).sum(-1).mean())
-    return (
-        f"as it runs the file, on {len(ids)} tokens: loss {merged:.3f} (base {base:.3f}, unmerged {unmerged:.3f}), KL ratio "
-        f"{ratio:.4f}"
-    )
+    scores = Scores()
+    scores.add(ids_1L[0, 1:], base=base_LV, unmerged=unmerged_LV, merged=merged_LV)
+    return scores.record(text.name, tokens=len(base_LV), length=len(ids))

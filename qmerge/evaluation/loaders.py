@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
+from qmerge.calibration.scores import kl_divergence
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.evaluation.fidelity import logits_of_folder
+from qmerge.evaluation.fidelity import stored_logits
 from qmerge.evaluation.llama_cpp import has_llama_cpp, next_token_logprobs
 from qmerge.evaluation.merged import open_merged
 from qmerge.gguf.base import gguf_file
@@ -269,12 +270,14 @@ def load_with_llama_cpp(folder: Path) -> str:
     file = gguf_file(folder)
     if file is None:
         raise CheckpointError(f"llama.cpp reads GGUF files, and {folder} has none")
-    ids_NL = question_ids(folder)
-    expected = logits_of_folder(folder, ids_NL)[0].log_softmax(-1)
+    with Reader() as reader:
+        checkpoint = open_merged(folder, reader)
+        ids_NL = question_ids(checkpoint.folder)
+        expected = stored_logits(checkpoint, ids_NL, reader)[0].log_softmax(-1)
     lengths = sorted({ids_NL.shape[1] * part // BEGINNINGS for part in range(1, BEGINNINGS + 1)} - {0})
     found = next_token_logprobs(file, [ids_NL[0, :length].tolist() for length in lengths], expected.shape[-1])
     expected = expected[[length - 1 for length in lengths]]
-    nats = float((expected.exp() * (expected - found)).sum(-1).mean())
+    nats = float(kl_divergence(expected, found).mean())
     if nats > LLAMA_CPP_NATS:
         raise CheckpointError(
             f"llama.cpp loads it, but its answers are {nats:.2g} nats (KL) from those of the stored values"
@@ -302,13 +305,15 @@ def check_logits(model: Any, folder: Path, library: str) -> str:
         WrongLogitsError: further off than any compute dtype explains.
         CheckpointError: NaN, or the library fails.
     """
-    ids_NL = question_ids(folder)
-    with as_checkpoint_error(library), silenced(), torch.no_grad():
-        logits = model(input_ids=ids_NL).logits.float()
-    if not bool(logits.isfinite().all()):
-        raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
-    # Computed by transformers' own code from the values that qmerge reads.
-    expected = logits_of_folder(folder, ids_NL)
+    with Reader() as reader:
+        checkpoint = open_merged(folder, reader)
+        ids_NL = question_ids(checkpoint.folder)
+        with as_checkpoint_error(library), silenced(), torch.no_grad():
+            logits = model(input_ids=ids_NL).logits.float()
+        if not bool(logits.isfinite().all()):
+            raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
+        # Computed by transformers' own code from the values that qmerge reads.
+        expected = stored_logits(checkpoint, ids_NL, reader)
     distance = float((logits - expected).norm() / expected.norm())
     tolerance = LOGITS_TOLERANCE
     if rounds_activations(quantization_config(folder)):
@@ -320,10 +325,6 @@ def check_logits(model: Any, folder: Path, library: str) -> str:
 
 def question_ids(folder: Path) -> Tensor:
     """Token ids [1, L] of a sentence; ids from the middle of the vocabulary where no tokenizer in the folder knows any."""
-    file = gguf_file(folder)
-    if file:
-        with Reader() as reader:
-            folder = open_merged(folder, reader).folder
     vocab_size = texts.vocab_size(json.loads((folder / "config.json").read_text()))
     ids: list[int] = []
     with contextlib.suppress(Exception), silenced():  # tokenizers raise bare Exceptions

@@ -26,9 +26,9 @@ def _source_of(folder: Path, reader: Reader) -> Checkpoint | None:
     if not (folder / NAME).is_file():
         return None
     recipe = read_report(folder).recipe
-    for role in ("original", "base"):
+    for role, revision in (("original", "original_revision"), ("base", "revision")):
         reference = recipe.get(role)
-        found = hub.find_local(str(reference), None) if reference else None
+        found = hub.find_local(str(reference), recipe.get(revision)) if reference else None
         if found is not None:
             try:
                 return scan(found, reader)

@@ -24,8 +24,8 @@ from qmerge.evaluation.loaders import LOADERS, WrongLogitsError, default_loader
 from qmerge.evaluation.merged import open_merged
 from qmerge.formats import get_format
 from qmerge.gguf.base import gguf_file
+from qmerge.gguf.converter import packages
 from qmerge.gguf.header import read_header
-from qmerge.gguf.mapping import packages
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import ReportData, read_report

@@ -8,23 +8,19 @@ llama.cpp scales by alpha / r, and by 1 where alpha is 0 (src/llama-adapter.h).
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qmerge.errors import AdapterError, listed
 from qmerge.formats.gguf import BLOCK_TYPES, in_model_order
+from qmerge.gguf.base import folder_until_exit
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import Place
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import TensorInfo
 
 ALPHA, KIND = "adapter.lora.alpha", "adapter.type"
 
@@ -49,7 +45,7 @@ def extracted_adapter(path: Path, places: Mapping[str, Place]) -> Path:
     unknown = [module for module in modules if not _is_matrix(module, header, weight_of)]
     if unknown:
         raise AdapterError(
-            f"{path.name}: {listed(unknown)} is no matrix of the base, or a stack of experts: was the adapter trained on this "
+            f"{path.name}: {listed(unknown)}: not a matrix of the base, or a stack of experts; was the adapter trained on this "
             f"model? PEFT's own folder has every other kind"
         )
     alpha = float(header.scalars.get(ALPHA, 0.0))
@@ -61,8 +57,7 @@ def extracted_adapter(path: Path, places: Mapping[str, Place]) -> Path:
         lora_b = in_model_order(_read(module + B, header), places[weight_of[module]].order)
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.contiguous()
         ranks[name] = lora_b.shape[1]
-    folder = Path(tempfile.mkdtemp(prefix="qmerge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = folder_until_exit()
     rank = max(ranks.values())
     others = {name: own for name, own in ranks.items() if own != rank}
     config = {
@@ -87,10 +82,7 @@ def _is_matrix(module: str, header: GgufHeader, weight_of: Mapping[str, str]) ->
 def _read(name: str, header: GgufHeader) -> Tensor:
     """float32 values of a tensor."""
     blocks = BLOCK_TYPES[header.types[name]]
-    rows, columns = header.tensors[name].shape
-    shape = (rows, blocks.row_bytes(columns))
-    info = TensorInfo(dtype="U8", shape=shape, name=name, file=header.path, offset=header.offsets[name])
     with Reader() as reader:
-        stored_OB = reader.tensor(info)
-    values: Tensor = blocks.grid(blocks.scales(stored_OB), columns).decode(blocks.codes(stored_OB))
-    return values.to(torch.float32)
+        stored_OB = reader.tensor(header.info(name))
+    grid = blocks.grid(blocks.scales(stored_OB), header.tensors[name].shape[-1])
+    return grid.decode(blocks.codes(stored_OB))

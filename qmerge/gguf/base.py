@@ -26,7 +26,7 @@ from qmerge.gguf.byte_level import pre_tokenizer_of
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import GgufMap, Place, trace
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import TensorInfo, Weight, as_matrix
+from qmerge.types import Weight, as_matrix
 
 SUFFIX = ".gguf"
 
@@ -35,7 +35,7 @@ SUFFIX = ".gguf"
 class GgufCheckpoint(Checkpoint):
     """A model in a GGUF file; ``folder`` has its config and its tokenizer.
 
-    Tensors that are no weights of the model (rope factors), or whose values llama.cpp's converter computes, are weights of the
+    Tensors that are not weights of the model (rope factors), or whose values llama.cpp's converter computes, are weights of the
     format ``raw`` under their own names.
     """
 
@@ -97,29 +97,20 @@ def _weight(name: str, shape: tuple[int, ...], header: GgufHeader, mapped: GgufM
             f"{header.path.name}: expected {place.tensor} of shape {list(expected)}, found {shown}: is this config that of the "
             f"file? Give the model that it was made from with --original"
         )
-    blocks = BLOCK_TYPES[header.types[place.tensor]]
     rows, columns = as_matrix(shape)
-    row_bytes = blocks.row_bytes(columns)
+    row_bytes = BLOCK_TYPES[header.types[place.tensor]].row_bytes(columns)
+    whole = header.info(place.tensor)
+    info = replace(whole, name=name, shape=(rows, row_bytes), offset=whole.offset + place.first_row * row_bytes)
     module, _, local = name.rpartition(".")
-    info = TensorInfo(
-        dtype="U8",
-        shape=(rows, row_bytes),
-        name=name,
-        file=header.path,
-        offset=header.offsets[place.tensor] + place.first_row * row_bytes,
-    )
-    options = GgufOptions(blocks.name, place.order, place.shift)
+    options = GgufOptions(header.types[place.tensor], place.order, place.shift)
     return Weight(module=module, local=local, format="gguf", shape=shape, parts={local: info}, options=options)
 
 
 def _raw(name: str, header: GgufHeader) -> Weight:
     """A tensor that is only copied."""
-    blocks = BLOCK_TYPES[header.types[name]]
-    rows, columns = as_matrix(header.tensors[name].shape)
-    shape = (rows, blocks.row_bytes(columns))
+    info = header.info(name)
     module, _, local = name.rpartition(".")
-    info = TensorInfo(dtype="U8", shape=shape, name=name, file=header.path, offset=header.offsets[name])
-    return Weight(module=module, local=local, format="raw", shape=shape, parts={local: info}, options=NoOptions())
+    return Weight(module=module, local=local, format="raw", shape=info.shape, parts={local: info}, options=NoOptions())
 
 
 def places_of(base: Checkpoint) -> Mapping[str, Place]:
@@ -132,12 +123,16 @@ def places_of(base: Checkpoint) -> Mapping[str, Place]:
 
 def gguf_file(path: Path) -> Path | None:
     """The GGUF file that a path is, or that an output folder of qmerge has; None for a folder with safetensors files."""
+    files = _gguf_files(path)
+    return files[0] if len(files) == 1 else None
+
+
+def _gguf_files(path: Path) -> list[Path]:
     if path.suffix == SUFFIX and path.is_file():
-        return path
+        return [path]
     if (path / "config.json").exists():
-        return None
-    found = sorted(path.glob(f"*{SUFFIX}"))
-    return found[0] if len(found) == 1 else None
+        return []
+    return sorted(path.glob(f"*{SUFFIX}"))
 
 
 def open_model(path: Path, reader: Reader, like: Checkpoint | None = None) -> Checkpoint:
@@ -149,11 +144,10 @@ def open_model(path: Path, reader: Reader, like: Checkpoint | None = None) -> Ch
     Raises:
         CheckpointError: it cannot be read.
     """
-    file = gguf_file(path)
-    several = sorted(path.glob(f"*{SUFFIX}")) if file is None and not (path / "config.json").exists() else []
-    if several:
-        raise CheckpointError(f"{path} holds {listed([one.name for one in several])}: give one of these files")
-    return scan(path, reader) if file is None else read_gguf(file, like)
+    files = _gguf_files(path)
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {listed([file.name for file in files])}: give one of these files")
+    return read_gguf(files[0], like) if files else scan(path, reader)
 
 
 def unnamed(path: Path) -> Checkpoint:
@@ -186,8 +180,7 @@ def _extracted_folder(path: Path, size: int, changed: int) -> Path:
     """The same; a file that has another size or time is another file."""
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = Path(tempfile.mkdtemp(prefix="qmerge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = folder_until_exit()
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
@@ -201,6 +194,13 @@ def _extracted_folder(path: Path, size: int, changed: int) -> Path:
     (folder / "config.json").write_text(json.dumps(content, default=str))
     tokenizer.save_pretrained(folder)
     _correct_tokenizer(folder / "tokenizer.json", config.vocab_size, read_header(path).scalars)
+    return folder
+
+
+def folder_until_exit() -> Path:
+    """An empty folder that is removed at exit."""
+    folder = Path(tempfile.mkdtemp(prefix="qmerge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

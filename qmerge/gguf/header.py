@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what stands before the tensors. Read strictly, and without the texts of the vocabulary.
+"""The header of a GGUF file: everything before the tensors. Read strictly, and without the texts of the vocabulary.
 
     magic, version, counts      24 bytes: numbers of tensors and of keys
     keys                        name, type, value: hyperparameters, tokenizer, chat template
@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.gguf import BLOCK_TYPES
-from qmerge.gguf.mapping import GgufTensor, packages
-from qmerge.types import as_matrix
+from qmerge.gguf.converter import packages
+from qmerge.gguf.mapping import GgufTensor
+from qmerge.types import TensorInfo, as_matrix
 
 START = struct.Struct("<4sIQQ")
 """Magic, version, number of tensors, number of keys."""
@@ -50,9 +51,10 @@ MOST_ENTRIES, MOST_DIMENSIONS, LONGEST_STRING = 2**26, 4, 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
-    """What stands before the tensors of a GGUF file.
+    """Everything before the tensors of a GGUF file.
 
     scalars    name → value of the keys that hold one number or one text
+    lists      name → where the texts of a key begin that holds several, and how many they are
     keys       the bytes of all keys
     tensors    name → shape, in the order of the file
     types      name → type of its blocks
@@ -61,6 +63,7 @@ class GgufHeader:
 
     path: Path
     scalars: Mapping[str, Any]
+    lists: Mapping[str, tuple[int, int]]
     keys: bytes
     key_count: int
     tensors: Mapping[str, GgufTensor]
@@ -76,6 +79,24 @@ class GgufHeader:
     def alignment(self) -> int:
         """Bytes; every tensor starts at a multiple of it."""
         return int(self.scalars.get(ALIGNMENT_KEY, ALIGNMENT))
+
+    def info(self, name: str) -> TensorInfo:
+        """The bytes of a tensor, [rows, bytes of a row]."""
+        rows, columns = as_matrix(self.tensors[name].shape)
+        row_bytes = BLOCK_TYPES[self.types[name]].row_bytes(columns)
+        return TensorInfo(dtype="U8", shape=(rows, row_bytes), name=name, file=self.path, offset=self.offsets[name])
+
+    def text(self, key: str, index: int) -> str | None:
+        """One of the texts of a key that holds several, such as the vocabulary; None where there is none."""
+        position, count = self.lists.get(key, (0, 0))
+        if not 0 <= index < count:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(position)
+            parser = _HeaderParser(self.path, file)
+            for _ in range(index):
+                parser.string()
+            return parser.string()
 
     @property
     def scales_rope(self) -> bool:
@@ -97,7 +118,7 @@ def read_header(path: Path) -> GgufHeader:
     """The header of a GGUF file.
 
     Raises:
-        CheckpointError: it is no whole GGUF file, one part of several, or has a type that qmerge does not read.
+        CheckpointError: it is not a whole GGUF file, or one part of several, or has a type that qmerge does not read.
         RecipeError: the ``gguf`` package is missing.
     """
     try:
@@ -125,11 +146,14 @@ class _HeaderParser:
         """See ``read_header``."""
         tensor_count, key_count = self._counts()
         scalars: dict[str, Any] = {}
+        lists: dict[str, tuple[int, int]] = {}
         for _ in range(key_count):
-            name = self._string()
-            value = self._value(self._number("<I"))
-            if value is not None:
-                scalars[name] = value
+            name = self.string()
+            kind = self._number("<I")
+            if kind == ARRAY:
+                lists[name] = self._skip_array()
+            else:
+                scalars[name] = self._scalar(kind)
         if scalars.get(SPLIT_COUNT, 1) > 1:
             raise CheckpointError(
                 f"{self._path.name} is one part of {scalars[SPLIT_COUNT]}: join them (llama-gguf-split --merge), and give the "
@@ -142,13 +166,24 @@ class _HeaderParser:
         infos = [self._tensor_info() for _ in range(tensor_count)]
         data_start = self._file.tell()
         data_start += -data_start % alignment
-        return self._header(scalars, key_count, keys_end, infos, data_start)
+        tensors, types, offsets = self._tensors(infos, data_start)
+        self._file.seek(START.size)
+        return GgufHeader(
+            path=self._path,
+            scalars=scalars,
+            lists=lists,
+            keys=self._file.read(keys_end - START.size),
+            key_count=key_count,
+            tensors=tensors,
+            types=types,
+            offsets=offsets,
+        )
 
     def _counts(self) -> tuple[int, int]:
         start = self._file.read(START.size)
         if start[:4] != MAGIC:
             raise CheckpointError(
-                f"{self._path.name} is no GGUF file: it starts with {start[:4]!r}, expected {MAGIC!r}; download it again"
+                f"{self._path.name} is not a GGUF file: it starts with {start[:4]!r}, expected {MAGIC!r}; download it again"
             )
         _, version, tensor_count, key_count = START.unpack(start)
         if version not in READ_VERSIONS:
@@ -158,9 +193,10 @@ class _HeaderParser:
             raise self._damaged(f"it announces {tensor_count} tensors and {key_count} keys in {self._size} bytes")
         return tensor_count, key_count
 
-    def _header(
-        self, scalars: Mapping[str, Any], key_count: int, keys_end: int, infos: list[tuple[Any, ...]], data_start: int
-    ) -> GgufHeader:  # fmt: skip
+    def _tensors(
+        self, infos: list[tuple[Any, ...]], data_start: int
+    ) -> tuple[dict[str, GgufTensor], dict[str, str], dict[str, int]]:
+        """Shapes, types and positions by name."""
         tensors: dict[str, GgufTensor] = {}
         types: dict[str, str] = {}
         offsets: dict[str, int] = {}
@@ -171,27 +207,18 @@ class _HeaderParser:
             blocks = BLOCK_TYPES[block_type]
             if columns % blocks.block:
                 raise self._damaged(
-                    f"{name} has rows of {columns}, no multiple of {blocks.block}, the block of {block_type}"
+                    f"{name} has rows of {columns}, which is not a multiple of {blocks.block}, the block of {block_type}"
                 )
             if data_start + offset + rows * blocks.row_bytes(columns) > self._size:
                 raise self._damaged(f"it ends inside {name}, at {self._size} bytes")
             tensors[name] = GgufTensor(name=name, shape=shape)
             types[name] = block_type
             offsets[name] = data_start + offset
-        self._file.seek(START.size)
-        return GgufHeader(
-            path=self._path,
-            scalars=scalars,
-            keys=self._file.read(keys_end - START.size),
-            key_count=key_count,
-            tensors=tensors,
-            types=types,
-            offsets=offsets,
-        )
+        return tensors, types, offsets
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], str, int]:
         """Name, shape, type and offset from the start of the data."""
-        name = self._string()
+        name = self.string()
         dimensions = self._number("<I")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise self._damaged(f"{name} has {dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}")
@@ -207,31 +234,32 @@ class _HeaderParser:
             )
         return name, shape, self._types[number], self._number("<Q")
 
-    def _value(self, kind: int) -> Any:
-        """The value of a key; None for an array, which is skipped."""
+    def _scalar(self, kind: int) -> Any:
+        """One number or one text."""
         if kind == STRING:
-            return self._string()
-        if kind == ARRAY:
-            self._skip_array()
-            return None
+            return self.string()
         if kind not in SCALARS:
             raise self._damaged(f"a key has the type {kind}")
         return self._number(SCALARS[kind])
 
-    def _skip_array(self) -> None:
+    def _skip_array(self) -> tuple[int, int]:
+        """Where its texts begin, and how many they are; 0 for numbers."""
         kind = self._number("<I")
         count = self._number("<Q")
         if count > MOST_ENTRIES:
             raise self._damaged(f"an array has {count} entries")
+        position = self._file.tell()
         if kind in SCALARS:
             self._file.seek(count * struct.calcsize(SCALARS[kind]), 1)
-        elif kind == STRING:
-            for _ in range(count):
-                self._string()
-        else:
+            return position, 0
+        if kind != STRING:
             raise self._damaged(f"an array has entries of type {kind}")
+        for _ in range(count):
+            self.string()
+        return position, count
 
-    def _string(self) -> str:
+    def string(self) -> str:
+        """The text at this position."""
         length = self._number("<Q")
         if length > LONGEST_STRING:
             raise self._damaged(f"a text has {length} bytes")

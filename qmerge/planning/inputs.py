@@ -93,11 +93,10 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     if recipe.original:
         original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
         original = read_checkpoint(original_source.folder, reader, ranges)
-    if base_source.file is None and gguf_file(base_source.folder):
-        base_source = replace(base_source, file=gguf_file(base_source.folder))
-    if base_source.file is not None:
-        base: Checkpoint = read_gguf(base_source.file, original)
-        base_source = replace(base_source, folder=base.folder)  # where its config and tokenizer are
+    file = base_source.file or gguf_file(base_source.folder)
+    if file is not None:
+        base: Checkpoint = read_gguf(file, original)
+        base_source = replace(base_source, file=file, folder=base.folder)  # where its config and tokenizer are
     else:
         base = read_checkpoint(base_source.folder, reader, ranges)
     names = Names.of(base)

@@ -72,7 +72,7 @@ class StepMaker:
         if self.gguf is not None:
             base = {name: self.gguf.fitted(weight) for name, weight in base.items() if self.gguf.has(weight)}
         elif isinstance(self.inputs.base, GgufCheckpoint):
-            # What is no weight of the model (rope factors) belongs to a GGUF file only.
+            # Tensors that are not weights of the model (rope factors) belong to a GGUF file only.
             base = {name: weight for name, weight in base.items() if weight.format != "raw"}
         if self.embeddings.untied is None:
             return base

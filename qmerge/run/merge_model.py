@@ -191,7 +191,7 @@ def show_preflight(
 
 def input_folders(inputs: Inputs) -> dict[str, Path]:
     """What an input is, in words → its folder."""
-    # A GGUF file may lie anywhere, beside other models too.
+    # A GGUF file may be anywhere, next to other models too.
     folders = {"the base": inputs.base_source.file or inputs.base_source.folder}
     for source in inputs.adapter_sources:
         folders[f"the adapter {source.folder.name}"] = source.folder

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 
 import qmerge
 import qmerge.demo
+from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
 from qmerge.evaluation import loaders
+from qmerge.safetensors_io.reader import Reader
 
 from .. import models
 from ..conftest import Cli
@@ -110,11 +112,11 @@ def test_a_loader_that_is_wrong_for_the_base_too(merged: Path, cli: Cli, monkeyp
     """Then the folder is not at fault. If only the folder's logits are wrong, it is, and --text runs all the same."""
     wrong = [merged, DEMO / "base-nf4"]
 
-    def logits_of_folder(folder: Path, ids_NL: Tensor) -> Tensor:
-        return right(folder, ids_NL) * (1.5 if folder in wrong else 1)
+    def stored_logits(checkpoint: Checkpoint, ids_NL: Tensor, reader: Reader) -> Tensor:
+        return right(checkpoint, ids_NL, reader) * (1.5 if checkpoint.folder in wrong else 1)
 
-    right = loaders.logits_of_folder
-    monkeypatch.setattr(loaders, "logits_of_folder", logits_of_folder)
+    right = loaders.stored_logits
+    monkeypatch.setattr(loaders, "stored_logits", stored_logits)
     ran = cli("verify", merged)
     assert ran.code == 0, ran.out
     assert "33 % off those of the stored values, and for the unmerged base 33 %" in ran.out

@@ -47,7 +47,7 @@ Made = Callable[[str], Path]
 
 def test_every_format_is_there() -> None:
     formats = all_formats()
-    # GGUF files are no folders: tests/gguf/test_targets.py.
+    # GGUF files are not folders: tests/gguf/test_targets.py.
     assert set(ERRORS) == set(all_targets()) - {"gguf"}
     assert set(BASES) == set(formats) - {"raw", "fp16", "fp32", "gguf"}, "fp16 and fp32 are read as bf16 is"
 

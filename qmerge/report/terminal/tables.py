@@ -226,6 +226,14 @@ def pair_line(pair: PairRecord) -> str:
     return line
 
 
+def llama_cpp_line(record: FidelityRecord) -> str:
+    """What llama.cpp made of a text, as the result of a check."""
+    return (
+        f"as it runs the file, on {record.tokens} tokens: loss {record.loss_merged:.3f} (base {record.loss_base:.3f}, unmerged "
+        f"{record.loss_unmerged:.3f}), KL ratio {record.kl_ratio or 0:.4f}"
+    )
+
+
 def check_line(name: str, ok: bool, result: str) -> str:
     """``ok     hashes: 1 file``: one check of ``qmerge verify``."""
     return printable(f"{'ok    ' if ok else 'FAILED'} {name}: {result}")
