@@ -49,8 +49,8 @@ def fit_scales(
         else:
             search.try_asymmetric(shrink, low_OG, high_OG, least_zero)
     for _ in range(REFITS):
-        search.offer(search.refitted(), search.zero_OG)
-    return torch.stack((search.scale_OG, search.zero_OG), dim=2)
+        search.offer(search.refitted(), search.offset_OG)
+    return torch.stack((search.scale_OG, search.offset_OG), dim=2)
 
 
 def fitted_grid(scales_OG2: Tensor, group_I: Tensor, bits: int) -> AffineGrid:
@@ -79,8 +79,8 @@ def by_groups(values_OI: Tensor, group_I: Tensor, inputs_I: Tensor | None) -> tu
     return values_OI.view(-1, groups, size), weights_I.view(groups, size)
 
 
-class _Search:
-    """Keeps the best scale and zero of those that were offered, group by group."""
+class GroupSearch:
+    """The best scale and offset (a zero, or a bias) of every group so far. ``dtype``: of scales in the file."""
 
     def __init__(self, values_OGN: Tensor, weights_GN: Tensor, *, last_code: int, dtype: torch.dtype) -> None:
         self.values_OGN = values_OGN
@@ -88,9 +88,19 @@ class _Search:
         self.last_code = last_code
         self.dtype = dtype
         self.scale_OG = torch.zeros_like(values_OGN[..., 0])
-        self.zero_OG = torch.zeros_like(self.scale_OG)
+        self.offset_OG = torch.zeros_like(self.scale_OG)
         self.cost_OG = torch.full_like(self.scale_OG, torch.inf, dtype=torch.float64)
         self.is_on_cpu = values_OGN.device.type == "cpu"
+
+    def take(self, better_OG: Tensor, scale_OG: Tensor, offset_OG: Tensor, cost_OG: Tensor) -> None:
+        """Keep these in the groups that are better (bool)."""
+        self.scale_OG = torch.where(better_OG, scale_OG, self.scale_OG)
+        self.offset_OG = torch.where(better_OG, offset_OG, self.offset_OG)
+        self.cost_OG = torch.where(better_OG, cost_OG, self.cost_OG)
+
+
+class _Search(GroupSearch):
+    """Keeps the best scale and zero of those that were offered, group by group."""
 
     def try_symmetric(self, shrink: float, low_OG: Tensor, high_OG: Tensor) -> None:
         """Offer the scale at which codes around the middle one reach this part of the range."""
@@ -112,18 +122,15 @@ class _Search:
         info = torch.finfo(self.dtype)
         scale_OG = scale_OG.clamp(min=info.tiny * info.eps).to(self.dtype).float()
         cost_OG = self._squared_error(scale_OG, zero_OG)
-        better_OG = cost_OG < self.cost_OG
-        self.scale_OG = torch.where(better_OG, scale_OG, self.scale_OG)
-        self.zero_OG = torch.where(better_OG, zero_OG, self.zero_OG)
-        self.cost_OG = torch.minimum(cost_OG, self.cost_OG)
+        self.take(cost_OG < self.cost_OG, scale_OG, zero_OG, cost_OG)
 
     def refitted(self) -> Tensor:
         """The scale with the least squared error for the codes of the best one so far."""
         if self.is_on_cpu:
             return kernels.refitted_scale(
-                self.values_OGN, self.weights_GN, self.scale_OG, self.zero_OG, last_code=self.last_code
+                self.values_OGN, self.weights_GN, self.scale_OG, self.offset_OG, last_code=self.last_code
             )
-        steps_OGN = self._steps(self.scale_OG, self.zero_OG)
+        steps_OGN = self._steps(self.scale_OG, self.offset_OG)
         products_OG = torch.einsum("ogn,ogn,gn->og", steps_OGN, self.values_OGN, self.weights_GN)
         squares_OG = torch.einsum("ogn,ogn,gn->og", steps_OGN, steps_OGN, self.weights_GN)
         return torch.where(squares_OG > 0, products_OG / squares_OG, self.scale_OG)

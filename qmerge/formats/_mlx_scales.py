@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qmerge.formats import _mlx_scales_kernels as kernels
-from qmerge.formats._fit_scales import by_groups
+from qmerge.formats._fit_scales import GroupSearch, by_groups
 
 # Fractions of a group's range that the search tries.
 SHRINKS = torch.linspace(1.0, 0.6, 17).tolist()
@@ -54,30 +54,21 @@ def fit_mlx(
         search.offer((high_OG - low_OG) * (shrink / search.last_code), low_OG * shrink)
     for _ in range(REFITS):
         search.offer(*search.refitted())
-    return torch.stack((search.scale_OG, search.bias_OG), dim=2)
+    return torch.stack((search.scale_OG, search.offset_OG), dim=2)
 
 
-class _Search:
+class _Search(GroupSearch):
     """Keeps the best scale and bias of those that were offered, group by group."""
 
     def __init__(self, values_OGN: Tensor, weights_GN: Tensor, *, last_code: int, dtype: torch.dtype) -> None:
-        self.values_OGN = values_OGN
-        self.weights_GN = weights_GN
-        self.last_code = last_code
-        self.dtype = dtype
-        self.scale_OG = torch.full_like(values_OGN[..., 0], LEAST_SCALE)
-        self.bias_OG = torch.zeros_like(self.scale_OG)
-        self.cost_OG = torch.full_like(self.scale_OG, torch.inf, dtype=torch.float64)
-        self.is_on_cpu = values_OGN.device.type == "cpu"
+        super().__init__(values_OGN, weights_GN, last_code=last_code, dtype=dtype)
+        self.scale_OG.fill_(LEAST_SCALE)
 
     def offer(self, scale_OG: Tensor, bias_OG: Tensor) -> None:
         """Take the scale and the bias of the groups in which they make the error smaller."""
         scale_OG, bias_OG = scale_OG.to(self.dtype).float(), bias_OG.to(self.dtype).float()
         cost_OG = self._squared_error(scale_OG, bias_OG)
-        better_OG = (cost_OG < self.cost_OG) & (scale_OG != 0)
-        self.scale_OG = torch.where(better_OG, scale_OG, self.scale_OG)
-        self.bias_OG = torch.where(better_OG, bias_OG, self.bias_OG)
-        self.cost_OG = torch.where(better_OG, cost_OG, self.cost_OG)
+        self.take((cost_OG < self.cost_OG) & (scale_OG != 0), scale_OG, bias_OG, cost_OG)
 
     def refitted(self) -> tuple[Tensor, Tensor]:
         """Scale and bias with the least squared error for the codes of the best ones so far."""
@@ -97,9 +88,9 @@ class _Search:
         """The slope of values over codes by least squares, the mean code, and the mean value, for the best so far."""
         if self.is_on_cpu:
             return kernels.regression(
-                self.values_OGN, self.weights_GN, self.scale_OG, self.bias_OG, last_code=self.last_code
+                self.values_OGN, self.weights_GN, self.scale_OG, self.offset_OG, last_code=self.last_code
             )
-        codes_OGN = self._codes(self.scale_OG, self.bias_OG)
+        codes_OGN = self._codes(self.scale_OG, self.offset_OG)
         total_G1 = self.weights_GN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         shares_GN = self.weights_GN / total_G1
         code_mean_OG = torch.einsum("ogn,gn->og", codes_OGN, shares_GN)

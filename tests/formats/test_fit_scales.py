@@ -10,6 +10,8 @@ from qmerge.formats import _fit_scales_kernels as kernels
 from qmerge.formats._affine import sequential_groups
 from qmerge.formats._fit_scales import _Search, by_groups, fit_scales
 
+from .scale_search import with_sums_of_torch
+
 GROUPS = {
     "neighbours": sequential_groups(256, 64),
     "short last group": sequential_groups(256, 96),
@@ -72,11 +74,5 @@ def test_scales_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, groups: str,
 
     compiled = fitted()
 
-    def without_kernels(search: _Search, *arguments: object, **options: object) -> None:
-        made(search, *arguments, **options)
-        search.is_on_cpu = False
-
-    made = _Search.__init__
-    monkeypatch.setattr(_Search, "__init__", without_kernels)
-    monkeypatch.setattr(kernels, "squared_error", None)
+    with_sums_of_torch(monkeypatch, _Search, kernels)
     assert float((fitted() != compiled).float().mean()) < 0.01

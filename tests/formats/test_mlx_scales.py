@@ -10,6 +10,8 @@ from qmerge.formats import _mlx_scales_kernels as kernels
 from qmerge.formats._affine import sequential_groups
 from qmerge.formats._mlx_scales import _Search, fit_mlx
 
+from .scale_search import with_sums_of_torch
+
 
 def gaussian(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -54,11 +56,5 @@ def test_scales_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, bits: int) -
 
     compiled = fitted()
 
-    def without_kernels(search: _Search, *arguments: object, **options: object) -> None:
-        made(search, *arguments, **options)
-        search.is_on_cpu = False
-
-    made = _Search.__init__
-    monkeypatch.setattr(_Search, "__init__", without_kernels)
-    monkeypatch.setattr(kernels, "squared_error", None)
+    with_sums_of_torch(monkeypatch, _Search, kernels)
     assert float((fitted() != compiled).float().mean()) < 0.01
