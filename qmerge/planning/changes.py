@@ -39,7 +39,7 @@ class ChangeMatcher:
         adapter = self.inputs.adapter
         changes: dict[str, Change] = {}
         unmatched: list[str] = []
-        wanted: dict[str, Change] = {**adapter.updates, **adapter.replaced}
+        wanted: dict[str, Change] = {**adapter.updates, **adapter.replaced, **self.embeddings.shared}
         # Every tensor of the adapter is applied exactly once, or the run does not start.
         for name, change in wanted.items():
             weight = self.weights.get(name)

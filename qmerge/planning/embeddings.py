@@ -12,7 +12,7 @@ from qmerge.adapters.updates.lora import TokenRowsUpdate
 from qmerge.checkpoint.architecture import embedding_weights, tied_embedding_weights
 from qmerge.errors import AdapterError
 from qmerge.planning.inputs import Inputs
-from qmerge.types import Replacement, Update
+from qmerge.types import Change, Replacement, Update
 
 Pair = tuple[str, str]
 """Names of the input and the output embedding, as on disk. (A tied output embedding is not on disk: its name in
@@ -55,12 +55,26 @@ class Embeddings:
         if input_change is None and output_change is None:
             return None
         self._check_several(tied, input_change, output_change)
+        # A base may store both although its config ties them. Then both are written, whatever values they have.
+        if tied[1] in self.inputs.base.weights:
+            return tied
         # The adapter may bring the same values for both.
         if _are_same_values(input_change, output_change):
             return None
         if output_change is None and self._change_is_shared(input_change):
             return None
         return tied
+
+    @cached_property
+    def shared(self) -> dict[str, Change]:
+        """The change of an output embedding that is on disk although it is tied, where the adapter has it for the input
+        embedding only."""
+        if self.untied is None or self.untied[1] not in self.inputs.base.weights:
+            return {}
+        input_change, output_change = (self._change_of(name) for name in self.untied)
+        if input_change is None or output_change is not None or not self._change_is_shared(input_change):
+            return {}
+        return {self.untied[1]: input_change}
 
     def _on_disk(self, names: Pair | None) -> Pair | None:
         if names is None:

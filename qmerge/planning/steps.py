@@ -74,7 +74,7 @@ class StepMaker:
         elif isinstance(self.inputs.base, GgufCheckpoint):
             # Tensors that are not weights of the model (rope factors) belong to a GGUF file only.
             base = {name: weight for name, weight in base.items() if weight.format != "raw"}
-        if self.embeddings.untied is None:
+        if self.embeddings.untied is None or self.embeddings.untied[1] in base:
             return base
         input_name, output_name = self.embeddings.untied
         input_embedding = base[input_name]

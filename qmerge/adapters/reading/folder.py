@@ -38,6 +38,9 @@ NAMED = re.compile(
 )
 """A tensor's name with the adapter's name in it, as in a model's state dict. peft removes it when it saves."""
 
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
+"""Names of embeddings that peft keeps tied (peft/utils/constants.py, EMBEDDING_LAYER_NAMES)."""
+
 INTEGERS = ("I64", "I32", "I16", "U8")
 """dtypes of indices."""
 
@@ -123,7 +126,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
     config = read_json(folder / CONFIG, AdapterError)
-    return mlx.peft_config(config) if mlx.is_mlx(config) else config
+    if mlx.is_mlx(config):
+        return mlx.peft_config(config)
+    if config.get("ensure_weight_tying") and not _peft_ties_embeddings(config):
+        return {**config, "ensure_weight_tying": False}
+    return config
+
+
+def _peft_ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether ``ensure_weight_tying`` has an effect: peft 0.21 looks for two names (tuners_utils.py, _check_tied_modules).
+
+    A model that calls its input embedding otherwise (GPT-2: wte) is trained without tying.
+    """
+    names: list[str] = list(config.get("modules_to_save") or [])
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        names += [name for name in TIED_BY_PEFT if re.fullmatch(targets, name)]
+    else:
+        names += targets
+    return any(name.rpartition(".")[2] in TIED_BY_PEFT for name in names)
 
 
 def tensors_file(folder: Path) -> Path:
