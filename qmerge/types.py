@@ -40,6 +40,9 @@ bytes."""
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+DENSE_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""safetensors dtype → name of the dense format."""
+
 BITS = {
     **{name: dtype.itemsize * 8 for name, dtype in TORCH_DTYPES.items()},
     "U16": 16,

@@ -27,6 +27,9 @@ KEY = re.compile(
 )
 """``….lora_A.weight``, with the adapter's name in between where peft did not remove it."""
 
+DEFAULT = 8
+"""``r`` and ``lora_alpha`` where the config leaves them out (peft/tuners/lora/config.py)."""
+
 LARGEST_ALPHA = 1e6
 """A larger alpha is a damaged config, not a setting."""
 
@@ -63,7 +66,7 @@ class LoraKind(AdapterKind):
             else:
                 add_module_changes(changes, parts, config)
         add_saved_weights(changes, other_tensors, config, tensors)
-        check_saved_weights(changes, config)
+        check_saved_weights(changes, config, names)
         return changes
 
 
@@ -333,21 +336,19 @@ def rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
     """(rank, alpha) of a module, with peft's own rule for ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
-        AdapterError: they are missing, no numbers, or out of range.
+        AdapterError: they are no numbers, or out of range.
     """
     try:
         # JSON gives whatever was written: strings, lists, infinity.
-        rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", DEFAULT))
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", DEFAULT))
         if int(rank) < 1:
             raise AdapterError(f"adapter_config.json gives {module} the rank {rank}; expected 1 or more")
         if not abs(float(alpha)) < LARGEST_ALPHA:
             raise AdapterError(f"adapter_config.json gives {module} the alpha {alpha}; expected a number like 16")
         return int(rank), float(alpha)
-    except (KeyError, TypeError, ValueError, re.error) as cause:
-        raise AdapterError(
-            f"adapter_config.json: r, lora_alpha or a pattern is missing or no number: {cause!r}"
-        ) from cause
+    except (TypeError, ValueError, OverflowError, re.error) as cause:
+        raise AdapterError(f"adapter_config.json: r, lora_alpha or a pattern is not a number: {cause!r}") from cause
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -203,7 +203,7 @@ class PeftFallback(AdapterKind):
             add_saved_weights(changes, other_tensors, config, tensors)
         else:  # the names of this option's other values differ between the types
             add_saved_weights(changes, other_tensors, {**config, "bias": "all"}, tensors)
-        check_saved_weights(changes, config)
+        check_saved_weights(changes, config, names)
         return changes
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from qmerge.adapters.combining.chain import adapter_folder, is_merged
 from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
+from qmerge.base_check.targets import target_warning
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
 from qmerge.hub import Source
@@ -93,15 +94,13 @@ class Remark:
 
 
 def declared_warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
-    """Every difference between the adapters' declarations and the base, a line each."""
+    """Every difference between the adapters' declarations and the base, a line each; and what else to know of the two."""
     base = given_base(inputs.base_source, inputs.base, recipe, inputs.adapter_sources)
-    lines: list[str] = []
+    lines: list[str] = [inputs.head_note] if inputs.head_note else []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
-        for remark in compare(adapter.config, base):
-            if remark.warning and len(inputs.adapters) > 1:
-                lines.append(f"{source.name}: {remark.warning}")
-            elif remark.warning:
-                lines.append(remark.warning)
+        prefix = f"{source.name}: " if len(inputs.adapters) > 1 else ""
+        warnings = [remark.warning for remark in compare(adapter.config, base)]
+        lines += [prefix + warning for warning in (*warnings, target_warning(adapter)) if warning]
     # The same adapter may be given twice, with two weights.
     return list(dict.fromkeys(lines))
 

@@ -10,7 +10,7 @@ from typing import Any
 from qmerge import hub
 from qmerge.adapters.combining.chain import chained, check_new, check_order
 from qmerge.adapters.combining.combined import combined
-from qmerge.adapters.reading.folder import Adapter, read_adapter, read_config
+from qmerge.adapters.reading.folder import Adapter, read_adapter, read_config, trained_head
 from qmerge.adapters.reading.named import find_adapter
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
@@ -20,6 +20,7 @@ from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.gguf.adapter import extracted_adapter
 from qmerge.gguf.base import gguf_file, open_model, places_of, read_gguf
+from qmerge.planning.heads import head_note, with_head
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
@@ -41,6 +42,7 @@ class Inputs:
     adapter          what all adapters do together
     original_source  where the 16-bit original of the base comes from
     original         the original's config and headers
+    head_note        that the adapter brings the head of another class of models, in one line; empty where it does not
     """
 
     base_source: hub.Source
@@ -51,6 +53,7 @@ class Inputs:
     adapters: tuple[Adapter, ...]
     original_source: hub.Source | None = None
     original: Checkpoint | None = None
+    head_note: str = ""
 
     @property
     def adapter_source(self) -> hub.Source:
@@ -99,8 +102,11 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         base_source = replace(base_source, file=file, folder=base.folder)  # where its config and tokenizer are
     else:
         base = read_checkpoint(base_source.folder, reader, ranges)
-    names = Names.of(base)
     adapter_sources = tuple(_as_folder(source, base) for source in adapter_sources)
+    stored_base = base
+    for source in adapter_sources:
+        base = with_head(base, *trained_head(source.folder, source.adapter))
+    names = Names.of(base)
     with one_torch_thread():  # for many small tensors, more threads only wait for one another
         adapters = tuple(read_adapter(source.folder, reader, source.adapter, names) for source in adapter_sources)
     return Inputs(
@@ -112,6 +118,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         adapters=adapters,
         original_source=original_source,
         original=original,
+        head_note="" if base is stored_base else head_note(base),
     )
 
 

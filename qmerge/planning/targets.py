@@ -13,11 +13,7 @@ from qmerge.gguf.output import GgufOutput
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
 from qmerge.recipe import Recipe
-from qmerge.types import Options, TrainingFormat, Weight
-
-DENSE_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-"""Dtype of the model → the format of weights that stay dense: transformers does not cast the tensors of a quantized
-checkpoint."""
+from qmerge.types import DENSE_FORMATS, Options, TrainingFormat, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +90,7 @@ class TargetChooser:
 
     @property
     def _dense_format(self) -> TargetFormat[Any]:
+        # In the dtype of the model: transformers does not cast the tensors of a quantized checkpoint.
         return get_target(DENSE_FORMATS[self.inputs.base.dtype])
 
     def _training_format(self, weight: Weight) -> TrainingFormat | None:

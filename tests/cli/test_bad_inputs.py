@@ -380,7 +380,7 @@ ADAPTERS = [
     Case("another_rank", option(r=8), AdapterError, ("down_proj", "rank 8", "[4, 160]")),
     Case("another_rank_by_pattern", option(rank_pattern={"q_proj": 2}), AdapterError, ("q_proj", "rank 2")),
     Case("rank_is_text", option(r="four"), AdapterError, (ADAPTER_CONFIG, "four")),
-    Case("no_rank", option(r=None), AdapterError, (ADAPTER_CONFIG, "missing or no number")),
+    Case("no_rank", option(r=None), AdapterError, (ADAPTER_CONFIG, "is not a number")),
     Case("pattern_is_a_list", option(alpha_pattern=["q_proj"]), AdapterError, (ADAPTER_CONFIG, "pattern")),
     Case(
         "rank_zero",

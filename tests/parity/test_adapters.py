@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -310,3 +311,20 @@ def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path, cli: Cli, name
     assert isinstance(ran.error, AdapterError) and ran.code == 3, ran.err
     assert all(word in ran.err for word in words), ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_rank_and_alpha_that_the_config_leaves_out(dense: Path, tmp_path: Path) -> None:
+    """peft's own defaults, as it would load the adapter."""
+    adapter = stock.fresh_adapter(tmp_path / "adapter", r=8, lora_alpha=8)
+    whole = stock.merged(tmp_path / "whole", dense, adapter, "fp32")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["r"], config["lora_alpha"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    out = stock.merged(tmp_path / "out", dense, adapter, "fp32")
+    assert stock.differing(stock.tensors(out), stock.tensors(whole)) == []
+    assert {layer.scaling["default"] for layer in lora_layers(dense, adapter)} == {1.0}, "the oracle"
+
+
+def lora_layers(base: Path, adapter: Path) -> list[LoraLayer]:
+    wrapped = stock.adapted(stock.float_model(base), adapter)
+    return [layer for layer in wrapped.modules() if isinstance(layer, LoraLayer)]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from qmerge.adapters import all_kinds, get_kind
 from qmerge.adapters.reading import mlx
+from qmerge.adapters.reading.patterns import matches
 from qmerge.adapters.reading.placement import placed_on_disk
+from qmerge.adapters.reading.saved_weights import is_saved_module
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
@@ -141,7 +143,7 @@ def _peft_ties_embeddings(config: Mapping[str, Any]) -> bool:
     names: list[str] = list(config.get("modules_to_save") or [])
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        names += [name for name in TIED_BY_PEFT if re.fullmatch(targets, name)]
+        names += [name for name in TIED_BY_PEFT if matches(targets, name)]
     else:
         names += targets
     return any(name.rpartition(".")[2] in TIED_BY_PEFT for name in names)
@@ -172,6 +174,23 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     if not infos:
         raise AdapterError(f"{file.name} is empty: the adapter was saved without its weights; save it again")
     return infos
+
+
+def trained_head(folder: Path, name: str | None = None) -> tuple[str, dict[str, TensorInfo]]:
+    """(``task_type``, the tensors of modules that were trained whole, by their names in the model).
+
+    Raises:
+        AdapterError: the folder or its files cannot be read.
+    """
+    config = read_config(folder)
+    modules = config.get("modules_to_save") or []
+    head: dict[str, TensorInfo] = {}
+    if modules and tensors_file(folder).name == TENSORS:
+        for key, info in select_adapter(tensor_infos(folder), name).items():
+            weight = without_prefix(key).replace(".modules_to_save.", ".")
+            if is_saved_module(weight, modules) and ".original_module." not in key:
+                head[weight] = info
+    return str(config.get("task_type")), head
 
 
 def adapter_names(tensors: Iterable[str]) -> list[str]:

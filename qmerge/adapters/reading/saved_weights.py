@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qmerge.adapters.base import Changes, add_change
 from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
+from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Replacement, Update
 
@@ -104,8 +105,11 @@ def is_embedding(name: str) -> bool:
     return module.rpartition(".")[2] in EMBEDDINGS
 
 
-def check_saved_weights(changes: Changes, config: Mapping[str, Any]) -> None:
+def check_saved_weights(changes: Changes, config: Mapping[str, Any], names: Names | None) -> None:
     """Check that everything that the config lists besides adapter layers is in the file.
+
+    Args:
+        names: of the base's weights; None where there is no base.
 
     Raises:
         AdapterError: biases, token rows or a module are missing.
@@ -116,12 +120,23 @@ def check_saved_weights(changes: Changes, config: Mapping[str, Any]) -> None:
                 f"adapter_config.json has {option}={config[option]!r}, but the file contains no tensor of it: "
                 f"the adapter is incomplete"
             )
-    for module in config.get("modules_to_save") or []:
-        if not any(is_saved_module(name, [module]) for name in changes):
-            raise AdapterError(
-                f"adapter_config.json lists {module!r} in modules_to_save, but the file contains no tensor of it: "
-                f"the adapter is incomplete"
-            )
+    for module in missing_modules(changes, config.get("modules_to_save") or [], names):
+        raise AdapterError(
+            f"adapter_config.json lists {module!r} in modules_to_save, but the file contains no tensor of it: "
+            f"the adapter is incomplete"
+        )
+
+
+def missing_modules(changes: Changes, modules: Sequence[str], names: Names | None) -> list[str]:
+    """The modules of which the file should contain a tensor, and does not.
+
+    A config may list modules that the model does not have: for classifiers, peft always lists ``classifier`` and ``score``
+    (peft/peft_model.py, PeftModelForSequenceClassification). Without a base, one of them in the file is enough.
+    """
+    missing = [module for module in modules if not any(is_saved_module(name, [module]) for name in changes)]
+    if names is None:
+        return missing if len(missing) == len(modules) else []
+    return [module for module in missing if any(is_saved_module(name, [module]) for name in names.disk)]
 
 
 def token_indices(module: str, config: Mapping[str, Any]) -> list[int]:
