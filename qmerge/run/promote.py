@@ -10,12 +10,11 @@ from qmerge.formats import get_format
 from qmerge.metrics.base import Sums
 from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan, output_bytes, plan_from
-from qmerge.planning.targets import DENSE_FORMATS
 from qmerge.progress import Progress
 from qmerge.recipe import Recipe, parse_size
 from qmerge.run.destinations import MeasureOnly
 from qmerge.run.walk import run_steps
-from qmerge.types import TORCH_DTYPES, Step
+from qmerge.types import DENSE_FORMATS, TORCH_DTYPES, Step
 from qmerge.weights.context import RunContext
 
 
