@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate
-from qmerge.errors import AdapterError, CheckpointError
+from qmerge.errors import AdapterError, CheckpointError, listed
 from qmerge.planning.embeddings import Embeddings
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.modules import Modules
@@ -38,7 +38,7 @@ class ChangeMatcher:
         """
         adapter = self.inputs.adapter
         changes: dict[str, Change] = {}
-        unmatched: list[str] = []
+        unmatched: dict[str, list[str]] = {}
         wanted: dict[str, Change] = {**adapter.updates, **adapter.replaced, **self.embeddings.shared}
         # Every tensor of the adapter is applied exactly once, or the run does not start.
         for name, change in wanted.items():
@@ -46,11 +46,12 @@ class ChangeMatcher:
             if weight is not None:
                 changes[name] = self._fitting(weight, change)
             elif not self._may_be_missing(name, change):
-                unmatched += adapter.tensors[name]
+                unmatched[name] = adapter.tensors[name]
         if unmatched:
+            first, tensors = next(iter(unmatched.items()))
             raise AdapterError(
-                f"{len(unmatched)} adapter tensors match no weight of the base; the first is {unmatched[0]}. "
-                f"{_similar_module(unmatched[0], self.weights)}Is this the base that the adapter was trained on?"
+                f"{sum(map(len, unmatched.values()))} adapter tensors match no weight of the base; the first is {tensors[0]}. "
+                f"{_cause(first, self.weights)}"
             )
         return changes
 
@@ -103,17 +104,30 @@ def _is_shape(matrix: tuple[int, int], shape: tuple[int, int]) -> bool:
 
 def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:
     return AdapterError(
-        f"{weight.name} has shape {list(weight.shape)}, but the adapter's delta has shape {list(shape)}. "
-        f"Is this the base that the adapter was trained on?"
+        f"{weight.name} has shape {list(weight.shape)}, but the adapter's delta has shape {list(shape)}. {WRONG_BASE}"
     )
 
 
-def _similar_module(tensor: str, weights: Mapping[str, Weight]) -> str:
-    """A hint for the case that the base has the module under another prefix."""
-    module = tensor.split(".lora_")[0]
+def _cause(name: str, weights: Mapping[str, Weight]) -> str:
+    """Why the base has no weight of this name, which the adapter changes, and what to do."""
+    module, _, local = name.rpartition(".")
+    if local == "bias" and f"{module}.weight" in weights:
+        return (
+            f"{module} has no bias in the base, so the one that the adapter trained cannot be added to it: train without "
+            f"lora_bias, or use the adapter unmerged, with peft"
+        )
+    parameters = [name for name in weights if name.startswith(f"{module}.")]
+    if parameters:
+        return (
+            f"The base has {listed(parameters)}, so {module} is a kind of layer that qmerge cannot merge this adapter into: merge "
+            f"it with peft into the 16-bit base, then quantize it: qmerge without --adapter"
+        )
     # Layer number, block and projection, and the name before them: layers.0.self_attn.q_proj.
     tail = ".".join(module.split(".")[-4:])
     for weight in weights.values():
         if weight.local == "weight" and weight.module.endswith(tail) and not module.startswith(weight.module):
-            return f"The base has {weight.module}, under another prefix. "
-    return ""
+            return f"The base has {weight.module}, under another prefix. {WRONG_BASE}"
+    return WRONG_BASE
+
+
+WRONG_BASE = "Is this the base that the adapter was trained on?"

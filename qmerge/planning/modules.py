@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from qmerge.adapters.updates.lora import TokenRowsUpdate
 from qmerge.checkpoint.architecture import ModuleKinds, embedding_weights, module_kinds, ties_embeddings
 from qmerge.checkpoint.config import shared_quantization_config
 from qmerge.checkpoint.names import UNCONVERTED, WITHOUT_CONV1D
@@ -39,20 +40,30 @@ class Modules:
     def conv1d(self) -> frozenset[str]:
         """Modules whose dense weight is stored as [I, O].
 
-        Where transformers does not know the architecture, the adapter decides: peft sets ``fan_in_fan_out`` for such
-        layers.
+        Where transformers does not know the architecture, shapes decide: a Conv1D has a bias as long as its columns.
         """
         # Asking transformers means to import and build the model, which takes seconds.
         if self.inputs.base.config.get("model_type") in WITHOUT_CONV1D:
             return frozenset()
         try:
             return self._module_kinds.conv1d
-        except CheckpointError:
-            # An unknown architecture is an error only where nothing else gives the answer.
-            adapter = self.inputs.adapter
-            if not adapter.config.get("fan_in_fan_out"):
-                return frozenset()
-            return frozenset(name.removesuffix(".weight") for name in adapter.updates)
+        except CheckpointError:  # an unknown architecture is an error only where nothing else gives the answer
+            weights = self.inputs.base.weights.values()
+            return frozenset(weight.module for weight in weights if self._looks_like_conv1d(weight))
+
+    def _looks_like_conv1d(self, weight: Weight) -> bool:
+        if weight.local != "weight" or len(weight.shape) != 2:
+            return False
+        rows, columns = weight.shape
+        bias = self.inputs.base.weights.get(f"{weight.prefix}bias")
+        if bias is not None and rows != columns:
+            return bias.shape == (columns,)
+        # peft sets fan_in_fan_out for the layers that an adapter changes; the rows of an embedding are tokens either way.
+        update = self.inputs.adapter.updates.get(weight.name)
+        if update is None or not self.inputs.adapter.config.get("fan_in_fan_out"):
+            return False
+        trains_rows = any(isinstance(member, TokenRowsUpdate) for member in update.members)
+        return not trains_rows and update.shape == (columns, rows)
 
     def is_conv1d(self, weight: Weight) -> bool:
         """Whether a weight belongs to a Conv1D, in whichever format it is stored."""

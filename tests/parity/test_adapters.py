@@ -328,3 +328,13 @@ def test_rank_and_alpha_that_the_config_leaves_out(dense: Path, tmp_path: Path) 
 def lora_layers(base: Path, adapter: Path) -> list[LoraLayer]:
     wrapped = stock.adapted(stock.float_model(base), adapter)
     return [layer for layer in wrapped.modules() if isinstance(layer, LoraLayer)]
+
+
+def test_a_trained_bias_of_a_layer_without_one(tmp_path: Path, cli: Cli) -> None:
+    """peft trains it on the output; the error says that it has no weight to go to, instead of doubting the base."""
+    base = models.save(models.llama(torch.float32), tmp_path / "base")
+    adapter = stock.fresh_adapter(tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
+    ran = cli("--base", base, "--adapter", adapter, "--target", "fp32", "--out", tmp_path / "out")
+    assert isinstance(ran.error, AdapterError) and ran.code == 3
+    said = " ".join(ran.err.split())
+    assert "q_proj has no bias in the base" in said and "Is this the base" not in said

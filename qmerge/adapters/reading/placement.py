@@ -7,6 +7,7 @@ weights are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,9 @@ from qmerge.types import Change, Replacement, Update, as_matrix
 DiskShapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """Name of a weight on disk → its shape."""
 
+OUT_OF_ATTENTION = ".base_layer.out_proj.weight"
+"""How peft names the second weight of an nn.MultiheadAttention."""
+
 LorasByMatrix: TypeAlias = dict[int | None, list[LoraUpdate]]
 """Index of a matrix in a stack (None: the weight is one matrix) → the LoRAs that are added to it."""
 
@@ -38,7 +42,8 @@ def placed_on_disk(changes: Changes, names: Names) -> Changes:
     # Parts of one weight on disk may be several weights in memory: their LoRAs are collected, then added up.
     loras: dict[str, LorasByMatrix] = {}
     lora_tensors: dict[str, list[str]] = {}
-    for name, (change, tensors) in changes.items():
+    for adapter_name, (adapter_change, tensors) in changes.items():
+        name, change = _in_attention(adapter_name, adapter_change, names)
         blocks = _blocks_of(name, change, names)
         if not blocks:
             add_change(placed, name, _fitted(change, names.disk.get(name)), tensors)
@@ -57,6 +62,22 @@ def placed_on_disk(changes: Changes, names: Names) -> Changes:
         update = _sum_of_loras(loras_by_matrix, names.disk[weight])
         add_change(placed, weight, update, list(dict.fromkeys(lora_tensors[weight])))
     return placed
+
+
+def _in_attention(name: str, change: Change, names: Names) -> tuple[str, Change]:
+    """A change of an nn.MultiheadAttention, with the name of the parameter that it belongs to; any other as it is.
+
+    peft wraps the module as a whole: its own LoRA is that of ``in_proj_weight``, the one inside that of ``out_proj.weight``,
+    which every forward pass adds twice (peft 0.21, tuners/lora/layer.py, MultiheadAttention.merge: to the weight, and by the
+    layer's own merge).
+    """
+    module = name.removesuffix(".weight")
+    if name not in names.disk and f"{module}.in_proj_weight" in names.disk:
+        return f"{module}.in_proj_weight", change
+    attention = name.removesuffix(OUT_OF_ATTENTION)
+    if attention != name and f"{attention}.in_proj_weight" in names.disk and isinstance(change, LoraUpdate):
+        return f"{attention}.out_proj.weight", replace(change, scale=2 * change.scale)
+    return name, change
 
 
 def _blocks_of(name: str, change: Change, names: Names) -> tuple[DiskBlock, ...] | None:
