@@ -114,6 +114,7 @@ def merge(
     density: float = 1.0,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    allow_pickle: bool = False,
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,
@@ -163,6 +164,7 @@ def merge(
         density: fraction of each delta's entries to keep when adapters are combined (TIES, DARE, …).
         revision: revision of the base on the Hub: branch, tag or commit.
         adapter_revision: revision of the adapter on the Hub.
+        allow_pickle: read adapter_model.bin, a pickle, if the adapter has no safetensors file: tensors only, in another process.
         rounding: ``"nearest"``, ``"stochastic"``, ``"preserve"``, or ``"auto"``: preserve where nearest keeps too little.
         effort: how long ``preserve`` searches, and on how much text: ``"fast"``, ``"default"`` or ``"best"``.
         calibration: what ``preserve`` is calibrated on: a text or jsonl file, a data set on the Hub, ``"generate"``
@@ -229,6 +231,7 @@ def plan(
     density: float = 1.0,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    allow_pickle: bool = False,
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,
@@ -296,6 +299,7 @@ def measure(
     density: float = 1.0,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    allow_pickle: bool = False,
     rounding: str = "auto",
     effort: EffortName = "default",
     calibration: PathLike | None = None,

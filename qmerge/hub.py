@@ -10,6 +10,7 @@ from qmerge.errors import InputError
 
 MODEL_FILES = [
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
+    "adapter_model.bin",
 ]  # fmt: skip
 """Patterns of the files that are downloaded."""
 

@@ -108,6 +108,10 @@ class Recipe(BaseModel):
     adapter_revision: str | None = Field(
         None, description="use this revision of the adapter on the Hub: branch, tag or commit (default: main)"
     )
+    allow_pickle: bool = Field(
+        False,
+        description="read an adapter_model.bin, a pickle: tensors only, in a process of its own (default: refuse)",
+    )
     # --- what is written ---
     target: str = Field(
         description="store the model in this format: nf4, gptq, int8, bf16, … (qmerge formats lists all), or auto with max_size"

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 HELP_PANEL = "Help and output"
 # Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help.
 MORE_PANELS = {
-    "Inputs": ("revision", "adapter_revision", "original", "original_revision", "trained_on"),
+    "Inputs": ("revision", "adapter_revision", "allow_pickle", "original", "original_revision", "trained_on"),
     "Several adapters": ("combine", "density"),
     "Output": ("patch", "max_size", "max_shard_size", "residual", "promote"),
     "Merging and rounding": ("merge_onto", "scales", "seed"),

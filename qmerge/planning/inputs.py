@@ -12,6 +12,7 @@ from qmerge.adapters.combining.chain import chained, check_new, check_order
 from qmerge.adapters.combining.combined import combined
 from qmerge.adapters.reading.folder import Adapter, read_adapter, read_config, trained_head
 from qmerge.adapters.reading.named import find_adapter
+from qmerge.adapters.reading.pickled import is_pickled, unpickled
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.replication import replicate_layers
@@ -19,7 +20,7 @@ from qmerge.checkpoint.scan import Checkpoint
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.gguf.adapter import extracted_adapter
-from qmerge.gguf.base import gguf_file, open_model, places_of, read_gguf
+from qmerge.gguf.base import folder_until_exit, gguf_file, open_model, places_of, read_gguf
 from qmerge.planning.heads import head_note, with_head
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.safetensors_io.reader import Reader
@@ -90,6 +91,7 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
     """
     base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
     adapter_sources = tuple(find_adapter(name, recipe.adapter_revision) for name, _ in recipe.adapters)
+    adapter_sources = tuple(_as_safetensors(source, recipe.allow_pickle) for source in adapter_sources)
     # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
     ranges = layer_replication([source.folder for source in adapter_sources if source.file is None])
     original_source, original = None, None
@@ -120,6 +122,13 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         original=original,
         head_note="" if base is stored_base else head_note(base),
     )
+
+
+def _as_safetensors(source: hub.Source, allow_pickle: bool) -> hub.Source:
+    """An adapter with its tensors in a pickle, as a folder with a safetensors file; others, and without leave, as they are."""
+    if not allow_pickle or source.file is not None or not is_pickled(source.folder):
+        return source
+    return replace(source, folder=unpickled(source.folder, folder_until_exit()))
 
 
 def _as_folder(source: hub.Source, base: Checkpoint) -> hub.Source:

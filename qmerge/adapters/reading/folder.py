@@ -166,8 +166,8 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     if not file.exists():
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
-                f"{folder} contains only adapter_model.bin, a pickle, which can run code when it is read; convert it where "
-                f"you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
+                f"{folder} contains only adapter_model.bin, a pickle, which can run code when it is read. With --allow-pickle, a "
+                f"process of its own reads the tensors and nothing else"
             )
         raise AdapterError(f"{folder} has no {TENSORS}: expected an adapter folder as PEFT saves it")
     infos, _ = read_header(file, AdapterError)
