@@ -9,6 +9,7 @@ QmergeError                   the message is one line: what is wrong, where, wha
 │       └── NeedsBaseError    the adapter can only be read together with its base
 ├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
 ├── RoomError         (6)     not enough room on the disk or under --max-memory
+├── DiskError         (7)     the disk failed, or refused to read or write
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
 Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio.
@@ -69,6 +70,12 @@ class RoomError(QmergeError):
     """There is not enough room on the disk or under ``--max-memory``."""
 
     exit_code = 6
+
+
+class DiskError(QmergeError):
+    """The disk or its file system failed, or refused to read or write; ``--resume`` goes on."""
+
+    exit_code = 7
 
 
 class StoppedError(QmergeError):

@@ -15,7 +15,7 @@ from qmerge.errors import RoomError
 from qmerge.planning.memory import calibration_memory
 from qmerge.planning.plan import Plan
 from qmerge.recipe import parse_size
-from qmerge.safetensors_io.writer import no_room_is_an_error
+from qmerge.safetensors_io.disk import disk_errors
 
 
 def memory_limit(max_memory: str | None, device: torch.device) -> int:
@@ -76,7 +76,7 @@ def in_mapped_file(output: Any, folder: Path) -> Any:
     if isinstance(output, tuple):  # the hidden states are the first
         return in_mapped_file(output[0], folder), *output[1:]
     hidden_states: Tensor = output.cpu().contiguous()
-    with no_room_is_an_error(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".qmerge-") as file:
+    with disk_errors(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".qmerge-") as file:
         file.write(hidden_states.flatten().view(torch.uint8).numpy().data)
         file.flush()
         mapped = torch.from_file(file.name, size=hidden_states.numel(), dtype=hidden_states.dtype)

@@ -16,7 +16,8 @@ from qmerge.checkpoint import journal
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.checkpoint.scan import INDEX
 from qmerge.errors import RecipeError, RoomError
-from qmerge.safetensors_io.writer import PARTIAL, FileLayout, write_file
+from qmerge.safetensors_io.disk import PARTIAL, write_file
+from qmerge.safetensors_io.writer import FileLayout
 
 LOCK = ".qmerge.lock"
 
@@ -121,7 +122,7 @@ def check_content_for_part(out: Path, part: Part, resume: bool) -> None:
 
 
 def _names_in(out: Path, part: Part | None) -> list[str]:
-    """The files in the folder, without locks.
+    """The files in the folder, without locks, and without a journal that a killed run had not yet begun.
 
     Raises:
         RecipeError: another process has locked this part.
@@ -131,7 +132,8 @@ def _names_in(out: Path, part: Part | None) -> list[str]:
     if (out / name_of_part(LOCK, part)).exists():
         acquire_lock(out, part).release()  # a killed run leaves the file, but not the lock
     names = sorted(path.name for path in out.iterdir())
-    return [name for name in names if name != LOCK and part_of_name(name, LOCK) is None]
+    others = [name for name in names if name != LOCK and part_of_name(name, LOCK) is None]
+    return [name for name in others if not (name.startswith(journal.STEM) and name.endswith(PARTIAL))]
 
 
 def free_bytes(out: Path) -> int:

@@ -5,12 +5,14 @@
     a line per step      when it is done: SHA-256 of the tensors that it wrote, and its measurements
     a line per file      when it is whole: size and SHA-256
 
-A resumed run does not trust the lines: it hashes the bytes that are on the disk. Of a run in parts, every part has a
-journal of its own.
+Every line ends with a checksum of itself: a damaged line is as good as none. A resumed run does not trust the lines either: it
+hashes the bytes that are on the disk. Of a run in parts, every part has a journal of its own.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import threading
@@ -20,13 +22,17 @@ from typing import Any
 
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.errors import RecipeError
-from qmerge.safetensors_io.writer import no_room_is_an_error
+from qmerge.safetensors_io.disk import disk_errors, write_file
 
-NAME = ".qmerge-journal.jsonl"
+STEM = ".qmerge-journal"
+NAME = f"{STEM}.jsonl"
 
 STEP_FIELDS = frozenset({"step", "sha256", "texts", "outcome"})
 
 FILE_FIELDS = frozenset({"file", "bytes", "sha256"})
+
+CHECKSUM = "line_sha256"
+"""Key of a line's checksum: SHA-256 of the line without it."""
 
 
 class Journal:
@@ -61,8 +67,7 @@ class Journal:
         if resume and self.path.exists():
             self._load(identity, part_facts)
         else:
-            self.path.write_text("")
-            self._append(_first_line(identity, part_facts))
+            write_file(self.path, _encoded(_first_line(identity, part_facts)))
 
     def step_done(self, name: str, record: dict[str, Any]) -> None:
         """Record a finished step: ``sha256`` of its tensors, their ``texts``, its ``outcome``."""
@@ -75,16 +80,22 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal: the output folder is finished."""
-        self.path.unlink()
+        with disk_errors(self.path.parent):
+            self.path.unlink()
 
     def _append(self, line: dict[str, Any], sync: bool = False) -> None:
-        data = (json.dumps(line) + "\n").encode()
-        # One write per line: after a kill, only the last one can be incomplete.
-        with self._lock, no_room_is_an_error(self.path.parent), self.path.open("ab") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+        data = _encoded(line)
+        with self._lock, disk_errors(self.path.parent):
+            # A link is an error. One write per line: after a kill, only the last one can be incomplete.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+            try:
+                written = os.write(descriptor, data)
+                if written < len(data):  # the disk is full: a line of its own after the damaged one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _load(self, identity: dict[str, Any], part_facts: dict[str, Any] | None) -> None:
         """Take over the lines that are whole.
@@ -103,7 +114,7 @@ class Journal:
         self.steps = content.steps
         # Without the damaged lines: new ones are appended.
         lines = [_first_line(identity, part_facts), *content.steps.values()]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_file(self.path, b"".join(map(_encoded, lines)))
 
 
 def _first_line(identity: dict[str, Any], part_facts: dict[str, Any] | None) -> dict[str, Any]:
@@ -155,13 +166,24 @@ def parts_begun(folder: Path) -> list[Part]:
     return sorted(found)
 
 
+def _encoded(line: dict[str, Any]) -> bytes:
+    """A line with its checksum."""
+    return (json.dumps({**line, CHECKSUM: _checksum(line)}) + "\n").encode()
+
+
+def _checksum(line: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()
+
+
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """None for a damaged line."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict) or value.pop(CHECKSUM, None) != _checksum(value):
+        return None
+    return value
 
 
 def first_difference(earlier: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -130,7 +130,7 @@ def report_command(
 ) -> None:
     """Write the HTML report again, from qmerge.json."""
     from qmerge.report.html import NAME, html_report
-    from qmerge.safetensors_io.writer import write_file
+    from qmerge.safetensors_io.disk import write_file
     from qmerge.schema import read_report
 
     path = html or out / NAME

@@ -26,8 +26,8 @@ from qmerge.formats import get_format
 from qmerge.gguf.base import gguf_file
 from qmerge.gguf.converter import packages
 from qmerge.gguf.header import read_header
+from qmerge.safetensors_io.disk import hash_file
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import ReportData, read_report
 from qmerge.wording import counted
 

@@ -14,7 +14,8 @@ from qmerge.extract.difference import CHUNK_BYTES, PairReader
 from qmerge.extract.modules import ModelModules
 from qmerge.extract.pairing import WeightPair
 from qmerge.formats import get_format
-from qmerge.safetensors_io.writer import PARTIAL, FileLayout, ShardWriter, no_room_is_an_error
+from qmerge.safetensors_io.disk import PARTIAL, disk_errors
+from qmerge.safetensors_io.writer import FileLayout, ShardWriter
 from qmerge.types import TensorSpec
 
 # Names after the module.
@@ -55,7 +56,7 @@ class LoraSpool:
         Raises:
             RoomError: not enough disk space.
         """
-        with no_room_is_an_error(self.path.parent):
+        with disk_errors(self.path.parent):
             self._file.write(tensor.detach().cpu().contiguous().numpy().tobytes())
             self._file.flush()  # a full disk is an error here, not at some later tensor
         self.specs[name] = TensorSpec("F32", tuple(tensor.shape))

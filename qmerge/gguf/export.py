@@ -29,9 +29,8 @@ from qmerge.gguf.families import check_config, family_of, read_config
 from qmerge.gguf.hyperparameters import add_hyperparameters
 from qmerge.gguf.tensors import PlannedTensor, fallback_notes, plan_tensors, quantization_type
 from qmerge.gguf.vocabulary import read_vocabulary
-from qmerge.safetensors_io.header import fsync_folder
+from qmerge.safetensors_io.disk import PARTIAL, fsync_folder
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import Rows
 
 TYPES = ("f16", "bf16", "f32", "q8_0")

@@ -12,7 +12,7 @@ from qmerge.patch.folders import check_file, model_files
 from qmerge.patch.make import Summary, make_patch
 from qmerge.progress import Progress
 from qmerge.recipe import RAY, Recipe, make_recipe, read_recipe
-from qmerge.safetensors_io.writer import write_file
+from qmerge.safetensors_io.disk import write_file
 from qmerge.schema import RECIPE_NAME, ReportData
 
 

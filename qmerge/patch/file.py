@@ -32,9 +32,9 @@ from qmerge.checkpoint.folder import free_bytes
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch import codec
 from qmerge.patch.manifest import Manifest, manifest_problems
-from qmerge.safetensors_io.header import LARGEST_HEADER, fsync_folder, read_header
+from qmerge.safetensors_io.disk import PARTIAL, fsync_folder, hash_file
+from qmerge.safetensors_io.header import LARGEST_HEADER, read_header
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import PARTIAL, hash_file
 from qmerge.types import TensorInfo
 
 VERSION = "1"

@@ -13,8 +13,8 @@ from qmerge.errors import CheckpointError, RecipeError
 from qmerge.patch.file import hash_of
 from qmerge.patch.manifest import TOOLS_FOLDERS, PatchFile, Side, path_problems
 from qmerge.progress import Progress
+from qmerge.safetensors_io.disk import PARTIAL
 from qmerge.safetensors_io.header import read_header
-from qmerge.safetensors_io.writer import PARTIAL
 from qmerge.types import TensorInfo
 
 HEADER = ""

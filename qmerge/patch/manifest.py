@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qmerge.checkpoint import journal
 from qmerge.checkpoint.folder import LOCK
-from qmerge.safetensors_io.writer import PARTIAL
+from qmerge.safetensors_io.disk import PARTIAL
 from qmerge.types import TensorInfo
 
 TOOLS_FOLDERS = (".git", ".cache")

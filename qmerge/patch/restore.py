@@ -22,9 +22,8 @@ from qmerge.patch.file import Patch, hash_of, read_patch, write_errors
 from qmerge.patch.folders import byte_span
 from qmerge.patch.manifest import PatchFile, Segment, Side
 from qmerge.progress import NoProgress, Progress
-from qmerge.safetensors_io.header import fsync_folder
+from qmerge.safetensors_io.disk import PARTIAL, fsync_folder
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import PARTIAL
 
 
 @dataclass(frozen=True)

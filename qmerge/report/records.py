@@ -15,8 +15,8 @@ from qmerge.errors import RecipeError
 from qmerge.gguf.base import unnamed
 from qmerge.planning.inputs import Inputs
 from qmerge.progress import Progress
+from qmerge.safetensors_io.disk import hash_file
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import hash_file
 from qmerge.schema import FileRecord, FingerprintRecord, InputRecord
 from qmerge.weights.parallel import cpu_threads
 

@@ -128,8 +128,11 @@ class OutputFolder(Destination):
             future.result()
 
     def _run_step(self, step: Step, inputs: InputStatistics | None) -> None:
-        record = self._earlier_record(step) or self._write_step(step, inputs)
-        self._writer(step).add_texts(record["texts"])
+        record = self._earlier_record(step)
+        if record is None:
+            record = self._write_step(step, inputs)
+        else:
+            self._writer(step).step_done(record["sha256"], record["texts"])
         if record["outcome"] is not None:  # None for copies and conversions
             self.outcomes[step.name] = Outcome(**record["outcome"])
             if self.residual_rank:

@@ -33,8 +33,8 @@ from qmerge.run.destinations import OutputFolder
 from qmerge.run.promote import plan_with_promoted
 from qmerge.run.residual import Residual, write_residuals
 from qmerge.run.walk import run_steps
+from qmerge.safetensors_io.disk import write_file
 from qmerge.safetensors_io.reader import Reader
-from qmerge.safetensors_io.writer import write_file
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles
 from qmerge.weights.context import RunContext

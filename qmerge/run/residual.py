@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmerge.rounding.base import InputStatistics, make_objective, upper_factor
-from qmerge.safetensors_io.writer import write_file
+from qmerge.safetensors_io.disk import write_file
 from qmerge.schema import ResidualRecord
 from qmerge.types import Rows, Step, dot
 from qmerge.weights.context import RunContext

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -186,12 +185,3 @@ def build_header(layout: Mapping[str, tuple[TensorSpec, int]], length: int | Non
     if len(text) > length:
         raise AssertionError(f"the header has {len(text)} bytes, but {length} were reserved for it")
     return struct.pack("<Q", length) + text.ljust(length)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut: POSIX requires that the folder itself is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,13 +6,11 @@ memory, creates files with mode 0600, and does not sync them (0.8).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,21 +19,25 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qmerge.errors import RoomError
-from qmerge.safetensors_io.header import LENGTH_BYTES, build_header, fsync_folder
+from qmerge.errors import DiskError, listed
+from qmerge.safetensors_io.disk import (
+    PARTIAL,
+    disk_errors,
+    fsync_folder,
+    hash_range,
+    open_for_writing,
+    read_range,
+    reserve,
+    write_range,
+)
+from qmerge.safetensors_io.header import LENGTH_BYTES, build_header
 from qmerge.types import BITS, TensorSpec
 
 LONGEST_TEXT = 512
 """Bytes reserved for a tensor whose length is known only at the end (bitsandbytes' quant state, about 170)."""
 
-PARTIAL = ".partial"
-"""Added to the name of a file that is not whole."""
-
 LEAST_IN_THREAD = 2**16
 """Bytes from which on a thread hashes them."""
-
-HASH_CHUNK = 2**22
-"""Bytes that are read at once to be hashed."""
 
 
 class PlacedTensor(NamedTuple):
@@ -149,7 +151,9 @@ class StepSink(TensorSink):
         for name in self._fixed_names:
             expected = self._shard.layout.tensors[name].spec.nbytes
             assert self._written[name] == expected, f"{name}: {self._written[name]} of {expected} bytes written"
-        return {name: self._hashes[name].hexdigest() for name in self._fixed_names}
+        hashes = {name: self._hashes[name].hexdigest() for name in self._fixed_names}
+        self._shard.step_done(hashes, self.texts)
+        return hashes
 
     def _wait_until_hashed(self) -> None:
         if self._hashed is not None:
@@ -175,16 +179,14 @@ class ShardWriter:
         self.path = path
         self.layout = layout
         self.texts: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
         self._partial = path.with_name(path.name + PARTIAL)
-        if resume and self.path.exists():  # a finished file is checked (and, if need be, written) like any other
-            self.path.replace(self._partial)
-        # No links are followed, and a new file must not exist: nothing outside the folder can be overwritten.
-        flags = os.O_RDWR | os.O_NOFOLLOW
-        if not (resume and self._partial.exists()):
-            flags |= os.O_CREAT | os.O_EXCL
-        self._descriptor = os.open(self._partial, flags, 0o666)
         self._lock = threading.Lock()
-        with no_room_is_an_error(path.parent):
+        self._descriptor = -1
+        with disk_errors(path.parent):
+            if resume and self.path.exists():  # a finished file is checked (and, if need be, written) like any other
+                self.path.replace(self._partial)
+            self._descriptor = open_for_writing(self._partial, keep=resume)
             reserve(self._descriptor, layout.most_bytes)
 
     def step(self, names: tuple[str, ...]) -> StepSink:
@@ -193,13 +195,8 @@ class ShardWriter:
 
     def write(self, name: str, start: int, data: memoryview | bytearray) -> None:
         """Write some bytes of a tensor, from its byte ``start`` on."""
-        position = self._position(name) + start
-        view = memoryview(data)
-        with no_room_is_an_error(self.path.parent):
-            while len(view):  # a write may take less than it was given
-                count = os.pwrite(self._descriptor, view, position)
-                position += count
-                view = view[count:]
+        with disk_errors(self.path.parent):
+            write_range(self._descriptor, self._position(name) + start, data)
 
     def read(self, name: str) -> bytes:
         """The bytes of a tensor that has been written."""
@@ -207,9 +204,10 @@ class ShardWriter:
             return self.texts[name].encode()
         return read_range(self._descriptor, self._position(name), self.layout.tensors[name].spec.nbytes)
 
-    def add_texts(self, texts: Mapping[str, str]) -> None:
-        """Keep texts until ``finish`` writes them."""
+    def step_done(self, hashes: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        """Keep what a step has written: ``finish`` writes the texts, and compares the hashes with what the disk gives back."""
         with self._lock:
+            self._hashes.update(hashes)
             self.texts.update(texts)
 
     def fixed(self, names: tuple[str, ...]) -> set[str]:
@@ -225,30 +223,55 @@ class ShardWriter:
         return True
 
     def finish(self) -> dict[str, int | str]:
-        """Write texts and header, and sync. The file keeps its temporary name: ``publish`` renames it.
+        """Write texts and header, sync, and read all of it back. The file keeps its temporary name: ``publish`` renames it.
 
         Returns:
             ``bytes``, the size, and ``sha256``, computed from the bytes that were read back.
+
+        Raises:
+            RoomError, DiskError: the file cannot be written, or the disk gives back other bytes than were written.
         """
         tensors = dict(self.layout.tensors)
         offset = self.layout.fixed_bytes
-        with no_room_is_an_error(self.path.parent):
+        with disk_errors(self.path.parent):
             for name in self.layout.texts:
                 data = self.texts[name].encode()
-                os.pwrite(self._descriptor, data, self.layout.data_start + offset)
+                write_range(self._descriptor, self.layout.data_start + offset, data)
                 tensors[name] = PlacedTensor(TensorSpec("U8", (len(data),)), offset)
+                self._hashes[name] = hashlib.sha256(data).hexdigest()
                 offset += len(data)
             size = self.layout.data_start + offset
-            os.pwrite(self._descriptor, self.layout.header(tensors), 0)
+            header = self.layout.header(tensors)
+            write_range(self._descriptor, 0, header)
             os.ftruncate(self._descriptor, size)  # texts took less than was reserved
             os.fsync(self._descriptor)
-        # Hashed as they are on the disk, not as they were meant to be.
-        return {"bytes": size, "sha256": hash_range(self._descriptor, 0, size)}
+            return {"bytes": size, "sha256": self._hash_read_back(header, tensors, size)}
+
+    def _hash_read_back(self, header: bytes, tensors: Mapping[str, PlacedTensor], size: int) -> str:
+        """SHA-256 of the whole file, after a comparison of every part with what was written."""
+        whole = hashlib.sha256()
+        found = hash_range(self._descriptor, 0, len(header), whole)
+        damaged = [] if found == hashlib.sha256(header).hexdigest() else ["the header"]
+        position = len(header)
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+            start = self.layout.data_start + tensor.offset
+            hash_range(self._descriptor, position, start - position, whole)  # padding, in a GGUF file
+            if hash_range(self._descriptor, start, tensor.spec.nbytes, whole) != self._hashes[name]:
+                damaged.append(name)
+            position = start + tensor.spec.nbytes
+        hash_range(self._descriptor, position, size - position, whole)
+        if damaged:
+            raise DiskError(
+                f"{self._partial}: the disk gives back other bytes than were written, in {listed(damaged)}. Check the disk, then "
+                f"run again with --resume"
+            )
+        return whole.hexdigest()
 
     def publish(self) -> None:
         """Give the whole file its name. It stays open, so that ``read`` still works."""
-        self._partial.replace(self.path)
-        fsync_folder(self.path.parent)
+        with disk_errors(self.path.parent):
+            self._partial.replace(self.path)
+            fsync_folder(self.path.parent)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -286,70 +309,3 @@ class MemorySink(TensorSink):
     def read(self, name: str) -> bytes:
         """The bytes of a tensor that has been written."""
         return bytes(self._data[name])
-
-
-@contextmanager
-def no_room_is_an_error(folder: Path) -> Iterator[None]:
-    """Inside, a full disk, an exceeded quota and the file system's size limit raise RoomError."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RoomError(
-                f"no room left in {folder}: {cause.strerror}. Finished work is kept: free some space, then run again with "
-                f"--resume"
-            ) from cause
-        raise
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Reserve space on the disk now, so that a full disk is noticed before the work; some file systems only set the size."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as cause:
-        if cause.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        # The file system cannot reserve space. A resumed file may be longer already.
-        os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
-
-
-def hash_range(descriptor: int, start: int, length: int) -> str:
-    """SHA-256, hexadecimal, of ``length`` bytes from ``start`` on (of fewer, where the file ends before)."""
-    sha256 = hashlib.sha256()
-    position = start
-    stop = start + length
-    while position < stop:
-        data = os.pread(descriptor, min(HASH_CHUNK, stop - position), position)
-        if not data:
-            break
-        sha256.update(data)
-        position += len(data)
-    return sha256.hexdigest()
-
-
-def read_range(descriptor: int, start: int, length: int) -> bytes:
-    """``length`` bytes of a file from ``start`` on."""
-    data = b""
-    while len(data) < length:  # a read may return less than was asked for
-        data += os.pread(descriptor, length - len(data), start + len(data))
-    return data
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return hash_range(descriptor, 0, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: temporary name, sync, rename."""
-    partial = path.with_name(path.name + PARTIAL)
-    with no_room_is_an_error(path.parent), partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync_folder(path.parent)

@@ -25,7 +25,7 @@ from qmerge.extract.adapter import LoraSpool
 from qmerge.extract.decompose import lora_factors
 from qmerge.extract.result import kept_share, rank_for_all
 from qmerge.extract.work import REPORT
-from qmerge.safetensors_io import writer
+from qmerge.safetensors_io import disk
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
@@ -550,7 +550,7 @@ def test_an_interruption_leaves_nothing_behind(
     if when == "factors":
         monkeypatch.setattr(LoraSpool, "add", lambda self, *_: within_room(self.path.parent, fail))
     elif when == "adapter":
-        monkeypatch.setattr(writer.os, "pwrite", fail)
+        monkeypatch.setattr(disk.os, "pwrite", fail)
     else:
         monkeypatch.setattr(
             folders, "write_json",
@@ -563,7 +563,7 @@ def test_an_interruption_leaves_nothing_behind(
 
 
 def within_room(folder: Path, fail: Callable[[], None]) -> None:
-    with writer.no_room_is_an_error(folder):
+    with disk.disk_errors(folder):
         fail()
 
 

@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 import qmerge.demo
 from qmerge.calibration import generate
+from qmerge.checkpoint.journal import CHECKSUM, Journal, _encoded
 from qmerge.checkpoint.journal import NAME as JOURNAL
-from qmerge.checkpoint.journal import Journal
 from qmerge.recipe import make_recipe
 from qmerge.report import records
 from qmerge.run import destinations
@@ -320,7 +320,39 @@ def test_a_spoiled_journal_costs_work_but_no_bytes(job: Job, spoiled: bytes, cli
 
 
 def test_a_journal_whose_first_line_is_cut(job: Job) -> None:
-    out = job.killed(job.moment("journal run"), "half")
+    out = job.killed(job.moment("journal step", -1))
+    whole = (out / JOURNAL).read_bytes()
+    (out / JOURNAL).write_bytes(whole[: whole.index(b"\n") // 2])
+    assert contents(job.resumed(out)) == job.whole
+
+
+def test_a_journal_that_was_not_begun(job: Job, cli: Cli) -> None:
+    """Killed while its first line was written: both ways to go on work."""
+    for more in ([], ["--resume"]):
+        out = job.out()
+        out.mkdir()
+        (out / f"{JOURNAL}.partial").write_text('{"run"')
+        ran = cli(*job.arguments(out, *more))
+        assert ran.code == 0, ran.err
+        assert contents(out) == job.whole
+
+
+@pytest.mark.parametrize("damage", ["quant_state", "outcome", "name", "half"])
+def test_a_damaged_line_is_done_again(job: Job, damage: str) -> None:
+    """What only the journal holds (bitsandbytes' quant_state, what was measured) is not taken from a line with another
+    checksum."""
+    out = job.killed(job.moment("journal step", -1))
+    lines = (out / JOURNAL).read_text().splitlines()
+    number = next(n for n, line in enumerate(lines) if '"outcome": {' in line)
+    line = json.loads(lines[number])
+    if damage == "quant_state":
+        line["texts"] = {name: text.replace("64", "128") for name, text in line["texts"].items()}
+    elif damage == "outcome":
+        line["outcome"] = {**line["outcome"], "kept": 0.5}
+    elif damage == "name":
+        line["step"] = 7
+    lines[number] = lines[number][:200] if damage == "half" else json.dumps(line)
+    (out / JOURNAL).write_text("\n".join(lines) + "\n")
     assert contents(job.resumed(out)) == job.whole
 
 
@@ -359,8 +391,9 @@ def unfinished(job: Job, tmp_path: Path) -> tuple[Job, Path]:
 def journal_says(out: Path, **changes: Any) -> None:
     lines = (out / JOURNAL).read_text().splitlines()
     first = json.loads(lines[0])
+    first.pop(CHECKSUM)
     first["run"].update(changes)
-    (out / JOURNAL).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    (out / JOURNAL).write_text("\n".join([_encoded(first).decode().rstrip(), *lines[1:]]) + "\n")
 
 
 def touch_weight(folder: Path) -> None:

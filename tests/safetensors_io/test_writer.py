@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, DiskError, RoomError
+from qmerge.safetensors_io.disk import write_file
 from qmerge.safetensors_io.header import read_header
-from qmerge.safetensors_io.writer import LEAST_IN_THREAD, LONGEST_TEXT, FileLayout, ShardWriter, write_file
+from qmerge.safetensors_io.writer import LEAST_IN_THREAD, LONGEST_TEXT, FileLayout, ShardWriter
 from qmerge.types import BITS, SAFETENSORS_DTYPES, TensorSpec
 
 DTYPES = [
@@ -81,7 +82,7 @@ def write(
         sink.append(name, flat[:cut])
         sink.append_bytes(name, bytearray(raw(flat[cut:])))
         assert sink.finish()[name] == hashlib.sha256(raw(flat)).hexdigest()
-    writer.add_texts(texts)
+    writer.step_done({}, texts)
     assert not path.exists(), "nothing has the final name yet"
     record = writer.finish()
     assert not path.exists(), "whole, but not yet published"
@@ -221,7 +222,7 @@ def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path, resume: bo
     if not dangling:
         victim.write_text("mine")
     (tmp_path / "model.partial").symlink_to(victim)
-    with pytest.raises(OSError):
+    with pytest.raises(DiskError):
         ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(3)}, {}), resume)
     assert victim.exists() != dangling and (dangling or victim.read_text() == "mine")
 
@@ -231,7 +232,9 @@ def test_a_link_at_the_final_name_is_replaced_not_followed(tmp_path: Path) -> No
     victim.write_text("mine")
     (tmp_path / "model").symlink_to(victim)
     writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(1)}, {}))
-    writer.step(("a",)).append("a", torch.ones(1))
+    sink = writer.step(("a",))
+    sink.append("a", torch.ones(1))
+    sink.finish()
     writer.finish()
     writer.publish()
     assert victim.read_text() == "mine" and not (tmp_path / "model").is_symlink()
@@ -239,7 +242,7 @@ def test_a_link_at_the_final_name_is_replaced_not_followed(tmp_path: Path) -> No
 
 def test_an_older_temporary_file_is_not_taken_over_unasked(tmp_path: Path) -> None:
     (tmp_path / "model.partial").write_bytes(b"something")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(DiskError):
         ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(3)}, {}))
 
 
@@ -259,7 +262,7 @@ def test_a_small_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(DiskError, match="Input/output"):
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
 
@@ -281,3 +284,66 @@ def test_hashes_find_a_changed_byte(found: dict[str, torch.Tensor]) -> None:
                 writer.write(name, 0, bytes([first ^ 1]))
                 assert not writer.matches({name: hashes[name]})
         writer.close()
+
+
+# --- what the disk does ----------------------------------------------------------------------------------------------
+
+
+def test_writes_that_take_less_than_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header and texts included: a write may stop anywhere."""
+    found = {"a": torch.arange(300), "b": torch.ones(7)}
+    whole = write(tmp_path / "whole", found, {"t": "text"})
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[: 1 + len(data) // 3], at))
+    assert write(tmp_path / "short", found, {"t": "text"}) == whole
+    write_file(tmp_path / "small", b"0123456789")
+    assert (tmp_path / "short").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "small").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("place", ["header", "tensor", "text"])
+def test_bytes_that_come_back_otherwise(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was meant to be written decides, not what is on the disk; the control is every other test."""
+    path = tmp_path / "model"
+    layout = layout_of({"a": torch.ones(4)}, {"t": "text"})
+    writer = ShardWriter(path, layout)
+    sink = writer.step(("a", "t"))
+    sink.append("a", torch.ones(4))
+    sink.append_bytes("t", bytearray(b"text"))
+    sink.finish()
+    at = {"header": 20, "tensor": layout.data_start + 5, "text": layout.data_start + layout.fixed_bytes + 1}[place]
+    fsync = os.fsync
+
+    def damaging(descriptor: int) -> None:
+        fsync(descriptor)
+        with (tmp_path / "model.partial").open("r+b") as file:
+            file.seek(at)
+            file.write(b"\xff")
+
+    monkeypatch.setattr(os, "fsync", damaging)
+    with pytest.raises(DiskError, match="other bytes than were written"):
+        writer.finish()
+    writer.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(28, RoomError), (122, RoomError), (5, DiskError), (13, DiskError), (30, DiskError)]
+)
+def test_every_error_of_the_disk_is_one_line(
+    tmp_path: Path, number: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(error, match=os.strerror(number)):
+        write_file(tmp_path / "config.json", b"{}")
+
+
+def test_a_small_file_follows_no_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "config.json.partial").symlink_to(victim)
+    write_file(tmp_path / "config.json", b"{}")
+    assert victim.read_text() == "mine" and (tmp_path / "config.json").read_bytes() == b"{}"

@@ -26,7 +26,7 @@ from qmerge.adapters.reading.folder import CONFIG, Adapter, read_config, tensors
 from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.lora import LoraUpdate, TokenRowsUpdate
 from qmerge.errors import AdapterError
-from qmerge.safetensors_io.writer import hash_file
+from qmerge.safetensors_io.disk import hash_file
 from qmerge.types import Replacement, Rows, Update
 
 
