@@ -178,6 +178,17 @@ def locked(out: Path, part: Part | None = None) -> Iterator[None]:
         (out / name_of_part(LOCK, part)).unlink(missing_ok=True)
 
 
+def remove_lock(out: Path) -> None:
+    """Remove the lock that a killed run has left.
+
+    Raises:
+        RecipeError: another run has locked the folder.
+    """
+    if (out / LOCK).exists():
+        acquire_lock(out).release()
+        (out / LOCK).unlink(missing_ok=True)
+
+
 def acquire_lock(out: Path, part: Part | None = None) -> FileLock:
     """Lock the folder, or a part of the model in it, for this run.
 

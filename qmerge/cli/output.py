@@ -48,11 +48,15 @@ def exit_code(reports: Sequence[ReportData], *, min_kept: float | None, max_kl_r
 
 @dataclass(frozen=True, kw_only=True)
 class _ShareKept:
-    """The number that ``--min-kept`` is about, what it is called, and where it is from."""
+    """The number that ``--min-kept`` is about, what it is called, and where it is from.
+
+    is_of_delta: it is the share of the delta, of which more than 1 is an error as less is.
+    """
 
     value: float
     name: str
     source: str
+    is_of_delta: bool = False
 
 
 def _below_min_kept(reports: Sequence[ReportData], least: float | None) -> str | None:
@@ -61,7 +65,12 @@ def _below_min_kept(reports: Sequence[ReportData], least: float | None) -> str |
         return None
     known = [share for share in map(_share_kept, reports) if share is not None]
     worst = min(known, key=lambda share: share.value, default=None)
-    if worst is None or worst.value >= least:
+    if worst is None:
+        return None
+    most = max(known, key=lambda share: share.value)
+    if most.is_of_delta and most.value > 2 - least:  # as far past 1 as the limit is below it
+        return f"{most.name} {most.value:.4f} is farther past 1 than --min-kept {least:g} allows ({most.source})"
+    if worst.value >= least:
         return None
     return f"{worst.name} {worst.value:.4f} is less than --min-kept {least:g} ({worst.source})"
 
@@ -80,7 +89,7 @@ def _share_kept(report: ReportData) -> _ShareKept | None:
         return None
     where = "the layers' outputs" if report.outputs_measured else "the weights"
     source = f"{target}: no gain was measured on the whole model; --verify TEXT does"
-    return _ShareKept(value=kept, name=f"share of the delta kept in {where}", source=source)
+    return _ShareKept(value=kept, name=f"share of the delta kept in {where}", source=source, is_of_delta=True)
 
 
 def _past_max_kl_ratio(reports: Sequence[ReportData], most: float | None) -> str | None:

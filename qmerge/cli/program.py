@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version as installed_version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,10 +17,11 @@ from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.errors import QmergeError, RecipeError
 from qmerge.recipe import Recipe
+from qmerge.safetensors_io.disk import disk_error
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
-    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 130 interrupted (--resume goes on)."
+    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 7 the disk failed; 130 interrupted (--resume goes on)."
 )
 
 app = typer.Typer(
@@ -108,8 +109,14 @@ def main() -> None:
     try:
         app(prog_name="qmerge")  # also for python -m qmerge
     except QmergeError as error:
-        print(f"qmerge: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end_with(error)
+    except OSError as cause:
+        _end_with(disk_error(cause, None))
+
+
+def _end_with(error: QmergeError) -> NoReturn:
+    print(f"qmerge: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _interrupt(*_: object) -> None:

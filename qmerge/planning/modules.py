@@ -63,7 +63,8 @@ class Modules:
         if update is None or not self.inputs.adapter.config.get("fan_in_fan_out"):
             return False
         trains_rows = any(isinstance(member, TokenRowsUpdate) for member in update.members)
-        return not trains_rows and update.shape == (columns, rows)
+        shape_O, shape_I = update.shape
+        return not trains_rows and shape_O in (columns, -1) and shape_I in (rows, -1)
 
     def is_conv1d(self, weight: Weight) -> bool:
         """Whether a weight belongs to a Conv1D, in whichever format it is stored."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from qmerge import hub
 from qmerge.adapters.reading.folder import CONFIG, tensors_file
 from qmerge.checkpoint.fingerprint import fingerprint
 from qmerge.checkpoint.scan import scan
-from qmerge.errors import RecipeError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.gguf.base import unnamed
 from qmerge.planning.inputs import Inputs
 from qmerge.progress import Progress
@@ -58,6 +59,43 @@ def input_records(inputs: Inputs, progress: Progress, share: Share = every_file)
     progress.stage("hashing inputs", sum(files.nbytes for files in all_files))
     with ThreadPoolExecutor(cpu_threads()) as pool:  # hashing and reading release Python's lock
         return [_input_record(files, pool, progress) for files in all_files]
+
+
+FileState: TypeAlias = tuple[int, ...]
+"""Device, number, size and times of a file: they change when its content does."""
+
+
+def input_states(inputs: Inputs) -> dict[Path, FileState]:
+    """The state of every file that a result depends on, before it is read."""
+    return {path: _state(path) for files in _files_of(inputs) for path in files.files}
+
+
+def check_unchanged(inputs: Inputs, before: Mapping[Path, FileState], records: Sequence[InputRecord]) -> None:
+    """Check that no input has changed since it was hashed.
+
+    A file with another state is hashed again: one that was only touched is no problem.
+
+    Raises:
+        CheckpointError: a file was changed or removed: what was read of it is not what its hash says.
+    """
+    for files, record in zip(_files_of(inputs), records, strict=True):
+        hash_of = {file.file: file.sha256 for file in record.files}
+        for path in files.files:
+            try:
+                if _state(path) == before[path] or hash_file(path) == hash_of.get(path.name):
+                    continue
+                problem = "was changed"
+            except OSError as cause:
+                problem = f"cannot be read any more ({cause.strerror})"
+            raise CheckpointError(
+                f"{path} {problem} while the run was reading it: the result would be a mixture. Start again when nothing else "
+                f"writes to the {files.role}"
+            )
+
+
+def _state(path: Path) -> FileState:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def joined_records(inputs: Inputs, parts: Sequence[Sequence[InputRecord]]) -> list[InputRecord]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qmerge.calibration import texts
 from qmerge.checkpoint import folder
+from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
@@ -24,11 +25,11 @@ from qmerge.pipeline import Outcome
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.progress import NoProgress, Progress
-from qmerge.recipe import JUDGED_TOKENS, Device, Recipe
+from qmerge.recipe import JUDGED_TOKENS, Device, Recipe, make_recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
 from qmerge.report.make import device_name, make_report
-from qmerge.report.records import input_records
+from qmerge.report.records import check_unchanged, input_records, input_states
 from qmerge.run.destinations import OutputFolder
 from qmerge.run.promote import plan_with_promoted
 from qmerge.run.residual import Residual, write_residuals
@@ -36,7 +37,7 @@ from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.disk import write_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles
+from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles, read_report
 from qmerge.weights.context import RunContext
 from qmerge.wording import counted
 
@@ -58,6 +59,10 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         needs.
     """
     progress = progress or NoProgress()
+    finished = finished_report(recipe) if resume else None
+    if finished is not None:
+        progress.note(f"{recipe.out} is complete already: there is nothing to resume.")
+        return finished
     with Reader() as reader:
         run = prepare(recipe, reader, resume=resume, progress=progress)
         out_existed = run.out.exists()
@@ -66,6 +71,27 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
             if recipe.verify:
                 report = add_fidelity(report, run, Path(recipe.verify).expanduser())
             return report
+
+
+def finished_report(recipe: Recipe) -> ReportData | None:
+    """The report of a folder that a run with this recipe has completed; None for any other folder.
+
+    A run that is interrupted in its last moment, when only locks are left to be removed, leaves such a folder.
+    """
+    out = Path(recipe.out or "").expanduser()
+    if recipe.out is None or not (out / REPORT_NAME).is_file() or (out / JOURNAL).exists():
+        return None
+    report = read_report(out)
+    if _without_revisions(make_recipe(report.recipe)) != _without_revisions(recipe):
+        return None
+    folder.remove_lock(out)
+    return report
+
+
+def _without_revisions(recipe: Recipe) -> dict[str, Any]:
+    """What two recipes must have in common to make the same model. Revisions become commits in a finished model."""
+    revisions = dict.fromkeys(("revision", "adapter_revision", "original_revision"))
+    return make_recipe({**recipe.portable(), **revisions}).identity()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +274,12 @@ def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData
 def write_model(run: Run, *, resume: bool) -> ReportData:
     """Run every step, then write the other files."""
     # Hashes of all inputs come first: a resumed run must have the same ones.
+    before = input_states(run.plan.inputs)
     records = input_records(run.plan.inputs, run.progress)
     journal = Journal(run.out, run_identity(run, records), resume)
-    report = complete_model(run, write_weights(run, records, journal, resume=resume))
+    written = write_weights(run, records, journal, resume=resume)
+    check_unchanged(run.plan.inputs, before, records)
+    report = complete_model(run, written)
     journal.remove()
     return report
 

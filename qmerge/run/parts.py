@@ -22,7 +22,7 @@ from qmerge.pipeline import Outcome
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Device, Recipe, make_recipe
 from qmerge.report.make import device_name
-from qmerge.report.records import input_records, joined_records
+from qmerge.report.records import check_unchanged, input_records, input_states, joined_records
 from qmerge.run.merge_model import (
     Run,
     Written,
@@ -112,6 +112,7 @@ def _check_not_complete(recipe: Recipe, part: Part) -> None:
 
 
 def _write_part(run: Run, part: Part, files: list[str], resume: bool) -> None:
+    before = input_states(run.plan.inputs)
     records = input_records(run.plan.inputs, run.progress, part.share)
     # What finalize needs to know, apart from the steps and files.
     facts = {
@@ -122,6 +123,7 @@ def _write_part(run: Run, part: Part, files: list[str], resume: bool) -> None:
     }
     journal = Journal(run.out, run_identity(run, records), resume, part, facts)
     write_weights(run, records, journal, resume=resume)
+    check_unchanged(run.plan.inputs, before, records)
 
 
 # --- the whole model -------------------------------------------------------------------------------------------------

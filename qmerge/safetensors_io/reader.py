@@ -38,13 +38,16 @@ class Reader:
         """Bytes ``start`` … ``stop`` of a tensor.
 
         Raises:
-            CheckpointError: the file ends before them: it has changed since its header was read.
+            CheckpointError: the file cannot be read, or ends before them: it has changed since its header was read.
         """
         buffer = bytearray(stop - start)
         view = memoryview(buffer)
         done = 0
         while done < len(buffer):  # a read may return less than was asked for
-            count = os.preadv(self._descriptor(info.file), [view[done:]], info.offset + start + done)
+            try:
+                count = os.preadv(self._descriptor(info.file), [view[done:]], info.offset + start + done)
+            except OSError as cause:
+                raise _unreadable(info.file, cause) from cause
             if count == 0:
                 raise CheckpointError(
                     f"{info.file.name}: ends inside tensor {info.name!r}: the file was changed while it was read"
@@ -67,8 +70,15 @@ class Reader:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                try:
+                    self._descriptors[file] = os.open(file, os.O_RDONLY)
+                except OSError as cause:
+                    raise _unreadable(file, cause) from cause
             return self._descriptors[file]
+
+
+def _unreadable(file: Path, cause: OSError) -> CheckpointError:
+    return CheckpointError(f"{file}: cannot be read: {cause.strerror}")
 
 
 class MemoryReader(Reader):

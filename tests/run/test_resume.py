@@ -453,13 +453,6 @@ def test_unfinished_run_without_resume(unfinished: tuple[Job, Path], cli: Cli) -
     assert after == before
 
 
-def test_resume_of_a_finished_run(job: Job, cli: Cli) -> None:
-    out = job.resumed(job.out())
-    ran = cli(*job.arguments(out, "--resume"))
-    assert ran.code == 2 and "no unfinished run" in ran.err
-    assert contents(out) == job.whole
-
-
 @pytest.mark.parametrize("exists", [True, False])
 def test_resume_of_nothing_starts(job: Job, cli: Cli, exists: bool) -> None:
     out = job.out()
@@ -564,3 +557,57 @@ def test_a_second_run_in_the_same_folder_is_refused(job: Job, cli: Cli) -> None:
 
 def _state(process: BaseProcess) -> str:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+# --- inputs that change while they are read --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", ["overwritten", "overwritten with its time kept", "removed", "touched", "replaced by itself"]
+)
+def test_inputs_that_change(
+    nf4: Path, lora: Path, tmp_path: Path, cli: Cli, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that is overwritten after it was hashed would be merged in part, with the old hash in the report."""
+    base, out = shutil.copytree(nf4, tmp_path / "base"), tmp_path / "out"
+    weights = base / "model.safetensors"
+    before, times = weights.read_bytes(), weights.stat()
+    real = destinations.run_step
+    done: list[str] = []
+
+    def changing(step: Any, *rest: Any) -> Any:
+        done.append(step.name)
+        if len(done) == 3:
+            if change.startswith("overwritten"):
+                with weights.open("r+b") as file:
+                    file.seek(-2000, os.SEEK_END)
+                    file.write(os.urandom(2000))
+            if change == "overwritten with its time kept":
+                os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if change == "removed":
+                weights.unlink()
+            if change == "touched":
+                weights.touch()
+            if change == "replaced by itself":
+                shutil.copy(weights, base / "copy")
+                (base / "copy").replace(weights)
+        return real(step, *rest)
+
+    monkeypatch.setattr(destinations, "run_step", changing)
+    ran = cli("--base", base, "--adapter", lora, "--target", "nf4", "--out", out, "--rounding", "nearest")
+    if change in ("touched", "replaced by itself"):
+        assert ran.code == 0 and weights.read_bytes() == before, ran.err
+        return
+    assert ran.code == 3 and "model.safetensors" in ran.err.splitlines()[-1], ran.err
+    assert not out.exists(), "nothing is left"
+
+
+def test_resume_of_a_finished_run(job: Job, cli: Cli) -> None:
+    """Interrupted when nothing but a lock was left to be removed."""
+    out = job.killed(len(job.moments))
+    assert (out / ".qmerge.lock").exists()
+    ran = cli(*job.arguments(out, "--resume"))
+    assert ran.code == 0 and "complete already" in ran.err, ran.err
+    assert contents(out) == job.whole and not (out / ".qmerge.lock").exists()
+    other = cli(*job.arguments(out, "--resume", "--seed", "3"))
+    assert other.code == 2, "the control: another recipe"
