@@ -434,6 +434,12 @@ def _act_order_without_calibration(recipe: Recipe) -> str | None:
     return None
 
 
+def _some_adapter(recipe: Recipe) -> str | None:
+    if not recipe.adapters:
+        return "adapter is an empty list: name at least one adapter"
+    return None
+
+
 def _trained_on_and_original(recipe: Recipe) -> str | None:
     if recipe.trained_on and recipe.original:
         return "trained_on is for a dense base, original is for a quantized one: give only one of them"
@@ -461,6 +467,7 @@ CONSISTENCY_CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _promote_of_auto,
     _promote_of_dense,
     _act_order_without_calibration,
+    _some_adapter,
     _trained_on_and_original,
     _unused_original,
 )
@@ -495,7 +502,13 @@ def _explain(problem: ValidationError) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys; PyYAML silently takes the last one."""
+    """A YAML loader that refuses duplicate keys, of which PyYAML silently takes the last one, and aliases, of which a few lines
+    make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise RecipeError("recipe: YAML aliases (*name) are not allowed: write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = []
@@ -514,12 +527,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
         RecipeError: the file cannot be read, is not YAML, or is no mapping from names to values.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise RecipeError(f"{path}: expected a regular file")
         if path.stat().st_size > LARGEST_YAML:
             raise RecipeError(f"{path}: larger than a recipe can be ({LARGEST_YAML >> 20} MiB)")
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # a SafeLoader: no code is run
     except OSError as cause:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
-    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:  # of a date or a number that is none, too
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(cause).split())}") from cause
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise RecipeError(f"{path}: expected lines like `target: nf4`")

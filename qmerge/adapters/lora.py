@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qmerge.adapters.base import AdapterKind, Changes, add_change
+from qmerge.adapters.reading.patterns import first_matching
 from qmerge.adapters.reading.saved_weights import add_saved_weights, check_saved_weights
 from qmerge.adapters.reading.targeted_parameters import targeted_parameters
 from qmerge.adapters.updates import initializations, variants
@@ -30,8 +31,9 @@ KEY = re.compile(
 DEFAULT = 8
 """``r`` and ``lora_alpha`` where the config leaves them out (peft/tuners/lora/config.py)."""
 
+LARGEST_RANK = 1_000_000
 LARGEST_ALPHA = 1e6
-"""A larger alpha is a damaged config, not a setting."""
+"""A larger rank or alpha is a damaged config, not a setting."""
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "nvfp4_merge_aware": (None, False),  # axolotl: trained through NVFP4's own rounding
@@ -342,12 +344,14 @@ def rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
         # JSON gives whatever was written: strings, lists, infinity.
         rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", DEFAULT))
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", DEFAULT))
-        if int(rank) < 1:
-            raise AdapterError(f"adapter_config.json gives {module} the rank {rank}; expected 1 or more")
+        if not 1 <= int(rank) <= LARGEST_RANK:
+            raise AdapterError(
+                f"adapter_config.json gives {module} the rank {str(rank)[:80]}; expected 1 to {LARGEST_RANK}"
+            )
         if not abs(float(alpha)) < LARGEST_ALPHA:
             raise AdapterError(f"adapter_config.json gives {module} the alpha {alpha}; expected a number like 16")
         return int(rank), float(alpha)
-    except (TypeError, ValueError, OverflowError, re.error) as cause:
+    except (TypeError, ValueError, OverflowError) as cause:
         raise AdapterError(f"adapter_config.json: r, lora_alpha or a pattern is not a number: {cause!r}") from cause
 
 
@@ -356,8 +360,5 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         raise AdapterError(
             f"adapter_config.json: rank_pattern and alpha_pattern map names to numbers, found {patterns!r}"
         )
-    if not patterns:
-        return default  # most adapters have none, and importing peft takes seconds
-    from peft.utils.other import get_pattern_key
-
-    return patterns.get(get_pattern_key(patterns.keys(), module), default)
+    pattern = first_matching(patterns, module)
+    return default if pattern is None else patterns[pattern]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qmerge.checkpoint.documents import MOST_LAYERS
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.types import Weight
@@ -49,14 +50,16 @@ def replicate_layers(base: Checkpoint, ranges: Any) -> Checkpoint:
 def _layer_order(ranges: Any, layer_count: int) -> list[int]:
     """Number of the base's layer for every layer of the replicated model."""
     try:
+        if sum(max(0, stop - start) for start, stop in ranges) > MOST_LAYERS:
+            raise ValueError(f"more than {MOST_LAYERS} layers")
         order = [layer for start, stop in ranges for layer in range(start, stop)]
     except (TypeError, ValueError) as cause:
         raise AdapterError(
-            f"adapter_config.json has layer_replication={ranges!r}; expected pairs like [[0, 4], [2, 5]]"
+            f"adapter_config.json has layer_replication={str(ranges)[:80]}; expected pairs like [[0, 4], [2, 5]]"
         ) from cause
     if not order or min(order) < 0 or max(order) >= layer_count:
         raise AdapterError(
-            f"adapter_config.json has layer_replication={ranges!r}, but the base has {layer_count} layers. "
+            f"adapter_config.json has layer_replication={str(ranges)[:80]}, but the base has {layer_count} layers. "
             f"Is this the base that the adapter was trained on?"
         )
     return order

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qmerge.errors import CheckpointError, InputError, listed
+from qmerge.checkpoint.documents import ModelConfig, check_document, read_json
+from qmerge.errors import CheckpointError, listed
 from qmerge.formats import all_formats, get_format
-from qmerge.safetensors_io.header import read_header, strict_json
+from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
 
@@ -21,9 +22,6 @@ QUANTIZE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 MLX_METHOD = "mlx"
 """``quant_method`` of models that mlx_lm has quantized, as qmerge names it: in config.json they have none."""
-
-LARGEST_JSON = 64 * 2**20
-"""Bytes."""
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
@@ -90,6 +88,7 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
         CheckpointError: something is missing, contradicts something else, or is stored in an unknown way.
     """
     config = read_json(folder / "config.json", CheckpointError)
+    check_document(config, ModelConfig, "config.json", CheckpointError)
     files = shard_files(folder)
     tensors = _read_headers(files)
     _check_index(folder, tensors)
@@ -261,17 +260,3 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
             f"config.json declares that the base is quantized with {method}, but no tensor is; "
             f"use the config.json that belongs to these files, or remove quantization_config from it"
         )
-
-
-def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB, without duplicate keys.
-
-    Raises:
-        error: the file cannot be read, is larger, or holds something else.
-    """
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise error(f"{path.name}: larger than {LARGEST_JSON >> 20} MiB, which no model needs ({path})")
-        return strict_json(path.read_bytes(), path.name, error)
-    except OSError as cause:
-        raise error(f"{path.name} cannot be read: {cause.strerror} ({path})") from cause

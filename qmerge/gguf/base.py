@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.checkpoint.architecture import meta_model
-from qmerge.checkpoint.scan import Checkpoint, read_json, scan
+from qmerge.checkpoint.documents import read_json
+from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, listed
 from qmerge.formats.base import NoOptions
 from qmerge.formats.gguf import BLOCK_TYPES, GgufOptions

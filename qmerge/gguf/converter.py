@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from qmerge.checkpoint.config import without_quantization
+from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import TOKENIZER
-from qmerge.checkpoint.scan import read_json
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.gguf.vocabulary import read_vocabulary
 from qmerge.safetensors_io.header import build_header

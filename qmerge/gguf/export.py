@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import check_room
-from qmerge.checkpoint.scan import read_json, scan
+from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, NumbersError, RecipeError, RoomError
 from qmerge.formats import get_format
 from qmerge.gguf.families import check_config, family_of, read_config

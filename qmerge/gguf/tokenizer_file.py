@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmerge.checkpoint.scan import read_json
+from qmerge.checkpoint.documents import read_json
 from qmerge.errors import CheckpointError
 
 SAVE_AGAIN = "AutoTokenizer.from_pretrained(…).save_pretrained(…) writes it"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ LENGTH_BYTES = 8
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
+MOST_AXES = 64
+"""Axes of a tensor; torch's own limit in many of its operations."""
+
+LARGEST_SIZE = 2**63 - 1
+"""Elements, and bytes: no file system has larger files."""
+
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -37,7 +44,10 @@ def read_header(path: Path, error: type[InputError]) -> tuple[dict[str, TensorIn
         error: the file is missing, truncated, or not a safetensors file, or its header breaks the specification.
     """
     try:
-        file_size = path.stat().st_size
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
+            raise error(f"{path.name}: not a regular file ({path})")
+        file_size = state.st_size
         with path.open("rb") as file:
             start = file.read(LENGTH_BYTES)
             length = _header_length(path, start, file_size, error)
@@ -92,9 +102,9 @@ class _HeaderParser:
     def _tensor(self, name: str, entry: Any) -> TensorInfo:
         try:
             dtype = entry["dtype"]
-            shape = tuple(entry["shape"])
+            shape = entry["shape"]
             begin, end = entry["data_offsets"]
-            is_valid = all(_is_size(value) for value in (*shape, begin, end))
+            is_valid = isinstance(dtype, str) and _is_shape(shape) and _is_size(begin) and _is_size(end)
         except (TypeError, KeyError, ValueError):
             is_valid = False
         if not is_valid:
@@ -104,10 +114,10 @@ class _HeaderParser:
         # In bits: elements of 4 or 6 bits need not fill whole bytes.
         if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
             raise self._invalid(
-                f"tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {TensorSpec(dtype, shape).nbytes} bytes, "
+                f"tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {math.prod(shape) * BITS[dtype] // 8} bytes, "
                 f"but its data_offsets span {end - begin}"
             )
-        return TensorInfo(dtype, shape, name=name, file=self.path, offset=self.data_start + begin)
+        return TensorInfo(dtype, tuple(shape), name=name, file=self.path, offset=self.data_start + begin)
 
     def _check_data_is_covered(self, tensors: Mapping[str, TensorInfo]) -> None:
         """The tensors must follow one another without gaps, up to the end of the file."""
@@ -130,7 +140,15 @@ class _HeaderParser:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0  # True is an int in Python
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SIZE
+    )  # True is an int in Python
+
+
+def _is_shape(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > MOST_AXES or not all(map(_is_size, value)):
+        return False
+    return math.prod(value) <= LARGEST_SIZE
 
 
 def _is_unicode_text(name: str) -> bool:

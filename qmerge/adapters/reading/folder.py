@@ -15,8 +15,8 @@ from qmerge.adapters.reading import mlx
 from qmerge.adapters.reading.patterns import matches
 from qmerge.adapters.reading.placement import placed_on_disk
 from qmerge.adapters.reading.saved_weights import is_saved_module
+from qmerge.checkpoint.documents import AdapterConfig, check_document, read_json
 from qmerge.checkpoint.names import Names
-from qmerge.checkpoint.scan import read_json
 from qmerge.errors import AdapterError, listed
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
@@ -128,6 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
     config = read_json(folder / CONFIG, AdapterError)
+    check_document(config, AdapterConfig, CONFIG, AdapterError)
     if mlx.is_mlx(config):
         return mlx.peft_config(config)
     if config.get("ensure_weight_tying") and not _peft_ties_embeddings(config):
