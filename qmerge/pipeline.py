@@ -39,7 +39,10 @@ from qmerge.weights.heap import keep_freed_memory
 from qmerge.weights.parallel import map_blocks, one_torch_thread
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.values import OpenSource, open_source, open_weight
-from qmerge.weights.writing import CodesSink, copy_bytes, write_replacement, write_scales
+from qmerge.weights.writing import PARAMETERS, CodesSink, copy_bytes, write_replacement, write_scales
+
+LARGEST_VALUE = 1e18
+"""Largest value of a merged weight: a sum of squares of larger ones may be past float32."""
 
 
 @dataclass(frozen=True)
@@ -211,27 +214,32 @@ def add_delta(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) ->
     """base + delta in float32; the base itself where there is no update.
 
     Raises:
-        NumbersError: NaN in the base, or NaN or infinity after merging.
+        NumbersError: NaN, infinity, or values past ``LARGEST_VALUE`` in the base or after merging.
     """
-    if update is None:
-        if base_OI.numel() and bool(base_OI.amax().isnan()):
-            raise NumbersError(f"{step.name}: the base contains NaN: the file is damaged; download it again")
-        return base_OI
-    merged_OI = update.apply(base_OI, rows)
-    if not is_finite(merged_OI):
-        raise NumbersError(
-            f"{step.name}: the base or the merged weight contains NaN or infinity, which no target stores; check that the "
-            f"base and the adapter are finite"
-        )
+    merged_OI = base_OI if update is None else update.apply(base_OI, rows)
+    # A mask that is no weight may hold infinity, where it stays dense.
+    if update is not None or get_target(step.target).info.is_quantized or step.weight.local in PARAMETERS:
+        check_values(merged_OI, step.name)
     return merged_OI
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: the extremes tell, several times faster than a test of every value."""
+def check_values(values: Tensor, name: str) -> None:
+    """Raise NumbersError for NaN, infinity, and values past ``LARGEST_VALUE``. The extremes tell, several times faster than a
+    test of every value."""
     if not values.numel():
-        return True
+        return
     low, high = values.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise NumbersError(
+            f"{name}: the base or the merged weight contains NaN or infinity, which no target stores; check that the "
+            f"base and the adapter are finite"
+        )
+    largest = max(-float(low), float(high))
+    if largest > LARGEST_VALUE:
+        raise NumbersError(
+            f"{name} reaches {largest:.3g}, which no trained weight does: its square is past float32. Check the base and the "
+            f"adapter's alpha"
+        )
 
 
 # --- grid, round -----------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
@@ -19,12 +21,34 @@ COPY_BYTES = 2**22
 """Bytes that are copied at a time."""
 
 
+PARAMETERS = ("weight", "bias")
+"""Names in modules of what was trained. Other tensors (masks) may hold infinity."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
-    """Every part of the weight, byte for byte."""
+    """Every part of the weight, byte for byte.
+
+    Raises:
+        NumbersError: a weight, or a scale of it, is NaN or infinity: every output of the model would be.
+    """
     for info in step.weight.parts.values():
         for start in range(0, info.nbytes, COPY_BYTES):
             stop = min(start + COPY_BYTES, info.nbytes)
-            sink.append_bytes(info.name, reader.bytes(info, start, stop))
+            data = reader.bytes(info, start, stop)
+            if step.weight.local in PARAMETERS and info.dtype in FLOATS and not _is_finite(data, info.dtype):
+                raise NumbersError(
+                    f"{info.name}: the base contains NaN or infinity, so the model would put out nothing else: the file is "
+                    f"damaged; download it again"
+                )
+            sink.append_bytes(info.name, data)
+
+
+def _is_finite(data: bytearray, dtype: str) -> bool:
+    """Whether there is neither NaN nor infinity: the extremes tell, several times faster than a test of every value."""
+    low, high = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).aminmax()
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:

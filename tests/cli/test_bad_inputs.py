@@ -508,6 +508,11 @@ CRASHES = [
 NUMBERS = [
     Case("nan_in_base", edit_tensors(filled("model.layers.1.mlp.down_proj.weight", torch.nan)), NumbersError, ("model.layers.1.mlp.down_proj.weight", "NaN")),
     Case("inf_in_base", edit_tensors(filled("model.layers.1.mlp.down_proj.weight", torch.inf)), NumbersError, ("model.layers.1.mlp.down_proj.weight", "infinity")),
+    Case("inf_copied", edit_tensors(filled("model.norm.weight", torch.inf, (3,))), NumbersError, ("model.norm.weight", "infinity"), target="nf4"),
+    Case("nan_copied", edit_tensors(filled("lm_head.weight", torch.nan)), NumbersError, ("lm_head.weight", "NaN")),
+    Case("inf_converted", edit_tensors(filled("lm_head.weight", -torch.inf)), NumbersError, ("lm_head.weight", "infinity"), target="fp32"),
+    Case("square_past_float32", edit_tensors(filled(f"{Q}.weight", 3e38)), NumbersError, (f"{Q}.weight", "3e+38"), target="int8"),
+    Case("past_any_weight", edit_tensors(filled(f"{Q}.weight", 1e30)), NumbersError, (f"{Q}.weight", "1e+30", "alpha"), target="nf4"),
     Case("past_fp16_merged", edit_tensors(filled("model.layers.1.mlp.down_proj.weight", 70000.0)), NumbersError, ("model.layers.1.mlp.down_proj.weight", "65504", "bf16"), target="fp16"),
     Case("past_fp16_converted", edit_tensors(filled("model.norm.weight", -70000.0, (3,))), NumbersError, ("model.norm.weight", "65504", "70"), target="fp16"),
 ]  # fmt: skip
