@@ -214,6 +214,12 @@ TextKind = Literal["given", "held out", "generated", "general", "mixed", "random
 """The text that a model was judged on: given by the user for this; a part of the calibration text that calibration did not
 use; written by the adapter model; general text that comes with qmerge; several of these; random tokens."""
 
+Judged = Literal[
+    "next tokens", "target tokens", "masked tokens", "classes", "classes of tokens", "answer spans", "scores", "embeddings",
+    "hidden states",
+]  # fmt: skip
+"""Which outputs of a whole model were compared. The last three are no probabilities: their distances are measured."""
+
 LEAST_GAIN: dict[Verdict, float] = {"kept": 0.95, "mostly kept": 0.85, "damaged": 0.3}
 """Verdict → smallest gain kept. Equally good merges differ by about 0.01. On SmolLM2-135M in NF4, ``preserve`` with text of
 the task has 0.973, quantizing the 16-bit merge again 0.930, peft's merge, which is the base again, 0.019."""
@@ -248,10 +254,16 @@ def verdict_of(gain_kept: float | None, kl_ratio: float | None) -> Verdict | Non
 
 
 class FidelityRecord(BaseModel):
-    """A whole merged model on text that rounding did not see, compared with its base and with the unmerged adapter model.
+    """A whole merged model on inputs that rounding did not see, compared with its base and with the unmerged adapter model.
 
-    Losses and divergences are in nats per token. ``gain_kept``: (loss_base − loss_merged) / (loss_base − loss_unmerged);
-    ``kl_ratio``: KL(unmerged ‖ merged) / KL(unmerged ‖ base). Both are None where the denominator is not positive.
+    Losses and divergences are in nats per output (``judged``: a token, an example). ``gain_kept``: (loss_base − loss_merged) /
+    (loss_base − loss_unmerged); ``kl_ratio``: KL(unmerged ‖ merged) / KL(unmerged ‖ base). Both are None where the denominator
+    is not positive; losses and ``gain_kept`` also where the right outputs are not known.
+
+    Of outputs that are no probabilities, half the squared distance ‖unmerged − merged‖² / ‖unmerged‖² takes the place of the
+    divergence (between normal distributions of equal width, the divergence is such a distance), and nothing is the top one.
+    Of embeddings, which have length 1, it is 1 − cosine.
+
     ``measured_on`` and ``verdict`` follow from the other fields where they are not given.
     """
 
@@ -259,22 +271,23 @@ class FidelityRecord(BaseModel):
     text: str
     tokens: int
     sequence_length: int
-    # Nats per token, on the same tokens for all three models
-    loss_base: float
-    loss_unmerged: float
-    loss_merged: float
+    # Nats per output, of the same inputs for all three models
+    loss_base: float | None
+    loss_unmerged: float | None
+    loss_merged: float | None
     gain_kept: float | None
-    # Of the unmerged model's predictions: from the base's, and from the merged model's
+    # Of the unmerged model's outputs: from the base's, and from the merged model's
     kl_base: float
     kl_merged: float
     kl_ratio: float | None
-    top1_agreement: float
+    top1_agreement: float | None
     kl_p99: float
     # Added later: records without them are still read.
     text_kind: TextKind = "given"
     measured_on: str = ""
     """In words: ``2,048 tokens that the adapter model wrote``."""
     verdict: Verdict | None = None
+    judged: Judged = "next tokens"
 
     @model_validator(mode="after")
     def _complete(self) -> FidelityRecord:
@@ -287,9 +300,16 @@ class FidelityRecord(BaseModel):
     @property
     def gain_that_counts(self) -> float | None:
         """Gain kept; None where the adapter improves the loss of this text so little that its gain is chance."""
+        if self.loss_base is None or self.loss_unmerged is None:
+            return None
         if self.loss_base - self.loss_unmerged < LEAST_IMPROVEMENT:
             return None
         return self.gain_kept
+
+    @property
+    def has_distances(self) -> bool:
+        """Whether the outputs are no probabilities, so that distances take the place of divergences."""
+        return self.judged in ("scores", "embeddings", "hidden states")
 
 
 class ReportData(BaseModel):

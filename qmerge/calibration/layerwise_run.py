@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmerge.calibration.forward import ForwardPass, LayerCall
 from qmerge.calibration.layered import LayeredModel, Values
+from qmerge.calibration.tasks import token_arguments
 
 
 class LayerwiseRun:
@@ -46,12 +47,15 @@ class LayerwiseRun:
             forward = getattr(model.model, "base_model", model.model)
         self._passes: list[ForwardPass] = []
         for ids in batches:
-            self._passes.append(ForwardPass(partial(forward, input_ids=ids.to(model.device), use_cache=False)))
+            self._passes.append(ForwardPass(partial(forward, **token_arguments(forward, ids.to(model.device)))))
 
     def start(self) -> None:
         """Run the embeddings, up to the first decoder layer."""
-        with self.model.loaded(None, self.values):
-            self.waiting = [forward_pass.advance() for forward_pass in self._passes]
+        self.model.load(None, self.model.names(None), self.values)
+        self.waiting = [forward_pass.advance() for forward_pass in self._passes]
+        # After the encoder's last layer, its final norm and the decoder's embeddings are needed.
+        if not self.model.has_encoder_and_decoder:
+            self.model.unload(None)
 
     def run_layer(self, index: int) -> None:
         """Load decoder layer ``index``, at which all batches wait, run them through it, and unload it."""

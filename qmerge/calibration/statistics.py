@@ -181,12 +181,14 @@ class CalibrationPass:
     def _score(self, finished: Sequence[FinishedRun]) -> FidelityRecord:
         base, unmerged, merged = finished
         held_out = self.tokens.held_out
+        of_what = "" if self.unmerged.predicts_tokens else f"{self.unmerged.judged} of "
         return score_runs(base, unmerged, merged, held_out).record(
             self.tokens.source,
             tokens=sum(ids.numel() for ids in held_out),
             length=held_out[0].shape[1],
+            judged=self.unmerged.judged,
             text_kind=self.tokens.text_kind,
-            measured_on=f"{self.tokens.judged_on}, which rounding did not see",
+            measured_on=f"{of_what}{self.tokens.judged_on}, which rounding did not see",
         )
 
     def _layer(self, index: int, runs: Sequence[LayerwiseRun]) -> Iterator[CalibratedGroup]:

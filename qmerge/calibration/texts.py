@@ -47,6 +47,12 @@ Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
 
 
+POSITIONS_AFTER_PADDING = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""``model_type`` of models whose first position is the one after ``pad_token_id`` (``create_position_ids_from_input_ids``)."""
+
 TEXT_KINDS: dict[str, TextKind] = {"generate": "generated", "general": "general", "random": "random"}
 """Source → kind of text. All others are the user's own."""
 
@@ -158,12 +164,7 @@ def read_texts(path: Path) -> list[Document]:
     Raises:
         RecipeError: it cannot be read, is not text, or a line has neither a text nor a chat.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as cause:
-        raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
-    except UnicodeDecodeError as cause:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {cause.start}); expected plain text or JSON lines") from cause
+    content = read_file(path)
     if path.suffix not in (".jsonl", ".json"):
         return [content]
     documents: list[Document] = []
@@ -173,13 +174,37 @@ def read_texts(path: Path) -> list[Document]:
     return documents
 
 
-def _document(line: str, where: str) -> Document:
+def read_file(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as cause:
+        raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
+    except UnicodeDecodeError as cause:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {cause.start}); expected plain text or JSON lines") from cause
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """A line of a .jsonl file.
+
+    Raises:
+        RecipeError: it is no JSON object.
+    """
     try:
         record = json.loads(line)
     except ValueError as cause:
         raise RecipeError(f"{where}: expected one JSON object per line: {cause}") from cause
     if not isinstance(record, dict):
-        raise RecipeError(f"{where}: expected a field `text` or `messages`, found {type(record).__name__}")
+        raise RecipeError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _document(line: str, where: str) -> Document:
+    record = json_object(line, where)
     if isinstance(record.get("text"), str):
         return str(record["text"])
     # A field of that name with other content is passed over; the error below lists all fields.
@@ -300,6 +325,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise TokenizerError(
             f"{folder}: no tokenizer that transformers can load, so no text can be read: {_quoted(cause)}"
         ) from cause
+    # Of a folder without a tokenizer's files, transformers makes some classes (BERT's) with special tokens only.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise TokenizerError(f"{folder}: its tokenizer has no vocabulary, so no text can be read")
     tokenizer.model_max_length = 2**40  # texts are cut into sequences later: no warning about their length
     return tokenizer
 
@@ -328,7 +356,10 @@ def vocab_size(config: Mapping[str, Any]) -> int:
 def max_sequence_length(config: Mapping[str, Any]) -> int:
     """Most tokens of a sequence that the model of a config.json takes; 2**20 where the config has no limit."""
     text_config = {**config, **(config.get("text_config") or {})}
-    return int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**20)
+    positions = int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**20)
+    if text_config.get("model_type") in POSITIONS_AFTER_PADDING:
+        positions -= (text_config.get("pad_token_id") or 0) + 1
+    return positions
 
 
 def batches_sha256(batches: Sequence[Tensor]) -> str:

@@ -93,7 +93,7 @@ def _fidelity_table(fidelity_of_rounding: dict[str, FidelityRecord]) -> NotedTab
         numbers = [
             fixed_or_dash(record.gain_kept, 3),
             fixed_or_dash(record.kl_ratio, 4),
-            percent_with_tenths(record.top1_agreement),
+            percent_with_tenths(record.top1_agreement or 0.0),
         ]
         table.add_row(rounding, record.verdict or DASH, *numbers)
     notes = [

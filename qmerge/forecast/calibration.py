@@ -17,8 +17,10 @@ from qmerge.calibration.generate import generate_tokens
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.room import planned_memory
 from qmerge.calibration.starts import find_starts
+from qmerge.calibration.tasks import CAUSAL_LM
 from qmerge.calibration.texts import CalibrationTokens
-from qmerge.errors import CheckpointError, TokenizerError
+from qmerge.errors import CheckpointError, RecipeError, TokenizerError
+from qmerge.forecast.warnings import uncalibrated_warning
 from qmerge.planning.plan import Plan
 from qmerge.schema import CalibrationRecord
 from qmerge.weights.context import RunContext
@@ -38,11 +40,13 @@ class Calibration:
     record   what the report contains about it; None where no weight needs calibration
     tokens   None without calibration
     note     what the user should know, or nothing
+    warning  what is wrong with it, or nothing
     """
 
     record: CalibrationRecord | None
     tokens: CalibrationTokens | None = None
     note: str = ""
+    warning: str = ""
 
 
 NO_CALIBRATION = Calibration(None)
@@ -50,10 +54,12 @@ NO_CALIBRATION = Calibration(None)
 
 
 def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callable[[str], None]) -> Calibration:
-    """Read, generate or draw the tokens that the plan asks for. The default is generated text.
+    """Read, generate or draw the tokens that the plan asks for.
+
+    The default is text that the model writes; for models that write none (BERT, T5), the general text.
 
     Raises:
-        RecipeError: the text cannot be used.
+        RecipeError: the text cannot be used, or the model cannot write one.
         RoomError: calibration does not fit into ``--max-memory``.
         CheckpointError: the model cannot be run, or its tokenizer not be loaded, and the plan asks for calibration.
     """
@@ -63,18 +69,23 @@ def prepare_calibration(plan: Plan, context: RunContext, report_progress: Callab
     is_default = settings.source in (None, "default")
     try:
         # Only to find out, before the long work, whether transformers can run the model.
-        LayeredModel(plan.config, (), context.device)
+        model = LayeredModel(plan.config, (), context.device)
     except CheckpointError as error:
         if not is_default:
             raise  # the user asked for calibration, and gets it or an error
-        note = f"No calibration (as with --calibration none), because the model cannot be run: {error}"
-        return Calibration(CalibrationRecord(source="none"), note=note)
+        return Calibration(CalibrationRecord(source="none"), warning=uncalibrated_warning(str(error)))
+    writes_text = model.task is CAUSAL_LM
+    if settings.source == "generate" and not writes_text:
+        raise RecipeError(
+            f"--calibration generate: a model for {model.task.name} writes no text by itself; use --calibration general, or a file"
+        )
     # Before the long work: it raises where there is not enough memory.
     planned_memory(plan, tokens_of_source(settings.source, settings.tokens), context.device)
     if not is_default:
         return _Preparation(plan, context, report_progress).calibration(str(settings.source))
     try:
-        calibration = _Preparation(plan, context, report_progress).calibration("generate")
+        source = "generate" if writes_text else "general"
+        calibration = _Preparation(plan, context, report_progress).calibration(source)
         return replace(calibration, note=_dataset_note(plan.inputs.adapter_files_folder))
     except TokenizerError as error:
         calibration = _Preparation(plan, context, report_progress).calibration("random")

@@ -35,6 +35,7 @@ class Preflight:
     tokens           what to calibrate on; None without calibration
     calibration      what the report contains about the calibration; None where no weight is rounded with ``preserve``
     notes            what the user should know, a line each
+    uncalibrated     warning about a calibration that is not possible; empty where it is, or is not needed
     """
 
     predicted: list[Survival]
@@ -43,6 +44,7 @@ class Preflight:
     tokens: CalibrationTokens | None
     calibration: CalibrationRecord | None
     notes: tuple[str, ...]
+    uncalibrated: str = ""
 
     def warnings(self, plan: Plan) -> list[str]:
         """The warnings that need no run, a line each. ``preserve`` is judged by what it did, when the run is done."""
@@ -52,6 +54,8 @@ class Preflight:
         lines = input_warnings(plan)
         lines += delta_size_warnings(plan, sizes)
         lines += warnings_about_original(plan, self.original_gap)
+        if self.uncalibrated:
+            lines.append(self.uncalibrated)
         # The predictions are about nearest rounding, or about stochastic where the recipe names it: they mean nothing for other
         # weights.
         rounding_of = {step.label: step.rounding for step in plan.merged}
@@ -120,6 +124,7 @@ def run_preflight(
         tokens=calibration.tokens,
         calibration=calibration.record,
         notes=tuple(notes),
+        uncalibrated=calibration.warning,
     )
 
 

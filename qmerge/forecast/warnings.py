@@ -193,6 +193,19 @@ def original_warnings(
     return [line]
 
 
+def uncalibrated_warning(reason: str) -> str:
+    """About a model that no text can be run through.
+
+    Args:
+        reason: why, in words.
+    """
+    return (
+        f"rounding was calibrated on nothing, because the model cannot be run on a text ({reason}): kept and noise are about the "
+        f"stored weights alone, and how far the outputs are from those of the adapter model is not known. Compare both on inputs "
+        f"of yours, or use --target bf16, which hardly rounds"
+    )
+
+
 def clipping_warnings(fraction: float | None, keeps_grid: bool) -> list[str]:
     """Values past the ends of the base's own scales.
 

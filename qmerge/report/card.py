@@ -12,7 +12,15 @@ from qmerge import hub, plugins
 from qmerge.formats import get_format
 from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
-from qmerge.report.headline import fidelity_remarks, measured_instead, unmeasured_lines, verdict_sentence
+from qmerge.report.headline import (
+    TOP_NAMES,
+    fidelity_remarks,
+    losses,
+    measured_instead,
+    ratio_name,
+    unmeasured_lines,
+    verdict_sentence,
+)
 from qmerge.schema import (
     GroupRecord,
     InputRecord,
@@ -185,23 +193,29 @@ def whole_model_lines(report: ReportData) -> list[str]:
     if fidelity is None:
         first, *others = unmeasured_lines(report)
         return [f"**{first}** {escape_markdown(' '.join(others))}"]
-    cells = [
-        f"**{fidelity.verdict or DASH}**",
-        fixed_or_dash(fidelity.gain_kept, 3),
-        fixed_or_dash(fidelity.kl_ratio, 4),
-        f"{fidelity.top1_agreement:.3g}",
-        f"{fidelity.kl_p99:.3g}",
-        *(f"{loss:.4f}" for loss in (fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged)),
-    ]
+    columns = {"verdict": f"**{fidelity.verdict or DASH}**"}
+    if not fidelity.has_distances:
+        columns["gain kept"] = fixed_or_dash(fidelity.gain_kept, 3)
+    ratio = ratio_name(fidelity)
+    columns[ratio] = fixed_or_dash(fidelity.kl_ratio, 4)
+    if fidelity.top1_agreement is not None:
+        columns[TOP_NAMES[fidelity.judged]] = f"{fidelity.top1_agreement:.3g}"
+    columns[f"{'distance' if fidelity.has_distances else 'KL'}, 99th percentile"] = f"{fidelity.kl_p99:.3g}"
+    known = losses(fidelity)
+    if known:
+        for name, loss in zip(("loss of base", "unmerged", "merged"), known, strict=True):
+            columns[name] = f"{loss:.4f}"
+    explained = [f"- {ratio}: 0 is like the unmerged adapter model, 1 is as far off as the base"]
+    if "gain kept" in columns:
+        explained.insert(0, "- gain kept: share of the adapter's improvement of the loss; 1 is all")
     return [
         f"**{verdict_sentence(fidelity)}** Measured on the whole model, on {escape_markdown(fidelity.measured_on)}.",
         "",
-        "| verdict | gain kept | KL ratio | same top token | KL, 99th percentile | loss of base | unmerged | merged |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| {' | '.join(cells)} |",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        f"| {' | '.join(columns.values())} |",
         "",
-        "- gain kept: share of the adapter's improvement of the loss; 1 is all",
-        "- KL ratio: 0 predicts like the unmerged adapter model, 1 is as far off as the base",
+        *explained,
         *(f"- {escape_markdown(line)}" for line in fidelity_remarks(fidelity)),
     ]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, ReportData, Verdict, overall_kept
-from qmerge.wording import exceeds_all, share
+from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
+from qmerge.wording import exceeds_all, share, times
 
 OTHER_TEXT = {
     "generated": "Text of its own shows no gain.",
@@ -13,8 +13,34 @@ OTHER_TEXT = {
 }
 """Kind of text → what to know about numbers that were measured on it."""
 
+TOP_NAMES: dict[Judged, str] = {
+    "next tokens": "same top token",
+    "target tokens": "same top token",
+    "masked tokens": "same top token",
+    "classes": "same class",
+    "classes of tokens": "same class",
+    "answer spans": "same position",
+}
+"""What was judged → name of ``top1_agreement``; without those that have no likeliest output."""
+
+WORTH_SAYING = 0.5
+"""Noise of at least so many deltas is told in one breath with the share that is kept."""
+
 GAIN_ABOVE_ALL = 1.02
 """Above this, gain kept is explained. Equally good merges differ by about 0.01."""
+
+
+def ratio_name(fidelity: FidelityRecord) -> str:
+    """Name of ``kl_ratio``."""
+    return "distance ratio" if fidelity.has_distances else "KL ratio"
+
+
+def losses(fidelity: FidelityRecord) -> tuple[float, float, float] | None:
+    """Of base, unmerged and merged model; None where the right outputs are not known."""
+    base, unmerged, merged = fidelity.loss_base, fidelity.loss_unmerged, fidelity.loss_merged
+    if base is None or unmerged is None or merged is None:
+        return None
+    return base, unmerged, merged
 
 
 def verdict_sentence(fidelity: FidelityRecord) -> str:
@@ -22,7 +48,10 @@ def verdict_sentence(fidelity: FidelityRecord) -> str:
     verdict = fidelity.verdict
     if verdict is None:
         return "No verdict: on this text, the adapter changes nothing."
-    return f"The fine-tuning is {verdict}: {_meaning(verdict, fidelity.gain_that_counts)}."
+    meaning = _meaning(verdict, fidelity.gain_that_counts)
+    if fidelity.has_distances:
+        meaning = meaning.replace("predicts", "computes")
+    return f"The fine-tuning is {verdict}: {meaning}."
 
 
 def _meaning(verdict: Verdict, gain: float | None) -> str:
@@ -42,12 +71,17 @@ def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
     """What to know about the numbers of a whole model, a line each; empty where they speak for themselves."""
     remarks = []
     gain = fidelity.gain_kept
-    if gain is None and fidelity.text_kind != "generated":
+    if losses(fidelity) is None:
+        if fidelity.judged == "classes":
+            remarks.append('No gain: the lines have no "label". The KL ratio decides.')
+    elif gain is None and fidelity.text_kind != "generated":
         remarks.append("The adapter does not lower the loss of this text: so no gain can be kept.")
     elif gain is not None and fidelity.gain_that_counts is None:
         remarks.append("The adapter hardly improves this text: the gain is chance, KL ratio decides.")
     elif gain is not None and gain > GAIN_ABOVE_ALL:
         remarks.append(_gain_above_all(fidelity.kl_ratio))
+    if fidelity.judged == "hidden states":
+        remarks.append("What a head makes of the hidden states was not judged.")
     if fidelity.text_kind in OTHER_TEXT:
         remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: qmerge verify OUT --text FILE")
     return remarks
@@ -78,7 +112,11 @@ def measured_instead(report: ReportData) -> str:
             f"In the layers' outputs on {report.calibration_text}, which rounding was fitted to, {share_of(kept)} the adapter's "
             f"effect; other text can give less."
         )
-    return f"In the stored weights, {share_of(kept)} the adapter's change."
+    line = f"In the stored weights, {share_of(kept)} the adapter's change."
+    noise = report.total.values["noise"]
+    if noise is not None and noise >= WORTH_SAYING:
+        line += f" Rounding adds noise of {times(noise)} its size, which this share does not show."
+    return line
 
 
 def share_of(kept: float) -> str:

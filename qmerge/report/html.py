@@ -12,7 +12,15 @@ from typing import Any
 import jinja2
 
 from qmerge import plugins
-from qmerge.report.headline import fidelity_remarks, kept_of_what, share_of, unmeasured_lines, verdict_sentence
+from qmerge.report.headline import (
+    TOP_NAMES,
+    fidelity_remarks,
+    kept_of_what,
+    ratio_name,
+    share_of,
+    unmeasured_lines,
+    verdict_sentence,
+)
 from qmerge.report.terminal.console import printable
 from qmerge.schema import ModulePairRecord, ReportData, WeightRecord, adapter_names, overall_kept
 from qmerge.wording import (
@@ -72,6 +80,8 @@ def _first_words(report: ReportData) -> dict[str, Any]:
         "share_of": share_of,
         "verdict_sentence": verdict_sentence,
         "fidelity_remarks": fidelity_remarks,
+        "ratio_name": ratio_name,
+        "top_names": TOP_NAMES,
         "unmeasured_lines": unmeasured_lines(report),
     }
 

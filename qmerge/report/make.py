@@ -209,6 +209,7 @@ def _warnings(
         *clipping_warnings(clipped, any(step.source.keeps_grid for step in plan.merged)),
         *interference_warnings(pairs, plan.recipe.combine),
         *warnings_about_original(plan, preflight.original_gap),
+        *([preflight.uncalibrated] if preflight.uncalibrated else []),
         *lines_about_weights,
     ]
 

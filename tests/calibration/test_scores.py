@@ -15,7 +15,8 @@ from torch import Tensor
 from qmerge.calibration import scores as module
 from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
-from qmerge.calibration.scores import FinishedRun, Scores, finish_run, next_ids, score_runs
+from qmerge.calibration.scores import FinishedRun, Scores, finish_run, score_runs
+from qmerge.calibration.tasks import next_ids
 
 from .test_layered import ARCHITECTURES, CPU, IDS, saved
 

@@ -93,7 +93,7 @@ BAD: dict[str, tuple[str, bytes, type[QmergeError], str]] = {
         RecipeError,
         "line 1: expected a field `text` or `messages`, found prompt",
     ),
-    "a list": ("a.jsonl", b"[1]\n", RecipeError, "line 1: expected a field"),
+    "a list": ("a.jsonl", b"[1]\n", RecipeError, "line 1: expected a JSON object, found list"),
     "half a message": ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', RecipeError, "line 1: a message needs"),
     "empty": ("a.txt", b"", RecipeError, "0 tokens"),
     "no template": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', RecipeError, "no chat template"),

@@ -8,9 +8,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from qmerge.formats import get_format
-from qmerge.report.headline import fidelity_remarks, unmeasured_lines, verdict_sentence
+from qmerge.report.headline import TOP_NAMES, fidelity_remarks, unmeasured_lines, verdict_sentence
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
-from qmerge.schema import FidelityRecord, GroupRecord, PairRecord, ReportData, overall_kept
+from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
     DASH,
     decimal_or_dash,
@@ -172,24 +172,50 @@ def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
 def fidelity_table(record: FidelityRecord) -> NotedTable:
     """What became of the fine-tuning: the whole model, next to the base and the unmerged adapter model."""
     title = f"{verdict_sentence(record)}\nMeasured on {safe(record.measured_on)}"
-    table = make_table(title, ("", "gain kept", "KL ratio", "same top token", "KL, 99th %", "loss"))
+    if record.has_distances:
+        return _distance_table(record, title)
+    top = TOP_NAMES[record.judged]
+    table = make_table(title, ("", "gain kept", "KL ratio", top, "KL, 99th %", "loss"))
     merged = [
         "merged",
         fixed_or_dash(record.gain_kept, 3),
         fixed_or_dash(record.kl_ratio, 4),
-        percent_with_tenths(record.top1_agreement),
+        percent_with_tenths(record.top1_agreement or 0.0),
         f"{record.kl_p99:.2g}",
-        f"{record.loss_merged:.4f}",
+        fixed_or_dash(record.loss_merged, 4),
     ]
     # By definition, the base has kept nothing and the unmerged model everything.
     no_gain, all_gain = ("0", "1") if record.gain_kept is not None else (DASH, DASH)
-    base = ["base", no_gain, "1", "", "", f"{record.loss_base:.4f}"]
-    unmerged = ["unmerged", all_gain, "0", "", "", f"{record.loss_unmerged:.4f}"]
+    base = ["base", no_gain, "1", "", "", fixed_or_dash(record.loss_base, 4)]
+    unmerged = ["unmerged", all_gain, "0", "", "", fixed_or_dash(record.loss_unmerged, 4)]
     table.add_row(*merged, style="bold")
     for cells in (base, unmerged):
         table.add_row(*cells)
-    notes = [GAIN_NOTE, KL_NOTE, ("same top token", "as the unmerged model, share of all positions")]
+    notes = [GAIN_NOTE, KL_NOTE, (top, "as the unmerged model, share of all positions")]
     return with_notes(table, notes, fidelity_remarks(record))
+
+
+def _distance_table(record: FidelityRecord, title: str) -> NotedTable:
+    """The same for outputs that are no probabilities: how far they are from those of the unmerged model."""
+    table = make_table(title, ("", "distance ratio", "distance", "largest 1 %"))
+    table.add_row(
+        "merged", fixed_or_dash(record.kl_ratio, 4), f"{record.kl_merged:.3g}", f"{record.kl_p99:.2g}", style="bold"
+    )
+    table.add_row("base", "1", f"{record.kl_base:.3g}", "")
+    table.add_row("unmerged", "0", "0", "")
+    notes = [
+        ("distance ratio", "0: computes like the unmerged adapter model; 1: as far off as the base"),
+        ("distance", DISTANCES[record.judged]),
+    ]
+    return with_notes(table, notes, fidelity_remarks(record))
+
+
+DISTANCES: dict[Judged, str] = {
+    "embeddings": "1 - cosine, to the unmerged model's embedding of the same text",
+    "hidden states": "half the square of the relative distance to the unmerged model's",
+    "scores": "half the square of the relative distance to the unmerged model's",
+}
+"""What was judged → the distance, in words."""
 
 
 def loader_lines(targets: Sequence[str]) -> list[str]:
