@@ -75,9 +75,10 @@ def verify_command(
     A stock loader must load it with nothing missing and nothing left over. With --text, the whole model is compared with the
     unmerged one: losses, gain kept, KL ratio.
     """
-    from qmerge.calibration.texts import read_texts
+    from qmerge.evaluation.examples import check_text
     from qmerge.evaluation.fidelity import fidelity_of_folder, llama_cpp_fidelity
     from qmerge.evaluation.llama_cpp import has_llama_cpp
+    from qmerge.evaluation.merged import task_of_folder
     from qmerge.evaluation.verify import Check, verify
     from qmerge.gguf.base import gguf_file
     from qmerge.report.terminal.console import stdout
@@ -88,7 +89,9 @@ def verify_command(
         raise RecipeError("--against needs --text FILE: the held-out text to compare on")
     out = out.parent if out.is_file() else out
     if text:
-        read_texts(text)  # a text that cannot be used is refused before gigabytes are hashed and loaded
+        check_text(
+            text, task_of_folder(out)
+        )  # a text that cannot be used is refused before gigabytes are hashed and loaded
     checks = verify(out, reload, loader)
     fidelity = None
     if text:

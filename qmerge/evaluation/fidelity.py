@@ -18,13 +18,15 @@ from torch import Tensor
 
 from qmerge import hub
 from qmerge.calibration import texts
-from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import Scores, finish_run, score_runs
+from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
 from qmerge.evaluation.llama_cpp import next_token_logprobs
+from qmerge.evaluation.stored import layered_stored_model, logits_layer_by_layer
+from qmerge.evaluation.whole_fidelity import whole_fidelity
 from qmerge.gguf.base import GgufCheckpoint, open_model
 from qmerge.planning.plan import Plan, make_plan
 from qmerge.progress import Progress
@@ -33,7 +35,6 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import FidelityRecord, read_report
 from qmerge.weights.context import RunContext, compute_device
-from qmerge.weights.values import dense_values
 
 LLAMA_CPP_TOKENS = 128
 """Tokens of the text that llama.cpp predicts: each takes a request that returns the whole vocabulary."""
@@ -136,6 +137,19 @@ def fidelity(
     with Reader() as reader:
         # The plan gives the values of base and adapter; none of its steps is done.
         plan = make_plan(_without_target_options(recipe), reader)
+        context = RunContext(reader, device, 0, plan.block_entries)
+        task = task_of(plan.config)
+        if task is not CAUSAL_LM:
+            return whole_fidelity(
+                plan,
+                _open_merged(merged, plan, reader),
+                context,
+                text,
+                task,
+                tokens=tokens,
+                length=length,
+                report_progress=report_progress,
+            )
         batches = texts.token_batches(
             text,
             plan.inputs.tokenizer_folder,
@@ -143,10 +157,17 @@ def fidelity(
             length=min(length, texts.max_sequence_length(plan.config)),
             vocab_size=texts.vocab_size(plan.config),
         )
-        context = RunContext(reader, device, 0, plan.block_entries)
         scores = _score_models(plan, merged, context, batches, report_progress=report_progress)
     token_count = sum(batch.numel() for batch in batches)
     return scores.record(text.name, tokens=token_count, length=batches[0].shape[1])
+
+
+def _open_merged(folder: Path, plan: Plan, reader: Reader) -> Checkpoint:
+    """The merged model, which has the names of its base (or of its original, where both are GGUF files)."""
+    like: Checkpoint | None = plan.inputs.base
+    if isinstance(like, GgufCheckpoint):
+        like = plan.inputs.original
+    return open_model(folder, reader, like)
 
 
 def _without_target_options(recipe: Recipe) -> Recipe:
@@ -175,11 +196,8 @@ def _score_models(
     base_model, base_values = unmerged_model(plan, context, with_delta=False)
     adapter_model, adapter_values = unmerged_model(plan, context)
     # A merged model's config.json may name a quantizer; the plan's is that of a dense model of the same architecture.
-    like: Checkpoint | None = plan.inputs.base
-    if isinstance(like, GgufCheckpoint):
-        like = plan.inputs.original
-    stored = open_model(merged, context.reader, like)
-    merged_model, merged_values = _stored_model(stored, plan.config, context.reader, context.device)
+    stored = _open_merged(merged, plan, context.reader)
+    merged_model, merged_values = layered_stored_model(stored, plan.config, context.reader, context.device)
     runs = [
         LayerwiseRun(base_model, base_values, batches),
         LayerwiseRun(adapter_model, adapter_values, batches),
@@ -203,44 +221,6 @@ def _score_models(
     return score_runs(base, unmerged, merged_run, batches)
 
 
-def _stored_model(
-    checkpoint: Checkpoint, config: dict[str, Any] | None, reader: Reader, device: torch.device
-) -> tuple[LayeredModel, Values]:
-    """A model without weights, and the stored values of a checkpoint to load into it.
-
-    Args:
-        config: of the model; None for the checkpoint's own.
-    """
-    weights = {name: weight for name, weight in checkpoint.weights.items() if weight.format != "raw"}
-    model = LayeredModel(config or checkpoint.config, weights, device)
-
-    def values(name: str) -> Tensor:
-        return dense_values(weights[name], reader, device, model.is_conv1d(name))
-
-    return model, values
-
-
-def stored_logits(checkpoint: Checkpoint, ids_NL: Tensor, reader: Reader) -> Tensor:
-    """float32 logits [N, L, V] of the stored values of a model, by transformers' own code, layer by layer.
-
-    Args:
-        ids_NL: token ids, int64 [N, L].
-        reader: of its tensors.
-    """
-    return _logits(*_stored_model(checkpoint, None, reader, ids_NL.device), ids_NL)
-
-
-def _logits(model: LayeredModel, values: Values, ids_NL: Tensor) -> Tensor:
-    """float32 logits [N, L, V], layer by layer."""
-    run = LayerwiseRun(model, values, [ids_NL], with_head=True)
-    with stopping([run]):
-        run.start()
-        for index in range(len(model)):
-            run.run_layer(index)
-        with model.loaded(None, values), torch.inference_mode():
-            return run.logits(0).float()
-
-
 def llama_cpp_fidelity(file: Path, text: Path, against: tuple[str, str] | None) -> FidelityRecord:
     """Fidelity of a GGUF file as llama.cpp itself runs it, on the first tokens of a text.
 
@@ -261,8 +241,8 @@ def llama_cpp_fidelity(file: Path, text: Path, against: tuple[str, str] | None) 
             text, plan.inputs.tokenizer_folder, tokens=LLAMA_CPP_TOKENS, length=LLAMA_CPP_TOKENS, vocab_size=vocab_size
         )
         context = RunContext(reader, torch.device("cpu"), 0, plan.block_entries)
-        base_LV = _logits(*unmerged_model(plan, context, with_delta=False), ids_1L)[0, :-1]
-        unmerged_LV = _logits(*unmerged_model(plan, context), ids_1L)[0, :-1]
+        base_LV = logits_layer_by_layer(*unmerged_model(plan, context, with_delta=False), ids_1L)[0, :-1]
+        unmerged_LV = logits_layer_by_layer(*unmerged_model(plan, context), ids_1L)[0, :-1]
     ids = ids_1L[0].tolist()
     merged_LV = next_token_logprobs(file, [ids[:length] for length in range(1, len(ids))], base_LV.shape[-1])
     scores = Scores()

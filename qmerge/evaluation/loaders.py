@@ -1,4 +1,4 @@
-"""Stock loaders: each loads a folder with its own code and computes logits for one sentence.
+"""Stock loaders: each loads a folder with its own code and computes outputs for one small input.
 
 For ``qmerge verify --loader``. Each needs the library of its name. gptqmodel and auto-gptq are not dependencies of qmerge.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,26 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmerge.calibration import texts
 from qmerge.calibration.scores import kl_divergence
+from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import CheckpointError, RecipeError
-from qmerge.evaluation.fidelity import stored_logits
 from qmerge.evaluation.llama_cpp import has_llama_cpp, next_token_logprobs
 from qmerge.evaluation.merged import open_merged
+from qmerge.evaluation.quiet import silenced
+from qmerge.evaluation.sample_inputs import described, question_ids, sample_inputs
+from qmerge.evaluation.stored import CannotCompareError, outputs_of, stored_logits, stored_outputs
 from qmerge.gguf.base import gguf_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 from qmerge.weights.values import dense_values
 
-SENTENCE = "Water boils at 100 degrees and freezes at zero. The book that she read last week is on the table."
-"""Ordinary text, which a loaded model must compute logits for. Hidden states of seldom trained tokens (the first ids are often
-special tokens) can be so large that compute dtypes alone make logits differ by 30 %."""
-
-TOKENS = 16
-"""Number of token ids that replace the sentence where a folder has no tokenizer."""
-
-LOGITS_TOLERANCE, LOGITS_TOLERANCE_8BIT_ACTIVATIONS = 0.05, 0.1
+TOLERANCE, TOLERANCE_8BIT_ACTIVATIONS = 0.05, 0.1
 """Relative distance of logits from those of the stored values. float32 is off by less than 1e-5. Formats whose loaders compute
 in 16 bits are off by about half a percent on small models and by a few on deep ones, activations in 8 bits by more."""
 
@@ -53,29 +46,32 @@ PRODUCT_TOLERANCE = 1e-5
 """Relative: two float32 sums over up to 2**14 inputs, in different orders, differ by about √n · 2**-24."""
 
 
-class WrongLogitsError(CheckpointError):
-    """A library loads a folder, but its logits are too far from those of the stored values.
+class WrongOutputsError(CheckpointError):
+    """A library loads a folder, but its outputs are too far from those of the stored values.
 
     library   name and version
-    distance  ‖logits − expected‖ / ‖expected‖
+    distance  ‖outputs − expected‖ / ‖expected‖
+    compared  what the outputs are: logits, hidden states
     """
 
-    def __init__(self, library: str, distance: float) -> None:
+    def __init__(self, library: str, distance: float, compared: str = "logits") -> None:
         super().__init__(
-            f"{library} loads it, but its logits are {100 * distance:.0f} % off those of the stored values: it reads other values"
+            f"{library} loads it, but its {compared} are {100 * distance:.0f} % off those of the stored values: it reads other "
+            f"values"
         )
         self.library = library
         self.distance = distance
+        self.compared = compared
 
 
 def load_with_transformers(folder: Path) -> str:
-    """Load with AutoModelForCausalLM: nothing missing, nothing left over, and the right logits.
+    """Load with the class that config.json names: nothing missing, nothing left over, and the right outputs.
 
     Returns:
         One line with the result; so do the other loaders.
 
     Raises:
-        CheckpointError: transformers does not load it, or computes other logits.
+        CheckpointError: transformers does not load it, or computes other outputs.
     """
     import transformers
 
@@ -87,7 +83,7 @@ def load_with_transformers(folder: Path) -> str:
     file = gguf_file(folder)
     how = {"gguf_file": file.name, "dtype": torch.float32} if file else _cpu_kernel(folder)
     with as_checkpoint_error(library), silenced():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = _model_class(folder).from_pretrained(
             file.parent if file else folder,
             device_map="cpu",
             output_loading_info=True,
@@ -99,7 +95,17 @@ def load_with_transformers(folder: Path) -> str:
         if info.get(problem):
             raise CheckpointError(f"{library} reports {problem}: {sorted(info[problem])[:3]}")
     _compute_in_float32(model, quantization_config(folder))
-    return f"{type(model).__name__} with {library}, {check_logits(model, folder, library)}"
+    return f"{type(model).__name__} with {library}, {check_outputs(model, folder, library)}"
+
+
+def _model_class(folder: Path) -> Any:
+    """transformers' class that config.json names; the causal language model of its ``model_type`` where it has no such class."""
+    import transformers
+
+    if gguf_file(folder):  # transformers makes the config from the file
+        return transformers.AutoModelForCausalLM
+    names = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
+    return getattr(transformers, names[0], transformers.AutoModelForCausalLM)
 
 
 def _compute_in_float32(model: Any, quantization: dict[str, Any]) -> None:
@@ -168,7 +174,7 @@ def load_with_gptqmodel(folder: Path) -> str:
         if quantization_config(folder).get("quant_method") == "awq":
             backend = package.BACKEND.AWQ_TORCH
         model = package.GPTQModel.load(str(folder), device="cpu", backend=backend)
-    return f"{type(model.model).__name__} with {library}, {check_logits(model.model, folder, library)}"
+    return f"{type(model.model).__name__} with {library}, {check_outputs(model.model, folder, library)}"
 
 
 def load_with_mlx(folder: Path) -> str:
@@ -190,7 +196,7 @@ def load_with_mlx(folder: Path) -> str:
         logits = model(core.array(input_ids.numpy())).astype(core.float32)
         return SimpleNamespace(logits=torch.from_numpy(np.array(logits)))
 
-    return f"{type(model).__module__} with {library}, {check_logits(with_logits, folder, library)}"
+    return f"{type(model).__module__} with {library}, {check_outputs(with_logits, folder, library)}"
 
 
 def default_loader(folder: Path) -> str:
@@ -272,7 +278,7 @@ def load_with_llama_cpp(folder: Path) -> str:
         raise CheckpointError(f"llama.cpp reads GGUF files, and {folder} has none")
     with Reader() as reader:
         checkpoint = open_merged(folder, reader)
-        ids_NL = question_ids(checkpoint.folder)
+        ids_NL = question_ids(checkpoint.config, checkpoint.folder)
         expected = stored_logits(checkpoint, ids_NL, reader)[0].log_softmax(-1)
     lengths = sorted({ids_NL.shape[1] * part // BEGINNINGS for part in range(1, BEGINNINGS + 1)} - {0})
     found = next_token_logprobs(file, [ids_NL[0, :length].tolist() for length in lengths], expected.shape[-1])
@@ -295,43 +301,38 @@ LOADERS: dict[str, Callable[[Path], str]] = {
 """Name on the command line → loader: folder → one line with the result; CheckpointError where it fails."""
 
 
-def check_logits(model: Any, folder: Path, library: str) -> str:
-    """Compare a loaded model's logits for a sentence with those of the stored values.
+def check_outputs(model: Any, folder: Path, library: str) -> str:
+    """Compare a loaded model's outputs for a small input with those of the stored values.
 
     Returns:
         One line with the result.
 
     Raises:
-        WrongLogitsError: further off than any compute dtype explains.
+        WrongOutputsError: further off than any compute dtype explains.
         CheckpointError: NaN, or the library fails.
     """
     with Reader() as reader:
         checkpoint = open_merged(folder, reader)
-        ids_NL = question_ids(checkpoint.folder)
-        with as_checkpoint_error(library), silenced(), torch.no_grad():
-            logits = model(input_ids=ids_NL).logits.float()
-        if not bool(logits.isfinite().all()):
-            raise CheckpointError(f"{library} loads it, but its logits hold NaN or infinity")
+        inputs = sample_inputs(checkpoint.config, checkpoint.folder)
         # Computed by transformers' own code from the values that qmerge reads.
-        expected = stored_logits(checkpoint, ids_NL, reader)
-    distance = float((logits - expected).norm() / expected.norm())
-    tolerance = LOGITS_TOLERANCE
+        try:
+            expected, compared = stored_outputs(checkpoint, inputs, reader)
+        except CannotCompareError as problem:
+            return f"loads; nothing was computed with it, because {problem}"
+        with as_checkpoint_error(library), silenced(), torch.no_grad():
+            outputs, _ = outputs_of(model(**inputs))
+    if not bool(outputs.isfinite().all()):
+        raise CheckpointError(f"{library} loads it, but its {compared} hold NaN or infinity")
+    distance = float((outputs - expected).norm() / expected.norm())
+    tolerance = TOLERANCE
     if rounds_activations(quantization_config(folder)):
-        tolerance = LOGITS_TOLERANCE_8BIT_ACTIVATIONS
+        tolerance = TOLERANCE_8BIT_ACTIVATIONS
     if distance > tolerance:
-        raise WrongLogitsError(library, distance)
-    return f"answers within {100 * distance:.1f} % of the stored values"
-
-
-def question_ids(folder: Path) -> Tensor:
-    """Token ids [1, L] of a sentence; ids from the middle of the vocabulary where no tokenizer in the folder knows any."""
-    vocab_size = texts.vocab_size(json.loads((folder / "config.json").read_text()))
-    ids: list[int] = []
-    with contextlib.suppress(Exception), silenced():  # tokenizers raise bare Exceptions
-        ids = texts.load_tokenizer(folder)(SENTENCE)["input_ids"]
-    if len(ids) < 2 or max(ids) >= vocab_size:
-        return (vocab_size // 2 + torch.arange(TOKENS) % max(1, vocab_size // 2))[None]
-    return torch.tensor(ids)[None]
+        raise WrongOutputsError(library, distance, compared)
+    line = f"its {compared} for {described(inputs)} are within {100 * distance:.1f} % of those of the stored values"
+    if task_of(checkpoint.config) is CAUSAL_LM and "vision_config" in checkpoint.config:
+        line += " (no image was shown to it: its vision part was only loaded)"
+    return line
 
 
 def import_library(module: str, package: str, how_to_install: str) -> ModuleType:
@@ -353,15 +354,3 @@ def as_checkpoint_error(library: str) -> Iterator[None]:
         yield
     except Exception as cause:
         raise CheckpointError(f"{library} does not load it: {cause}") from cause
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Inside, banners, progress and warnings of loaders are not shown."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield

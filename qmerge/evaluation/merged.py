@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.checkpoint.scan import Checkpoint, scan
-from qmerge.errors import QmergeError
+from qmerge.calibration.tasks import CAUSAL_LM, Task, task_of
+from qmerge.checkpoint.scan import Checkpoint, read_json, scan
+from qmerge.errors import CheckpointError, QmergeError
 from qmerge.gguf.base import gguf_file, open_model
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME, read_report
@@ -19,6 +20,12 @@ def open_merged(folder: Path, reader: Reader) -> Checkpoint:
         CheckpointError: it cannot be read.
     """
     return open_model(folder, reader, _source_of(folder, reader) if gguf_file(folder) else None)
+
+
+def task_of_folder(folder: Path) -> Task:
+    """What the model in a folder does; text generation where the folder has no config (GGUF)."""
+    path = folder / "config.json"
+    return task_of(read_json(path, CheckpointError)) if path.is_file() else CAUSAL_LM
 
 
 def _source_of(folder: Path, reader: Reader) -> Checkpoint | None:

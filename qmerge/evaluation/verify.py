@@ -20,7 +20,7 @@ import torch
 from qmerge import hub, plugins
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
-from qmerge.evaluation.loaders import LOADERS, WrongLogitsError, default_loader
+from qmerge.evaluation.loaders import LOADERS, WrongOutputsError, default_loader
 from qmerge.evaluation.merged import open_merged
 from qmerge.formats import get_format
 from qmerge.gguf.base import gguf_file
@@ -179,14 +179,14 @@ def check_reload(folder: Path, loader: str, report: ReportData) -> str:
         return f"left out: {problem}"
     try:
         return LOADERS[loader](folder)
-    except WrongLogitsError as error:
+    except WrongOutputsError as error:
         base_distance = _distance_of_base(report, loader)
         if base_distance < error.distance / 2:
             raise
         return (
-            f"loads. The logits of {error.library} are {100 * error.distance:.0f} % off those of the stored values, and for the "
-            f"unmerged base {100 * base_distance:.0f} %: on this machine it computes this format wrongly, so the file is not at "
-            f"fault; --text compares the stored values themselves"
+            f"loads. The {error.compared} of {error.library} are {100 * error.distance:.0f} % off those of the stored values, "
+            f"and for the unmerged base {100 * base_distance:.0f} %: on this machine it computes this format wrongly, so the file "
+            f"is not at fault; --text compares the stored values themselves"
         )
 
 
@@ -209,7 +209,7 @@ def _distance_of_base(report: ReportData, loader: str) -> float:
         return 0.0
     try:
         LOADERS[loader](base)
-    except WrongLogitsError as error:
+    except WrongOutputsError as error:
         return error.distance
     except QmergeError:  # this loader does not read the base's format, which says nothing about the merged model
         return 0.0

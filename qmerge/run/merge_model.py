@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qmerge.calibration import texts
+from qmerge.calibration.tasks import task_of
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
+from qmerge.evaluation.examples import check_text
 from qmerge.evaluation.fidelity import fidelity
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import all_candidates, resolve_auto
@@ -177,7 +178,7 @@ def prepare(
         folder.check_content(out, resume)
     if recipe.verify:
         # It is needed last, but an unreadable text should be an error first.
-        texts.read_texts(Path(recipe.verify).expanduser())
+        check_text(Path(recipe.verify).expanduser(), task_of(plan.config))
     if recipe.promote:
         plan = plan_with_promoted(recipe, plan, context, progress)
     shards = shards_of_part(plan, part)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,17 @@ import qmerge
 import qmerge.demo
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
-from qmerge.evaluation import loaders
+from qmerge.evaluation import loaders, sample_inputs
 from qmerge.safetensors_io.reader import Reader
 
 from .. import models
 from ..conftest import Cli
 
 DEMO = Path(qmerge.demo.__file__).parent
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def test_mlx_loads_mlx_folders(cli: Cli, tmp_path: Path) -> None:
     tensors = load_file(out / "model.safetensors")
     config = json.loads((out / "config.json").read_text())
     models.edit_json(out / "config.json", rope_theta=config["rope_theta"] / 100)
-    with pytest.raises(loaders.WrongLogitsError, match="off those of the stored values"):
+    with pytest.raises(loaders.WrongOutputsError, match="off those of the stored values"):
         loaders.load_with_mlx(out)
     del tensors["model.norm.weight"]
     save_file(tensors, out / "model.safetensors")
@@ -97,26 +102,28 @@ def test_logits_of_nan_are_a_failure(dense: Path, tmp_path: Path) -> None:
 
 def test_asks_ordinary_text_in_float32(merged: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ids are special tokens, which a model was seldom trained on; bfloat16 is off by half a percent."""
-    ids = loaders.question_ids(merged)
+    ids = sample_inputs.question_ids(config(merged), merged)
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert tokenizer.decode(ids[0]) == loaders.SENTENCE
-    ids = loaders.question_ids(dense)  # without a tokenizer
-    assert ids.shape == (1, loaders.TOKENS) and int(ids.min()) >= models.LLAMA["vocab_size"] // 2
+    assert tokenizer.decode(ids[0]) == sample_inputs.SENTENCE
+    ids = sample_inputs.question_ids(config(dense), dense)  # without a tokenizer
+    assert ids.shape == (1, sample_inputs.TOKENS) and int(ids.min()) >= models.LLAMA["vocab_size"] // 2
     assert int(ids.max()) < models.LLAMA["vocab_size"]
-    monkeypatch.setattr(loaders, "LOGITS_TOLERANCE", 1e-5)
+    monkeypatch.setattr(loaders, "TOLERANCE", 1e-5)
     for folder in (merged, dense):
-        assert loaders.load_with_transformers(folder).endswith("answers within 0.0 % of the stored values")
+        line = loaders.load_with_transformers(folder)
+        assert line.endswith("its logits for a sentence are within 0.0 % of those of the stored values")
 
 
 def test_a_loader_that_is_wrong_for_the_base_too(merged: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the folder is not at fault. If only the folder's logits are wrong, it is, and --text runs all the same."""
     wrong = [merged, DEMO / "base-nf4"]
 
-    def stored_logits(checkpoint: Checkpoint, ids_NL: Tensor, reader: Reader) -> Tensor:
-        return right(checkpoint, ids_NL, reader) * (1.5 if checkpoint.folder in wrong else 1)
+    def stored_outputs(checkpoint: Checkpoint, inputs: dict[str, Any], reader: Reader) -> tuple[Tensor, str]:
+        outputs, compared = right(checkpoint, inputs, reader)
+        return outputs * (1.5 if checkpoint.folder in wrong else 1), compared
 
-    right = loaders.stored_logits
-    monkeypatch.setattr(loaders, "stored_logits", stored_logits)
+    right = loaders.stored_outputs
+    monkeypatch.setattr(loaders, "stored_outputs", stored_outputs)
     ran = cli("verify", merged)
     assert ran.code == 0, ran.out
     assert "33 % off those of the stored values, and for the unmerged base 33 %" in ran.out

@@ -1,0 +1,172 @@
+"""Fidelity of models that are judged whole: classifiers, encoders, models with an encoder and a decoder.
+
+Base, unmerged and merged model are in memory at the same time, as float32: these models are small, and the outputs of one of
+them on a whole text (probabilities of every token, say) can be larger than the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qmerge.calibration import texts
+from qmerge.calibration.scores import Scores
+from qmerge.calibration.tasks import Task, takes_text
+from qmerge.calibration.unmerged import steps_with_values
+from qmerge.calibration.whole import WholeModel
+from qmerge.checkpoint.scan import Checkpoint
+from qmerge.errors import RecipeError
+from qmerge.evaluation.examples import NO_NUMBER, Example, make_examples, read_records
+from qmerge.evaluation.stored import check_room, whole_stored_model
+from qmerge.planning.plan import Plan
+from qmerge.schema import FidelityRecord, Judged
+from qmerge.weights.context import RunContext
+from qmerge.weights.values import unmerged_values
+from qmerge.wording import counted
+
+Pooling = Literal["mean", "cls", "lasttoken"]
+
+
+def whole_fidelity(
+    plan: Plan,
+    merged: Checkpoint,
+    context: RunContext,
+    text: Path,
+    task: Task,
+    *,
+    tokens: int | None,
+    length: int,
+    report_progress: Callable[[str], None],
+) -> FidelityRecord:
+    """Compare three models on the examples of a file.
+
+    Args:
+        plan: of the unmerged model.
+        merged: the stored model.
+        tokens: most tokens in all examples; None for no limit.
+        length: most tokens of an example.
+
+    Raises:
+        RecipeError: the file has another form.
+        CheckpointError: the models do not fit into memory, or transformers cannot run them.
+    """
+    records = read_records(text, task)
+    whole = WholeModel(plan.config)
+    config = whole.model.config
+    if not takes_text(whole.model, task):
+        raise RecipeError(f"{type(whole.model).__name__} {NO_NUMBER}")
+    check_room(3 * whole.nbytes, context.device)
+    examples = make_examples(
+        records,
+        task,
+        tokenizer_folder=plan.inputs.tokenizer_folder,
+        config=config,
+        tokens=tokens,
+        length=min(length, texts.max_sequence_length(plan.config)),
+    )
+    report_progress("measuring fidelity: loading base, unmerged and merged model")
+    models = [
+        _planned_model(plan, context, with_delta=False),
+        _planned_model(plan, context),
+        whole_stored_model(merged, plan.config, context.reader, context.device),
+    ]
+    judged = _judged(task, config)
+    pooling = pooling_of(plan.inputs.base.folder)
+    scores = Scores()
+    numbers: list[list[Tensor]] = []
+    for number, example in enumerate(examples, start=1):
+        report_progress(f"measuring fidelity: example {number} of {len(examples)}")
+        outputs = [_outputs(model, example, judged, pooling) for model in models]
+        if judged == "scores":
+            numbers.append([output for (output,) in outputs])
+            continue
+        for base, unmerged, merged_output in zip(*outputs, strict=True):
+            _add(scores, judged, example, base=base, unmerged=unmerged, merged=merged_output)
+    if (
+        numbers
+    ):  # those of all examples are one vector: the distance of a single one, relative to it, means nothing near zero
+        base, unmerged, merged_output = (torch.cat(of_model, dim=1) for of_model in zip(*numbers, strict=True))
+        scores.add_vectors(base=base, unmerged=unmerged, merged=merged_output)
+    lengths = [max(ids.numel() for ids in example.inputs.values()) for example in examples]
+    return scores.record(
+        text.name,
+        tokens=sum(lengths),
+        length=max(lengths),
+        judged=judged,
+        measured_on=f"{judged} of {counted(len(examples), 'example')} of {text.name}",
+    )
+
+
+def _planned_model(plan: Plan, context: RunContext, *, with_delta: bool = True) -> Any:
+    """transformers' model in float32 with the values of the base, and of the updates if asked for."""
+    whole = WholeModel(plan.config)
+    steps = steps_with_values(plan)
+
+    def values(name: str) -> Tensor:
+        return unmerged_values(steps[name], context, whole.is_conv1d(name), with_delta)
+
+    return whole.load(list(steps), values, context.device)
+
+
+def _judged(task: Task, config: Any) -> Judged:
+    """A classifier with one class puts out a number (regression)."""
+    return "scores" if task.judged == "classes" and config.num_labels == 1 else task.judged
+
+
+def _outputs(model: Any, example: Example, judged: Judged, pooling: Pooling) -> list[Tensor]:
+    """float32 outputs [P, …] of one example: one tensor, or two for the start and the end of an answer."""
+    inputs = {name: value.to(model.device) for name, value in example.inputs.items()}
+    with torch.inference_mode():
+        result = model(**inputs)
+    if judged == "answer spans":
+        return [result.start_logits.float(), result.end_logits.float()]
+    if judged == "embeddings":
+        return [embedding(result.last_hidden_state, pooling)]
+    logits: Tensor = result.logits.float()
+    if logits.ndim == 3:
+        logits = logits[0]
+    if example.at is not None:
+        logits = logits[example.at.to(logits.device)]
+    if judged == "classes" and model.config.problem_type == "multi_label_classification":
+        # Each class by itself, yes or no.
+        return [torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(0, 1)]
+    return [logits]
+
+
+def _add(
+    scores: Scores, judged: Judged, example: Example, *, base: Tensor, unmerged: Tensor, merged: Tensor
+) -> None:  # fmt: skip
+    if judged == "embeddings":
+        scores.add_vectors(base=base, unmerged=unmerged, merged=merged)
+        return
+    answers = example.answers.to(base.device)
+    if len(answers) != len(base):  # several classes at once, whose answers are not read
+        answers = torch.full((len(base),), -1, device=base.device)
+    scores.add(answers, base=base, unmerged=unmerged, merged=merged)
+
+
+def embedding(hidden_1LH: Tensor, pooling: Pooling) -> Tensor:
+    """The embedding of a text, float32 [1, H], of length 1."""
+    if pooling == "cls":
+        pooled = hidden_1LH[:, 0]
+    elif pooling == "lasttoken":
+        pooled = hidden_1LH[:, -1]
+    else:
+        pooled = hidden_1LH.mean(dim=1)
+    return torch.nn.functional.normalize(pooled.float(), dim=-1)
+
+
+def pooling_of(folder: Path) -> Pooling:
+    """How sentence-transformers pools the hidden states of a model: as its ``*_Pooling/config.json`` says, else their mean."""
+    for path in folder.glob("*_Pooling/config.json"):
+        settings = json.loads(path.read_text())
+        if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls":
+            return "cls"
+        if settings.get("pooling_mode_lasttoken") or settings.get("pooling_mode") == "lasttoken":
+            return "lasttoken"
+    return "mean"
