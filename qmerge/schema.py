@@ -215,8 +215,8 @@ TextKind = Literal["given", "held out", "generated", "general", "mixed", "random
 use; written by the adapter model; general text that comes with qmerge; several of these; random tokens."""
 
 Judged = Literal[
-    "next tokens", "target tokens", "masked tokens", "classes", "classes of tokens", "answer spans", "scores", "embeddings",
-    "hidden states",
+    "next tokens", "target tokens", "masked tokens", "classes", "classes of tokens", "answer spans", "frames", "scores",
+    "embeddings", "hidden states",
 ]  # fmt: skip
 """Which outputs of a whole model were compared. The last three are no probabilities: their distances are measured."""
 

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Task:
     judged  what ``qmerge verify --text`` compares
     text    form of a line of the .jsonl file that it reads; "" where the inputs are no text
     plain   whether it also reads a .txt file
+    media   what it reads from the files of a folder instead: images, sound, or nothing
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     judged: Judged
     text: str = '{"text": …}'
     plain: bool = True
+    media: Literal["", "images", "sound"] = ""
 
 
 CAUSAL_LM = Task(
@@ -66,9 +68,10 @@ TASKS = (
         plain=False,
     ),
     Task(name="masked tokens", lists=("MASKED_LM",), judged="masked tokens"),
-    Task(name="speech to text", lists=("SPEECH_SEQ_2_SEQ", "CTC"), judged="target tokens", text=""),
-    Task(name="audio classification", lists=("AUDIO_CLASSIFICATION",), judged="classes", text=""),
-    Task(name="image classification", lists=("IMAGE_CLASSIFICATION",), judged="classes", text=""),
+    Task(name="speech to text", lists=("SPEECH_SEQ_2_SEQ",), judged="target tokens", text="", media="sound"),
+    Task(name="speech to text", lists=("CTC",), judged="frames", text="", media="sound"),
+    Task(name="audio classification", lists=("AUDIO_CLASSIFICATION",), judged="classes", text="", media="sound"),
+    Task(name="image classification", lists=("IMAGE_CLASSIFICATION",), judged="classes", text="", media="images"),
     Task(name="embeddings", lists=("", "TEXT_ENCODING"), judged="embeddings"),
 )
 """The first task whose lists have the class is taken. Names of lists are without ``MODEL_FOR_`` and ``_MAPPING_NAMES``."""

@@ -56,7 +56,10 @@ def verify_command(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="compare it with the unmerged model on this held-out text: txt or jsonl", metavar="FILE"),
+        typer.Option(
+            help="compare it with the unmerged model on this held-out text: txt or jsonl (images, speech: a folder)",
+            metavar="FILE",
+        ),
     ] = None,
     against: Annotated[
         tuple[str, str] | None,
@@ -75,11 +78,11 @@ def verify_command(
     A stock loader must load it with nothing missing and nothing left over. With --text, the whole model is compared with the
     unmerged one: losses, gain kept, KL ratio.
     """
-    from qmerge.evaluation.examples import check_text
     from qmerge.evaluation.fidelity import fidelity_of_folder, llama_cpp_fidelity
     from qmerge.evaluation.llama_cpp import has_llama_cpp
     from qmerge.evaluation.merged import task_of_folder
     from qmerge.evaluation.verify import Check, verify
+    from qmerge.evaluation.whole_fidelity import check_text
     from qmerge.gguf.base import gguf_file
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress

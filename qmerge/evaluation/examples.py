@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.tasks import CAUSAL_LM, Task, shifted_right
+from qmerge.calibration.tasks import Task, shifted_right
 from qmerge.errors import RecipeError, TokenizerError
 
 MASKED_EVERY = 7
@@ -19,10 +19,10 @@ MASKED_EVERY = 7
 
 
 NO_NUMBER = (
-    "does not run on text alone, so --text gives no number for it. To get one, run base, unmerged and merged model on inputs of "
+    "does not run on what --text reads, so there is no number for it. To get one, run base, unmerged and merged model on inputs of "
     "yours and compare their outputs; qmerge verify without --text checks that the model loads and computes what is stored"
 )
-"""End of the message about models that take images or sound."""
+"""End of a message about models that take something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,10 @@ class Example:
     answers: Tensor
     at: Tensor | None = None
 
-
-def check_text(path: Path, task: Task) -> None:
-    """Refuse a file that a model of this task cannot be judged on.
-
-    Raises:
-        RecipeError: it cannot be read, or has another form.
-    """
-    if task is CAUSAL_LM:
-        texts.read_texts(path)
-    else:
-        read_records(path, task)
+    @property
+    def tokens(self) -> int:
+        """Number of token ids, of source and target together; 0 for an image."""
+        return sum(ids.numel() for name, ids in self.inputs.items() if name.endswith("input_ids"))
 
 
 def read_records(path: Path, task: Task) -> list[dict[str, Any]]:
@@ -58,7 +51,7 @@ def read_records(path: Path, task: Task) -> list[dict[str, Any]]:
         RecipeError: it cannot be read, or has another form.
     """
     if not task.text:
-        raise RecipeError(f"a model for {task.name} {NO_NUMBER}")
+        raise RecipeError(f"{path}: a model for {task.name} is compared on a folder of {task.media}")
     is_json = path.suffix in (".jsonl", ".json")
     if not is_json and not task.plain:
         raise RecipeError(f"{path}: for {task.name}, expected a .jsonl file with lines like {task.text}")
@@ -123,7 +116,7 @@ def make_examples(
             texts.check_vocabulary(ids.flatten().tolist(), vocab_size, tokenizer_folder)
         if example.at is not None and not len(example.at):
             continue  # too short for a mask
-        count += sum(ids.numel() for name, ids in example.inputs.items() if name.endswith("input_ids"))
+        count += example.tokens
         if examples and tokens is not None and count > tokens:
             break
         examples.append(example)
@@ -153,7 +146,7 @@ def _example(record: dict[str, Any], task: Task, *, tokenizer: Any, config: Any,
     if task.judged == "masked tokens":
         return _masked(inputs, tokenizer)
     if task.judged == "classes":
-        return Example(inputs=inputs, answers=torch.tensor([_class_of(record.get("label"), config)]))
+        return Example(inputs=inputs, answers=torch.tensor([class_of(record.get("label"), config)]))
     return Example(inputs=inputs, answers=torch.full_like(inputs["input_ids"][0], -1))
 
 
@@ -167,8 +160,8 @@ def _masked(inputs: dict[str, Tensor], tokenizer: Any) -> Example:
     return Example(inputs=inputs, answers=answers, at=at)
 
 
-def _class_of(label: Any, config: Any) -> int:
-    """The number of a label; −1 where there is none. ``config.id2label`` knows both forms.
+def class_of(label: Any, config: Any) -> int:
+    """The number of a class from its number or its name; −1 for None.
 
     Raises:
         RecipeError: the model has no such class.

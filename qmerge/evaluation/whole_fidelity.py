@@ -16,12 +16,13 @@ from torch import Tensor
 
 from qmerge.calibration import texts
 from qmerge.calibration.scores import Scores
-from qmerge.calibration.tasks import Task, takes_text
+from qmerge.calibration.tasks import CAUSAL_LM, Task, takes_text
 from qmerge.calibration.unmerged import steps_with_values
 from qmerge.calibration.whole import WholeModel
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import RecipeError
 from qmerge.evaluation.examples import NO_NUMBER, Example, make_examples, read_records
+from qmerge.evaluation.media import media_examples, media_files
 from qmerge.evaluation.stored import check_room, whole_stored_model
 from qmerge.planning.plan import Plan
 from qmerge.schema import FidelityRecord, Judged
@@ -55,27 +56,18 @@ def whole_fidelity(
         RecipeError: the file has another form.
         CheckpointError: the models do not fit into memory, or transformers cannot run them.
     """
-    records = read_records(text, task)
     whole = WholeModel(plan.config)
-    config = whole.model.config
-    if not takes_text(whole.model, task):
+    if not task.media and not takes_text(whole.model, task):
         raise RecipeError(f"{type(whole.model).__name__} {NO_NUMBER}")
+    examples = _examples(text, task, plan, whole.model, tokens=tokens, length=length)
     check_room(3 * whole.nbytes, context.device)
-    examples = make_examples(
-        records,
-        task,
-        tokenizer_folder=plan.inputs.tokenizer_folder,
-        config=config,
-        tokens=tokens,
-        length=min(length, texts.max_sequence_length(plan.config)),
-    )
     report_progress("measuring fidelity: loading base, unmerged and merged model")
     models = [
         _planned_model(plan, context, with_delta=False),
         _planned_model(plan, context),
         whole_stored_model(merged, plan.config, context.reader, context.device),
     ]
-    judged = _judged(task, config)
+    judged = _judged(task, whole.model.config)
     pooling = pooling_of(plan.inputs.base.folder)
     scores = Scores()
     numbers: list[list[Tensor]] = []
@@ -92,13 +84,43 @@ def whole_fidelity(
     ):  # those of all examples are one vector: the distance of a single one, relative to it, means nothing near zero
         base, unmerged, merged_output = (torch.cat(of_model, dim=1) for of_model in zip(*numbers, strict=True))
         scores.add_vectors(base=base, unmerged=unmerged, merged=merged_output)
-    lengths = [max(ids.numel() for ids in example.inputs.values()) for example in examples]
+    lengths = [example.tokens for example in examples]
     return scores.record(
         text.name,
         tokens=sum(lengths),
         length=max(lengths),
         judged=judged,
         measured_on=f"{judged} of {counted(len(examples), 'example')} of {text.name}",
+    )
+
+
+def check_text(path: Path, task: Task) -> None:
+    """Refuse a file or a folder that a model of this task cannot be judged on.
+
+    Raises:
+        RecipeError: it cannot be read, or has another form.
+    """
+    if task is CAUSAL_LM:
+        texts.read_texts(path)
+    elif path.is_dir():
+        media_files(path, task)
+    else:
+        read_records(path, task)
+
+
+def _examples(
+    path: Path, task: Task, plan: Plan, model: Any, *, tokens: int | None, length: int
+) -> list[Example]:  # fmt: skip
+    if path.is_dir():
+        folder = plan.inputs.base.folder
+        return media_examples(media_files(path, task), task, model=model, processor_folder=folder)
+    return make_examples(
+        read_records(path, task),
+        task,
+        tokenizer_folder=plan.inputs.tokenizer_folder,
+        config=model.config,
+        tokens=tokens,
+        length=min(length, texts.max_sequence_length(plan.config)),
     )
 
 

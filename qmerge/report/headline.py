@@ -20,11 +20,12 @@ TOP_NAMES: dict[Judged, str] = {
     "classes": "same class",
     "classes of tokens": "same class",
     "answer spans": "same position",
+    "frames": "same class",
 }
 """What was judged → name of ``top1_agreement``; without those that have no likeliest output."""
 
 WORTH_SAYING = 0.5
-"""Noise of at least so many deltas is told in one breath with the share that is kept."""
+"""Noise of at least so many deltas, without the loss, is named next to the share that is kept."""
 
 GAIN_ABOVE_ALL = 1.02
 """Above this, gain kept is explained. Equally good merges differ by about 0.01."""
@@ -114,7 +115,8 @@ def measured_instead(report: ReportData) -> str:
         )
     line = f"In the stored weights, {share_of(kept)} the adapter's change."
     noise = report.total.values["noise"]
-    if noise is not None and noise >= WORTH_SAYING:
+    # noise² is the loss (1 − kept)², which the share does show, and what is not along the delta.
+    if noise is not None and noise**2 - (1 - kept) ** 2 >= WORTH_SAYING**2:
         line += f" Rounding adds noise of {times(noise)} its size, which this share does not show."
     return line
 

@@ -16,8 +16,8 @@ from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
-from qmerge.evaluation.examples import check_text
 from qmerge.evaluation.fidelity import fidelity
+from qmerge.evaluation.whole_fidelity import check_text
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import all_candidates, resolve_auto
 from qmerge.formats import get_target
