@@ -31,6 +31,9 @@ USUAL_NAMES = {
 }
 """``model_type`` → class of models whose embeddings are ``model.embed_tokens`` and ``lm_head`` (a test asks transformers)."""
 
+SPECIAL_FLOAT = "__float__"
+"""Key of infinities and NaN in config.json (transformers/configuration_utils.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleKinds:
@@ -69,6 +72,7 @@ def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = meta_model(json.loads(config))
+    _untie(model)
     # None is not the same as []: transformers then skips the output embedding, tied weights and the last module.
     skip_list = None if skip is None else list(skip)
     skipped = HfQuantizer.get_modules_to_not_convert(model, skip_list, getattr(model, "_keep_in_fp32_modules", None))
@@ -86,6 +90,17 @@ def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
         skipped=tuple(skipped),
         towers=frozenset(_linear_layers_outside_text(model)),
     )
+
+
+def _untie(model: Any) -> None:
+    """Give tied weights parameters of their own, as they are when loaders choose what stays dense.
+
+    They leave the last parameter's module dense: the output embedding, but of a tied model the layer before it (Gemma 3n).
+    """
+    for name in getattr(model, "all_tied_weights_keys", {}):
+        module, _, local = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        setattr(model.get_submodule(module), local, torch.nn.Parameter(parameter.detach(), requires_grad=False))
 
 
 def _linear_layers_outside_text(model: Any) -> set[str]:
@@ -138,10 +153,13 @@ def _embedding_weights(config: str) -> tuple[str, str] | None:
         model: Any = meta_model(json.loads(config))
     except CheckpointError:
         return None
+    try:
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # vision and speech models have none
+        return None
     # transformers gives the modules; only the model knows their names.
     name_of = {id(module): name for name, module in model.named_modules()}
-    input_module = name_of.get(id(model.get_input_embeddings()))
-    output_module = name_of.get(id(model.get_output_embeddings()))
+    input_module, output_module = (name_of.get(id(module)) for module in embeddings)
     if not input_module or not output_module:
         return None
     return f"{input_module}.weight", f"{output_module}.weight"
@@ -188,7 +206,8 @@ def _build(config: Mapping[str, Any], device: AbstractContextManager[Any], conse
     import transformers
 
     # quantization_config would make transformers look for kernels, auto_map for code inside the checkpoint.
-    plain = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    kept = {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    plain = _with_special_floats(kept)
     # The class that was saved may have more than the causal language model: a vision tower, another head.
     names = config.get("architectures") or []
     model_class = getattr(transformers, str(names[0]), None) if names else None
@@ -206,3 +225,17 @@ def _build(config: Mapping[str, Any], device: AbstractContextManager[Any], conse
             f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r}, {consequence}. "
             f"({' '.join(str(cause).split())[:160]})"
         ) from cause
+
+
+def _with_special_floats(value: Any) -> Any:
+    """Replace ``{"__float__": "Infinity"}``, as transformers writes what JSON has no number for, by that number.
+
+    Bamba, Granite 4 and Nemotron-H have it in ``time_step_limit``.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {SPECIAL_FLOAT}:
+            return float(value[SPECIAL_FLOAT])
+        return {name: _with_special_floats(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_special_floats(entry) for entry in value]
+    return value

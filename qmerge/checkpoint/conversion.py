@@ -44,6 +44,7 @@ class Conversion:
 
     Attributes:
         parameters: name → tensor of everything in the model's state dict.
+        shared: parameter → the one whose values it has, apart from embeddings (Zamba's blocks that several layers share).
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,6 +54,7 @@ class Conversion:
         self._model = model
         self._prefix = model.base_model_prefix
         self.parameters: dict[str, Tensor] = model.state_dict()
+        self.shared = _shared_parameters(model)
         self._entries = get_model_conversion_mapping(model)
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
@@ -181,6 +183,16 @@ class Conversion:
         load_config = LoadStateDictConfig(weight_mapping=self._entries, dtype=torch.float32, device_map={"": device})
         convert_and_load_state_dict_in_model(self._model, tensors, load_config)
         self._model.tie_weights()
+
+
+def _shared_parameters(model: Any) -> dict[str, str]:
+    """Parameter → the one that transformers ties it to, where neither belongs to an embedding."""
+    embeddings: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            embeddings.add(f"{name}.weight")
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {name: source for name, source in tied.items() if not {name, source} & embeddings}
 
 
 def _unwrapped(result: Any) -> Tensor:

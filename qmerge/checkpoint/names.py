@@ -110,6 +110,16 @@ class Names:
         declared = self._tracer.conversion.parameters_in(module)
         return [name for name in declared if any(f".{name}".endswith(f".{target}") for target in targets)]
 
+    @property
+    def converted(self) -> frozenset[str]:
+        """Parameters in memory that transformers makes by an operation: of a part of a weight on disk, or of several weights.
+
+        Its loaders cannot do that with quantized weights, not even with those that they have saved themselves.
+        """
+        if self._config.get("model_type") in UNCONVERTED or self._tracer is None:
+            return frozenset()
+        return self._tracer.converted
+
     def is_transposed(self, parameter: str) -> bool:
         """Whether transformers marks a stack of experts as [E, I, O] (gpt-oss)."""
         return self._tracer is not None and self._tracer.conversion.is_transposed(parameter)
@@ -163,6 +173,15 @@ class _Tracer:
         if renamed.pattern is not None:
             self._by_canonical_name.setdefault(self.conversion.canonical_name(name), []).append(name)
 
+    @property
+    def converted(self) -> frozenset[str]:
+        """Parameters that a converter makes of weights that are on disk."""
+        by_pattern = (name for name, first in self._first_target.items() if self._pattern_of(first) is not None)
+        return frozenset(by_pattern)
+
+    def _pattern_of(self, parameter: str) -> str | None:
+        return self.renamed[self._sources[parameter][0]].pattern
+
     def blocks(self, name: str) -> tuple[DiskBlock, ...] | None:
         """Where a weight is on disk, by its full name in any spelling; None where it is not, or not just once."""
         if name in self.conversion.parameters:
@@ -182,9 +201,20 @@ class _Tracer:
     def _blocks_of_parameter(self, parameter: str) -> tuple[DiskBlock, ...] | None:
         sources = self._sources_of(parameter)
         if not sources:
+            self._check_not_shared(parameter)
             return None
         is_ambiguous = len(sources) > 1 and self.renamed[sources[0]].pattern is None
         return None if is_ambiguous else self._disk_blocks(parameter, self._trace(parameter))
+
+    def _check_not_shared(self, parameter: str) -> None:
+        """Raise CheckpointError where a parameter has no weight on disk because transformers gives it another one's values."""
+        shared = self.conversion.shared.get(parameter)
+        if shared is not None and self._sources_of(shared):
+            raise CheckpointError(
+                f"{parameter} is stored only once, as {shared}, which this architecture uses in several layers. The adapter "
+                f"changes it in one of them, so one weight cannot hold the result: use the adapter unmerged, or train "
+                f"one that leaves this layer out"
+            )
 
     def _blocks_of_part(self, name: str, renamed: Renamed) -> tuple[DiskBlock, ...] | None:
         """A name that only converters know: one expert's ``w1``.

@@ -34,6 +34,8 @@ from qmerge.checkpoint.names import UNCONVERTED, WITHOUT_CONV1D, Names
 from qmerge.checkpoint.traced import TracedTensor, traced_weight
 from qmerge.errors import CheckpointError
 
+from ..walk.sizes import tiny_config
+
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 96, "tie_word_embeddings": False, "max_position_embeddings": 64,
@@ -426,6 +428,26 @@ def test_a_flattened_convolution_is_refused() -> None:
     piece = traced_weight("patch.weight", (4, 3, 2, 2)).reshape(4, 12)
     with pytest.raises(CheckpointError, match=r"patch.weight \[4, 3, 2, 2\] with its axes flattened"):
         disk_block(piece.pieces[0], (4, 3, 2, 2), parameter="patch", shape=(4, 12))  # type: ignore[attr-defined]
+
+
+def test_parameters_that_transformers_converts() -> None:
+    stacks = {f"model.layers.{k}.mlp.experts.{part}" for k in range(2) for part in ("gate_up_proj", "down_proj")}
+    assert made("mixtral", True).names.converted == stacks
+    assert not made("mixtral", False).names.converted, "stacked on disk already"
+    assert not made("llama").names.converted and not made("gemma3").names.converted, "only renamed"
+
+
+def test_a_weight_that_several_layers_share_is_named() -> None:
+    """Zamba: peft gives each of the layers a LoRA of its own, and then they are no longer the same."""
+    shared = "shared_transf.self_attn.q_proj.weight"
+    config = tiny_config("zamba").to_dict()
+    names = Names({**config, "architectures": ["ZambaForCausalLM"]}, {f"model.layers.1.{shared}": (64, 64)})
+    blocks = names.blocks_of(f"model.layers.1.{shared}")
+    assert blocks is not None and blocks[0].weight == f"model.layers.1.{shared}"
+    with pytest.raises(
+        CheckpointError, match=rf"layers\.3\.{shared} is stored only once, as model\.layers\.1\.{shared}"
+    ):
+        names.blocks_of(f"model.layers.3.{shared}")
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
