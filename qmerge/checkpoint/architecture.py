@@ -77,17 +77,24 @@ def _module_kinds(config: str, skip: tuple[str, ...] | None) -> ModuleKinds:
     skip_list = None if skip is None else list(skip)
     skipped = HfQuantizer.get_modules_to_not_convert(model, skip_list, getattr(model, "_keep_in_fp32_modules", None))
     conv1d: set[str] = set()
-    quantizable: set[str] = set()
+    linear: list[str] = []
+    special: list[str] = []  # of classes of their own, which only compressed-tensors takes for linear layers (routers)
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             conv1d.add(name)
-        is_linear = type(module) is torch.nn.Linear or name in conv1d
-        if is_linear and should_convert_module(name, skipped):
-            quantizable.add(name)
+        if type(module) is torch.nn.Linear or name in conv1d:
+            linear.append(name)
+        elif isinstance(module, torch.nn.Linear):
+            special.append(name)
+    # Other libraries take names where transformers takes patterns (compressed-tensors: DeepSeek V4's "compressor.kv_proj").
+    named: list[str] = []
+    for pattern in skipped:
+        matching = [name for name in linear if not should_convert_module(name, [pattern])]
+        named += matching or [pattern]
     return ModuleKinds(
-        quantizable=frozenset(quantizable),
+        quantizable=frozenset(name for name in linear if should_convert_module(name, skipped)),
         conv1d=frozenset(conv1d),
-        skipped=tuple(skipped),
+        skipped=tuple(dict.fromkeys([*named, *special])),
         towers=frozenset(_linear_layers_outside_text(model)),
     )
 

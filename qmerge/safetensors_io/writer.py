@@ -125,7 +125,8 @@ class StepSink(TensorSink):
         self._hashed: Future[None] | None = None
 
     def append(self, name: str, tensor: Tensor) -> None:
-        flat = tensor.detach().cpu().contiguous().flatten()
+        # A tensor of one value counts as contiguous whatever its strides are, and cannot be viewed as bytes then.
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
         if flat.numel():  # an empty tensor cannot be viewed as bytes
             self.append_bytes(name, flat.view(torch.uint8).numpy().data)
 

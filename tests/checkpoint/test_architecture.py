@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BambaForCausalLM,
     BitsAndBytesConfig,
+    DeepseekV4ForCausalLM,
     Gemma3nForCausalLM,
     ResNetForImageClassification,
     Wav2Vec2ForCTC,
@@ -50,6 +51,18 @@ def test_a_tied_model_is_quantized_as_transformers_loads_it(tmp_path: Path) -> N
     quantized = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
     assert "model.altup_unembed_projections.2" in quantized
     assert module_kinds(config, None).quantizable == quantized
+
+
+def test_what_stays_dense_by_a_pattern_has_its_name(tmp_path: Path) -> None:
+    """transformers keeps "compressor.kv_proj" of DeepSeek V4 in float32; compressed-tensors takes whole names only."""
+    config = config_on_disk(DeepseekV4ForCausalLM(tiny_config("deepseek_v4")), tmp_path)
+    kinds = module_kinds(config, None)
+    assert "model.layers.0.self_attn.compressor.kv_proj" in kinds.skipped
+    assert "model.layers.0.self_attn.kv_proj" in kinds.quantizable
+    linear = {name for name, layer in meta_model(config).named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert "model.layers.0.self_attn.o_a_proj" in kinds.skipped, "a class of its own"
+    assert linear == kinds.quantizable | (linear & set(kinds.skipped)), "each of them is named, or quantized"
+    assert not kinds.quantizable & set(kinds.skipped)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,20 @@ def test_large_parts_are_hashed_in_order(tmp_path: Path) -> None:
     shard.close()
 
 
+def test_one_value_with_the_strides_of_a_larger_tensor(tmp_path: Path) -> None:
+    """The scale of a weight with one row: contiguous, says torch, but not viewable as bytes."""
+    value = torch.tensor([[1.5, 2.5]])[:, :1].as_strided((1, 1), (2, 2))
+    assert value.is_contiguous() and value.flatten().stride() == (2,)
+    writer = ShardWriter(tmp_path / "model", layout_of({"a": value}, {}))
+    sink = writer.step(("a",))
+    sink.append("a", value)
+    sink.finish()
+    writer.finish()
+    writer.publish()
+    with safe_open(tmp_path / "model", "pt") as file:
+        assert file.get_tensor("a").tolist() == [[1.5]]
+
+
 def test_a_tensor_that_is_not_complete_is_a_bug(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "model", layout_of({"a": torch.ones(4)}, {}))
     sink = writer.step(("a",))

@@ -19,15 +19,20 @@ SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "
 
 def adapted(model: Any, task: str | None, folder: Path) -> PeftModel:
     """The model with an adapter that is saved in ``folder``, all trained parameters moved at random."""
-    settings = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
+    return trained(
+        model,
+        folder,
         target_modules="all-linear",
         exclude_modules=_excluded(model, task) or None,
         target_parameters=_stacks(model) or None,
         task_type=task,
     )
-    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+
+
+def trained(model: Any, folder: Path, **settings: Any) -> PeftModel:
+    """The model with a LoRA of these settings, all trained parameters moved at random, saved in ``folder``."""
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, **settings)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in wrapped.parameters():

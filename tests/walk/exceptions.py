@@ -13,6 +13,8 @@ TWO_HYBRIDS = {
 OF_ZAMBA = "the second hybrid layer shares the first one's weights; attention is twice as wide as the model"
 NONE = "None by default"
 MHA = "as many key and value heads as heads"
+SECTIONS = "the class takes sections for a head of 128"
+GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 
 EXCEPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": (f"{OF_MAMBA}; no attention layer by default", {**MAMBA, "attn_layer_indices": [1]}),
@@ -44,9 +46,16 @@ EXCEPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "esmc": (MHA, {"num_key_value_heads": 4}),
     "falcon_h1": (OF_MAMBA, {**MAMBA, "mamba_d_ssm": 64}),
     "glm5_next_text": (f"{MHA}; index_topk is a multiple of index_kpool", {"num_key_value_heads": 4, "index_kpool": 2}),
+    "glm46v_text": (SECTIONS, GLM_ROPE),
+    "glm4v_text": (SECTIONS, GLM_ROPE),
+    "glm4v_moe_text": (
+        "the class takes sections for a head of 128, half of which rotates",
+        {"rope_parameters": {**GLM_ROPE["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    ),
+    "glm_ocr_text": (SECTIONS, GLM_ROPE),
     "granitemoehybrid": (
         f"{OF_MAMBA}; no attention layer by default",
-        {**MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+        {**MAMBA, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     ),
     "hunyuan_v1_dense": (NONE, {"head_dim": 8}),
     "hunyuan_v1_moe": (NONE, {"head_dim": 8}),

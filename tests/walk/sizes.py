@@ -28,6 +28,7 @@ RULES: tuple[tuple[int, tuple[str, ...]], ...] = (
         r"model_max_length",
     )),
     # heads
+    (16, (r"qk_head_dim",)),  # with and without rope, 8 each
     (2, (r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|num_query_groups|multi_query_group_num)",)),
     (8, (r"(.*_)?head_?dim", r".*_per_head", r"d_kv", r"d_head", r"kv_channels", r"headdim")),
     (4, (
@@ -35,11 +36,12 @@ RULES: tuple[tuple[int, tuple[str, ...]], ...] = (
         r"(.*_)?(num_attention_heads|num_heads|n_heads|n_head|attention_heads|num_\w*_heads)(_.*)?",
     )),
     # experts
+    (1, (r"topk_groups?",)),
     (2, (
         r"num_experts_per_tok(en)?", r"(.*_)?top_?k(_.*)?", r"num_selected_experts", r"moe_k", r"experts_per_token",
     )),
     (1, (
-        r"n_groups?", r"topk_groups?", r"num_expert_groups?", r"o_groups", r"mamba_n_?groups", r"num_groups",
+        r"n_groups?", r"num_expert_groups?", r"o_groups", r"mamba_n_?groups", r"num_groups",
         r"(n_|num_)shared_experts",
     )),
     (4, (r"(.*_)?experts?", r"(n_|num_)\w*experts(_.*)?")),
@@ -56,7 +58,7 @@ RULES: tuple[tuple[int, tuple[str, ...]], ...] = (
         r"(n|num)_filters", r"d_latents", r"context_size", r"num_latents", r"lru_width", r"(.*_)?num_mel_bins",
         r"conv_dim", r"(ssm_)?state_size", r"mamba_d_state",
     )),
-    (48, (
+    (64, (
         r".*(intermediate|ffn|inner|mlp|feed_?forward|ff)(_hidden)?_?(size|dim|channels|layers_dim)(_.*)?", r"d_ff",
         r"d_inner", r"n_inner",
     )),
@@ -104,6 +106,8 @@ def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = len(chosen)
         else:
             result[name] = _smaller(name, value)
+    if "kv_lora_rank" in values:  # each head has keys and values of its own, made of a common latent vector
+        result["num_key_value_heads"] = result["num_attention_heads"]
     _, fields = EXCEPTIONS.get(str(values.get("model_type")), ("", {}))
     return {**result, **deepcopy(fields)}
 

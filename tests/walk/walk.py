@@ -7,7 +7,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
@@ -76,6 +78,8 @@ def _walk(outcome: Outcome, architecture: Architecture, folder: Path) -> None:
     if made.inputs is None:
         outcome.notes.append(f"weights compared, not outputs: {_one_line(made.problem)[:100]}")
     outcome.error, outcome.fp32 = _verdict(outcome, "fp32: ", made.check_fp32)
+    if outcome.error and outcome.error > OUTPUT_BOUND:
+        outcome.notes.append("peft's own merge differs as much: this model's code goes past some of the LoRA layers")
     if outcome.fp32 == OK:
         _, outcome.nf4 = _verdict(outcome, "nf4: ", made.check_nf4)
 
@@ -134,8 +138,7 @@ class Made:
         Raises:
             WrongError: a weight or an output is not what it should be.
         """
-        out = stock.merged(self.folder / "fp32", self.folder / "base", self.folder / "adapter", "fp32")
-        model = self._loaded(out)
+        model = self.loaded(self.merged("fp32"))
         self._check_weights(model)
         if self.inputs is None:
             return None
@@ -146,6 +149,10 @@ class Made:
         if not largest_distance(self.alone, self.expected) > 10 * error:
             raise WrongError("the control: the base alone answers the same")
         return error
+
+    def merged(self, target: str, **more: Any) -> Path:
+        """qmerge's output, in a folder of the target's name."""
+        return stock.merged(self.folder / target, self.folder / "base", self.folder / "adapter", target, **more)
 
     def _check_weights(self, model: Any) -> None:
         far: dict[str, float] = {}
@@ -167,11 +174,11 @@ class Made:
             WrongError: another value, or a tensor that transformers does not load.
             UnbuiltError: transformers cannot quantize the model, or cannot load what it has quantized and saved itself.
         """
-        out = stock.merged(self.folder / "nf4", self.folder / "base", self.folder / "adapter", "nf4")
+        out = self.merged("nf4")
         quantized = self._quantized_by_transformers(_skip_list(out))
         expected = stock.weights_of(quantized)
         try:
-            values = stock.weights_of(self._loaded(out))
+            values = stock.weights_of(self.loaded(out))
         except Exception:
             self._check_that_transformers_reloads(quantized)
             raise
@@ -198,13 +205,13 @@ class Made:
     def _check_that_transformers_reloads(self, quantized: Any) -> None:
         try:
             quantized.save_pretrained(self.folder / "stock")
-            stock.weights_of(self._loaded(self.folder / "stock"))
+            stock.weights_of(self.loaded(self.folder / "stock"))
         except Exception as cause:
             raise UnbuiltError(
                 f"transformers does not load what it saves in NF4: {type(cause).__name__}: {cause}"
             ) from cause
 
-    def _loaded(self, folder: Path) -> Any:
+    def loaded(self, folder: Path) -> Any:
         """Raises WrongError where transformers misses a tensor, or does not know one."""
         model, info = self.model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, device_map="cpu"
@@ -216,15 +223,33 @@ class Made:
 
 
 def make(architecture: Architecture, folder: Path) -> Made:
-    """Save a base and an adapter, and ask the stock libraries.
+    """A base and an adapter of an architecture.
+
+    Raises:
+        UnbuiltError: the stock libraries cannot build, save, load, adapt or merge it.
+    """
+    task = TASKS.get(architecture.head)
+    return made_of(built(architecture), folder, lambda model: adapted(model, task, folder / "adapter"))
+
+
+def made_of(
+    model: Any, folder: Path, adapt: Callable[[Any], PeftModel], others: Mapping[str, Tensor] | None = None
+) -> Made:
+    """Save a base, and an adapter of it in ``folder / "adapter"``, and ask the stock libraries.
+
+    Args:
+        adapt: wraps the model and saves the adapter.
+        others: more tensors for the file of the base.
 
     Raises:
         UnbuiltError: one of them cannot do it.
     """
-    model_class = architecture.model_class
-    model = built(architecture)
+    model_class = type(model)
     try:
         model.save_pretrained(folder / "base")
+        if others:
+            file = folder / "base" / "model.safetensors"
+            save_file({**load_file(file), **others}, file, metadata={"format": "pt"})
         model, info = model_class.from_pretrained(folder / "base", dtype=torch.float32, output_loading_info=True)
     except Exception as cause:
         raise UnbuiltError(f"transformers cannot save and load it: {type(cause).__name__}: {cause}") from cause
@@ -237,7 +262,7 @@ def make(architecture: Architecture, folder: Path) -> Made:
     except Exception as cause:  # what a model wants to be given is its own business
         made.problem = f"{type(cause).__name__}: {cause}"
     try:
-        wrapped = adapted(model, TASKS.get(architecture.head), folder / "adapter")
+        wrapped = adapt(model)
         if made.inputs:
             made.expected = outputs_of(wrapped, made.inputs)
         merged = wrapped.merge_and_unload()
@@ -269,12 +294,16 @@ def built(architecture: Architecture) -> Any:
         model = model_class(config).float().eval()
     except Exception as cause:
         raise UnbuiltError(f"transformers cannot build it: {type(cause).__name__}: {cause}") from cause
+    fill(model)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Give values to parameters that a class leaves empty or zero, where a test could not see them."""
     with torch.no_grad():
         for parameter in model.parameters():
-            # Some are left empty, or zero, where a test could not see them.
             if parameter.is_floating_point() and not bool(parameter.isfinite().all() and parameter.any()):
                 parameter.normal_(std=0.02)
-    return model
 
 
 def largest_distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
