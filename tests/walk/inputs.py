@@ -18,6 +18,8 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     config = model.config.get_text_config()
     vocabulary = int(getattr(config, "vocab_size", None) or getattr(model.config, "vocab_size", None) or 96)
     tokens = torch.randint(4, min(vocabulary, 90), (1, TOKENS), generator=generator)
+    if isinstance(getattr(config, "eos_token_id", None), int):
+        tokens[:, -1] = config.eos_token_id  # BART's classifier looks there
     name = model.main_input_name
     codebooks = getattr(model.config, "num_codebooks", 0)
     if codebooks and name == "input_ids":  # MusicGen: one row of tokens for each codebook

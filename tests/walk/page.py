@@ -34,7 +34,13 @@ Each row is a tiny model with random weights and the structure of its config cla
 |---|---|---|---|
 {verdicts}
 
+Of {weights} classes only the weights were compared, not the outputs: the note has the reason. Outputs are those of tokens (of
+images and sounds, where the model takes nothing else), so vision towers beside a language model are compared by weights.
 Heads: {heads}.
+
+The models that people fine-tune now (Qwen3 and 3.5, Gemma 3 and 4, gpt-oss, Llama 3 and 4, Ministral and Magistral, DeepSeek V3
+and V4, GLM 4, Phi-4, Granite 4, Falcon-H1, SmolLM3) are also merged with their published config.json, scaled down, and the layers
+that Unsloth and Axolotl adapt, into fp32, nf4, w4a16 and fp8: `tests/walk/test_current_models.py`.
 
 | model type | heads | fp32 | nf4 | note |
 |---|---|---|---|---|
@@ -65,6 +71,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
         peft=peft.__version__,
         minutes=MINUTES,
         verdicts="\n".join(verdicts),
+        weights=sum(outcome.fp32 == OK and outcome.error is None for outcome in ordered),
         heads=", ".join(HEADS),
     )
     return text + "\n".join(_rows(ordered)) + "\n"
