@@ -104,10 +104,11 @@ def _untie(model: Any) -> None:
 
     They leave the last parameter's module dense: the output embedding, but of a tied model the layer before it (Gemma 3n).
     """
-    for name in getattr(model, "all_tied_weights_keys", {}):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in parameters.keys() & getattr(model, "all_tied_weights_keys", {}).keys():
         module, _, local = name.rpartition(".")
-        parameter = model.get_parameter(name)
-        setattr(model.get_submodule(module), local, torch.nn.Parameter(parameter.detach(), requires_grad=False))
+        own = torch.nn.Parameter(parameters[name].detach(), requires_grad=False)
+        setattr(model.get_submodule(module), local, own)
 
 
 def _linear_layers_outside_text(model: Any) -> set[str]:

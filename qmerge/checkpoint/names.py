@@ -116,9 +116,7 @@ class Names:
 
         Its loaders cannot do that with quantized weights, not even with those that they have saved themselves.
         """
-        if self._config.get("model_type") in UNCONVERTED or self._tracer is None:
-            return frozenset()
-        return self._tracer.converted
+        return self._tracer.converted if self._tracer else frozenset()
 
     def is_transposed(self, parameter: str) -> bool:
         """Whether transformers marks a stack of experts as [E, I, O] (gpt-oss)."""

@@ -26,7 +26,7 @@ SEED = int(os.environ.get("QMERGE_WALK_SEED") or date.today().isocalendar().week
 """The sample changes from week to week."""
 
 OPEN = {
-    "causal:inkling2_text": "a layer that is X on disk and X.weight in memory stays dense in nf4, and the loader wants it quantized",
+    "causal:inkling2_text": "a layer that is X on disk and X.weight in memory stays dense in nf4, unlike in the loader",
 }
 """Architectures that are wrong today, and why."""
 
