@@ -1,7 +1,7 @@
 """python -m tests.walk [NAME ...]: merge an adapter into a tiny model of every architecture, and write docs/models.md.
 
 A NAME is head:model_type, with * for any: "causal:qwen3*". Without names all are walked, in processes of 25 each; those that
-the file of results has already are left out, so that an interrupted walk goes on. --page writes the page from that file.
+the file of results has already are left out, so that an interrupted walk goes on. The page is written when it has all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "names", nargs="*", default=["*"], metavar="NAME", help="head:model_type; * stands for any text"
     )
     parser.add_argument("--results", type=Path, default=Path("logs/walk.jsonl"), help="file of results")
-    parser.add_argument("--page", action="store_true", help="write docs/models.md from the file of results")
     parser.add_argument("--in-this-process", action="store_true", help="start no other process")
     options = parser.parse_args(arguments)
     options.results.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [one.name for one in remaining[start : start + PER_PROCESS]]
         command = [sys.executable, "-m", "tests.walk", "--in-this-process", "--results", str(options.results), *names]
         subprocess.run(command, check=False)
-    if options.page:
-        PAGE.write_text(page(list(read_outcomes(options.results).values())))
+    outcomes = read_outcomes(options.results)
+    if outcomes.keys() >= {one.name for one in architectures()}:
+        PAGE.write_text(page(list(outcomes.values())))
     return 0
 
 

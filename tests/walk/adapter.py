@@ -13,8 +13,8 @@ RANK = 4
 MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """peft refuses to adapt ``out_proj`` of these models: their kernels would go past the adapter."""
 
-SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
-"""Task → the heads that peft trains whole, so that they cannot have a LoRA."""
+SAVED_HEADS = {"classifier", "score"}
+"""What peft trains whole in classifiers of sequences and tokens, so that it cannot have a LoRA."""
 
 
 def adapted(model: Any, task: str | None, folder: Path) -> PeftModel:
@@ -38,7 +38,8 @@ def trained(model: Any, folder: Path, **settings: Any) -> PeftModel:
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-    wrapped.save_pretrained(folder)
+    # None is adapted; to look whether one is, peft would ask speech models for theirs, which they have not.
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
     return wrapped
 
 
@@ -50,8 +51,8 @@ def _stacks(model: Any) -> list[str]:
 def _excluded(model: Any, task: str | None) -> list[str]:
     """Linear layers that peft cannot adapt: it trains or refuses them, or their class answers with more than one tensor."""
     excluded = [name for name, module in model.named_modules() if _is_router(name, module)]
-    if task in SAVED_HEADS:
-        excluded += [name for name, _ in model.named_modules() if name.endswith(SAVED_HEADS[task])]
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        excluded += [name for name, _ in model.named_modules() if SAVED_HEADS & set(name.split("."))]
     if model.config.model_type in MAMBA_MODELS:
         excluded += [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
     return excluded

@@ -19,7 +19,7 @@ TEXT = """# Models
 
 qmerge knows no list of architectures: it asks transformers which tensors on disk make up which layer. This page says what that
 gives for {count} classes of {types} model types, every one that transformers {transformers} maps to the tasks below.
-`python -m tests.walk --page` in a clone writes it (about {minutes} minutes on one core); do not edit it.
+`python -m tests.walk` in a clone writes it (about {minutes} minutes on one core); do not edit it.
 
 Each row is a tiny model with random weights and the structure of its config class. peft {peft} adapts all linear layers
 (`target_modules="all-linear"`) and all stacked experts (`target_parameters`), and moves every trained value at random.
@@ -35,7 +35,8 @@ Each row is a tiny model with random weights and the structure of its config cla
 {verdicts}
 
 Of {weights} classes only the weights were compared, not the outputs: the note has the reason. Outputs are those of tokens (of
-images and sounds, where the model takes nothing else), so vision towers beside a language model are compared by weights.
+images and sounds, where the model takes nothing else), so the vision tower of a language model is compared by its weights.
+
 Heads: {heads}.
 
 The models that people fine-tune now (Qwen3 and 3.5, Gemma 3 and 4, gpt-oss, Llama 3 and 4, Ministral and Magistral, DeepSeek V3
@@ -49,7 +50,7 @@ that Unsloth and Axolotl adapt, into fp32, nf4, w4a16 and fp8: `tests/walk/test_
 MEANINGS = {
     OK: "as described above",
     REFUSED: "qmerge refuses it, with the message in the note",
-    UNBUILT: "transformers, peft or bitsandbytes cannot do it: the note has their message",
+    UNBUILT: "transformers, peft or bitsandbytes cannot do it, not even with files of their own: the note has their message",
     WRONG: "not what it should be",
     CRASH: "an error that is not one of qmerge's",
 }
