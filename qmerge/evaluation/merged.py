@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qmerge import hub
 from qmerge.calibration.tasks import CAUSAL_LM, Task, task_of
-from qmerge.checkpoint.scan import Checkpoint, read_json, scan
+from qmerge.checkpoint.documents import read_json
+from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError
 from qmerge.gguf.base import gguf_file, open_model
 from qmerge.safetensors_io.reader import Reader
