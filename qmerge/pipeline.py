@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters.combining.interference import PairSums, pair_stats
+from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
@@ -133,7 +134,7 @@ class Work:
     """A step that is being done: everything that its row blocks share.
 
     grid       grid of the whole weight that codes are chosen on
-    objective  which rounding errors matter, for ``preserve``
+    objective  which rounding errors matter, for ``preserve``; of a stack, those of each block are in the block
     rounding   name of the rounding that is used
     """
 
@@ -151,7 +152,8 @@ class Work:
 class Block:
     """Some rows of a weight before rounding, float32 [rows, I], with their part of the grid.
 
-    ``kept_codes_OI``: the base's own codes, where its grid is kept.
+    kept_codes_OI  the base's own codes, where its grid is kept
+    objective      that of the weight; in a stack, that of the matrix that the block is
     """
 
     rows: Rows
@@ -159,6 +161,7 @@ class Block:
     base_OI: Tensor
     merged_OI: Tensor
     kept_codes_OI: Tensor | None
+    objective: Objective | None
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ def read_block(work: Work, rows: Rows) -> Block:
         base_OI=base_OI,
         merged_OI=add_delta(work.step, base_OI, work.update, rows),
         kept_codes_OI=kept_codes_OI,
+        objective=objective_of_block(work, rows),
     )
 
 
@@ -296,6 +300,14 @@ def objective_for(
     return make_objective(inputs, directions, step.shape[1], context.device)
 
 
+def objective_of_block(work: Work, rows: Rows) -> Objective | None:
+    """The objective of some rows. Every matrix of a stack has its own inputs, and its own delta."""
+    if work.objective is None or not isinstance(work.update, TransposedStackUpdate):
+        return work.objective
+    directions = work.update.matrix_directions(rows.start // len(rows))
+    return make_objective(None, directions, work.step.shape[1], work.context.device)
+
+
 def choose_codes(work: Work, block: Block) -> Tensor:
     """Codes on the block's grid, [rows, I], by the step's rounding."""
     delta_OI = None
@@ -307,7 +319,7 @@ def choose_codes(work: Work, block: Block) -> Tensor:
         seed=work.context.seed,
         effort=EFFORTS[work.context.effort],
         base_codes_OI=block.kept_codes_OI,
-        objective=work.objective,
+        objective=block.objective,
         delta_OI=delta_OI,
         original_OI=original_with_delta(work, block.rows),
     )
@@ -339,7 +351,6 @@ class Measurement:
     def sums(self, block: Block, codes_OI: Tensor, stored_OI: Tensor) -> Sums | None:
         """Compare base, merged and stored values of some rows."""
         update = self._work.update
-        objective = self._work.objective
         if update is None:
             return None
         base_codes_OI = block.kept_codes_OI
@@ -356,7 +367,7 @@ class Measurement:
             position=block.rows,
             weight_rows=self._work.step.shape[0],
             update=update,
-            hessian_II=objective.hessian_II if objective else None,
+            hessian_II=block.objective.hessian_II if block.objective else None,
         )
         return sums_of(merged_rows)
 

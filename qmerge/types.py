@@ -246,6 +246,7 @@ class StepSource:
 
     weight                the weight that is read; the original's where its values go onto a fresh grid
     conv1d                its dense values are stored as [I, O] (GPT-2's Conv1D); all work is done as [O, I]
+    transposed_stack      its dense values are a stack [E, I, O] (gpt-oss' experts); all work is done as [E·O, I]
     keeps_grid            the output keeps the scales that ``weight`` has
     training_format       ``weight`` is first quantized this way, as in training
     original_weight       the 16-bit weight of which ``weight`` is the quantized form, where it is needed too
@@ -254,6 +255,7 @@ class StepSource:
 
     weight: Weight
     conv1d: bool = False
+    transposed_stack: bool = False
     keeps_grid: bool = False
     training_format: TrainingFormat | None = None
     original_weight: Weight | None = None
@@ -322,11 +324,19 @@ class Step:
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I) of the values while they are worked on; a vector is one row."""
+        if self.source.transposed_stack:
+            experts, columns, rows = self.weight.shape
+            return experts * rows, columns
         rows, columns = as_matrix(self.weight.shape)
         # A quantized Conv1D is stored as [O, I] already.
         if self.source.conv1d and self.source_is_dense:
             return columns, rows
         return rows, columns
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its rounding depends on the layer's inputs. Those of stacks are not observed."""
+        return self.rounding == "preserve" and not self.source.transposed_stack
 
     @property
     def source_is_dense(self) -> bool:

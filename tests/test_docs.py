@@ -120,7 +120,8 @@ def test_targets_in_the_readme_exist() -> None:
 
 def test_table_of_benchmarks_has_every_target_that_rounds() -> None:
     text = section(BENCHMARKS, "All targets, on the demo model")
-    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == targets() - {"fp32"}
+    of_stacks = {"mxfp4"}  # the demo model has none
+    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == targets() - {"fp32"} - of_stacks
 
 
 # --- the README ------------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def test_metric(name: str) -> None:
 
 
 def test_every_target_takes_some_shape() -> None:
-    assert {name for name, _ in WRITTEN} == set(TARGETS)
+    """Formats of stacks take no matrix: tests/parity/test_experts.py writes them."""
+    assert {name for name, _ in WRITTEN} == {name for name in TARGETS if not get_target(name).info.takes_stacks}
 
 
 IN_SAFETENSORS = [(name, shape) for name, shape in WRITTEN if get_target(name).info.container is None]

@@ -44,6 +44,7 @@ from qmerge.schema import FidelityRecord
 from qmerge.types import Step
 from qmerge.weights.context import RunContext
 from qmerge.weights.heap import map_large_blocks
+from qmerge.weights.values import in_dense_shape
 
 
 class CalibratedGroup(NamedTuple):
@@ -97,7 +98,7 @@ class CalibrationPass:
         self.stored_values = stored_values
         self.report_progress = report_progress
         self.steps = steps_with_values(plan)
-        self.preserved = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
+        self.preserved = {step.name: step for step in plan.rounded if step.is_calibrated}
         # Other steps were done before the first layer: the merged model has their stored values from the start.
         self.done = {step.name for step in plan.rounded if step.name not in self.preserved}
         self.unmerged, self.unmerged_values = unmerged_model(plan, context)
@@ -336,7 +337,7 @@ class CalibrationPass:
         values_OI = self.stored_values(step)
         if self.unmerged.is_conv1d(name):
             return values_OI.T.contiguous()
-        return values_OI.view(step.weight.shape)
+        return in_dense_shape(values_OI, step)
 
 
 def _pausing_pass(run: LayerwiseRun, call: LayerCall, layer: LayerGroups) -> ForwardPass:

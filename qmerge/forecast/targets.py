@@ -16,6 +16,7 @@ from qmerge.formats import MIXES, all_targets, get_target
 from qmerge.gguf.base import GgufCheckpoint
 from qmerge.gguf.output import OWN_TYPES
 from qmerge.planning.inputs import Inputs
+from qmerge.planning.modules import GPT_OSS
 from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe, parse_size
 from qmerge.safetensors_io.reader import Reader
@@ -68,9 +69,12 @@ class Candidate:
 def all_candidates(recipe: Recipe, inputs: Inputs, reader: Reader) -> list[Candidate]:
     """Every target, the smallest model first; impossible ones last.
 
-    GGUF files are candidates for a GGUF base only: llama.cpp's converter, which says what is in one, takes seconds.
+    GGUF files are candidates for a GGUF base only: llama.cpp's converter, which says what is in one, takes seconds. The format
+    of gpt-oss' experts is one for gpt-oss only.
     """
     targets = [target for target in all_targets() if get_target(target).info.container is None]
+    if inputs.base.config.get("model_type") != GPT_OSS:
+        targets = [target for target in targets if not get_target(target).info.takes_stacks]
     if isinstance(inputs.base, GgufCheckpoint):
         targets += [OWN_TYPES, *MIXES]
     elif recipe.target in (OWN_TYPES, *MIXES):

@@ -20,7 +20,7 @@ from qmerge.formats._tensors import read_rows
 from qmerge.formats.base import Stored
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Options, Rows, TensorInfo, TensorSpec, Weight
+from qmerge.types import Options, Rows, TensorInfo, TensorSpec
 
 # Added to the exponents of MXFP4's scales before they are stored.
 MXFP4_BIAS = 127
@@ -30,14 +30,13 @@ class StoredFp4(Stored):
     """Two codes in a byte, the first in the low bits."""
 
     def __init__(
-        self, weight: Weight, scale_OG: Tensor, reader: Reader, device: torch.device, *, group_size: int
+        self, packed: TensorInfo, scale_OG: Tensor, reader: Reader, device: torch.device, *, group_size: int
     ) -> None:
         if not bool(scale_OG.isfinite().all()):
             raise CheckpointError(
-                f"{weight.module}: weight_scale or weight_global_scale makes NaN or infinity, so it is damaged. Download the "
-                f"model again"
+                f"the scales of {packed.name} make NaN or infinity, so they are damaged. Download the model again"
             )
-        self._info = weight.parts["weight_packed"]
+        self._info = packed
         self._reader = reader
         self._device = device
         self.grid: LevelsGrid = LevelsGrid(FP4_LEVELS, scale_OG.to(device), group_size)
@@ -102,6 +101,11 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     """
     bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
     return bits.to(torch.int32).view(torch.float32)
+
+
+def exponents_of(powers: Tensor) -> Tensor:
+    """The reverse of ``powers_of_two``, uint8."""
+    return (torch.frexp(powers).exponent - 1 + MXFP4_BIAS).to(torch.uint8)
 
 
 class CompressedFp4(Compressed):

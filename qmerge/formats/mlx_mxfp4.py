@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmerge.formats._fp4 import MXFP4_BIAS, power_candidates, powers_of_two
+from qmerge.formats._fp4 import exponents_of, power_candidates, powers_of_two
 from qmerge.formats._mlx_config import mlx_info
 from qmerge.formats._mlx_fp4 import MlxFp4
 
@@ -21,7 +21,7 @@ class MlxMxfp4(MlxFp4):
         return torch.where(stored_OG == 255, torch.nan, powers_of_two(stored_OG.int()))
 
     def encoded_scales(self, scale_OG: Tensor) -> Tensor:
-        return (torch.frexp(scale_OG).exponent - 1 + MXFP4_BIAS).to(torch.uint8)
+        return exponents_of(scale_OG)
 
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         return power_candidates(largest_OG)

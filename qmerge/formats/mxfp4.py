@@ -1,22 +1,28 @@
-"""MXFP4 experts of gpt-oss: FP4 numbers in blocks of 32 that share a power of two; read, not written."""
+"""MXFP4 as gpt-oss has it, for its experts: FP4 numbers in blocks of 32 that share a power of two."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._dense import StoredValues
-from qmerge.formats._levels import FP4
-from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, NoOptions, Stored
+from qmerge.formats._fp4 import StoredFp4, exponents_of, least_error_scales, pack_fp4, power_candidates, powers_of_two
+from qmerge.formats._levels import FP4, FP4_LEVELS, LevelsGrid
+from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
+from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
-from qmerge.types import Rows, TensorInfo, Weight
+from qmerge.types import Options, Parts, Rows, TensorInfo, TensorSpec, Weight
 
 # Bytes of a block: two codes in each, the first in the low bits.
 BYTES = 16
+
+# Inputs that share a scale.
+GROUP_SIZE = 2 * BYTES
 
 # Added to the exponent of a block before it is stored.
 BIAS = 127
@@ -24,9 +30,15 @@ BIAS = 127
 # Ends of the tensors' names.
 BLOCKS, SCALES = "_blocks", "_scales"
 
+# ``modules_to_not_convert`` of gpt-oss.
+DENSE_MODULES = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+
+# A scale of which most codes are infinite in float32.
+TOO_LARGE = 255
+
 
 class StoredMxfp4(StoredValues):
-    """Rows are experts. An expert's values are transposed in a dense checkpoint, so it is read as a whole."""
+    """Rows are experts, for dense targets. An expert is transposed in a dense checkpoint, so it is read as a whole."""
 
     def __init__(self, weight: Weight, reader: Reader, device: torch.device) -> None:
         self._blocks = weight.parts[weight.local + BLOCKS]
@@ -51,14 +63,18 @@ class StoredMxfp4(StoredValues):
         return flat.view(len(rows), *info.shape[1:]).to(self._device)
 
 
-class Mxfp4(Format[NoOptions]):
+class Mxfp4(TargetFormat[NoOptions]):
     """Tensors of all experts at once: ``gate_up_proj_blocks`` uint8 [E, O, I/32, 16], ``gate_up_proj_scales`` [E, O, I/32].
 
-    The weight is ``gate_up_proj`` [E, I, O], as in a dense checkpoint. qmerge does not write it: most adapters do not change
-    experts, so a merged model either keeps these bytes or has dense experts.
+    The weight is ``gate_up_proj`` [E, I, O], as in a dense checkpoint. It is merged and rounded as a matrix [E·O, I].
     """
 
-    info = FormatInfo(name="mxfp4", quant_method="mxfp4")
+    info = FormatInfo(
+        name="mxfp4",
+        quant_method="mxfp4",
+        loaders="vLLM, SGLang, transformers (on a CPU it dequantizes)",
+        takes_stacks=True,
+    )
 
     def find(
         self, tensors: Mapping[str, TensorInfo], reader: Reader, quantization: Mapping[str, Any] = NOT_QUANTIZED
@@ -73,6 +89,69 @@ class Mxfp4(Format[NoOptions]):
 
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         return StoredMxfp4(weight, reader, device)
+
+    def open_matrices(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        experts, columns, rows = weight.shape
+        blocks, scales = weight.parts[weight.local + BLOCKS], weight.parts[weight.local + SCALES]
+        exponents_OG = reader.tensor(scales).view(experts * rows, columns // GROUP_SIZE)
+        if bool((exponents_OG == TOO_LARGE).any()):
+            raise CheckpointError(
+                f"{scales.name} holds {TOO_LARGE}: numbers that large are read, but nothing is merged into them. Download the "
+                f"model again, or use --target bf16"
+            )
+        packed = replace(blocks, shape=(experts * rows, columns // 2))
+        return StoredFp4(packed, powers_of_two(exponents_OG.int()), reader, device, group_size=GROUP_SIZE)
+
+    # --- write ---
+
+    def options(self, asked: Mapping[str, Any], source: Options | None, dtype: str) -> NoOptions:
+        return NoOptions()
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 3
+
+    def check(self, name: str, shape: tuple[int, int], options: NoOptions) -> None:
+        if shape[1] % GROUP_SIZE:
+            raise RecipeError(
+                f"{name} has {shape[1]} inputs, which is not a multiple of {GROUP_SIZE}, the size of MXFP4's blocks: use --target "
+                f"bf16"
+            )
+
+    def outputs(self, local: str, shape: tuple[int, ...], options: NoOptions) -> dict[str, TensorSpec]:
+        experts, columns, rows = shape
+        groups = columns // GROUP_SIZE
+        return {
+            local + BLOCKS: TensorSpec("U8", (experts, rows, groups, BYTES)),
+            local + SCALES: TensorSpec("U8", (experts, rows, groups)),
+        }
+
+    def codes_part(self, local: str) -> str:
+        return local + BLOCKS
+
+    def scales(self, values_OI: Tensor, options: NoOptions, inputs_I: Tensor | None = None) -> Tensor:
+        """float32 [rows, G]: of the powers of two, those with the least squared error."""
+        return least_error_scales(values_OI, GROUP_SIZE, power_candidates, inputs_I)
+
+    def grid(
+        self, scales: Tensor, shape: tuple[int, int], options: NoOptions, inputs_I: Tensor | None = None
+    ) -> Grid:  # fmt: skip
+        return LevelsGrid(FP4_LEVELS, scales, GROUP_SIZE)
+
+    def pack(self, codes_OI: Tensor, grid: Grid, options: NoOptions) -> Tensor:
+        return pack_fp4(codes_OI)
+
+    def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: NoOptions) -> Parts:
+        assert isinstance(grid, LevelsGrid)
+        return {local + SCALES: exponents_of(grid.scale_OG).cpu()}
+
+    def quantization_config(
+        self, options: NoOptions, base: Mapping[str, Any], compute_dtype: str, layout: ModuleLayout
+    ) -> dict[str, Any] | None:
+        config = dict(base) or {"quant_method": self.info.quant_method, "modules_to_not_convert": list(DENSE_MODULES)}
+        if layout.experts:
+            listed = config.get("modules_to_not_convert") or []
+            config["modules_to_not_convert"] = [*listed, *(module for module in layout.experts if module not in listed)]
+        return config
 
 
 FORMAT = Mxfp4()

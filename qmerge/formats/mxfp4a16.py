@@ -8,7 +8,7 @@ from torch import Tensor
 from qmerge.errors import CheckpointError
 from qmerge.formats._compressed import CompressedOptions
 from qmerge.formats._compressed_config import QUANT_METHOD
-from qmerge.formats._fp4 import MXFP4_BIAS, CompressedFp4, StoredFp4, power_candidates, powers_of_two
+from qmerge.formats._fp4 import CompressedFp4, StoredFp4, exponents_of, power_candidates, powers_of_two
 from qmerge.formats._levels import FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import FormatInfo, Stored
 from qmerge.grids import Grid
@@ -38,7 +38,7 @@ class Mxfp4a16(CompressedFp4):
                 f"{weight.module}.weight_scale holds 255, which is NaN, so it is damaged. Download the model again"
             )
         scale_OG = powers_of_two(exponents_OG.int())
-        return StoredFp4(weight, scale_OG, reader, device, group_size=self.group_size)
+        return StoredFp4(weight.parts["weight_packed"], scale_OG, reader, device, group_size=self.group_size)
 
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         return power_candidates(largest_OG)
@@ -50,8 +50,7 @@ class Mxfp4a16(CompressedFp4):
 
     def scale_tensors(self, grid: Grid, local: str, shape: tuple[int, ...], options: CompressedOptions) -> Parts:
         assert isinstance(grid, LevelsGrid)
-        exponents_OG = torch.frexp(grid.scale_OG).exponent - 1 + MXFP4_BIAS
-        return {"weight_scale": exponents_OG.to(torch.uint8).cpu()}
+        return {"weight_scale": exponents_of(grid.scale_OG).cpu()}
 
 
 FORMAT = Mxfp4a16()

@@ -57,7 +57,7 @@ class Nvfp4(CompressedFp4):
     def open(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
         global_scale = reader.tensor(weight.parts["weight_global_scale"]).float().reshape(-1)[:1]
         scale_OG = reader.tensor(weight.parts["weight_scale"]).float() / global_scale
-        return StoredFp4(weight, scale_OG, reader, device, group_size=self.group_size)
+        return StoredFp4(weight.parts["weight_packed"], scale_OG, reader, device, group_size=self.group_size)
 
     def outputs(self, local: str, shape: tuple[int, ...], options: CompressedOptions) -> dict[str, TensorSpec]:
         return {**super().outputs(local, shape, options), "weight_global_scale": TensorSpec("F32", (1,))}

@@ -87,7 +87,8 @@ class ChangeMatcher:
         shape = tuple(change.values.shape)
         if shape == weight.shape and self.targets.format_of(weight, merged=True).info.is_quantized:
             # An update of zero on the new values goes through rounding and measuring like any other.
-            return OwnBaseUpdate(change.values, AddUpdate(torch.zeros_like(change.values)))
+            values_OI = change.values.view(as_matrix(shape))
+            return OwnBaseUpdate(values_OI, AddUpdate(torch.zeros_like(values_OI)))
         if shape != weight.shape and not self._is_resized_embedding(weight, shape):
             raise _misfit(weight, shape)
         return change

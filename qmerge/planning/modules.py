@@ -19,6 +19,9 @@ from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.planning.inputs import Inputs
 from qmerge.types import Options, Step, Update, Weight
 
+GPT_OSS = "gpt_oss"
+"""The ``model_type`` whose experts are stacks [E, I, O]."""
+
 EXPERTS = re.compile(r"(.*\.experts)(?:\.|$)")
 """The module that holds all experts of a layer, at the start of a module name."""
 
@@ -87,6 +90,8 @@ class Modules:
         is_in_target_format = weight.format == self.target.name
         if self._towers and self._module(weight) in self._towers and not is_in_target_format:
             return False
+        if self.target.info.takes_stacks:
+            return is_in_target_format or self._is_gpt_oss_stack(weight)
         if get_format(weight.format).info.is_quantized:
             if is_in_target_format or not self.target.info.is_quantized:
                 return True
@@ -179,6 +184,8 @@ class Modules:
         """Raise RecipeError where the target's loader would not take a weight that stays dense."""
         if self.target.info.quant_method == "mlx":
             self._check_stacks(steps)
+        if self.target.info.takes_stacks:
+            self._check_whole_modules(steps)
         if self.target.info.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         for step in steps:
@@ -194,6 +201,17 @@ class Modules:
                 raise RecipeError(
                     f"{step.name} is a stack of experts, which mlx_lm arranges otherwise: use another target, or bf16 and then "
                     f"mlx_lm.convert"
+                )
+
+    def _check_whole_modules(self, steps: tuple[Step, ...]) -> None:
+        """Of a module of experts, loaders take both stacks in the target format, or neither (--promote)."""
+        dense = dense_experts(steps, self.target)
+        for step in steps:
+            is_stack = len(step.weight.shape) == 3 and EXPERTS.match(step.weight.module)
+            if is_stack and step.target != self.target.name and step.weight.module not in dense:
+                raise RecipeError(
+                    f"{step.name} would stay dense and the other stack of the module be {self.target.name}, which no loader takes: "
+                    f"leave out --promote, or use --target bf16"
                 )
 
     # --- what transformers knows ---
@@ -254,6 +272,11 @@ class Modules:
         if ".experts." not in weight.name or len(weight.shape) != 2:
             return False
         return self._parameter(weight).rpartition(".")[2] != weight.local
+
+    def _is_gpt_oss_stack(self, weight: Weight) -> bool:
+        """Whether a weight is a stack [E, I, O] of gpt-oss' experts, not their biases."""
+        is_stack = len(weight.shape) == 3 and EXPERTS.match(weight.module) is not None
+        return is_stack and self.inputs.base.config.get("model_type") == GPT_OSS
 
     @property
     def _keeps_names(self) -> bool:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from qmerge.adapters.updates.lora import refuse_quantized
+from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.checkpoint.config import output_config, with_setting, with_vocab_size
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import get_format, get_target
@@ -117,6 +118,9 @@ class StepMaker:
             refuse_quantized(weight.name, update)
         if update is None and self._can_be_copied(weight, source, target):
             return _copy_step(source, target.format.name, target.options)
+        if update is not None and source.transposed_stack:
+            _, columns, rows = weight.shape
+            update = TransposedStackUpdate(update, (columns, rows))
         step = Step(
             source=source,
             action="merge" if update else "convert",
@@ -155,6 +159,7 @@ class StepMaker:
         source = StepSource(
             weight=weight,
             conv1d=self._works_transposed(weight, update, target),
+            transposed_stack=target.format.info.takes_stacks,
             keeps_grid=target.keeps_grid,
             training_format=target.training_format,
             merges_onto_original=self.recipe.merge_onto == "original",
@@ -217,9 +222,9 @@ class StepMaker:
 
         With ``preserve``, weights without an update are rounded so too where they come onto a fresh quantized grid,
         which keeps the output of their layer. Stacks of matrices and convolutions have no single layer whose inputs
-        could be observed, and only dense targets take them.
+        could be observed: only where a stack is rounded matrix by matrix, the adapter's own directions tell what matters.
         """
-        if len(weight.shape) > 2:
+        if len(weight.shape) > 2 and (update is None or not target.format.info.takes_stacks):
             return "nearest"
         is_requantized = target.format.info.is_quantized and not target.keeps_grid
         if update is not None or (is_requantized and self.recipe.rounding == "preserve"):
@@ -249,10 +254,13 @@ class StepMaker:
         """
         target = self.targets.format
         if target.info.is_quantized and not any(step.target == target.name for step in steps):
+            expected = "gpt-oss' experts" if target.info.takes_stacks else "linear layers"
             raise CheckpointError(
-                f"no module of the base can be stored as {target.name}: expected linear layers; choose a dense target (bf16)"
+                f"no module of the base can be stored as {target.name}: expected {expected}; choose a dense target (bf16)"
             )
         self.modules.check_experts(steps)
+        if self.recipe.residual:
+            _check_no_stacks(steps)
         self._with_vocab_size({}, steps)
 
     def config(self, steps: tuple[Step, ...]) -> dict[str, Any]:
@@ -269,6 +277,15 @@ class StepMaker:
         if not any(step.replacement for step in steps):
             return config
         return with_vocab_size(config, steps, self.embeddings.both)
+
+
+def _check_no_stacks(steps: tuple[Step, ...]) -> None:
+    """A LoRA of all matrices of a stack would have other factors than ``--residual`` computes."""
+    for step in steps:
+        if step.update is not None and len(step.weight.shape) > 2:
+            raise RecipeError(
+                f"--residual: {step.name} is a stack of matrices, for which it is not computed: leave it out"
+            )
 
 
 def _copy_step(source: StepSource, target: str, options: Options) -> Step:

@@ -96,7 +96,7 @@ class TargetChooser:
     def _training_format(self, weight: Weight) -> TrainingFormat | None:
         if self.recipe.trained_on_format is None or not self.modules.is_quantizable(weight):
             return None
-        if self.modules.is_quantizable_embedding(weight):
+        if self.modules.is_quantizable_embedding(weight) or len(weight.shape) > 2:
             return None  # no training on the fly quantizes it
         name, asked = self.recipe.trained_on_format
         # Merging onto the original uses training's grid only, and that only where the output is stored on it.

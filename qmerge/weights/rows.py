@@ -18,10 +18,13 @@ SAMPLED_ENTRIES = 2**12
 def row_blocks(step: Step, entries: int) -> Iterator[Rows]:
     """Blocks of about ``entries`` values that cover all rows of a step's weight, in order.
 
-    One block covers the whole weight where it is transposed, or where its rows depend on one another.
+    One block covers the whole weight where it is transposed, or where its rows depend on one another. Of a transposed stack,
+    every matrix is a block.
     """
     rows, columns = step.shape
     multiple = row_multiple(step)
+    if step.source.transposed_stack:
+        entries = 0
     count = max(1, entries // max(1, columns))  # a weight may have no columns at all
     # Of a transposed weight, some rows would be some columns on disk.
     if step.source.conv1d or _rows_depend_on_each_other(step):
@@ -51,6 +54,8 @@ def row_multiple(step: Step) -> int:
     # A block of NF4 scales may span several rows, as may packed codes.
     stored = get_format(step.weight.format).row_step(step.shape, step.weight.options)
     written = get_format(step.target).row_step(step.shape, step.options)
+    if step.source.transposed_stack:
+        return step.weight.shape[2]
     training = step.source.training_format
     if training is None:
         return math.lcm(stored, written)

@@ -54,6 +54,8 @@ def open_weight(weight: Weight, step: Step, context: RunContext) -> Stored:
         weight: a weight that ``step`` reads or has written.
     """
     fmt = get_format(weight.format)
+    if step.source.transposed_stack:
+        return fmt.open_matrices(weight, context.reader, context.device)
     stored = fmt.open(weight, context.reader, context.device)
     # Only the dense form of a Conv1D is [I, O]: formats store codes as [O, I].
     if step.source.conv1d and fmt.info.is_dense:
@@ -101,10 +103,20 @@ def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_
     if step.action in ("copy", "replace"):
         return dense_values(step.weight, context.reader, context.device, conv1d)
     values_OI = merged_values(step, context) if with_delta else base_values(step, context)
+    if step.source.transposed_stack:
+        return in_dense_shape(values_OI, step)
     is_OI = step.source.conv1d or not step.source_is_dense
     if conv1d and is_OI:
         return values_OI.T.contiguous()
     return values_OI.view(step.weight.shape)
+
+
+def in_dense_shape(values_OI: Tensor, step: Step) -> Tensor:
+    """Values of a step, but not those of a Conv1D, in the shape of a dense checkpoint."""
+    if not step.source.transposed_stack:
+        return values_OI.view(step.weight.shape)
+    experts, columns, rows = step.weight.shape
+    return values_OI.view(experts, rows, columns).transpose(1, 2).contiguous()
 
 
 def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext) -> Tensor:
@@ -122,8 +134,10 @@ def stored_values(step: Step, read: Callable[[str], bytes], context: RunContext)
         # The reader asks for the bytes by name: file and offset are not used.
         info = TensorInfo(dtype=spec.dtype, shape=shape, name=name, file=Path(), offset=0)
         parts[name.removeprefix(step.weight.prefix)] = info
-    on_disk = step.shape
-    if step.source.conv1d and target.info.is_dense:
+    on_disk: tuple[int, ...] = step.shape
+    if step.source.transposed_stack:
+        on_disk = step.weight.shape
+    elif step.source.conv1d and target.info.is_dense:
         on_disk = step.shape[::-1]
     weight = replace(step.weight, format=step.target, shape=on_disk, parts=parts, options=step.options)
     with MemoryReader(read) as reader:

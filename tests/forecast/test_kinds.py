@@ -41,11 +41,15 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
 
 
+NOT_OF_THE_DEMO = {"gguf", "mxfp4"}
+"""Targets whose kinds depend on the mix, and those of gpt-oss only."""
+
+
 def planned(reader: Reader, inputs: dict[str, str], **settings: str) -> Plan:
     return make_plan(make_recipe({**inputs, "device": "cpu", **settings}), reader)
 
 
-@pytest.mark.parametrize("target", sorted(all_targets().keys() - {"gguf"}))  # whose kinds depend on the mix
+@pytest.mark.parametrize("target", sorted(all_targets().keys() - NOT_OF_THE_DEMO))
 def test_a_few_weights_predict_all_of_the_demo(target: str) -> None:
     """Kept within 0.05, noise within 5 %, with as few values as the comparison of targets reads."""
     with Reader() as reader:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmerge.errors import RecipeError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import all_formats, all_targets, get_target
 
 from .. import models
@@ -30,7 +30,7 @@ BASES = {
 # targets it is the unit roundoff, and for float32 the effect of sums in another order.
 ERRORS = {
     "nf4": 0.10, "fp4": 0.15, "gptq": 0.12, "awq": 0.11, "mlx": 0.11, "mlx_mxfp4": 0.15, "mlx_nvfp4": 0.15,
-    "w4a16": 0.12, "nvfp4": 0.11, "mxfp4a16": 0.15, "fp8": 0.03,
+    "w4a16": 0.12, "nvfp4": 0.11, "mxfp4a16": 0.15, "mxfp4": 0.15, "fp8": 0.03,
     "int8": 0.012, "w8a8": 0.012, "w8a16": 0.012, "bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-18,
 }  # fmt: skip
 
@@ -39,8 +39,10 @@ DEPTH = 15
 
 UNREADABLE = {("mxfp4", "fp8"): "transformers' FP8 loader takes no blocks that end in the middle (64 inputs)"}
 
-# gpt-oss' stacks of experts.
-REFUSED = {("mxfp4", target) for target in ("mlx", "mlx_mxfp4", "mlx_nvfp4")}
+# gpt-oss' stacks of experts, and the format that stores nothing else.
+NO_STACKS = "is a stack of experts, which mlx_lm arranges otherwise"
+REFUSED = {("mxfp4", target): NO_STACKS for target in ("mlx", "mlx_mxfp4", "mlx_nvfp4")}
+REFUSED |= {(name, "mxfp4"): "expected gpt-oss' experts" for name in BASES if name != "mxfp4"}
 
 Made = Callable[[str], Path]
 
@@ -114,6 +116,10 @@ def test_other_architectures(tmp_path: Path, name: str, target: str) -> None:
     base = models.save(model, tmp_path / "base")
     lora = models.adapter(model, tmp_path / "lora", target_modules=OTHERS[name], fan_in_fan_out=name == "gpt2")
     target_info = get_target(target).info
+    if target_info.takes_stacks:
+        with pytest.raises(CheckpointError, match="expected gpt-oss' experts"):
+            stock.merged(tmp_path / "out", base, lora, target)
+        return
     if name == "gpt2" and target_info.is_quantized and not target_info.takes_conv1d:
         with pytest.raises(RecipeError, match="is a Conv1D, which no loader of"):
             stock.merged(tmp_path / "out", base, lora, target)
@@ -183,7 +189,7 @@ def test_base_into_target(
     skip_without_mlx(target)
     folder = base(name)
     if (name, target) in REFUSED:
-        with pytest.raises(RecipeError, match="is a stack of experts, which mlx_lm arranges otherwise"):
+        with pytest.raises((RecipeError, CheckpointError), match=REFUSED[name, target]):
             stock.merged(tmp_path / "out", folder, adapter(name == "mxfp4"), target, scales="fresh")
         return
     out = stock.merged(tmp_path / "out", folder, adapter(name == "mxfp4"), target, scales="fresh")

@@ -3,7 +3,7 @@
 from qmerge.formats.base.format import NOT_QUANTIZED, Format, NoOptions, OptionsT
 from qmerge.formats.base.info import FormatInfo
 from qmerge.formats.base.on_the_fly import OnTheFly
-from qmerge.formats.base.stored import Stored, Transposed
+from qmerge.formats.base.stored import Stored, Transposed, TransposedStack
 from qmerge.formats.base.target import ModuleLayout, TargetFormat, with_asked
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "Stored",
     "TargetFormat",
     "Transposed",
+    "TransposedStack",
     "with_asked",
 ]

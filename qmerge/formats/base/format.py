@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from qmerge.formats.base.info import FormatInfo
-from qmerge.formats.base.stored import Stored
+from qmerge.formats.base.stored import Stored, TransposedStack
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Options, TensorInfo, Weight
 
@@ -56,6 +56,14 @@ class Format(ABC, Generic[OptionsT]):
         Raises:
             CheckpointError: a scale is NaN or infinite.
         """
+
+    def open_matrices(self, weight: Weight, reader: Reader, device: torch.device) -> Stored:
+        """Open a stack [E, I, O] as a matrix [E·O, I]: matrix after matrix, each transposed.
+
+        Raises:
+            CheckpointError: as ``open``.
+        """
+        return TransposedStack(self.open(weight, reader, device), weight.shape)
 
     def options_of(self, weight: Weight) -> OptionsT:
         """How a weight of this format is stored."""

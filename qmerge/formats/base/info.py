@@ -42,6 +42,9 @@ class FormatInfo:
     takes_single_experts: bool = False
     """Whether loaders accept quantized experts that are separate on disk and stacked in memory."""
 
+    takes_stacks: bool = False
+    """Whether it is a format of gpt-oss' experts, stacks [E, I, O] in a dense checkpoint, and of nothing else."""
+
     quantizes_embeddings: bool = False
     """Whether the format's library quantizes embeddings and the output embedding as well."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -38,3 +39,26 @@ class Transposed(Stored):
 
     def values(self, rows: Rows) -> Tensor:
         return self._dense.values(self._all_rows).T[rows.start : rows.stop].contiguous()
+
+
+class TransposedStack(Stored):
+    """A stack [E, I, O], stored with one row for each matrix, read as a matrix [E·O, I]: matrix after matrix."""
+
+    def __init__(self, stack: Stored, shape: tuple[int, ...]) -> None:
+        self._stack = stack
+        _, self._columns, self._rows = shape
+        self.grid = stack.grid
+
+    def codes(self, rows: Rows) -> Tensor:
+        return self._matrices(self._stack.codes, rows)
+
+    def values(self, rows: Rows) -> Tensor:
+        return self._matrices(self._stack.values, rows)
+
+    def _matrices(self, read: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
+        """Some rows, from the whole matrices that they belong to."""
+        matrices = Rows(rows.start // self._rows, -(-rows.stop // self._rows))
+        stack_EIO = read(matrices).view(len(matrices), self._columns, self._rows)
+        skipped = matrices.start * self._rows
+        values_OI = stack_EIO.transpose(1, 2).flatten(0, 1)
+        return values_OI[rows.start - skipped : rows.stop - skipped].contiguous()
