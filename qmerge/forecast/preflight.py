@@ -18,11 +18,13 @@ from qmerge.forecast.predict import Survival
 from qmerge.forecast.roundings import choose_roundings, is_settled, rounding_names, without_calibration
 from qmerge.forecast.warnings import original_warnings, survival_warnings
 from qmerge.formats import get_format, get_target
-from qmerge.planning.plan import Plan
+from qmerge.planning.modules import dense_expert_steps
+from qmerge.planning.plan import Plan, output_bytes
 from qmerge.schema import CalibrationRecord
 from qmerge.types import Options
 from qmerge.weights.context import RunContext
 from qmerge.weights.parallel import one_torch_thread
+from qmerge.wording import percent, size_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,4 +185,22 @@ def target_warnings(plan: Plan) -> list[str]:
             if step.target == plan.target and step.options == options:
                 shapes[step.name] = step.shape
         lines += target.target_warnings(options, shapes)
-    return lines
+    return lines + dense_expert_warnings(plan)
+
+
+def dense_expert_warnings(plan: Plan) -> list[str]:
+    """How much of the model are experts that stay dense, and why, where the target is quantized."""
+    target = get_target(plan.target)
+    dense = [step for step in dense_expert_steps(plan.steps, target) if step.name not in plan.promoted]
+    if not dense:
+        return []
+    reasons = []
+    if any(len(step.weight.shape) == 3 for step in dense):
+        reasons.append(f"{target.name} stores matrices, and these experts are stacks")
+    if any(len(step.weight.shape) == 2 for step in dense):
+        reasons.append(target.info.experts_problem or "they are dense in the base")
+    nbytes = sum(output_bytes(step) for step in dense)
+    share = percent(nbytes / plan.bytes_out)
+    return [
+        f"{len(dense)} weights of experts stay dense, {share} of the model's {size_text(plan.bytes_out)}: {'; '.join(reasons)}"
+    ]

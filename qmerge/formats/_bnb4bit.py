@@ -62,6 +62,9 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
     "bnb_4bit_quant_storage": "uint8",
 }
 
+# transformers stacks the bytes of separate experts as if they were values, without their scales.
+EXPERTS_PROBLEM = "transformers 5.23 does not load experts in bitsandbytes' formats"
+
 # torch dtypes of the tensor with the codes. (FSDP shards only tensors of one dtype, so their bytes may pose as another.)
 STORAGES = ("uint8", "int8", "bfloat16", "float16", "float32", "int32", "float8_e4m3fn")
 
@@ -124,6 +127,7 @@ class Bnb4bit(TargetFormat[Bnb4bitOptions]):
             loaders="transformers, vLLM (CUDA)",
             accepted_options=("block_size", "double_quant", "quant_storage"),
             takes_conv1d=True,
+            experts_problem=EXPERTS_PROBLEM,
         )
 
     def find(

@@ -68,3 +68,22 @@ def read_rows(info: TensorInfo, rows: Rows, reader: Reader) -> Tensor:
     columns = info.shape[1]
     flat = reader.elements(info, rows.start * columns, rows.stop * columns)
     return flat.view(len(rows), columns)
+
+
+def experts_warnings(stored_as: str, names: Iterable[str]) -> list[str]:
+    """A warning where experts are stored one by one in a format that transformers 5.23 reads no experts of.
+
+    Args:
+        stored_as: name of the format, for the message.
+        names: of the weights that are stored in it.
+    """
+    experts = [name for name in names if ".experts." in name]
+    if not experts:
+        return []
+    # gptqmodel 7.6 looks for Mixtral's experts under other names than those of the published models.
+    readers = "vLLM and SGLang" if ".block_sparse_moe." in experts[0] else "vLLM, SGLang and gptqmodel"
+    warning = (
+        f"{len(experts)} weights of experts are stored as {stored_as}: {readers} read them; transformers 5.23 does not, and leaves "
+        f"experts at random values. For transformers use --target w4a16"
+    )
+    return [warning]

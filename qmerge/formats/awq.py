@@ -21,7 +21,14 @@ from qmerge.formats._affine import (
 )
 from qmerge.formats._fit_scales import fit_scales, fitted_grid
 from qmerge.formats._packing import pack_bits, unpack_bits
-from qmerge.formats._tensors import check_dtype, check_finite, check_present, modules_with, parts_of
+from qmerge.formats._tensors import (
+    check_dtype,
+    check_finite,
+    check_present,
+    experts_warnings,
+    modules_with,
+    parts_of,
+)
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat, with_asked
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
@@ -92,6 +99,7 @@ class Awq(TargetFormat[AwqOptions]):
         loaders="vLLM, SGLang, transformers, gptqmodel",
         accepted_options=("group_size",),
         row_axis=1,
+        takes_single_experts=True,
     )
 
     def find(
@@ -181,6 +189,9 @@ class Awq(TargetFormat[AwqOptions]):
             "version": "gemm",
             "zero_point": True,
         }
+
+    def target_warnings(self, options: AwqOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        return experts_warnings("AWQ", shapes)
 
 
 FORMAT = Awq()

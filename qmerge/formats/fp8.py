@@ -81,6 +81,7 @@ class Fp8(TargetFormat[Fp8Options]):
         other_read_methods=("fbgemm_fp8", "compressed-tensors"),
         loaders="vLLM, SGLang, transformers (without a GPU it dequantizes)",
         quantizes_activations=True,
+        takes_single_experts=True,
     )
 
     def find(

@@ -25,7 +25,7 @@ from qmerge.formats._affine import (
 from qmerge.formats._fit_scales import fit_scales, fitted_grid
 from qmerge.formats._gptq_find import BITS, GptqOptions, declared_checkpoint_format, find_gptq
 from qmerge.formats._packing import WORD, pack_bits, unpack_bits
-from qmerge.formats._tensors import check_finite, modules_with
+from qmerge.formats._tensors import check_finite, experts_warnings, modules_with
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat, with_asked
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
@@ -95,6 +95,7 @@ class Gptq(TargetFormat[GptqOptions]):
         row_axis=1,
         always_written=("g_idx",),
         takes_conv1d=True,
+        takes_single_experts=True,
         lists_dense=True,
     )
 
@@ -234,14 +235,15 @@ class Gptq(TargetFormat[GptqOptions]):
     # --- warnings ---
 
     def target_warnings(self, options: GptqOptions, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        warnings = experts_warnings("GPTQ", shapes)
         if options.sym and options.bits in (4, 8):
-            return []
+            return warnings
         symmetry = "" if options.sym else ", asymmetric"
         warning = (
             f"GPTQ with {options.bits} bits{symmetry}: transformers and gptqmodel read it; vLLM reads only symmetric 4 and 8 "
             f"bits. For vLLM use --bits 4 --sym"
         )
-        return [warning]
+        return [warning, *warnings]
 
     def base_warnings(self, weights: Sequence[Weight], quantization: Mapping[str, Any]) -> list[str]:
         declared = declared_checkpoint_format(quantization)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.formats._bnb4bit import bitsandbytes_config
+from qmerge.formats._bnb4bit import EXPERTS_PROBLEM, bitsandbytes_config
 from qmerge.formats._tensors import check_dtype, check_finite, modules_with, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
 from qmerge.grids import ColumnRounder, Grid, ScaleTable
@@ -97,6 +97,7 @@ class Int8(TargetFormat[NoOptions]):
         loaders="transformers, vLLM (CUDA)",
         takes_conv1d=True,
         quantizes_activations=True,
+        experts_problem=EXPERTS_PROBLEM,
     )
 
     def find(

@@ -24,6 +24,7 @@ class Mxfp4a16(CompressedFp4):
         quant_method=QUANT_METHOD,
         loaders="vLLM, transformers (dequantizes)",
         required_dtype="bfloat16",  # as for nvfp4
+        takes_single_experts=True,
     )
     kinds = (("mxfp4-pack-quantized", "float", 4),)
     group_size = 32

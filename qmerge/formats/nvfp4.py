@@ -44,6 +44,7 @@ class Nvfp4(CompressedFp4):
         quant_method=QUANT_METHOD,
         loaders="vLLM, SGLang, transformers (dequantizes)",
         required_dtype="bfloat16",  # compressed-tensors 0.20 decompresses FP4 to nothing else
+        experts_problem="transformers 5.23 ignores the global scale of experts, and reads other values",
     )
     kinds = (("nvfp4-pack-quantized", "float", 4),)
     group_size = 16

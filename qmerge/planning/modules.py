@@ -22,6 +22,9 @@ from qmerge.types import Options, Step, Update, Weight
 GPT_OSS = "gpt_oss"
 """The ``model_type`` whose experts are stacks [E, I, O]."""
 
+SMALLEST_MATRIX = 16
+"""Rows and columns of the smallest matrix of a stack. (A weight of three axes may be a convolution, with a short last one.)"""
+
 EXPERTS = re.compile(r"(.*\.experts)(?:\.|$)")
 """The module that holds all experts of a layer, at the start of a module name."""
 
@@ -190,9 +193,10 @@ class Modules:
             return
         for step in steps:
             if step.target != self.target.name and self._is_single_expert(step.weight):
+                problem = self.target.info.experts_problem or "this expert is not quantized"
                 raise RecipeError(
-                    f"{step.name} would stay dense, and transformers 5.23 drops dense single experts of a compressed-tensors "
-                    f"model: use --target w4a16 or w8a16, which quantize them, or nf4, gptq, awq or fp8"
+                    f"{step.name} would stay dense ({problem}), and transformers 5.23 drops dense single experts of a "
+                    f"compressed-tensors model: use --target w4a16, w8a16, mxfp4a16 or fp8, which quantize them, or nf4"
                 )
 
     def _check_stacks(self, steps: tuple[Step, ...]) -> None:
@@ -282,6 +286,20 @@ class Modules:
     def _keeps_names(self) -> bool:
         """Whether transformers loads this kind of model under the names on disk."""
         return self.inputs.base.config.get("model_type") in UNCONVERTED
+
+
+def dense_expert_steps(steps: tuple[Step, ...], target: TargetFormat[Any]) -> list[Step]:
+    """The steps whose weight is one expert, or a stack of them, and stays dense although the target is quantized."""
+    if not target.info.is_quantized or target.info.container:
+        return []
+    return [step for step in steps if step.target != target.name and is_expert(step.weight)]
+
+
+def is_expert(weight: Weight) -> bool:
+    """Whether a weight is the matrix of one expert or a stack of matrices; biases of experts are neither."""
+    if len(weight.shape) == 3:
+        return min(weight.shape[1:]) >= SMALLEST_MATRIX
+    return len(weight.shape) == 2 and weight.local == "weight" and EXPERTS.match(weight.module) is not None
 
 
 def dense_experts(steps: tuple[Step, ...], target: TargetFormat[Any]) -> tuple[str, ...]:

@@ -453,7 +453,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("ct-int8-w8a8", put("weight", lambda t: t.float()), {}, "weight is F32 .*, expected I8"),
     ("ct-nvfp4", put("weight_scale", lambda t: t[:, 1:]), {}, "do not belong to 256 x 256 in groups of 16"),
     ("ct-nvfp4", put("weight_scale", lambda t: t.float()), {}, "weight_scale F32, expected"),
-    ("ct-nvfp4", put("weight_global_scale", lambda t: t * 0), {}, "makes NaN or infinity"),
+    ("ct-nvfp4", put("weight_global_scale", lambda t: t * 0), {}, "make NaN or infinity"),
     ("ct-mxfp4", put("weight_scale", lambda t: t.fill_(255)), {}, "weight_scale holds 255, which is NaN"),
     ("ct-int4", None, {"config_groups": {}}, "has no config_groups"),
     ("ct-int4", None, {"transform_config": {"config_groups": {"a": {}}}}, "transform_config: the weights are stored rotated"),

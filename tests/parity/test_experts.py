@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qmerge.demo
 from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats import get_target
 from qmerge.schema import read_report
 
 from .. import models
@@ -196,3 +204,189 @@ def test_what_mxfp4_cannot_store_is_refused(oss: Path, lora: Made, tmp_path: Pat
     with pytest.raises(CheckpointError, match="down_proj_scales holds 255"):
         stock.merged(tmp_path / "out", damaged, lora(), "mxfp4")
     assert not (tmp_path / "out").exists()
+
+
+# --- separate experts, which transformers stacks in memory -----------------------------------------------------------
+
+
+SINGLE: dict[str, tuple[str, dict[str, int], tuple[str, str, str]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}, ("w1", "w3", "w2")),
+    "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 128}, ("gate_proj", "up_proj", "down_proj")),
+}
+"""Model → the start of its classes, its settings, and the names of an expert's matrices on disk."""
+
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 64, "vocab_size": 96, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+SURVIVAL = {"fp8": 0.04, "mxfp4a16": 0.16, "gptq": 0.12, "awq": 0.12}
+"""Target → relative error of nearest rounding, rounded up (test_matrix.py)."""
+
+
+def model_class(name: str) -> Any:
+    return getattr(transformers, f"{SINGLE[name][0]}ForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Base and adapter of a small mixture of experts; the adapter changes the stacks (peft's ``target_parameters``)."""
+    folder = tmp_path_factory.mktemp("single")
+
+    @cache
+    def make(name: str) -> tuple[Path, Path]:
+        start, settings, _ = SINGLE[name]
+        config = getattr(transformers, f"{start}Config")(**SIZES, **settings)
+        torch.manual_seed(0)
+        model = model_class(name)(config).bfloat16()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        base = models.save(model, folder / name)
+        trained(
+            model_class(name).from_pretrained(base, dtype=torch.float32), folder / f"{name}-lora", True, lora_alpha=2
+        )
+        return base, folder / f"{name}-lora"
+
+    return make
+
+
+def stacked(values: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """``gate_up_proj`` and ``down_proj`` [E, O, I] as transformers stacks them, from values by their names on disk."""
+
+    def of(part: str, number: int) -> Tensor:
+        (value,) = [value for key, value in values.items() if f".experts.{number}.{part}." in key]
+        return value.float()
+
+    gate, up, down = SINGLE[name][2]
+    gate_up = [torch.cat([of(gate, number), of(up, number)]) for number in range(4)]
+    return {"gate_up_proj": torch.stack(gate_up), "down_proj": torch.stack([of(down, number) for number in range(4)])}
+
+
+def experts_of(model: Any) -> dict[str, Tensor]:
+    return {
+        part: model.model.layers[0].mlp.experts.get_parameter(part).float() for part in ("gate_up_proj", "down_proj")
+    }
+
+
+@pytest.mark.parametrize("target", ["fp8", "mxfp4a16"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_transformers_loads_separate_experts(
+    single: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, target: str
+) -> None:
+    base, adapter = single(name)
+    out = stock.merged(tmp_path / "out", base, adapter, target)
+    assert not [k for k in stock.tensors(out) if ".experts." in k and stock.tensors(out)[k].dtype == torch.bfloat16]
+    model, info = model_class(name).from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info.values()), info
+    stored = stacked(bases.oracle(out), name)
+    goal = stacked(stock.tensors(stock.merged(tmp_path / "float32", base, adapter, "fp32")), name)
+    before = stacked(stock.tensors(base), name)
+    for part, values in experts_of(model).items():
+        assert torch.equal(values, stored[part].bfloat16().float()), part
+        assert stock.distance(stored[part], goal[part]) < SURVIVAL[target] < stock.distance(before[part], goal[part])
+    assert bool(models.logits(model).isfinite().all())
+    assert not [line for line in read_report(out).warnings if "stay dense" in line]
+
+
+GPTQMODEL = """
+import sys, torch
+from gptqmodel import BACKEND, GPTQModel
+from safetensors.torch import save_file
+folder, backend, values = sys.argv[1:]
+model = GPTQModel.load(folder, device="cpu", backend=BACKEND[backend], dtype=torch.float16).model
+state = {}
+for name, layer in model.named_modules():
+    if ".experts." in name and hasattr(layer, "qweight"):
+        for part in ("qweight", "qzeros", "scales"):
+            state[f"{name}.{part}"] = getattr(layer, part).contiguous()
+        if hasattr(layer, "dequantize_weight"):
+            state[f"{name}.weight"] = layer.dequantize_weight().T.float().contiguous()
+assert model(torch.arange(10)[None]).logits.isfinite().all()
+save_file(state, values)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "backend"), [("gptq", "GPTQ_TORCH"), ("awq", "AWQ_TORCH")])
+def test_gptqmodel_loads_separate_experts(
+    single: Callable[[str], tuple[Path, Path]], tmp_path: Path, target: str, backend: str
+) -> None:
+    """In a process of its own: gptqmodel replaces classes of transformers."""
+    pytest.importorskip("gptqmodel")
+    base, adapter = single("qwen3-moe")
+    out = stock.merged(tmp_path / "out", base, adapter, target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(qmerge.demo.__file__).parent / "base-nf4" / name, out)
+    file = tmp_path / "values.safetensors"
+    command = [sys.executable, "-c", GPTQMODEL, str(out), backend, str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    loaded, written, stored = load_file(file), stock.tensors(out), bases.oracle(out)
+    experts = [key for key in written if ".experts." in key and key.endswith(".qweight")]
+    assert len(experts) == 4 * 3
+    goal = stacked(stock.tensors(stock.merged(tmp_path / "float32", base, adapter, "fp32")), "qwen3-moe")
+    for part, values in stacked(stored, "qwen3-moe").items():
+        assert stock.distance(values, goal[part]) < SURVIVAL[target]
+    for key in experts:
+        module = key.removesuffix(".qweight")
+        assert torch.equal(loaded[f"{module}.qweight"], written[key]), module
+        assert torch.equal(loaded[f"{module}.scales"].float(), written[f"{module}.scales"].float())
+        if target == "gptq":
+            values = stored[f"{module}.weight"]
+            torch.testing.assert_close(loaded[f"{module}.weight"], values, rtol=2**-10, atol=0)
+    assert any("transformers 5.23 does not" in line for line in read_report(out).warnings)
+
+
+@pytest.mark.parametrize("target", ["nf4", "int8", "gptq", "awq", "w8a8", "nvfp4"])
+def test_why_transformers_does_not_get_these_experts(
+    single: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """What the warnings and refusals claim. Where this fails with a later transformers, experts can be quantized."""
+    base, adapter = single("qwen3-moe")
+    fmt = get_target(target)
+    monkeypatch.setattr(fmt, "info", replace(fmt.info, takes_single_experts=True))
+    out = stock.merged(tmp_path / "out", base, adapter, target)
+    load = functools.partial(
+        model_class("qwen3-moe").from_pretrained, out, dtype=torch.bfloat16, output_loading_info=True, device_map="cpu"
+    )
+    if target in ("nf4", "w8a8"):
+        with pytest.raises(RuntimeError):
+            load()
+        return
+    model, info = load()
+    if target in ("gptq", "awq"):
+        assert any("experts" in key for key in info["missing_keys"])
+    elif target == "int8":
+        assert any("experts" in str(key) for key in info["unexpected_keys"])
+    else:
+        stored = stacked(bases.oracle(out), "qwen3-moe")
+        assert all(stock.distance(values, stored[part]) > 1 for part, values in experts_of(model).items())
+
+
+@pytest.mark.parametrize(("target", "reason"), [("nf4", "bitsandbytes' formats"), ("int8", "bitsandbytes' formats")])
+def test_experts_that_stay_dense_are_reported(
+    single: Callable[[str], tuple[Path, Path]], tmp_path: Path, target: str, reason: str
+) -> None:
+    base, adapter = single("qwen3-moe")
+    out = stock.merged(tmp_path / "out", base, adapter, target)
+    (line,) = [line for line in read_report(out).warnings if "stay dense" in line]
+    assert line.startswith("12 weights of experts stay dense, ") and reason in line
+    _, info = model_class("qwen3-moe").from_pretrained(out, output_loading_info=True, device_map="cpu")
+    assert not any(info.values()), info
+
+
+def test_stacks_that_stay_dense_are_reported(oss: Path, lora: Made, tmp_path: Path) -> None:
+    out = stock.merged(tmp_path / "out", oss, lora(experts=False), "nf4")
+    (line,) = [line for line in read_report(out).warnings if "stay dense" in line]
+    assert line.startswith("4 weights of experts stay dense, ")
+    assert line.endswith("nf4 stores matrices, and these experts are stacks")
+
+
+@pytest.mark.parametrize(("target", "reason"), [("w8a8", "not packed"), ("nvfp4", "ignores the global scale")])
+def test_experts_that_no_loader_takes_dense_are_refused(
+    single: Callable[[str], tuple[Path, Path]], tmp_path: Path, target: str, reason: str
+) -> None:
+    base, adapter = single("mixtral")
+    with pytest.raises(RecipeError, match=f"would stay dense .*{reason}.* use --target w4a16, w8a16, mxfp4a16 or fp8"):
+        stock.merged(tmp_path / "out", base, adapter, target)

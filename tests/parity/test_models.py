@@ -147,7 +147,7 @@ def test_single_experts_in_packed_integers(made: Any, tmp_path: Path, name: str,
             (key,) = [k for k in values if f"layers.{layer}." in k and f".experts.{expert}.{down}." in k]
             torch.testing.assert_close(loaded[expert], values[key], rtol=2**-8, atol=0)
     assert stock.distance(models.logits(model.eval()), found.expected) < 1.0
-    with pytest.raises(RecipeError, match="would stay dense, and transformers"):
+    with pytest.raises(RecipeError, match=r"would stay dense .*, and transformers"):
         stock.merged(tmp_path / "refused", found.base, found.adapter, "w8a8")
     with pytest.raises(RecipeError, match="symmetric"):
         stock.merged(tmp_path / "asymmetric", found.base, found.adapter, target, group_size=-1, sym=False)

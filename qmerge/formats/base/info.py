@@ -42,6 +42,9 @@ class FormatInfo:
     takes_single_experts: bool = False
     """Whether loaders accept quantized experts that are separate on disk and stacked in memory."""
 
+    experts_problem: str = ""
+    """Why separate experts are not stored in it, as a sentence; empty where loaders take them."""
+
     takes_stacks: bool = False
     """Whether it is a format of gpt-oss' experts, stacks [E, I, O] in a dense checkpoint, and of nothing else."""
 
