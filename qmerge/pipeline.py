@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters.combining.interference import PairSums, pair_stats
+from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.errors import NumbersError
 from qmerge.formats import get_target
@@ -340,6 +341,12 @@ def original_with_delta(work: Work, rows: Rows) -> Tensor | None:
 # --- measure ---------------------------------------------------------------------------------------------------------
 
 
+def matrices_of(step: Step, update: Update) -> int:
+    """Matrices of a stack of experts; 1 for any other weight."""
+    is_stack = any(isinstance(member, StackUpdate) for member in update.members)
+    return step.weight.shape[0] if is_stack else 1
+
+
 class Measurement:
     """Adds up the sums of all metrics over the row blocks of one merged weight; measures nothing without an update."""
 
@@ -368,6 +375,7 @@ class Measurement:
             weight_rows=self._work.step.shape[0],
             update=update,
             hessian_II=block.objective.hessian_II if block.objective else None,
+            matrices=matrices_of(self._work.step, update),
         )
         return sums_of(merged_rows)
 

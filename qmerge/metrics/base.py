@@ -36,6 +36,7 @@ class MergedRows:
         grid: the grid of these rows.
         position: which rows of the weight they are.
         weight_rows: how many rows the weight has.
+        matrices: how many matrices of equal height the weight holds, one after the other: more than 1 for stacked experts.
         stands_for: how many rows of the weight each of these rows stands for: more than 1 in a sample.
         update: the adapter's update of the whole weight.
         hessian_II: float32 [I, I], E[x xᵀ] of the layer's inputs, at any scale; None where calibration saw no inputs.
@@ -51,6 +52,7 @@ class MergedRows:
     weight_rows: int
     update: Update
     hessian_II: Tensor | None = None
+    matrices: int = 1
     stands_for: float = 1.0
 
     def part(self, rows: Rows) -> MergedRows:
@@ -116,6 +118,22 @@ class MergedRows:
         landed_R = ((self.change_OI @ v_IR) * u_rows).sum(dim=0)
         # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
         return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
+
+    @cached_property
+    def matrix_sums(self) -> dict[str, Tensor]:
+        """float64 [matrices] each: ``change_delta`` ⟨change, delta⟩ and ``delta_delta``, of the rows of every matrix.
+
+        Empty for a weight that is one matrix.
+        """
+        if self.matrices == 1:
+            return {}
+        height = self.weight_rows // self.matrices
+        matrix_of_row = torch.arange(self.position.start, self.position.stop, device=self.base_OI.device) // height
+        sums = {}
+        for name, other_OI in (("change_delta", self.change_OI), ("delta_delta", self.delta_OI)):
+            products_O = torch.linalg.vecdot(other_OI, self.delta_OI).double()
+            sums[name] = products_O.new_zeros(self.matrices).index_add_(0, matrix_of_row, products_O)
+        return sums
 
     @cached_property
     def samples(self) -> list[MergedRows]:

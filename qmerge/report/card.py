@@ -14,6 +14,7 @@ from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
 from qmerge.report.headline import (
     TOP_NAMES,
+    expert_lines,
     fidelity_remarks,
     losses,
     measured_instead,
@@ -119,6 +120,7 @@ def _page(report: ReportData) -> list[str]:
         "",
         *_survival_table(report),
         "",
+        *(f"- {escape_markdown(line)}" for line in expert_lines(report)),
         *(f"- {escape_markdown(plugins.help_line('metrics', name))}" for name in COLUMNS),
         *_pairs_section(report.interference),
         "",

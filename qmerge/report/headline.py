@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
-from qmerge.wording import exceeds_all, share, times
+from qmerge.wording import exceeds_all, share, share_or_dash, times
 
 OTHER_TEXT = {
     "generated": "Text of its own shows no gain.",
@@ -86,6 +86,15 @@ def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
     if fidelity.text_kind in OTHER_TEXT:
         remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: qmerge verify OUT --text FILE")
     return remarks
+
+
+def expert_lines(report: ReportData) -> list[str]:
+    """How stacked experts survived, one by one; empty where no adapted weight is a stack."""
+    values = report.total.values
+    if values.get("expert_kept_min") is None:
+        return []
+    middle, least = share_or_dash(values["expert_kept_median"]), share_or_dash(values["expert_kept_min"])
+    return [f"Stacked experts: {middle} kept in the middle one, {least} in the worst."]
 
 
 def _gain_above_all(kl_ratio: float | None) -> str:

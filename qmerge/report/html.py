@@ -14,6 +14,7 @@ import jinja2
 from qmerge import plugins
 from qmerge.report.headline import (
     TOP_NAMES,
+    expert_lines,
     fidelity_remarks,
     kept_of_what,
     ratio_name,
@@ -83,6 +84,7 @@ def _first_words(report: ReportData) -> dict[str, Any]:
         "ratio_name": ratio_name,
         "top_names": TOP_NAMES,
         "unmeasured_lines": unmeasured_lines(report),
+        "expert_lines": expert_lines(report),
     }
 
 

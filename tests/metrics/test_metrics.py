@@ -26,6 +26,8 @@ from ..formats.test_grids import gaussian, grid_for
 
 SHAPE = (96, 160)
 RANK = 4
+# As if the weight were a stack of so many matrices.
+EXPERTS = 4
 # Inputs of a layer, as a calibration would see them: some directions far stronger than others.
 INPUTS_NI = np.random.default_rng(0).normal(size=(300, SHAPE[1])) * np.geomspace(1, 0.05, SHAPE[1])
 TARGETS = ["nf4", "fp4", "int8", "bf16", "fp32"]
@@ -61,6 +63,7 @@ def comparison(
         weight_rows=shape[0],
         update=update,
         hessian_II=seen_II,
+        matrices=EXPERTS if shape == SHAPE else 1,
     )
 
 
@@ -149,6 +152,12 @@ def ranks(c: MergedRows) -> list[float]:
     return [float(u[:, k] @ change @ vt[k] / s[k]) for k in range(c.update.rank)]
 
 
+def experts(c: MergedRows) -> list[float]:
+    delta, change = delta_and_change(c)
+    pairs = zip(np.split(delta, EXPERTS), np.split(change, EXPERTS), strict=True)
+    return [float((change * delta).sum() / (delta**2).sum()) for delta, change in pairs]
+
+
 FORMULAS: dict[str, Callable[[MergedRows], float]] = {
     "kept": kept,
     "noise": noise,
@@ -162,6 +171,8 @@ FORMULAS: dict[str, Callable[[MergedRows], float]] = {
     "output_noise": output_noise,
     "rank_kept_min": lambda c: min(ranks(c)),
     "rank_kept_median": lambda c: statistics.median(ranks(c)),
+    "expert_kept_min": lambda c: min(experts(c)),
+    "expert_kept_median": lambda c: statistics.median(experts(c)),
 }
 
 
@@ -245,6 +256,7 @@ def test_totals_count_each_weight_by_its_delta() -> None:
     assert total["kept"] == pytest.approx((change * delta).sum() / (delta**2).sum(), rel=1e-4)
     assert total["noise"] == pytest.approx(np.linalg.norm(change - delta) / np.linalg.norm(delta), rel=1e-4)
     assert total["rank_kept_min"] == pytest.approx(min(ranks(small) + ranks(large)), rel=1e-3, abs=1e-5)
+    assert total["expert_kept_min"] == pytest.approx(min(experts(small) + experts(large)), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("rounding", [nearest, stochastic])

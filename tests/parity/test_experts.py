@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,6 +100,12 @@ def test_gpt_oss_comes_back_as_mxfp4(oss: Path, lora: Made, tmp_path: Path, roun
         delta = merged[name] - base[name]
         share = float(((values - base[name]) * delta).sum() / delta.square().sum())
         assert kept[name] == pytest.approx(share, rel=1e-3), "the report measures what is stored"
+        (record,) = [record for record in report.weights if record.module == name]
+        of_experts = ((values - base[name]) * delta).sum((1, 2)) / delta.square().sum((1, 2))
+        assert record.values["expert_kept_min"] == pytest.approx(float(of_experts.min()), rel=1e-3, abs=1e-6)
+        assert record.values["expert_kept_median"] == pytest.approx(
+            statistics.median(of_experts.tolist()), rel=1e-3, abs=1e-6
+        )
 
 
 def test_nearest_is_the_librarys(oss: Path, lora: Made, tmp_path: Path) -> None:

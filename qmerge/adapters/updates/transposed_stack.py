@@ -39,6 +39,10 @@ class TransposedStackUpdate(WrappingUpdate):
     def depends_on_base(self) -> bool:
         return self.update.depends_on_base
 
+    @property
+    def members(self) -> tuple[Update, ...]:
+        return self.update.members
+
     def to(self, device: torch.device) -> TransposedStackUpdate:
         return TransposedStackUpdate(self.update.to(device), self.matrix)
 

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from qmerge.formats import get_format
-from qmerge.report.headline import TOP_NAMES, fidelity_remarks, unmeasured_lines, verdict_sentence
+from qmerge.report.headline import TOP_NAMES, expert_lines, fidelity_remarks, unmeasured_lines, verdict_sentence
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
@@ -55,7 +55,8 @@ def survival_table(report: ReportData) -> NotedTable:
     table.add_section()
     table.add_row("all", *_survival_cells(report.total, outputs_seen), style="bold")
     shown = [group.values[name] for group in [*report.groups, report.total] for name in SHARES]
-    return with_notes(table, _survival_notes(report, predicted, outputs_seen), above_all_lines(shown))
+    lines = [*above_all_lines(shown), *(f"  {safe(line)}" for line in expert_lines(report))]
+    return with_notes(table, _survival_notes(report, predicted, outputs_seen), lines)
 
 
 def _predicted_name(rounding: str) -> str:
