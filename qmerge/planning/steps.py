@@ -259,6 +259,11 @@ class StepMaker:
                 f"no module of the base can be stored as {target.name}: expected {expected}; choose a dense target (bf16)"
             )
         self.modules.check_experts(steps)
+        if target.info.takes_stacks and self.recipe.trained_on:
+            raise RecipeError(
+                f"--trained-on {self.recipe.trained_on}: with --target {target.name} the linear layers stay dense, and their "
+                f"quantization in training is not repeated: use --target bf16"
+            )
         if self.recipe.residual:
             _check_no_stacks(steps)
         self._with_vocab_size({}, steps)

@@ -204,6 +204,9 @@ def test_what_mxfp4_cannot_store_is_refused(oss: Path, lora: Made, tmp_path: Pat
         stock.merged(tmp_path / "out", oss, lora(), "mxfp4", residual=4)
     with pytest.raises(RecipeError, match="the other stack of the module be mxfp4"):
         stock.merged(tmp_path / "out", oss, lora(), "mxfp4", promote="50KB")
+    dense = models.save(bases.gpt_oss(), tmp_path / "dense")
+    with pytest.raises(RecipeError, match="--trained-on nf4: with --target mxfp4 the linear layers stay dense"):
+        stock.merged(tmp_path / "out", dense, lora(experts=False), "mxfp4", trained_on="nf4")
     damaged = shutil.copytree(oss, tmp_path / "damaged")
     tensors, metadata = bases.read_tensors(damaged)
     tensors[f"{DOWN}_scales"][0, 0, 0] = 255
