@@ -32,7 +32,9 @@ TOKENIZER = (
 
 SIDE_FILES = (
     *TOKENIZER, "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py",
+    "video_preprocessor_config.json", "additional_chat_templates/*.jinja", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py",
 )  # fmt: skip
 """Patterns of the files that complete a model, apart from weights and config."""
 

@@ -19,6 +19,9 @@ from qmerge.formats.base import ModuleLayout, TargetFormat
 from qmerge.planning.inputs import Inputs
 from qmerge.types import Options, Step, Update, Weight
 
+LLAMA_4 = ("llama4", "llama4_text")
+"""``model_type`` of models whose loader replaces stacks of experts by single ones where the model is quantized."""
+
 GPT_OSS = "gpt_oss"
 """The ``model_type`` whose experts are stacks [E, I, O]."""
 
@@ -108,7 +111,8 @@ class Modules:
             return self.target.name not in self.inputs.base.formats()
         if self.is_quantizable_embedding(weight):
             return self.target.name not in self.inputs.base.formats()
-        return self._quantizes_dense and self._module(weight) in self._module_kinds.quantizable
+        module = self._module(weight)
+        return self._quantizes_dense and module in self._module_kinds.quantizable and module not in self._converted
 
     def _is_embedding_for_others(self, weight: Weight) -> bool:
         """Whether a weight is an embedding that the base's library has quantized, and the target's would not."""
@@ -124,8 +128,10 @@ class Modules:
         return is_stored_so and self._is_embedding(weight)
 
     def _is_dense_matrix(self, weight: Weight) -> bool:
-        is_matrix = weight.local == "weight" and len(weight.shape) == 2
-        return is_matrix and get_format(weight.format).info.is_dense
+        if len(weight.shape) != 2 or not get_format(weight.format).info.is_dense:
+            return False
+        # On disk, a few architectures have other names for what is a linear layer's weight in memory.
+        return "weight" in (weight.local, self._parameter(weight).rpartition(".")[2])
 
     @cached_property
     def _quantizes_dense(self) -> bool:
@@ -163,9 +169,11 @@ class Modules:
             if step.name in promoted:
                 promoted_modules.add(module)
         dense = self._dense_modules(quantized) | promoted_modules
+        # Of several layers that one weight on disk becomes, only the first is the module of a step.
+        named = dict.fromkeys([*modules, *sorted(self._converted)])
         layout = ModuleLayout(
             quantized=tuple(quantized),
-            dense=tuple(dict.fromkeys(module for module in modules if module in dense)),
+            dense=tuple(module for module in named if module in dense),
             experts=dense_experts(steps, self.target),
             others=_with_other_options(quantized, options),
         )
@@ -176,7 +184,7 @@ class Modules:
 
     def _dense_modules(self, quantized: list[str]) -> frozenset[str]:
         """Modules that stay dense although the loader expects them quantized."""
-        dense = self._towers
+        dense = self._towers | self._converted
         # Where base and target are of the same library, the config of the base names already what is dense in it.
         library = shared_quantization_config(self.inputs.base, self.target)
         if self.inputs.base.quantization and (not library or self.target.info.lists_dense):
@@ -189,6 +197,8 @@ class Modules:
             self._check_stacks(steps)
         if self.target.info.takes_stacks:
             self._check_whole_modules(steps)
+        elif self.target.info.is_quantized and self.target.info.quant_method not in ("mlx", "fp8"):
+            self._check_llama_4(steps)
         if self.target.info.quant_method != "compressed-tensors" or self.target.name in self.inputs.base.formats():
             return
         for step in steps:
@@ -205,6 +215,17 @@ class Modules:
                 raise RecipeError(
                     f"{step.name} is a stack of experts, which mlx_lm arranges otherwise: use another target, or bf16 and then "
                     f"mlx_lm.convert"
+                )
+
+    def _check_llama_4(self, steps: tuple[Step, ...]) -> None:
+        """transformers/quantizers/base.py, SequentialLlama4TextExperts: for any quantization but FP8 in 5.23."""
+        if self.inputs.base.config.get("model_type") not in LLAMA_4 or self.target.info.container:
+            return
+        for step in steps:
+            if len(step.weight.shape) == 3 and EXPERTS.match(step.weight.module):
+                raise RecipeError(
+                    f"{step.name} is a stack of experts, which transformers does not load in a quantized Llama 4: use --target fp8 "
+                    f"or bf16"
                 )
 
     def _check_whole_modules(self, steps: tuple[Step, ...]) -> None:
@@ -244,6 +265,15 @@ class Modules:
             return frozenset()
         return self._default_module_kinds.towers
 
+    @cached_property
+    def _converted(self) -> frozenset[str]:
+        """Linear layers that transformers makes of a part of a weight on disk, or of several weights. They stay dense: its
+        loaders do not do that with quantized weights. mlx_lm has the layers of the disk."""
+        if self.target.info.quant_method in (None, "mlx") or self._keeps_names:
+            return frozenset()
+        modules = {name.removesuffix(".weight") for name in self.inputs.names.converted}
+        return self._default_module_kinds.quantizable & modules
+
     def _is_embedding(self, weight: Weight) -> bool:
         # Names on disk are often those in memory, and to ask for these takes seconds.
         return weight.name in self._embeddings or self._parameter(weight) in self._embeddings
@@ -261,7 +291,7 @@ class Modules:
         """Name of a weight's module in memory, where the weight is a parameter of its own in memory; else its name on
         disk."""
         module, _, local = self._parameter(weight).rpartition(".")
-        return module if local == weight.local else weight.module
+        return module if local in (weight.local, "weight") else weight.module
 
     def _loaded_module(self, weight: Weight) -> str:
         """The same, without building the model where names in memory are those on disk."""
