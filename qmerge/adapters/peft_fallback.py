@@ -2,181 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmerge.adapters.base import AdapterKind, Changes, add_change
-from qmerge.adapters.reading.saved_weights import add_saved_weights, check_saved_weights, is_embedding
+from qmerge.adapters.reading.saved_weights import add_saved_weights, check_saved_weights
+from qmerge.adapters.updates import variants
 from qmerge.adapters.updates.lora import AddUpdate, TokenRowsUpdate
-from qmerge.adapters.updates.peft_layer import PeftLayerUpdate
-from qmerge.adapters.updates.shapes import (
-    Parts,
-    ShapeRule,
-    by_axes,
-    of_boft,
-    of_c3a,
-    of_glora,
-    of_gralora,
-    of_hira,
-    of_ia3,
-    of_loha,
-    of_lokr,
-    of_oft,
-    of_road,
-    of_vblora,
-    unknown,
-)
+from qmerge.adapters.updates.peft_layer import PeftLayerUpdate, is_named
+from qmerge.adapters.updates.single_layer import bias_update, module_pattern, own_vector, rank_of
+from qmerge.adapters.updates.tuners import INDEX_PARTS, REFUSED, TUNERS, Tuner, glora_bias_parts
+from qmerge.adapters.updates.unsaved import drawn_tensors
 from qmerge.checkpoint.names import Names
-from qmerge.errors import AdapterError, listed
+from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, listed
 from qmerge.types import Replacement
 
+EMBEDDING_PARTS = ("hira_embedding_", "oft_embedding_")
+"""Beginnings of the names of tensors that peft has in embeddings only. Other types change an embedding like a linear layer."""
 
-@dataclass(frozen=True, kw_only=True)
-class Tuner:
-    """How the tensors of one PEFT type are named, and what they show by themselves.
-
-    prefix        beginning of the names of its tensors, within their module or above all modules
-    shape         the (O, I) that the tensors of a module and the config show
-    shared        tensors above all modules that each module's delta is made of
-    projection    of these, tensors that peft saves only with ``save_option``
-    save_option   option that makes peft save, and load, what it could also draw again
-    rebuilt_from  what drawing it again depends on, and no adapter contains
-    changes_bias  whether the layer's bias changes, given the module's parts
-    """
-
-    prefix: str
-    shape: ShapeRule = unknown
-    shared: tuple[str, ...] = ()
-    projection: tuple[str, ...] = ()
-    save_option: str = ""
-    rebuilt_from: str = ""
-    changes_bias: Callable[[Parts], bool] = lambda parts: False
-
-
-def glora_bias_parts(parts: Parts) -> list[str]:
-    """GLoRA's parameters that peft makes only where the layer has a bias."""
-    bias_parts: list[str] = []
-    for part in parts:
-        if part.startswith(("glora_C.", "glora_D.", "glora_E.")) and not part.endswith(".zeros"):
-            bias_parts.append(part)
-    return bias_parts
-
-
-GENERATOR = "the generator's state (projection_prng_key) and the largest in and out features of all targeted layers"
-DECOMPOSITION = "a joint decomposition of the weights of all layers of a kind"
-LAYER_ORDER = "the order of all targeted layers in the model"
-LAYER_SHAPES = "the shapes and the order of all targeted layers in the model"
-
-TUNERS: dict[str, Tuner] = {
-    "ADALORA": Tuner(prefix="lora_", shape=by_axes("lora_B", 0, "lora_A", 1)),
-    "BEFT": Tuner(prefix="beft_"),
-    "BOFT": Tuner(prefix="boft_", shape=of_boft),
-    "C3A": Tuner(prefix="c3a_", shape=of_c3a),
-    "DEFT": Tuner(prefix="deft_", shape=by_axes("deft_P", 0, "deft_R", 1)),
-    "DELORA": Tuner(prefix="delora_", shape=by_axes("delora_B", 0, "delora_A", 1)),
-    "FOURIERFT": Tuner(prefix="fourierft_"),
-    "FROD": Tuner(
-        prefix="frod_",
-        shape=by_axes("", 0, "frod_lambda_l", 0),
-        projection=("frod_V", "frod_s_indices", "frod_s_size"),
-        save_option="save_projection",
-        rebuilt_from=DECOMPOSITION,
-    ),
-    "GLORA": Tuner(prefix="glora_", shape=of_glora, changes_bias=lambda parts: bool(glora_bias_parts(parts))),
-    "GRALORA": Tuner(prefix="gralora_", shape=of_gralora),
-    "HIRA": Tuner(prefix="hira_", shape=of_hira),
-    "HRA": Tuner(prefix="hra_", shape=by_axes("", 0, "hra_u", 0)),
-    "IA3": Tuner(prefix="ia3_", shape=of_ia3, changes_bias=lambda parts: parts["ia3_l"].shape[1] == 1),
-    "LN_TUNING": Tuner(prefix="ln_tuning_"),
-    "LOHA": Tuner(prefix="hada_", shape=of_loha),
-    "LOKR": Tuner(prefix="lokr_", shape=of_lokr),
-    "MISS": Tuner(prefix="miss_"),
-    "OFT": Tuner(prefix="oft_", shape=of_oft),
-    "OSF": Tuner(prefix="osf_", shape=by_axes("osf_svd_params.U_low", 0, "osf_svd_params.V_low", 1)),
-    "PEANUT": Tuner(prefix="peanut_", shape=by_axes("peanut_B.weight", 0, "", 0)),
-    "PSOFT": Tuner(prefix="psoft_"),
-    "PVERA": Tuner(
-        prefix="pvera_",
-        shape=by_axes("pvera_lambda_b", 0, "", 0),
-        projection=("pvera_A", "pvera_B"),
-        save_option="save_projection",
-        rebuilt_from=GENERATOR,
-    ),
-    "RANDLORA": Tuner(
-        prefix="randlora_",
-        projection=("randlora_A", "randlora_B"),
-        save_option="save_projection",
-        rebuilt_from=GENERATOR,
-    ),
-    "ROAD": Tuner(prefix="road_", shape=of_road, changes_bias=lambda parts: True),
-    "SHIRA": Tuner(prefix="shira_"),
-    "SUPERTUNING": Tuner(prefix="supertuning_"),
-    "TINYLORA": Tuner(
-        prefix="tinylora_", shared=("tinylora_v",), save_option="save_projection", rebuilt_from=LAYER_ORDER
-    ),
-    "TRAINABLE_TOKENS": Tuner(prefix="trainable_tokens_", shape=by_axes("", 0, "trainable_tokens_delta", 1)),
-    "UNILORA": Tuner(
-        prefix="unilora_", shared=("unilora_theta_d",), save_option="save_indices", rebuilt_from=LAYER_SHAPES
-    ),
-    "VBLORA": Tuner(prefix="vblora_", shape=of_vblora, shared=("vblora_vector_bank",)),
-    "VERA": Tuner(
-        prefix="vera_",
-        shape=by_axes("vera_lambda_b", 0, "", 0),
-        projection=("vera_A", "vera_B"),
-        save_option="save_projection",
-        rebuilt_from=GENERATOR,
-    ),
-    "WAVEFT": Tuner(prefix="waveft_"),
-}
-"""peft_type → how to read it (peft 0.21). A type that is new in peft must be added to this table or to ``REFUSED``: a test asks."""
-
-PROMPTS = (
-    "it adds virtual tokens or cached states to the input and changes no weight; load it with peft, next to the model"
-)
-ROUTED = "the input decides which of its parts are applied, so no one weight can replace it; load it with peft, next to the model"
-REFUSED: dict[str, str] = {
-    "PROMPT_TUNING": PROMPTS,
-    "MULTITASK_PROMPT_TUNING": PROMPTS,
-    "P_TUNING": PROMPTS,
-    "PREFIX_TUNING": PROMPTS,
-    "CPT": PROMPTS,
-    "CARTRIDGE": PROMPTS,
-    "ADAPTION_PROMPT": (
-        "it adds attention over learned prompts to every layer, which no weight can hold; load it with peft, next to the model"
-    ),
-    "XLORA": ROUTED,
-    "POLY": ROUTED,
-    "LILY": ROUTED,
-    "SHADOW": "it runs a second, small network next to the model; load both with peft",
-    "ADAMSS": (
-        "its subspaces are clusters that are computed again from the base's weight and bias together, with scikit-learn, and are "
-        "not saved; merge it with peft into the 16-bit base that it was trained on, then quantize: qmerge without --adapter"
-    ),
-}
-"""peft_type → why it is not merged, and what to do."""
-
-INDEX_PARTS = (
-    "shira_indices",
-    "supertuning_indices",
-    "_topk_indices",
-    "unilora_indices",
-    "frod_s_indices",
-    "frod_s_size",
-)
-"""Parts of the names of tensors that may hold integers."""
-
-CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
-"""Last parts of the names of GPT-2's Conv1D layers, whose weight is stored as [in, out]."""
+NOT_ZERO_AT_START = ("C3A", "FOURIERFT", "VBLORA")
+"""Types whose delta is random before training."""
 
 HEADS = ("lm_head", "embed_out")
 """Last parts of the names of output embeddings, which are linear layers."""
 
-UNSUPPORTED_OPTIONS = ("layer_replication", "target_parameters", "megatron_config", "trainable_token_indices")
-"""Options that put an adapter on something other than a layer of the base as it is on disk."""
+BASE_LAYER = ".base_layer."
+"""How peft names what is below an adapter layer."""
+
+UNMERGED = "load it with peft, next to the model, or train it without the option"
+UNSUPPORTED_OPTIONS = {
+    "layer_replication": f"several layers of the trained model share one layer of the base; {UNMERGED}",
+    "target_parameters": f"qmerge merges parameters that peft wraps by themselves for LORA only; {UNMERGED}",
+    "megatron_config": variants.REFUSED["megatron_config"],
+    "sample_at_inference": (
+        "PVeRA then draws another delta for every input, which no weight can do. Set it to false in adapter_config.json to merge "
+        "the mean delta, as peft does, or load the adapter with peft, next to the model"
+    ),
+}
+"""Options under which no weight of the base, as it is on disk, can hold what was trained → why, and what to do."""
 
 
 class PeftFallback(AdapterKind):
@@ -193,17 +61,18 @@ class PeftFallback(AdapterKind):
             AdapterError: what all modules share was not saved, an option that is not handled, or a tensor of unknown use.
         """
         refuse_options(config)
-        adapter, other_tensors = taken_apart(config, tensors)
+        adapter, other_tensors = taken_apart(config, tensors, names)
         adapter.check_shared()
+        # What the file contains takes precedence over what is drawn.
+        if adapter.unsaved():
+            adapter, other_tensors = taken_apart(config, {**adapter.drawn_again(), **tensors}, names)
         changes: Changes = {}
         for module in adapter.modules:
             for name, (change, tensor_names) in adapter.module_changes(module).items():
                 add_change(changes, name, change, tensor_names)
-        if config.get("bias") in ("none", None):
-            add_saved_weights(changes, other_tensors, config, tensors)
-        else:  # the names of this option's other values differ between the types
-            add_saved_weights(changes, other_tensors, {**config, "bias": "all"}, tensors)
-        check_saved_weights(changes, config, names)
+        saved = saved_options(config)
+        add_saved_weights(changes, adapter.without_copies(changes, other_tensors), saved, tensors)
+        check_saved_weights(changes, saved, names)
         return changes
 
 
@@ -212,12 +81,22 @@ KIND = PeftFallback()
 
 def refuse_options(config: Mapping[str, Any]) -> None:
     """Raise AdapterError for one of ``UNSUPPORTED_OPTIONS``."""
-    refused = [f"{name}={config[name]!r}" for name in UNSUPPORTED_OPTIONS if config.get(name)]
-    if refused:
-        raise AdapterError(f"adapter_config.json has {listed(refused)}: this version does not merge such adapters")
+    for option, reason in UNSUPPORTED_OPTIONS.items():
+        if config.get(option):
+            raise AdapterError(f"adapter_config.json has {option}={config[option]!r}: {reason}")
 
 
-def taken_apart(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[PeftAdapter, list[str]]:
+def saved_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as ``reading/saved_weights.py`` knows it, which is that of LORA."""
+    # The names of the values other than none differ between the types.
+    bias = "none" if config.get("bias") in ("none", None) else "all"
+    # ADALORA inherits lora_bias from LORA's config, and its layers ignore it.
+    return {**config, "bias": bias, "lora_bias": False}
+
+
+def taken_apart(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Names | None
+) -> tuple[PeftAdapter, list[str]]:
     """(the adapter's layers, names of the tensors that are not parts of them)."""
     kind = str(config["peft_type"]).upper()
     modules: dict[str, dict[str, Tensor]] = {}
@@ -234,10 +113,10 @@ def taken_apart(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
             module = ".".join(words[: depths[-1]])
             part = ".".join(words[depths[-1] :])
             modules.setdefault(module, {})[part] = tensors[name]
-    return PeftAdapter(kind, config, shared, modules), others
+    return PeftAdapter(kind=kind, config=config, shared=shared, modules=modules, names=names), others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
     """The layers of an adapter of one of ``TUNERS``.
 
@@ -245,12 +124,14 @@ class PeftAdapter:
     config   adapter_config.json
     shared   name → tensor above all modules
     modules  module → its parts
+    names    of the base's weights; None where there is no base
     """
 
     kind: str
     config: Mapping[str, Any]
     shared: dict[str, Tensor]
     modules: dict[str, dict[str, Tensor]]
+    names: Names | None
 
     @property
     def tuner(self) -> Tuner:
@@ -259,35 +140,74 @@ class PeftAdapter:
 
     def check_shared(self) -> None:
         """Raise AdapterError where an adapter was saved without what its deltas are made of."""
-        if not self.modules and not self.shared:
+        if not self.modules and not self.shared and not self.config.get("modules_to_save"):
             raise AdapterError(
                 f"adapter_config.json says peft_type {self.kind}, but no tensor of the file is named "
                 f"{self.tuner.prefix}…: this is another type's file (LORA's begin with lora_), or an empty one"
-            )
-        unsaved = self._unsaved()
-        if unsaved:
-            option = self.tuner.save_option
-            raise AdapterError(
-                f"the adapter lacks {listed(unsaved)}: it was saved with {option}=False, and rebuilding them needs "
-                f"{self.tuner.rebuilt_from}, which the adapter does not contain. Train with {option}=True, or merge with peft "
-                f"into the 16-bit base that it was trained on, then quantize that"
             )
         missing = [name for name in self.tuner.shared if name not in self._shared_kinds()]
         if missing:
             raise AdapterError(f"the adapter is incomplete: it lacks {listed(missing)}, which all its modules share")
 
+    def without_copies(self, changes: Changes, names: list[str]) -> list[str]:
+        """The names without those of untrained copies, which are listed with the change that makes them needless.
+
+        peft saves the base's own weight next to an adapter on an embedding, also where the adapter replaces the embedding.
+        """
+        others: list[str] = []
+        for name in names:
+            change, tensor_names = changes.get(name.replace(BASE_LAYER, "."), (None, []))
+            if BASE_LAYER in name and isinstance(change, Replacement):
+                tensor_names.append(name)
+            else:
+                others.append(name)
+        return others
+
     def _shared_kinds(self) -> set[str]:
         return {name.split(".")[0] for name in self.shared}
 
-    def _unsaved(self) -> list[str]:
+    def unsaved(self) -> list[str]:
         """Names of the tensors that are missing because the adapter was saved without ``save_option``."""
-        if self.kind == "TINYLORA" and not all("tinylora_P" in parts for parts in self.modules.values()):
-            # Each module has a projection of its own.
-            return ["tinylora_P"]
-        if self.kind == "UNILORA" and not self.modules:
-            # The indices are the only tensors that belong to a module.
-            return ["unilora_indices"]
+        if self.kind in ("TINYLORA", "UNILORA"):  # each module has its own
+            part = self.tuner.drawn[0]
+            is_saved = any(name.startswith(part) for parts in self.modules.values() for name in parts)
+            return [] if is_saved else [part]
         return [name for name in self.tuner.projection if name not in self._shared_kinds()]
+
+    def drawn_again(self) -> dict[str, Tensor]:
+        """The tensors that peft did not save, and would have saved with the type's ``save_option``, drawn again.
+
+        Raises:
+            AdapterError: the file should contain them; or they follow from the values of the base, or from a model that
+                transformers does not know.
+            NeedsBaseError: there is no base.
+        """
+        option, unsaved = self.tuner.save_option, listed(self.unsaved())
+        if self.config.get(option):
+            raise AdapterError(
+                f"the adapter is incomplete: adapter_config.json has {option}=true, but the file lacks {unsaved}"
+            )
+        lacking = (
+            f"the adapter lacks {unsaved}: it was saved with {option}=False, and rebuilding them needs "
+            f"{self.tuner.rebuilt_from}"
+        )
+        way_out = f"Train with {option}=True, or merge with peft into the 16-bit base that it was trained on, then quantize that"
+        if not self.tuner.drawn:
+            raise AdapterError(f"{lacking}, which the adapter does not contain. {way_out}")
+        if self.names is None:
+            raise NeedsBaseError(f"{lacking}, which only the base shows")
+        try:
+            tensors = drawn_tensors(self.config, self.names, save_option=option)
+        except CheckpointError as cause:
+            raise AdapterError(f"{lacking}, and transformers does not know this architecture. {way_out}") from cause
+        except (ValueError, TypeError) as cause:
+            raise AdapterError(f"{lacking}, which this base does not show ({cause}). {way_out}") from cause
+        drawn: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            # Trained tensors are among them with initial values, which must not take the place of missing ones.
+            if any(f".{part}" in f".{name}" for part in self.tuner.drawn):
+                drawn[name] = tensor
+        return drawn
 
     def module_changes(self, module: str) -> Changes:
         """All that the adapter changes in one module: its weight, its bias.
@@ -296,20 +216,60 @@ class PeftAdapter:
             AdapterError: its tensors are not those that peft saves, or the layer cannot be merged by itself.
         """
         parts = self.modules[module]
+        self._check_is_called(module)
         if self.kind == "LN_TUNING":
             return self._norm_changes(module)
         if self.kind == "TRAINABLE_TOKENS":
             return self._token_changes(module)
         tensor_names = sorted([*(f"{module}.{part}" for part in parts), *self.shared])
         if self.kind == "BEFT":
-            # BEFT trains a delta of the bias, and nothing else.
-            delta_1O = self._part(module, "beft_bias").reshape(1, -1)
-            return {f"{module}.bias": (AddUpdate(delta_1O), tensor_names)}
+            return self._bias_changes(module, tensor_names)
         update = self._weight_update(module)
         changes: Changes = {f"{module}.weight": (update, tensor_names)}
-        if self.tuner.changes_bias(parts):
+        if self._changes_bias(module):
             changes[f"{module}.bias"] = (bias_update(update), tensor_names)
         return changes
+
+    def _bias_changes(self, module: str, tensor_names: list[str]) -> Changes:
+        """BEFT trains a delta of the bias, and nothing else."""
+        name = f"{module}.bias"
+        if self.names and not self._has_parameter(name):
+            raise AdapterError(
+                f"BEFT trained a bias for {module}, which has none in this base: no weight can hold it, and peft does not merge "
+                f"it either. Load it with peft, next to the model, or train layers with a bias only"
+            )
+        delta_1O = self._part(module, "beft_bias").reshape(1, -1)
+        return {name: (AddUpdate(delta_1O), tensor_names)}
+
+    def _has_parameter(self, name: str) -> bool:
+        """Whether the base is known to have a parameter."""
+        return self.names is not None and (name in self.names.disk or bool(self.names.blocks_of(name)))
+
+    def _check_is_called(self, module: str) -> None:
+        """Raise AdapterError for an adapter that has an effect only once it is merged.
+
+        torch's MultiheadAttention takes the weight of its out_proj and does not call the layer, so nothing there is trained.
+        """
+        attention, _, last_name = module.rpartition(".")
+        if self.kind not in NOT_ZERO_AT_START or last_name != "out_proj":
+            return
+        if self._has_parameter(f"{attention}.in_proj_weight"):
+            raise AdapterError(
+                f"{module} belongs to a torch.nn.MultiheadAttention, which takes its weight and never calls the adapter on it: the "
+                f"random delta that {self.kind} starts with has no effect unmerged. Train without this layer, or remove its "
+                f"tensors from the adapter"
+            )
+
+    def _changes_bias(self, module: str) -> bool:
+        parts = self.modules[module]
+        if self.kind == "IA3" and parts["ia3_l"].ndim > 2:
+            # A convolution's factors have one shape for its in and its out channels.
+            return not self._scales_inputs(module)
+        return self.tuner.changes_bias(parts)
+
+    def _scales_inputs(self, module: str) -> bool:
+        """Whether IA³ scales the layer's inputs instead of its outputs."""
+        return is_named(module, self.config.get("feedforward_modules") or [])
 
     def _norm_changes(self, module: str) -> Changes:
         """The trained weight and bias of a norm, in place of the base's."""
@@ -330,20 +290,26 @@ class PeftAdapter:
         first = min(twins, key=lambda name: (name.rpartition(".")[2] in HEADS, name))
         if module != first:
             return {}
+        if self._has_parameter(f"{module}.bias"):
+            raise AdapterError(
+                f"{module} is a linear layer with a bias, which peft leaves out of layers whose token rows it trains, so that no "
+                f"merged layer is the trained one. Train rows of embeddings only, or load it with peft, next to the model"
+            )
         update = TokenRowsUpdate(token_indices(module, len(rows_TI), self.config), rows_TI)
         return {f"{module}.weight": (update, [f"{twin}.trainable_tokens_delta" for twin in twins])}
 
     def _weight_update(self, module: str) -> PeftLayerUpdate:
         parts, shared = self.modules[module], self.shared
-        last_name = module.rpartition(".")[2]
-        if self.kind == "OSF" and last_name in CONV1D:
-            raise AdapterError(
-                f"{module}: OSF factors the weight as it is stored, which is [in, out] for a Conv1D: this is not merged; merge it "
-                f"with peft into the 16-bit base, then quantize"
-            )
         if self.kind == "TINYLORA":
             seed = int(self.config.get("projection_seed", 42))
             shared = own_vector(module, parts["tinylora_P"], shared, seed=seed, layers=len(self.modules))
+        kernel = self._kernel(module)
+        if self.kind == "OFT" and math.prod(kernel[1:]) > 1:
+            raise AdapterError(
+                f"{module} is a convolution with a kernel of {list(kernel[1:])}: peft's OFT rotates its inputs patch by patch and "
+                f"averages the patches where they overlap, which no weight can do (peft's own merge computes something else). "
+                f"Load it with peft, next to the model, or train without this layer"
+            )
         return PeftLayerUpdate(
             config=self._layer_config(module),
             module=module,
@@ -353,9 +319,28 @@ class PeftAdapter:
             rank=rank_of(parts, self.config),
             # Where the base has a bias, GLoRA's layer has parameters for it, which must be loaded, too.
             biased=self.kind == "GLORA" and bool(glora_bias_parts(parts)),
-            # peft takes an output embedding as a linear layer.
-            embedding=is_embedding(f"{module}.weight") and last_name not in HEADS,
+            embedding=any(part.startswith(EMBEDDING_PARTS) for part in parts),
+            kernel=kernel,
+            groups=self._groups(module, kernel),
         )
+
+    def _kernel(self, module: str) -> tuple[int, ...]:
+        """Of a convolution, as the base has it: in / groups, and the sizes of its kernel; empty for other layers."""
+        if self.names is None:
+            return ()
+        # A weight that transformers renames has its shape in memory in the blocks that it is made of.
+        name = f"{module}.weight"
+        shape = self.names.disk.get(name)
+        if shape is None:
+            blocks = self.names.blocks_of(name)
+            shape = blocks[0].shape if blocks else ()
+        return shape[1:] if len(shape) > 2 else ()
+
+    def _groups(self, module: str, kernel: tuple[int, ...]) -> int:
+        """Groups of a convolution's channels, where the delta depends on them: IA³ has one factor for each in channel."""
+        if self.kind != "IA3" or not kernel or not self._scales_inputs(module):
+            return 1
+        return self.modules[module]["ia3_l"].numel() // kernel[0]
 
     def _layer_config(self, module: str) -> dict[str, Any]:
         """The config for one layer by itself."""
@@ -364,6 +349,10 @@ class PeftAdapter:
             config[self.tuner.save_option] = True  # peft then loads what the file contains, and draws nothing
         if self.kind == "TINYLORA":
             config["weight_tying"] = 1.0  # one layer, one vector
+        if self.kind == "WAVEFT" and config.get("proportional_parameters"):
+            # The layer's share follows from the shapes of all layers; its own tensor shows it, too.
+            frequencies = self._part(module, "waveft_spectrum").numel()
+            config.update(proportional_parameters=False, n_frequency=frequencies, n_frequency_pattern={})
         if self.kind == "ADALORA":
             config["rank_pattern"] = module_pattern(module, self.config.get("rank_pattern"))
         return config
@@ -391,42 +380,6 @@ class PeftAdapter:
         return parts[part]
 
 
-def bias_update(update: PeftLayerUpdate) -> PeftLayerUpdate:
-    """The update of a layer's bias, from that of its weight.
-
-    Raises:
-        AdapterError: it depends on the weight.
-    """
-    C = next((part for part in update.tensors if part.startswith("glora_C.")), None)
-    # The merged bias is b + W C + D b + E (arXiv 2306.07967): without C it follows from b alone.
-    if C not in (None, "glora_C.zeros"):
-        raise AdapterError(
-            f"{update.module} has {C}: GLoRA adds weight · C to the bias, and qmerge merges one tensor at a time. Train with "
-            f"config_C='none', or merge with peft into the 16-bit base, then quantize"
-        )
-    inputs = update.tensors[C].shape[0] if C else 1
-    return replace(update, part="bias", shape=(1, update.shape[0]), inputs=inputs)
-
-
-def rank_of(parts: Parts, config: Mapping[str, Any]) -> int:
-    """The rank, for reports; 1 for types without a rank."""
-    # AdaLoRA's r is the largest rank; lora_E has one entry per rank that was left.
-    rank = parts["lora_E"].shape[0] if "lora_E" in parts else config.get("r")
-    return rank if isinstance(rank, int) and rank > 0 else 1
-
-
-def module_pattern(module: str, pattern: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The entries of AdaLoRA's ``rank_pattern`` for one module; None if there are none.
-
-    Its keys are the full names of parameters, and peft looks up every one of them in the model.
-    """
-    entries: dict[str, Any] = {}
-    for name, ranks in (pattern or {}).items():
-        if f".{module}.lora_" in f".{name}":
-            entries[name] = ranks
-    return entries or None
-
-
 def token_indices(module: str, rows: int, config: Mapping[str, Any]) -> list[int]:
     """The tokens that the trained rows belong to.
 
@@ -440,35 +393,3 @@ def token_indices(module: str, rows: int, config: Mapping[str, Any]) -> list[int
             f"{module} has {rows} trained rows, but adapter_config.json's token_indices are {indices!r}; expected {rows} indices"
         )
     return indices
-
-
-def own_vector(module: str, P_URR: Tensor, shared: Parts, *, seed: int, layers: int) -> dict[str, Tensor]:
-    """The trained vector of one layer of TinyLoRA, as the first and only one.
-
-    Layers share vectors by their index among the targeted layers, which is not saved. But the projection is saved, and it was
-    drawn with a seed that is ``seed`` plus the index (peft 0.21, tinylora/model.py and layer.py).
-
-    Args:
-        P_URR: float32, the layer's projection.
-        shared: the adapter's tensors above all modules.
-        seed: ``projection_seed``.
-        layers: number of layers in the adapter.
-
-    Raises:
-        AdapterError: no index gives this projection.
-    """
-    vectors = [name for name in shared if name.startswith("tinylora_v.")]
-    if len(vectors) == 1:
-        return {"tinylora_v.0": shared[vectors[0]]}
-    std = P_URR.shape[1] ** -0.5
-    for index in range(layers):
-        generator = torch.Generator().manual_seed(seed + index)
-        drawn_URR = torch.normal(0.0, std, tuple(P_URR.shape), generator=generator)
-        if torch.allclose(drawn_URR, P_URR, rtol=2**-7, atol=2**-7):  # it may have been saved in half precision
-            layers_per_vector = max(1, layers // len(vectors))
-            group = min(index // layers_per_vector, len(vectors) - 1)
-            return {"tinylora_v.0": shared[f"tinylora_v.{group}"]}
-    raise AdapterError(
-        f"{module}: the adapter has {len(vectors)} vectors tinylora_v, and the projection of this layer is that of none of "
-        f"{layers} layers, so its vector is unknown; merge it with peft into the 16-bit base, then quantize"
-    )

@@ -37,11 +37,14 @@ class Names:
         config: config.json of the base.
         disk: name → shape of every weight on disk (of its values: [O, I] for a packed matrix).
 
+    Attributes:
+        config, disk: as given.
+
     Nothing is imported or built before a key needs it.
     """
 
     def __init__(self, config: Mapping[str, object], disk: Mapping[str, Sequence[int]]) -> None:
-        self._config = config
+        self.config = config
         self.disk: dict[str, Shape] = {name: tuple(shape) for name, shape in disk.items()}
 
     @classmethod
@@ -74,7 +77,7 @@ class Names:
                 make up its shape.
         """
         candidates = [name for name in (f"{key}.weight", key) if name]
-        if self._config.get("model_type") in UNCONVERTED or self._tracer is None:
+        if self.config.get("model_type") in UNCONVERTED or self._tracer is None:
             on_disk = [name for name in candidates if name in self.disk]
             if len(on_disk) == 1:
                 return (whole_weight(on_disk[0], on_disk[0], self.disk[on_disk[0]]),)
@@ -126,7 +129,7 @@ class Names:
     def _tracer(self) -> _Tracer | None:
         """None where transformers does not know the architecture."""
         try:
-            model = meta_model(self._config)
+            model = meta_model(self.config)
         except CheckpointError:
             return None
         return _Tracer(Conversion(model), self.disk)

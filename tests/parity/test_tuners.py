@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qmerge.adapters import get_kind, peft_fallback
+from qmerge.adapters.updates.tuners import REFUSED, TUNERS
 from qmerge.errors import AdapterError
 
 from .. import models
@@ -125,6 +126,15 @@ KINDS = {
     **{f"{kind} gpt2": Kind(kind.upper(), {**GPT2, **options}, gpt2=True, size=0.01) for kind, options in ON_CONV1D.items()},
     "tokens tied": Kind("TRAINABLE_TOKENS", {"target_modules": ["embed_tokens"], "token_indices": [1, 5]}, TIED),
     "lora tokens tied": Kind("LORA", {"trainable_token_indices": [1, 5]}, TIED),
+    "adalora tokens": Kind("ADALORA", {"init_r": 4, "total_step": 10, "trainable_token_indices": [1, 5]}),
+    "pvera drawn": Kind("PVERA", {"r": 8, "save_projection": False}),
+    "randlora drawn": Kind("RANDLORA", {"r": 4, "save_projection": False, "projection_prng_key": 5}, size=0.01),
+    "tinylora drawn": Kind("TINYLORA", {"u": 8, "weight_tying": 0.5, "save_projection": False}),
+    "tinylora drawn gpt2": Kind("TINYLORA", {"u": 8, "save_projection": False, **GPT2}, gpt2=True),
+    "unilora drawn": Kind("UNILORA", {"proj_seed": 7}),
+    "unilora drawn gpt2": Kind("UNILORA", {"layers_to_transform": [1], "layers_pattern": "h", **GPT2}, gpt2=True),
+    "vera drawn": Kind("VERA", {"r": 8, "save_projection": False}),
+    "vera drawn gpt2": Kind("VERA", {"r": 8, "save_projection": False, **GPT2}, gpt2=True, size=0.01),
     "saved whole": Kind("LOHA", {"r": 4, "modules_to_save": ["lm_head", "norm"]}),
 }  # fmt: skip
 
@@ -206,7 +216,15 @@ def test_merges_as_peft_does(made: Made, tmp_path: Path, name: str) -> None:
 
 def least(name: str) -> int:
     """Weights that a kind of adapter changes at least: two layers of two modules, or embeddings, or norms."""
-    return 1 if "tokens" in name else 3 if "embedding" in name or name == "ln_tuning" else 4
+    return (
+        1
+        if "tokens" in name
+        else 2
+        if name == "unilora drawn gpt2"
+        else 3
+        if "embedding" in name or name == "ln_tuning"
+        else 4
+    )
 
 
 ON_NF4 = [
@@ -271,7 +289,8 @@ def test_to_a_quantized_target(made: Made, tmp_path: Path) -> None:
 CHANGES: list[tuple[str, str, Any]] = [
     ("loha", "alpha", 5), ("fourierft", "random_loc_seed", 4), ("oft", "use_cayley_neumann", False), ("vblora", "topk", 1),
     ("waveft", "scaling", 1.0), ("ia3", "feedforward_modules", []), ("miss mini", "init_weights", "bat"),
-    ("psoft", "use_cayley_neumann", True), ("tinylora tied", "projection_seed", 43), ("adalora pruned", "lora_alpha", 3),
+    ("vera drawn", "projection_prng_key", 1), ("unilora drawn", "proj_seed", 8), ("psoft", "use_cayley_neumann", True),
+    ("tinylora tied", "projection_seed", 43), ("adalora pruned", "lora_alpha", 3),
 ]  # fmt: skip
 
 
@@ -290,27 +309,41 @@ def test_the_options_count(made: Made, tmp_path: Path, name: str, option: str, v
     assert any(not torch.equal(found[n], value) for n, value in changed.items())
 
 
+@pytest.mark.parametrize("name", ["loha", "oft", "osf", "tinylora", "unilora drawn", "vera", "waveft"])
+def test_a_config_may_leave_out_defaults(made: Made, tmp_path: Path, name: str) -> None:
+    """peft's own defaults take their place: r, alpha, seeds, …"""
+    base, adapter = made(name)
+    short = shutil.copytree(adapter, tmp_path / "short")
+    fields = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(KINDS[name].peft_type)].__dataclass_fields__
+    config = json.loads((short / "adapter_config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in fields or fields[key].default != value}
+    assert len(kept) < len(config) - 5, "the control: there are many"
+    (short / "adapter_config.json").write_text(json.dumps({**kept, "peft_type": KINDS[name].peft_type}))
+    found, whole = (stock.merged(tmp_path / f"of {folder.name}", base, folder, "fp32") for folder in (short, adapter))
+    assert stock.differing(stock.tensors(found), stock.tensors(whole)) == []
+
+
 # --- every type has its answer ---------------------------------------------------------------------------------------
 
 
 def test_every_type_of_peft_is_in_one_table() -> None:
     known = {kind.value for kind in PeftType} | {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    here = {*peft_fallback.KIND.peft_types, *peft_fallback.REFUSED, *get_kind("lora").peft_types}
+    here = {*peft_fallback.KIND.peft_types, *REFUSED, *get_kind("lora").peft_types}
     assert known - here == set(), "a type that is new in peft: put it into TUNERS or into REFUSED"
-    assert here - known == set() and not peft_fallback.TUNERS.keys() & peft_fallback.REFUSED.keys()
+    assert here - known == set() and not TUNERS.keys() & REFUSED.keys()
 
 
 def test_every_type_that_is_merged_is_tested() -> None:
     assert {kind.peft_type for kind in KINDS.values()} >= set(peft_fallback.KIND.peft_types)
-    assert all(t.save_option and t.rebuilt_from for t in peft_fallback.TUNERS.values() if t.projection)
+    assert all(t.save_option and t.rebuilt_from for t in TUNERS.values() if t.projection)
 
 
-@pytest.mark.parametrize("peft_type", peft_fallback.REFUSED)
+@pytest.mark.parametrize("peft_type", REFUSED)
 def test_what_stands_for_no_weight_is_refused_by_name(made: Made, tmp_path: Path, cli: Cli, peft_type: str) -> None:
     base, adapter = made("loha")
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     models.edit_json(folder / "adapter_config.json", peft_type=peft_type)
-    refused(cli, base, folder, tmp_path, peft_type, peft_fallback.REFUSED[peft_type][:30])
+    refused(cli, base, folder, tmp_path, peft_type, REFUSED[peft_type][:30])
 
 
 def change(tensors: dict[str, torch.Tensor], find: str, new: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
@@ -325,8 +358,13 @@ def without(tensors: dict[str, torch.Tensor], find: str) -> None:
         del tensors[name]
 
 
+def unsaved(tensors: dict[str, torch.Tensor], config: dict[str, Any], prefix: str) -> None:
+    without(tensors, f"base_model.{prefix}")
+    config["save_projection"] = False
+
+
 LAYER = "base_model.model.model.layers.0.mlp.down_proj."
-Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
 BAD: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "half_a_product": ("loha", lambda t, c: change(t, "hada_w2_b", None), ("is incomplete, it lacks", "hada_w2_b")),
     "one_too_many": ("loha", lambda t, c: t.update({LAYER + "hada_w3": torch.zeros(1)}), ("more than peft would have", "hada_w3")),
@@ -336,14 +374,14 @@ BAD: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "no_axes": ("boft", lambda t, c: change(t, "boft_R", lambda v: v.flatten()), ("not what peft saves for BOFT", "boft_R")),
     "unknown_option": ("loha", lambda t, c: c.update(hadamard_power=3), ("hadamard_power", "does not know for LOHA")),
     "replicated": ("adalora", lambda t, c: c.update(layer_replication=[[0, 2]]), ("layer_replication",)),
-    "no_projection": ("vera", lambda t, c: without(t, "base_model.vera_"), ("vera_A, vera_B", "largest in and out")),
-    "no_bases": ("randlora", lambda t, c: without(t, "base_model.randlora_"), ("randlora_A", "save_projection=False")),
-    "no_decomposition": ("frod", lambda t, c: without(t, "base_model.frod_"), ("frod_V", "joint decomposition")),
+    "no_projection": ("vera", lambda t, c: without(t, "base_model.vera_"), ("vera_A, vera_B", "save_projection=true")),
+    "no_bases": ("randlora", lambda t, c: without(t, "base_model.randlora_"), ("randlora_A", "is incomplete")),
+    "no_decomposition": ("frod", lambda t, c: unsaved(t, c, "frod_"), ("frod_V", "joint decomposition")),
     "no_bank": ("vblora", lambda t, c: without(t, "vector_bank"), ("vblora_vector_bank", "incomplete")),
     "no_index_map": ("unilora", lambda t, c: without(t, "unilora_indices"), ("unilora", "lacks")),
-    "theta_alone": ("unilora", lambda t, c: without(t, "proj."), ("unilora_indices", "save_indices=False")),
+    "theta_alone": ("unilora", lambda t, c: without(t, "proj."), ("unilora_indices", "save_indices=true")),
     "no_place": ("tinylora", lambda t, c: change(t, "tinylora_P", lambda v: v + 1), ("tinylora_v", "none of 6 layers")),
-    "no_seeded_projection": ("tinylora", lambda t, c: without(t, "tinylora_P"), ("tinylora_P", "order of all targeted layers")),
+    "no_seeded_projection": ("tinylora", lambda t, c: without(t, "tinylora_P"), ("tinylora_P", "save_projection=true")),
     "bias_of_weight": ("glora C", lambda t, c: None, ("glora_C", "config_C='none'")),
     "short_tokens": ("trainable_tokens", lambda t, c: c.update(token_indices=[1]), ("2 trained rows", "[1]")),
     "bias_unsaid": ("vera bias", lambda t, c: c.update(bias="none"), (".bias", "modules_to_save")),
@@ -363,6 +401,27 @@ def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path, cli: Cli, name
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     refused(cli, base, folder, tmp_path, *words)
+
+
+@pytest.mark.parametrize("name", ["unilora drawn", "tinylora drawn"])
+def test_what_is_drawn_in_the_order_of_layers_needs_a_known_architecture(
+    made: Made, tmp_path: Path, cli: Cli, name: str
+) -> None:
+    base, adapter = made(name)
+    other = shutil.copytree(base, tmp_path / "base")
+    models.edit_json(other / "config.json", model_type="unknown", architectures=["UnknownForCausalLM"])
+    option = TUNERS[KINDS[name].peft_type].save_option
+    refused(
+        cli, other, adapter, tmp_path, f"{option}=False", "does not know this architecture", f"Train with {option}=True"
+    )
+
+
+def test_shapes_on_disk_are_enough_where_no_order_counts(made: Made, tmp_path: Path) -> None:
+    base, adapter = made("vera drawn")
+    other = shutil.copytree(base, tmp_path / "base")
+    models.edit_json(other / "config.json", model_type="unknown", architectures=["UnknownForCausalLM"])
+    known, unknown = (stock.merged(tmp_path / f"of {n}", b, adapter, "fp32") for n, b in enumerate((base, other)))
+    assert stock.differing(stock.tensors(known), stock.tensors(unknown)) == []
 
 
 def refused(cli: Cli, base: Path, adapter: Path, tmp_path: Path, *words: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qmerge.adapters.updates import layers
 from qmerge.adapters.updates.shapes import UNKNOWN
 from qmerge.errors import AdapterError, listed
 from qmerge.types import Rows, Update
@@ -56,6 +57,8 @@ class PeftLayerUpdate(Update):
     part       the parameter that is merged into
     biased     whether peft's layer has other parameters where the base has a bias
     embedding  whether the base is an embedding [tokens, features]
+    kernel     of a convolution: in / groups, and the sizes of its kernel; empty for other layers
+    groups     of the convolution's channels
     inputs     in features of the layer whose bias this is, where peft's parameters have them
     """
 
@@ -68,6 +71,8 @@ class PeftLayerUpdate(Update):
     part: Literal["weight", "bias"] = "weight"
     biased: bool = False
     embedding: bool = False
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
     inputs: int = 1
 
     whole = True  # peft merges whole layers
@@ -95,7 +100,7 @@ class PeftLayerUpdate(Update):
         from peft import get_peft_model
 
         try:
-            settings = peft_config({**self.config, **CLEARED}, self.module)
+            settings = peft_config(self._layer_config(), [self.module])
             model = model_of_one_layer(self.module, self._layer(base_OI))
             wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
             resize_shared(wrapped, self.shared)
@@ -106,28 +111,37 @@ class PeftLayerUpdate(Update):
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError) as cause:
             raise AdapterError(
                 f"{self.module} {list(base_OI.shape)}: peft {peft_version()} does not merge this "
-                f"{self.config.get('peft_type')} adapter into it: {cause}"
+                f"{self.config.get('peft_type')} adapter into it: {cause}. Does adapter_config.json belong to these tensors, "
+                f"and is this the base that they were trained on?"
             ) from cause
         parameter: Tensor = layer.weight if self.part == "weight" else layer.bias
         return parameter.data
 
+    def _layer_config(self) -> dict[str, Any]:
+        """The config for a model that consists of this layer."""
+        config = {**self.config, **CLEARED}
+        if config.get("feedforward_modules") is not None:
+            config["feedforward_modules"] = (
+                [self.module] if is_named(self.module, config["feedforward_modules"]) else []
+            )
+        return config
+
     def _layer(self, base_OI: Tensor) -> nn.Module:
-        """A layer with the base's values. The other parameter of a linear layer, if any, is zero."""
+        """A layer with the base's values. The other parameter of a linear layer or convolution, if any, is zero."""
         if self.embedding:
-            return nn.Embedding(base_OI.shape[0], base_OI.shape[1], _weight=base_OI.clone())
+            return layers.embedding(base_OI.clone())
+        columns = self.kernel or (base_OI.shape[1],)
         bias_O: Tensor | None
         if self.part == "bias":
-            weight_OI = torch.zeros(base_OI.numel(), self.inputs)
+            columns = self.kernel or (self.inputs,)
+            weight = torch.zeros(base_OI.numel(), *columns)
             bias_O = base_OI.flatten().clone()
         else:
-            weight_OI = base_OI.clone()
+            weight = base_OI.reshape(-1, *columns).clone()
             bias_O = torch.zeros(base_OI.shape[0]) if self.biased else None
-        # On the meta device, so that torch draws no initial values for a large weight.
-        layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
-        layer.weight = nn.Parameter(weight_OI)
-        if bias_O is not None:
-            layer.bias = nn.Parameter(bias_O)
-        return layer
+        if self.kernel:
+            return layers.convolution(weight, bias_O, self.groups)
+        return layers.linear(weight, bias_O)
 
     def _full_names(self) -> dict[str, Tensor]:
         """The adapter's tensors by the names that peft saves them under."""
@@ -140,18 +154,23 @@ class PeftLayerUpdate(Update):
 def model_of_one_layer(module: str, layer: nn.Module) -> nn.Module:
     """A model that contains nothing but one layer, under its full name."""
     root = nn.Module()
-    *parents, last = module.split(".")
-    parent = root
-    for name in parents:
-        child = nn.Module()
-        parent.add_module(name, child)
-        parent = child
-    parent.add_module(last, layer)
+    add_under_name(root, module.split("."), layer)
     return root
 
 
-def peft_config(config: Mapping[str, Any], module: str) -> PeftConfig:
-    """peft's own configuration, for one module.
+def add_under_name(root: nn.Module, path: list[str], layer: nn.Module) -> None:
+    """Add a layer to a model under the parts of its full name; modules between them are made where there are none."""
+    *parents, last = path
+    parent = root
+    for name in parents:
+        if name not in parent._modules:
+            parent.add_module(name, nn.Module())
+        parent = parent.get_submodule(name)
+    parent.add_module(last, layer)
+
+
+def peft_config(config: Mapping[str, Any], target_modules: list[str] | str) -> PeftConfig:
+    """peft's own configuration, for these modules.
 
     Raises:
         AdapterError: the installed peft has no such adapters, or does not know an option that is set.
@@ -173,9 +192,7 @@ def peft_config(config: Mapping[str, Any], module: str) -> PeftConfig:
             f"adapter_config.json has {listed(sorted(unknown))}, which peft {peft_version()} does not know for {kind}; "
             f"update it: pip install -U peft"
         )
-    settings: dict[str, Any] = {**config, "target_modules": [module], "peft_type": kind}
-    if config.get("feedforward_modules") is not None:
-        settings["feedforward_modules"] = [module] if is_named(module, config["feedforward_modules"]) else []
+    settings: dict[str, Any] = {**config, "target_modules": target_modules, "peft_type": kind}
     return config_class(**{name: value for name, value in settings.items() if name in known})
 
 

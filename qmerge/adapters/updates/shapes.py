@@ -50,7 +50,7 @@ def of_lokr(parts: Parts, config: Mapping[str, Any]) -> Shape:
         if left is not None:
             rows *= left.shape[0]
         if right is not None:
-            columns *= right.shape[1]
+            columns *= math.prod(right.shape[1:])  # with the kernel of a convolution
     return rows, columns
 
 
@@ -67,7 +67,9 @@ def of_oft(parts: Parts, config: Mapping[str, Any]) -> Shape:
 
 
 def of_ia3(parts: Parts, config: Mapping[str, Any]) -> Shape:
-    """[O, 1] scales rows, [1, I] columns."""
+    """[O, 1] scales rows, [1, I] columns; in a convolution, [1, channels, 1…] scales either."""
+    if parts["ia3_l"].ndim > 2:
+        return UNKNOWN
     rows, columns = parts["ia3_l"].shape
     return (rows, -1) if columns == 1 else (-1, columns)
 
@@ -91,16 +93,17 @@ def of_vblora(parts: Parts, config: Mapping[str, Any]) -> Shape:
 
 
 def of_hira(parts: Parts, config: Mapping[str, Any]) -> Shape:
-    """A linear layer, or an embedding [tokens, features]."""
+    """A linear layer or convolution, with A as [rank, in, kernel…], or an embedding [tokens, features]."""
     if "hira_embedding_A" in parts:
         return axis_length(parts, "hira_embedding_A", 1), axis_length(parts, "hira_embedding_B", 0)
-    return axis_length(parts, "hira_B", 0), axis_length(parts, "hira_A", 1)
+    A = parts.get("hira_A")
+    return axis_length(parts, "hira_B", 0), -1 if A is None else math.prod(A.shape[1:])
 
 
 def of_boft(parts: Parts, config: Mapping[str, Any]) -> Shape:
     """R is [factors, blocks, block, block], s scales the out features."""
     _, blocks, size, _ = parts["boft_R"].shape
-    return parts["boft_s"].shape[0], blocks * size
+    return parts["boft_s"].numel(), blocks * size
 
 
 def of_c3a(parts: Parts, config: Mapping[str, Any]) -> Shape:
@@ -125,9 +128,9 @@ def of_gralora(parts: Parts, config: Mapping[str, Any]) -> Shape:
 
 
 def of_loha(parts: Parts, config: Mapping[str, Any]) -> Shape:
-    """A Hadamard product of two products."""
-    if "hada_t1" in parts:  # a convolution
-        return UNKNOWN
+    """A Hadamard product of two products; of two Tucker decompositions in a convolution."""
+    if "hada_t1" in parts:
+        return axis_length(parts, "hada_w1_a", 1), -1
     return axis_length(parts, "hada_w1_a", 0), axis_length(parts, "hada_w1_b", 1)
 
 
