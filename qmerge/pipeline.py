@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from qmerge.adapters.combining.interference import PairSums, pair_stats
-from qmerge.adapters.updates.experts import StackUpdate
-from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
+from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate, matrices_of
 from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
@@ -135,6 +134,7 @@ class Work:
     """A step that is being done: everything that its row blocks share.
 
     grid       grid of the whole weight that codes are chosen on
+    inputs     statistics of the inputs, from calibration
     objective  which rounding errors matter, for ``preserve``; of a stack, those of each block are in the block
     rounding   name of the rounding that is used
     """
@@ -145,6 +145,7 @@ class Work:
     target: TargetFormat[Any]
     update: Update | None
     grid: Grid
+    inputs: InputStatistics | None
     objective: Objective | None
     rounding: str
 
@@ -190,6 +191,7 @@ def open_step(step: Step, context: RunContext, inputs: InputStatistics | None, t
         target=get_target(step.target),
         update=update,
         grid=choose_grid(step, source, update, context=context, inputs=inputs, threads=threads),
+        inputs=inputs,
         objective=objective,
         rounding=rounding,
     )
@@ -305,8 +307,14 @@ def objective_of_block(work: Work, rows: Rows) -> Objective | None:
     """The objective of some rows. Every matrix of a stack has its own inputs, and its own delta."""
     if work.objective is None or not isinstance(work.update, TransposedStackUpdate):
         return work.objective
-    directions = work.update.matrix_directions(rows.start // len(rows))
-    return make_objective(None, directions, work.step.shape[1], work.context.device)
+    number = rows.start // len(rows)
+    inputs = None
+    if work.inputs is not None:
+        inputs = work.inputs.of_matrices[number] or work.inputs
+    directions = None
+    if work.step.source.keeps_grid or inputs is None:
+        directions = work.update.matrix_directions(number)
+    return make_objective(inputs, directions, work.step.shape[1], work.context.device)
 
 
 def choose_codes(work: Work, block: Block) -> Tensor:
@@ -341,12 +349,6 @@ def original_with_delta(work: Work, rows: Rows) -> Tensor | None:
 # --- measure ---------------------------------------------------------------------------------------------------------
 
 
-def matrices_of(step: Step, update: Update) -> int:
-    """Matrices of a stack of experts; 1 for any other weight."""
-    is_stack = any(isinstance(member, StackUpdate) for member in update.members)
-    return step.weight.shape[0] if is_stack else 1
-
-
 class Measurement:
     """Adds up the sums of all metrics over the row blocks of one merged weight; measures nothing without an update."""
 
@@ -375,7 +377,7 @@ class Measurement:
             weight_rows=self._work.step.shape[0],
             update=update,
             hessian_II=block.objective.hessian_II if block.objective else None,
-            matrices=matrices_of(self._work.step, update),
+            matrices=matrices_of(update),
         )
         return sums_of(merged_rows)
 

@@ -334,11 +334,6 @@ class Step:
         return rows, columns
 
     @property
-    def is_calibrated(self) -> bool:
-        """Whether its rounding depends on the layer's inputs. Those of stacks are not observed."""
-        return self.rounding == "preserve" and not self.source.transposed_stack
-
-    @property
     def source_is_dense(self) -> bool:
         """Whether the weight is stored as one tensor of numbers. A quantized weight has scales as well, or blocks of bytes."""
         return len(self.weight.parts) == 1 and all(part.dtype != "U8" for part in self.weight.parts.values())

@@ -25,8 +25,13 @@ class MatrixProduct:
     x: Tensor
 
 
-PRODUCTS: dict[Any, tuple[int, int]] = {nn.functional.linear: (0, 1), torch.addmm: (1, 2)}
-"""Function → positions of its arguments input and weight. (GPT-2's Conv1D calls ``addmm``.)"""
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    nn.functional.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+}
+"""Function → positions of its arguments input and weight. (GPT-2's Conv1D calls ``addmm``, gpt-oss' experts ``x @ weight``.)"""
 
 ADDITIONS = (torch.Tensor.add, torch.Tensor.add_, torch.add)
 """What adds the output of a block to the residual stream (``+`` and ``+=`` come as the first two)."""
@@ -187,7 +192,9 @@ class PausingProducts(ProductCapture):
 def _by_parameter(model: LayeredModel, names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(model.parameters[name], []).append(name)
+        # A matrix of a stack that is one weight on disk has a name of its own here only.
+        on_disk = name if name in model.parameters else without_expert_number(name)
+        groups.setdefault(model.parameters[on_disk], []).append(name)
     return groups
 
 
@@ -207,6 +214,13 @@ def _names_by_offset(values: Tensor, names: Sequence[str]) -> Iterator[tuple[int
 def _expert_number(name: str) -> int:
     """The last number in the name: ``layers.3.mlp.experts.11.w1.weight`` → 11."""
     return int(re.findall(r"\.(\d+)(?=\.)", name)[-1])
+
+
+def with_expert_number(name: str, number: int) -> str:
+    """``layers.3.mlp.experts.down_proj``, 11 → ``layers.3.mlp.experts.11.down_proj``: a matrix of a stack, by the name that it
+    would have as a weight of its own."""
+    module, _, local = name.rpartition(".")
+    return f"{module}.{number}.{local}"
 
 
 def without_expert_number(name: str) -> str:

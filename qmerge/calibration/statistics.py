@@ -35,6 +35,7 @@ from qmerge.calibration.forward import ForwardPass, LayerCall, pause
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.room import in_mapped_file, planned_memory, temporary_folder
 from qmerge.calibration.scores import FinishedRun, finish_run, score_runs
+from qmerge.calibration.stacks import matrix_names, of_stacks, steps_of
 from qmerge.calibration.sums import InputSums
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.calibration.unmerged import steps_with_values, unmerged_model
@@ -98,7 +99,7 @@ class CalibrationPass:
         self.stored_values = stored_values
         self.report_progress = report_progress
         self.steps = steps_with_values(plan)
-        self.preserved = {step.name: step for step in plan.rounded if step.is_calibrated}
+        self.preserved = {step.name: step for step in plan.rounded if step.rounding == "preserve"}
         # Other steps were done before the first layer: the merged model has their stored values from the start.
         self.done = {step.name for step in plan.rounded if step.name not in self.preserved}
         self.unmerged, self.unmerged_values = unmerged_model(plan, context)
@@ -211,7 +212,8 @@ class CalibrationPass:
     # --- the groups of a layer ---
 
     def _layer_groups(self, index: int, run: LayerwiseRun) -> LayerGroups:
-        wanted = [name for name in self.unmerged.names(index) if name in self.preserved]
+        preserved = [self.preserved[name] for name in self.unmerged.names(index) if name in self.preserved]
+        wanted = [name for step in preserved for name in matrix_names(step)]
         # Layers with the same weights have the same code: only the first of them is tried out.
         key = tuple(_without_layer(name, index) for name in wanted)
         known = self._known_groups.get(key)
@@ -317,11 +319,12 @@ class CalibrationPass:
         self, index: int, names: Sequence[str], statistics: dict[str, InputStatistics]
     ) -> Iterator[CalibratedGroup]:
         """Have a group rounded, and load its stored values into the merged model."""
-        yield CalibratedGroup([self.preserved[name] for name in names], statistics)
+        steps = steps_of(names, self.preserved)
+        yield CalibratedGroup(steps, {**statistics, **of_stacks(steps, statistics)})
         # The caller has done the steps: their stored values can be read now.
-        self.done.update(names)
+        self.done.update(step.name for step in steps)
         if self.sequential:
-            self._load_stored(index, names)
+            self._load_stored(index, [step.name for step in steps])
 
     def _load_stored(self, index: int, names: Iterable[str]) -> None:
         # A parameter that holds several weights (stacked experts) is made anew of all of them.

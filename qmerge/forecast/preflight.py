@@ -105,7 +105,7 @@ def run_preflight(
     if rounding == "auto":
         plan, reason = choose_roundings(plan, predicted)
     calibration = NO_CALIBRATION
-    if any(step.is_calibrated for step in plan.rounded):
+    if any(step.rounding == "preserve" for step in plan.rounded):
         if not may_calibrate and plan.calibration.source != "none":
             raise RecipeError(
                 "add --rounding stochastic or --calibration none, or merge in one process: preserve with calibration cannot be "

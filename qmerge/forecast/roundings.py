@@ -60,9 +60,7 @@ def choose_roundings(plan: Plan, predicted: Sequence[Survival]) -> tuple[Plan, s
     roundings = dict.fromkeys((step.name for step in plan.merged), "nearest")
     for step in plan.merged:
         if step.label in need.modules:
-            # Without calibration, preserve is the wrong choice on the base's own grid (``without_calibration``).
-            is_blind = step.source.transposed_stack and step.source.keeps_grid
-            roundings[step.name] = "stochastic" if is_blind else "preserve"
+            roundings[step.name] = "preserve"
     if need.too_coarse or need.act_order:
         # Then other weights on fresh grids lose as much; preserve keeps the output of their layers.
         roundings |= dict.fromkeys(_requantized_names(plan), "preserve")

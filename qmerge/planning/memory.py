@@ -56,7 +56,7 @@ def calibration_memory(steps: Sequence[Step], tokens: int, *, sequential: bool) 
         tokens: those that rounding learns from; where batches take turns, those of one batch.
         sequential: whether two models run.
     """
-    widths = [step.shape[1] for step in steps if step.is_calibrated]
+    widths = [step.shape[1] for step in steps if step.rounding == "preserve"]
     if not widths:
         return 0
     waiting = FLOAT32_BYTES * tokens * (WAITING_WIDTHS * mode(widths) + max(widths))

@@ -14,6 +14,7 @@ P counts by the inputs' own size in the directions that the adapter reads: in re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,7 @@ class InputStatistics:
         of_task: whether the text is the user's own.
         missing_OI: float32 E[(r + T x − r̃ − T x̃) x̃ᵀ], where the weight's product is added to the residual stream: r in the
             unmerged model, r̃ in the one as merged so far, T the merged weight before rounding; else None.
+        of_matrices: of a stack, the statistics of every matrix (None for one that got no token), whose mean the others are.
     """
 
     hessian_II: Tensor
@@ -71,6 +73,7 @@ class InputStatistics:
     borrowed: float = 0.0
     of_task: bool = True
     missing_OI: Tensor | None = None
+    of_matrices: tuple[InputStatistics | None, ...] = ()
 
     @cached_property
     def correction(self) -> Tensor | None:
@@ -97,6 +100,22 @@ class InputStatistics:
         damped_II = damped(self.hessian_II, damping)
         solved: Tensor = torch.linalg.solve(damped_II, cross_OI.T).T
         return solved.contiguous()
+
+
+def stack_statistics(of_matrices: Sequence[InputStatistics | None]) -> InputStatistics:
+    """Statistics of a stack, from those of its matrices; at least one of them is known."""
+    known = [statistics for statistics in of_matrices if statistics is not None]
+    hessian_II = torch.zeros_like(known[0].hessian_II)
+    for statistics in known:
+        hessian_II += statistics.hessian_II / len(known)
+    return InputStatistics(
+        hessian_II,
+        cross_II=None,
+        tokens=sum(statistics.tokens for statistics in known),
+        borrowed=sum(statistics.borrowed for statistics in known) / len(known),
+        of_task=known[0].of_task,
+        of_matrices=tuple(of_matrices),
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qmerge.grids import Grid
-from qmerge.rounding._objective import InputStatistics, Objective, make_objective, upper_factor
+from qmerge.rounding._objective import InputStatistics, Objective, make_objective, stack_statistics, upper_factor
 from qmerge.types import Rows
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Rounding",
     "RoundingContext",
     "make_objective",
+    "stack_statistics",
     "upper_factor",
 ]
 

@@ -27,7 +27,7 @@ def run_steps(
     """
     others = list(steps)
     if tokens is not None:
-        others = [step for step in steps if not step.is_calibrated]
+        others = [step for step in steps if step.rounding != "preserve"]
     # These do not depend on what calibration sees, nor does it depend on the order in which they are done.
     destination.run(others, {})
     fidelity = None

@@ -25,6 +25,7 @@ from qmerge.formats import get_target
 from qmerge.schema import read_report
 
 from .. import models
+from ..calibration.test_calibration import BATCHES, collected, dense_reference, same
 from . import bases, stock
 from .test_models import trained
 
@@ -193,6 +194,61 @@ def test_a_dense_gpt_oss_gets_fresh_scales(oss: Path, lora: Made, tmp_path: Path
         theirs = bases.mxfp4.read({"w_blocks": blocks, "w_scales": scales}, config, {})["w"]
         wanted = goal[name].float()
         assert stock.distance(stored[name], wanted) <= stock.distance(theirs, wanted) < 0.15, name
+
+
+def test_calibration_sees_the_tokens_of_every_expert(oss: Path, lora: Made, tmp_path: Path) -> None:
+    """Against the tokens that the router sends to every expert of the dense adapter model, and what the expert makes of them."""
+    model = dense_reference(oss, lora(0.2), tmp_path / "dense")
+    seen: dict[str, list[list[Tensor]]] = {part: [[] for _ in range(4)] for part in ("gate_up_proj", "down_proj")}
+
+    def before(experts: Any, args: tuple[Any, ...]) -> None:
+        hidden, chosen = args[0], args[1]
+        for number in range(4):
+            x = hidden[(chosen == number).any(dim=1)]
+            seen["gate_up_proj"][number].append(x)
+            gate_up = x @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number]
+            seen["down_proj"][number].append(experts._apply_gate(gate_up))
+
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(before)
+    with torch.no_grad():
+        for ids in BATCHES:
+            model(input_ids=ids)
+    groups = collected(oss, lora(0.2), target="mxfp4", sequential=False)
+    found = {key: value for _, inputs in groups for key, value in inputs.items()}
+    for part, of_experts in seen.items():
+        inputs = [torch.cat(batches) for batches in of_experts]
+        shared = sum(x.T @ x for x in inputs) / sum(len(x) for x in inputs)
+        statistics = found[f"model.layers.0.mlp.experts.{part}"]
+        assert len(statistics.of_matrices) == 4 and statistics.tokens == sum(len(x) for x in inputs)
+        for x, of_matrix in zip(inputs, statistics.of_matrices, strict=True):
+            assert of_matrix is not None and of_matrix.tokens == len(x)
+            own = min(1.0, len(x) / x.shape[1])
+            assert of_matrix.borrowed == pytest.approx(1 - own)
+            same(of_matrix.hessian_II, own * (x.T @ x / len(x)) + (1 - own) * shared)
+
+
+def test_calibrated_preserve_is_nearest_to_the_adapter_model(oss: Path, lora: Made, tmp_path: Path) -> None:
+    """Logits on tokens that rounding did not see, against peft's unmerged model in float32. (A toy, with a large delta.)"""
+    ids = torch.randint(0, 96, (32, 16), generator=torch.Generator().manual_seed(3))
+    text = {"rounding": "preserve", "calibration": "random", "calibration_tokens": 2048, "sequence_length": 16}
+
+    def logits(model: Any) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(input_ids=ids).logits
+        return result
+
+    model = stock.float_model(oss, bases.values(oss))
+    expected = logits(stock.adapted(model, lora(0.3)))
+    found = {}
+    for name, settings in {**ROUNDINGS, "calibrated": text}.items():
+        out = stock.merged(tmp_path / name, oss, lora(0.3), "mxfp4", **settings)
+        found[name] = stock.distance(logits(stock.in_float32(stock.loaded(out)[0])), expected)
+    report = read_report(out)
+    assert all(record.values["output_kept"] is not None for record in report.weights if ".experts." in record.module)
+    assert report.fidelity is not None and (report.fidelity.kl_ratio or 0) > 1e-3, (
+        "the judged model has experts in 4 bits"
+    )
+    assert found["calibrated"] < 0.8 * min(found[name] for name in ROUNDINGS), found
 
 
 def test_what_mxfp4_cannot_store_is_refused(oss: Path, lora: Made, tmp_path: Path) -> None:

@@ -73,3 +73,11 @@ class TransposedStackUpdate(WrappingUpdate):
         assert isinstance(self.update, StackUpdate)
         lora = self.update.experts[number]
         return LoraUpdate(lora.B_OR.T, lora.A_RI.T, lora.scale)
+
+
+def matrices_of(update: Update) -> int:
+    """Matrices of the stack that an update changes; 1 for any other weight."""
+    for member in update.members:
+        if isinstance(member, StackUpdate):
+            return member.count
+    return 1
