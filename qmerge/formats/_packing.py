@@ -9,6 +9,9 @@ from torch.nn.functional import pad
 # Bits of a word.
 WORD = 32
 
+SMALL = 128
+"""Rows or columns below which a layer may stay dense because it does not fit into words."""
+
 
 def pack_bits(codes_XN: Tensor, bits: int) -> Tensor:
     """Codes below 2**bits, integers [X, N] → int32 [X, N·bits/32]: one little-endian stream of bits in every row.

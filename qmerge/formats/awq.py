@@ -20,7 +20,7 @@ from qmerge.formats._affine import (
     sequential_groups,
 )
 from qmerge.formats._fit_scales import fit_scales, fitted_grid
-from qmerge.formats._packing import pack_bits, unpack_bits
+from qmerge.formats._packing import SMALL, pack_bits, unpack_bits
 from qmerge.formats._tensors import (
     check_dtype,
     check_finite,
@@ -132,6 +132,10 @@ class Awq(TargetFormat[AwqOptions]):
         if options.group_size == WHOLE_ROW:
             return "4 bits, one group"
         return f"4 bits, groups of {options.group_size}"
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Layers of a few rows (gates, one row per head) stay dense where they fit into no words; larger ones are an error."""
+        return len(shape) == 2 and (min(shape) >= SMALL or shape[0] % PER_WORD == 0)
 
     def check(self, name: str, shape: tuple[int, int], options: AwqOptions) -> None:
         check_group_size(name, shape[1], options.group_size)

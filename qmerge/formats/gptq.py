@@ -24,7 +24,7 @@ from qmerge.formats._affine import (
 )
 from qmerge.formats._fit_scales import fit_scales, fitted_grid
 from qmerge.formats._gptq_find import BITS, GptqOptions, declared_checkpoint_format, find_gptq
-from qmerge.formats._packing import WORD, pack_bits, unpack_bits
+from qmerge.formats._packing import SMALL, WORD, pack_bits, unpack_bits
 from qmerge.formats._tensors import check_finite, experts_warnings, modules_with
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, Stored, TargetFormat, with_asked
 from qmerge.grids import Grid
@@ -150,6 +150,10 @@ class Gptq(TargetFormat[GptqOptions]):
     def same_grid(self, one: GptqOptions, other: GptqOptions) -> bool:
         # Static groups say how groups were made, not which ones.
         return replace(one, static_groups=False) == replace(other, static_groups=False)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Layers of a few rows (gates, one row per head) stay dense where they fit into no words; larger ones are an error."""
+        return len(shape) == 2 and (min(shape) >= SMALL or not any(size % WORD for size in shape))
 
     def check(self, name: str, shape: tuple[int, int], options: GptqOptions) -> None:
         rows, columns = shape

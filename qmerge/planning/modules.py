@@ -112,7 +112,10 @@ class Modules:
         if self.is_quantizable_embedding(weight):
             return self.target.name not in self.inputs.base.formats()
         module = self._module(weight)
-        return self._quantizes_dense and module in self._module_kinds.quantizable and module not in self._converted
+        is_expected = (
+            self._quantizes_dense and module in self._module_kinds.quantizable and module not in self._converted
+        )
+        return is_expected and self.target.accepts(weight.shape)
 
     def _is_embedding_for_others(self, weight: Weight) -> bool:
         """Whether a weight is an embedding that the base's library has quantized, and the target's would not."""
@@ -159,16 +162,16 @@ class Modules:
         modules: list[str] = []  # of all steps
         quantized: list[str] = []
         options: list[Options] = []  # of the quantized ones
-        promoted_modules = set()
+        exceptions = set()  # promoted, or of a shape that the target does not take
         for step in steps:
             module = self._loaded_module(step.weight)
             modules.append(module)
             if step.target == self.target.name:
                 quantized.append(module)
                 options.append(step.options)
-            if step.name in promoted:
-                promoted_modules.add(module)
-        dense = self._dense_modules(quantized) | promoted_modules
+            elif step.name in promoted or self._is_misshapen(step.weight):
+                exceptions.add(module)
+        dense = self._dense_modules(quantized) | exceptions
         # Of several layers that one weight on disk becomes, only the first is the module of a step.
         named = dict.fromkeys([*modules, *sorted(self._converted)])
         layout = ModuleLayout(
@@ -181,6 +184,12 @@ class Modules:
         if layout.dense or layout.experts or self.target.info.quant_method == "compressed-tensors":
             layout = replace(layout, skipped=self._default_module_kinds.skipped)
         return layout
+
+    def _is_misshapen(self, weight: Weight) -> bool:
+        """Whether a weight stays dense because of its shape alone."""
+        if not self._is_dense_matrix(weight) or self.target.accepts(weight.shape):
+            return False
+        return self._module(weight) in self._module_kinds.quantizable
 
     def _dense_modules(self, quantized: list[str]) -> frozenset[str]:
         """Modules that stay dense although the loader expects them quantized."""

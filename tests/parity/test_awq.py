@@ -210,7 +210,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (None, {"bits": 8}, "AWQ with 8 bits; qmerge reads AWQ with 4"),
     (None, {"group_size": 128}, "groups of 128, but there are 6 for 384 inputs.*config.json that belongs"),
     (None, {"group_size": -1}, "groups of -1"),
-    (None, {"group_size": "64"}, "groups of 64"),
+    (None, {"group_size": "64"}, "group_size.*found '64'"),
     (lambda tensors: tensors.pop(f"{Q_PROJ}.scales"), {}, f"{Q_PROJ}.scales is missing"),
     (lambda tensors: tensors.pop(f"{Q_PROJ}.qzeros"), {}, f"{Q_PROJ}.qzeros is missing"),
     (narrow, {}, "do not belong to one AWQ weight"),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 import qmerge
 import qmerge.demo
@@ -329,9 +330,14 @@ def ruled(base: Made, tmp_path: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     rules = {r"+:.*down_proj": {"bits": 8}, r"-:.*v_proj": {}}
     models.edit_json(folder / "config.json", quantization_config={**config, "dynamic": rules})
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel does not load a folder without one
-        shutil.copy(DEMO / "base-nf4" / name, folder)
+    with_tokenizer(folder)
     return folder
+
+
+def with_tokenizer(folder: Path) -> None:
+    """Add a tokenizer: gptqmodel does not load a folder without one."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "base-nf4" / name, folder)
 
 
 @pytest.mark.parametrize("scales", ["keep", "fresh"])
@@ -482,10 +488,30 @@ def test_groups_must_divide(adapter: Path, tmp_path: Path, cli: Cli) -> None:
 
 
 def test_sizes_that_no_loader_takes(lora: Path, tmp_path: Path, cli: Cli) -> None:
-    base = models.save(models.llama(intermediate_size=40), tmp_path / "base")
-    lora = models.adapter(models.llama(torch.float32, intermediate_size=40), tmp_path / "lora")
+    base = models.save(models.llama(hidden_size=192, intermediate_size=136), tmp_path / "base")
+    lora = models.adapter(models.llama(torch.float32, hidden_size=192, intermediate_size=136), tmp_path / "lora")
     ran = cli("--base", base, "--adapter", lora, "--target", "gptq", "--group-size", "-1", "--out", tmp_path / "out")
-    assert ran.code == 2 and "multiples of 32" in ran.err and "40" in ran.err, ran.err
+    assert ran.code == 2 and "multiples of 32" in ran.err and "136" in ran.err, ran.err
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_small_layers_stay_dense(tmp_path: Path, target: str) -> None:
+    """One row per head (Qwen 3.5's in_proj_a): the config names it, and transformers leaves it dense, too."""
+    pytest.importorskip("gptqmodel")
+    small = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 4}  # k_proj and v_proj have 4 rows
+    base = models.save(models.llama(**small), tmp_path / "base")
+    lora = models.adapter(models.llama(torch.float32, **small), tmp_path / "lora", target_modules=["k_proj", "up_proj"])
+    out = stock.merged(tmp_path / "out", base, lora, target, group_size=32)
+    stored = stock.tensors(out)
+    assert "model.layers.0.mlp.up_proj.qweight" in stored
+    kernel = GPTQConfig(bits=4, backend="gptq_torch") if target == "gptq" else AwqConfig(backend="torch_awq")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=kernel, device_map="cpu", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    loaded = model.model.layers[0].self_attn.k_proj
+    assert type(loaded) is torch.nn.Linear
+    assert torch.equal(loaded.weight.float(), stored["model.layers.0.self_attn.k_proj.weight"].float())
 
 
 def test_options_of_the_base_are_taken_over() -> None:
