@@ -108,10 +108,15 @@ class Names:
     def targeted_parameters_in(self, module: str, target_parameters: Iterable[str]) -> list[str]:
         """Full names of the targeted parameters that a module itself declares, in the order of their declaration."""
         targets = tuple(target_parameters)
-        if not targets or self._tracer is None:
+        if not targets:
             return []
-        declared = self._tracer.conversion.parameters_in(module)
-        return [name for name in declared if any(f".{name}".endswith(f".{target}") for target in targets)]
+        if self._tracer is not None:
+            declared = self._tracer.conversion.parameters_in(module)
+        else:
+            declared = [name for name in self.disk if name.rpartition(".")[0] == module]
+        targeted = [name for name in declared if any(f".{name}".endswith(f".{target}") for target in targets)]
+        # The disk does not say in which order a module declares its parameters.
+        return targeted if self._tracer is not None or len(targeted) == 1 else []
 
     @property
     def converted(self) -> frozenset[str]:

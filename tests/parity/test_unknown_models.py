@@ -59,6 +59,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "both kinds": {"target_modules": ["wide", "narrow"]},
     "linear": {"target_modules": ["narrow", "even"]},
     "embedding": {"target_modules": ["emb", "wide"], "fan_in_fan_out": True},
+    "parameter": {"target_parameters": ["narrow.weight"]},
     "attention": {"target_modules": ["mha", "last"]},
 }
 

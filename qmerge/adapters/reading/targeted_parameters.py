@@ -34,7 +34,8 @@ def targeted_parameters(
     if not parameters:
         raise AdapterError(
             f"adapter_config.json has target_parameters={listed(targets)}, but no LoRA in the file belongs to one of these "
-            f"parameters in the base. Is this the base that the adapter was trained on?"
+            f"parameters in the base, as far as its order of parameters is known (transformers' model shows it). Is this the base "
+            f"that the adapter was trained on?"
         )
     if names is not None:
         _check_complete(parameters, targets, names)
