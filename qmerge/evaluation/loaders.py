@@ -204,7 +204,20 @@ def default_loader(folder: Path) -> str:
     if gguf_file(folder):
         return "llama.cpp" if has_llama_cpp() else "transformers"
     config = json.loads((folder / "config.json").read_text())
-    return "mlx" if "quantization" in config else "transformers"
+    if "quantization" in config:
+        return "mlx"
+    # transformers 5.23 leaves experts at random values that gptqmodel reads.
+    method = quantization_config(folder).get("quant_method")
+    if method in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") and _has_packed_experts(folder):
+        return "gptqmodel"
+    return "transformers"
+
+
+def _has_packed_experts(folder: Path) -> bool:
+    """Whether separate experts are stored as GPTQ or AWQ codes."""
+    with Reader() as reader:
+        weights = scan(folder, reader).weights.values()
+    return any(".experts." in weight.name and weight.format in ("gptq", "awq") for weight in weights)
 
 
 def load_with_auto_gptq(folder: Path) -> str:

@@ -402,6 +402,9 @@ def test_gptqmodel_loads_separate_experts(
             values = stored[f"{module}.weight"]
             torch.testing.assert_close(loaded[f"{module}.weight"], values, rtol=2**-10, atol=0)
     assert any("transformers 5.23 does not" in line for line in read_report(out).warnings)
+    verify = [sys.executable, "-m", "qmerge", "verify", str(out)]
+    ran = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and "with gptqmodel" in ran.stdout, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("target", ["nf4", "int8", "gptq", "awq", "w8a8", "nvfp4"])
