@@ -161,6 +161,11 @@ def _embedding_weights(config: str) -> tuple[str, str] | None:
         model: Any = meta_model(json.loads(config))
     except CheckpointError:
         return None
+    return embedding_weights_of(model)
+
+
+def embedding_weights_of(model: Any) -> tuple[str, str] | None:
+    """The same of a model that is built."""
     try:
         embeddings = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # vision and speech models have none

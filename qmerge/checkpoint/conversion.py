@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qmerge.checkpoint.architecture import embedding_weights_of
+
 
 class Renamed(NamedTuple):
     """The parameter that a weight becomes, or becomes a part of (the first one, where a converter makes several)."""
@@ -44,7 +46,8 @@ class Conversion:
 
     Attributes:
         parameters: name → tensor of everything in the model's state dict.
-        shared: parameter → the one whose values it has, apart from embeddings (Zamba's blocks that several layers share).
+        shared: parameter → the one whose values it has, apart from the output embedding (Zamba's blocks that several layers
+            share).
     """
 
     def __init__(self, model: Any) -> None:
@@ -186,13 +189,10 @@ class Conversion:
 
 
 def _shared_parameters(model: Any) -> dict[str, str]:
-    """Parameter → the one that transformers ties it to, where neither belongs to an embedding."""
-    embeddings: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding):
-            embeddings.add(f"{name}.weight")
+    """Parameter → the one that transformers ties it to. The output embedding, whose tie may be given up, is left out."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    return {name: source for name, source in tied.items() if not {name, source} & embeddings}
+    _, output_embedding = embedding_weights_of(model) or (None, None)
+    return {name: source for name, source in tied.items() if name != output_embedding}
 
 
 def _unwrapped(result: Any) -> Tensor:
