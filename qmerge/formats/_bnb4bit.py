@@ -277,7 +277,7 @@ def bitsandbytes_config(base: Mapping[str, Any], layout: ModuleLayout, **setting
     kept = {name: base[name] for name in ("llm_int8_skip_modules", "llm_int8_threshold") if name in base}
     if layout.dense:
         listed = kept.get("llm_int8_skip_modules") or layout.skipped
-        kept["llm_int8_skip_modules"] = [*listed, *layout.dense]
+        kept["llm_int8_skip_modules"] = list(dict.fromkeys([*listed, *layout.dense]))
     config = {**DEFAULT_CONFIG, **kept, **settings}
     for name in ("load_in_4bit", "load_in_8bit"):
         config[f"_{name}"] = config[name]

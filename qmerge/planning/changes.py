@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qmerge.adapters.reading.saved_weights import is_saved_module
 from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate
 from qmerge.errors import AdapterError, CheckpointError, listed
 from qmerge.planning.embeddings import Embeddings
@@ -51,9 +52,35 @@ class ChangeMatcher:
             first, tensors = next(iter(unmatched.items()))
             raise AdapterError(
                 f"{sum(map(len, unmatched.values()))} adapter tensors match no weight of the base; the first is {tensors[0]}. "
-                f"{_cause(first, self.weights)}"
+                f"{self._cause(first)}"
             )
         return changes
+
+    def _cause(self, name: str) -> str:
+        """Why the base has no weight of this name, which the adapter changes, and what to do."""
+        module, _, local = name.rpartition(".")
+        if local == "bias" and f"{module}.weight" in self.weights:
+            return (
+                f"{module} has no bias in the base, so the one that the adapter trained cannot be added to it: train without "
+                f"lora_bias, or use the adapter unmerged, with peft"
+            )
+        if is_saved_module(name, self.inputs.adapter.config.get("modules_to_save") or []):
+            return (
+                f"The base has no {module}, which was trained whole: give the model as it was before training, saved with its head "
+                f"(save_pretrained), as --base"
+            )
+        parameters = [other for other in self.weights if other.startswith(f"{module}.")]
+        if parameters:
+            return (
+                f"The base has {listed(parameters)}, so {module} is a kind of layer that qmerge cannot merge this adapter into: "
+                f"merge it with peft into the 16-bit base, then quantize the result"
+            )
+        # Layer number, block and projection, and the name before them: layers.0.self_attn.q_proj.
+        tail = ".".join(module.split(".")[-4:])
+        for weight in self.weights.values():
+            if weight.local == "weight" and weight.module.endswith(tail) and not module.startswith(weight.module):
+                return f"The base has {weight.module}, under another prefix. {WRONG_BASE}"
+        return WRONG_BASE
 
     def _may_be_missing(self, name: str, change: Change) -> bool:
         """The output embedding while it stays tied to the input embedding, and the bias of a layer that has none."""
@@ -107,28 +134,6 @@ def _misfit(weight: Weight, shape: tuple[int, ...]) -> AdapterError:
     return AdapterError(
         f"{weight.name} has shape {list(weight.shape)}, but the adapter's delta has shape {list(shape)}. {WRONG_BASE}"
     )
-
-
-def _cause(name: str, weights: Mapping[str, Weight]) -> str:
-    """Why the base has no weight of this name, which the adapter changes, and what to do."""
-    module, _, local = name.rpartition(".")
-    if local == "bias" and f"{module}.weight" in weights:
-        return (
-            f"{module} has no bias in the base, so the one that the adapter trained cannot be added to it: train without "
-            f"lora_bias, or use the adapter unmerged, with peft"
-        )
-    parameters = [name for name in weights if name.startswith(f"{module}.")]
-    if parameters:
-        return (
-            f"The base has {listed(parameters)}, so {module} is a kind of layer that qmerge cannot merge this adapter into: merge "
-            f"it with peft into the 16-bit base, then quantize it: qmerge without --adapter"
-        )
-    # Layer number, block and projection, and the name before them: layers.0.self_attn.q_proj.
-    tail = ".".join(module.split(".")[-4:])
-    for weight in weights.values():
-        if weight.local == "weight" and weight.module.endswith(tail) and not module.startswith(weight.module):
-            return f"The base has {weight.module}, under another prefix. {WRONG_BASE}"
-    return WRONG_BASE
 
 
 WRONG_BASE = "Is this the base that the adapter was trained on?"

@@ -25,21 +25,27 @@ MAPPINGS = {
 }
 """``task_type`` of an adapter → transformers' table of ``model_type`` → class."""
 
+HEADED = ("Classification", "QuestionAnswering", "ForCTC", "MultipleChoice")
+"""Ends of the names of classes whose head is trained anew for a task."""
 
-def with_head(base: Checkpoint, task: str, head: Mapping[str, TensorInfo]) -> Checkpoint:
-    """The base as a model of the class that was trained for a task, with the adapter's head.
 
-    Weights that this class does not have (``lm_head``) are left out. A base that has the head already stays as it is.
+def with_head(base: Checkpoint, adapter: Mapping[str, Any], head: Mapping[str, TensorInfo]) -> Checkpoint:
+    """The base as a model of the class that was trained, with the adapter's head.
+
+    Weights that this class does not have (``lm_head``) are left out. A base that has this head already stays as it is.
 
     Args:
-        task: ``task_type`` of the adapter.
+        adapter: adapter_config.json.
         head: the adapter's tensors of modules that were trained whole, by their names in the model.
 
     Raises:
         AdapterError: the class has no such head, or weights that neither base nor adapter stores.
     """
-    class_name = _class_for(base, task)
-    if class_name is None or not head or all(name in base.weights for name in head):
+    class_name = _class_for(base, adapter)
+    if class_name is None or not head:
+        return base
+    is_same_class = base.config.get("architectures") == [class_name]
+    if is_same_class and all(name in base.weights and base.weights[name].shape == head[name].shape for name in head):
         return base
     config = {**base.config, "architectures": [class_name]}
     model = meta_model(config)
@@ -48,9 +54,8 @@ def with_head(base: Checkpoint, task: str, head: Mapping[str, TensorInfo]) -> Ch
         config = _with_labels(config, labels)
         model = meta_model(config)
     _check_head(model, head, class_name)
-    config = _with_dense_head(config, head)
     names = Names(config, {name: weight.shape for name, weight in base.weights.items()})
-    weights = {name: weight for name, weight in base.weights.items() if names.parameter_of(name)}
+    weights = {name: weight for name, weight in base.weights.items() if names.parameter_of(name) and name not in head}
     weights.update({name: _head_weight(name, info) for name, info in head.items()})
     _check_complete(model, names, head, class_name)
     return replace(base, config=config, weights=weights)
@@ -58,23 +63,29 @@ def with_head(base: Checkpoint, task: str, head: Mapping[str, TensorInfo]) -> Ch
 
 def head_note(base: Checkpoint) -> str:
     """What to know of a base that got its head from the adapter, in one line."""
+    labels = list((base.config.get("id2label") or {}).values())
+    named = f"Its labels are called {listed(labels)} in config.json" if labels else "config.json names no labels"
     return (
-        f"the base has no head for the adapter's task: the merged model is {base.config['architectures'][0]}, with the "
-        f"adapter's head. Labels are called LABEL_0, LABEL_1, … unless the base names as many: set id2label and label2id in "
-        f"config.json"
+        f"the base has no head like the adapter's: the merged model is {base.config['architectures'][0]}, with the adapter's head. "
+        f"{named}, and the adapter does not name them: set id2label, label2id and, for several labels or numbers, problem_type"
     )
 
 
-def _class_for(base: Checkpoint, task: str) -> str | None:
-    """Name of the class that transformers has for a task; None where it has none, or the base is of it already."""
-    if task not in MAPPINGS:
-        return None
+def _class_for(base: Checkpoint, adapter: Mapping[str, Any]) -> str | None:
+    """Name of the class that was trained: transformers' for the task, or the one that peft has noted; None where unknown."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
-    class_name = getattr(modeling_auto, MAPPINGS[task]).get(base.config.get("model_type"))
-    if isinstance(class_name, str) and [class_name] != base.config.get("architectures"):
-        return class_name
-    return None
+    task = str(adapter.get("task_type"))
+    if task in MAPPINGS:
+        class_name = getattr(modeling_auto, MAPPINGS[task]).get(base.config.get("model_type"))
+        return class_name if isinstance(class_name, str) else None
+    # Without a task, peft notes the class of the model (auto_mapping).
+    noted = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    is_known = isinstance(noted, str) and noted.endswith(HEADED) and hasattr(transformers, noted)
+    model_class = getattr(transformers, noted, None) if is_known and isinstance(noted, str) else None
+    config_class = getattr(model_class, "config_class", None)
+    return noted if getattr(config_class, "model_type", None) == base.config.get("model_type") else None
 
 
 def _label_count(model: nn.Module, head: Mapping[str, TensorInfo]) -> int | None:
@@ -117,16 +128,6 @@ def _check_complete(model: Any, names: Names, head: Mapping[str, TensorInfo], cl
             f"stores: training began with random values there, which are lost. Merge onto the model that it was trained on "
             f"(save_pretrained of the base model, before training), or list these modules in modules_to_save"
         )
-
-
-def _with_dense_head(config: Mapping[str, Any], head: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """The config of a quantized base with the head in its list of dense modules, where it has such a list."""
-    quantization = config.get("quantization_config") or {}
-    if not quantization.get("llm_int8_skip_modules"):
-        return dict(config)
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in head)
-    skipped = [*quantization["llm_int8_skip_modules"], *modules]
-    return {**config, "quantization_config": {**quantization, "llm_int8_skip_modules": skipped}}
 
 
 def _head_weight(name: str, info: TensorInfo) -> Weight:

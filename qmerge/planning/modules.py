@@ -153,23 +153,26 @@ class Modules:
 
     # --- the quantization config ---
 
-    def layout(self, steps: tuple[Step, ...], promoted: Set[str]) -> ModuleLayout:
+    def layout(self, steps: tuple[Step, ...], kept_dense: Set[str]) -> ModuleLayout:
         """Which linear layers are quantized in the output, and which stay dense although the loader expects them
-        quantized: promoted ones, and those that a base of another library left dense on purpose.
+        quantized: those kept dense, and those that a base of another library left dense on purpose.
+
+        Args:
+            kept_dense: names of weights that were promoted, or are heads that were trained whole.
         """
         if not self.target.info.is_quantized or self.target.info.container:
             return ModuleLayout()
         modules: list[str] = []  # of all steps
         quantized: list[str] = []
         options: list[Options] = []  # of the quantized ones
-        exceptions = set()  # promoted, or of a shape that the target does not take
+        exceptions = set()  # kept dense, or of a shape that the target does not take
         for step in steps:
             module = self._loaded_module(step.weight)
             modules.append(module)
             if step.target == self.target.name:
                 quantized.append(module)
                 options.append(step.options)
-            elif step.name in promoted or self._is_misshapen(step.weight):
+            elif (step.name in kept_dense and len(step.weight.shape) == 2) or self._is_misshapen(step.weight):
                 exceptions.add(module)
         dense = self._dense_modules(quantized) | exceptions
         # Of several layers that one weight on disk becomes, only the first is the module of a step.

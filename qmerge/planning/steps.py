@@ -3,12 +3,14 @@ tensors?"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from qmerge.adapters.reading.saved_weights import is_embedding
 from qmerge.adapters.updates.lora import refuse_quantized
 from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.checkpoint.config import output_config, with_setting, with_vocab_size
@@ -51,7 +53,17 @@ class StepMaker:
     @cached_property
     def targets(self) -> TargetChooser:
         """How each weight is written."""
-        return TargetChooser(self.recipe, self.inputs, self.modules, self.promoted, self.gguf)
+        return TargetChooser(self.recipe, self.inputs, self.modules, self.dense, self.gguf)
+
+    @cached_property
+    def dense(self) -> frozenset[str]:
+        """Names of the weights that stay dense although the target is quantized: promoted ones, and heads that were trained
+        whole, which training had in full precision."""
+        heads: set[str] = set()
+        for name in self.inputs.adapter.replaced:
+            if not re.search(r"\.\d+\.", name) and not is_embedding(name):
+                heads.add(name)
+        return self.promoted | heads
 
     @cached_property
     def gguf(self) -> GgufOutput | None:
@@ -273,7 +285,7 @@ class StepMaker:
         target = self.targets.format
         options_used = Counter(step.options for step in steps if step.target == target.name)
         options = options_used.most_common(1)[0][0] if options_used else None
-        config = output_config(self.inputs.base, target, options, self.modules.layout(steps, self.promoted))
+        config = output_config(self.inputs.base, target, options, self.modules.layout(steps, self.dense))
         if self.embeddings.untied:
             config = with_setting(config, "tie_word_embeddings", False)
         return self._with_vocab_size(config, steps)

@@ -177,8 +177,8 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def trained_head(folder: Path, name: str | None = None) -> tuple[str, dict[str, TensorInfo]]:
-    """(``task_type``, the tensors of modules that were trained whole, by their names in the model).
+def trained_head(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """(adapter_config.json, the tensors of modules that were trained whole, by their names in the model).
 
     Raises:
         AdapterError: the folder or its files cannot be read.
@@ -191,7 +191,7 @@ def trained_head(folder: Path, name: str | None = None) -> tuple[str, dict[str, 
             weight = without_prefix(key).replace(".modules_to_save.", ".")
             if is_saved_module(weight, modules) and ".original_module." not in key:
                 head[weight] = info
-    return str(config.get("task_type")), head
+    return config, head
 
 
 def adapter_names(tensors: Iterable[str]) -> list[str]:

@@ -159,7 +159,7 @@ REFUSED: dict[str, str] = {
     "SHADOW": "it runs a second, small network next to the model; load both with peft",
     "ADAMSS": (
         "its subspaces are clusters that are computed again from the base's weight and bias together, with scikit-learn, and are "
-        "not saved; merge it with peft into the 16-bit base that it was trained on, then quantize: qmerge without --adapter"
+        "not saved; merge it with peft into the 16-bit base that it was trained on, then quantize the result"
     ),
 }
 """peft_type → why it is not merged, and what to do."""
