@@ -68,7 +68,7 @@ def _below_min_kept(reports: Sequence[ReportData], least: float | None) -> str |
     if worst is None:
         return None
     most = max(known, key=lambda share: share.value)
-    if most.is_of_delta and most.value > 2 - least:  # as far past 1 as the limit is below it
+    if least > 0 and most.is_of_delta and most.value > 2 - least:  # as far past 1 as the limit is below it
         return f"{most.name} {most.value:.4f} is farther past 1 than --min-kept {least:g} allows ({most.source})"
     if worst.value >= least:
         return None

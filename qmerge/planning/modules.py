@@ -28,6 +28,9 @@ GPT_OSS = "gpt_oss"
 SMALLEST_MATRIX = 16
 """Rows and columns of the smallest matrix of a stack. (A weight of three axes may be a convolution, with a short last one.)"""
 
+NUMBERED = re.compile(r"\.\d+\.")
+"""In the names of modules of decoder blocks."""
+
 EXPERTS = re.compile(r"(.*\.experts)(?:\.|$)")
 """The module that holds all experts of a layer, at the start of a module name."""
 
@@ -112,6 +115,9 @@ class Modules:
         if self.is_quantizable_embedding(weight):
             return self.target.name not in self.inputs.base.formats()
         module = self._module(weight)
+        # GPTQ's loaders replace layers in the decoder's blocks only (Gemma 4 has one outside).
+        if self.target.info.quant_method == "gptq" and not NUMBERED.search(module):
+            return False
         is_expected = (
             self._quantizes_dense and module in self._module_kinds.quantizable and module not in self._converted
         )

@@ -10,14 +10,16 @@ import pytest
 import torch
 import transformers
 
+from qmerge.errors import RecipeError
+
 from ..parity import stock
 from .adapter import trained
 from .published import MODELS, Published
 from .sizes import scaled
-from .walk import Made, UnbuiltError, WrongError, fill, largest_distance, made_of, outputs_of
+from .walk import Made, fill, largest_distance, made_of, outputs_of
 
-NO_NF4 = {"Llama-4-Scout": "transformers does not load what it saves in NF4"}
-"""Models that transformers itself cannot load from NF4 files, with its words."""
+REFUSED = ("Llama-4-Scout",)
+"""Models with stacks of experts that transformers replaces by single ones where a model is quantized, except in FP8."""
 
 
 def build(published: Published) -> Any:
@@ -61,9 +63,9 @@ def test_merges_as_the_unmerged_model_answers(name: str, tmp_path: Path) -> None
     assert any(".experts." in key for key in keys) == bool(MODELS[name].experts)
     assert made.check_fp32() is not None
     check_others(made, "fp32", MODELS[name].others)
-    if name in NO_NF4:
-        with pytest.raises(UnbuiltError, match=NO_NF4[name]):
-            made.check_nf4()
+    if name in REFUSED:
+        with pytest.raises(RecipeError, match="stack of experts"):
+            made.merged("nf4")
         return
     made.check_nf4()
     check_others(made, "nf4", MODELS[name].others)
@@ -73,27 +75,21 @@ def test_merges_as_the_unmerged_model_answers(name: str, tmp_path: Path) -> None
 LOADERS = {"w4a16": {"group_size": -1}, "fp8": {}}
 """Target → its options: the small layers have fewer columns than a group."""
 
-NOT_LOADED = {("Llama-4-Scout", "w4a16"): "experts.0"}
-"""transformers looks for single experts in a quantized Llama 4, which has stacks."""
-
-GPTQ = ("Qwen3-4B", "phi-4")
-"""Models all of whose small layers have multiples of 32 rows, which the kernels need."""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [*LOADERS, "gptq"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loads_in_the_loaders_of_other_formats(name: str, target: str, tmp_path: Path) -> None:
     """Nothing missing, nothing left over, and an answer much nearer to the adapter model's than the base's is."""
-    if target == "gptq" and name not in GPTQ:
-        pytest.skip("rows that are no multiple of 32")
+    if target == "gptq" and MODELS[name].experts:
+        pytest.skip("gptqmodel loads these experts, transformers does not (test_experts.py)")
     pytest.importorskip({"w4a16": "compressed_tensors", "gptq": "gptqmodel"}.get(target, "transformers"))
     made = make(name, tmp_path)
-    out = made.merged(target, **LOADERS.get(target, {"group_size": -1}))
-    if (name, target) in NOT_LOADED:
-        with pytest.raises(WrongError, match=NOT_LOADED[name, target]):
-            made.loaded(out)
+    if name in REFUSED and target != "fp8":
+        with pytest.raises(RecipeError, match="stack of experts"):
+            made.merged(target, group_size=-1)
         return
+    out = made.merged(target, **LOADERS.get(target, {"group_size": -1}))
     model = made.loaded(out)
     assert made.inputs is not None
     rounded = largest_distance(outputs_of(model, made.inputs), made.expected)
