@@ -127,11 +127,26 @@ def _accepts(model: Any, argument: str) -> bool:
 
 
 def shifted_right(config: Any, ids_NL: Tensor) -> Tensor:
-    """What a decoder sees when it predicts these tokens: its start token, then all but the last one."""
+    """What a decoder sees when it predicts these tokens: its start token, then all but the last one.
+
+    mBART has no start token: the last token goes to the front (transformers' shift_tokens_right).
+    """
     start = config.decoder_start_token_id
-    if start is None:
-        start = config.pad_token_id or 0
-    return torch.cat([torch.full_like(ids_NL[:, :1], start), ids_NL[:, :-1]], dim=1)
+    if start is not None:
+        first_N1 = torch.full_like(ids_NL[:, :1], start)
+    elif config.model_type == "mbart":
+        first_N1 = ids_NL[:, -1:]
+    else:
+        first_N1 = torch.full_like(ids_NL[:, :1], config.pad_token_id or 0)
+    return torch.cat([first_N1, ids_NL[:, :-1]], dim=1)
+
+
+def without_start(config: Any, ids_1L: Tensor) -> Tensor:
+    """Target tokens without the decoder's start token, which some tokenizers (Whisper's) put first: ``shifted_right`` adds it,
+    as collators for training do."""
+    if ids_1L.shape[1] > 1 and int(ids_1L[0, 0]) == config.decoder_start_token_id:
+        return ids_1L[:, 1:]
+    return ids_1L
 
 
 def predicted_ids(model: Any, ids_NL: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.tasks import Task, shifted_right
+from qmerge.calibration.tasks import Task, shifted_right, without_start
 from qmerge.errors import RecipeError, TokenizerError
 
 MASKED_EVERY = 7
@@ -138,7 +138,7 @@ def _example(record: dict[str, Any], task: Task, *, tokenizer: Any, config: Any,
         inputs = encoded(record["source"])
         # As Seq2SeqTrainer's data: the tokenizer's form for targets, which the decoder sees one position later.
         target = tokenizer(text_target=record["target"], truncation=True, max_length=length, return_tensors="pt")
-        target_1L = target["input_ids"]
+        target_1L = without_start(config, target["input_ids"])
         inputs["decoder_input_ids"] = shifted_right(config, target_1L)
         return Example(inputs=inputs, answers=target_1L[0])
     pair = [record["text_pair"]] if isinstance(record.get("text_pair"), str) else []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.tasks import Task, shifted_right
+from qmerge.calibration.tasks import Task, shifted_right, without_start
 from qmerge.errors import RecipeError
 from qmerge.evaluation.examples import NO_NUMBER, Example, class_of
 
@@ -65,8 +65,9 @@ def media_examples(files: Sequence[Path], task: Task, *, model: Any, processor_f
             inputs = {model.main_input_name: _sound(path, processor)[model.main_input_name]}
         answers = torch.tensor([-1])
         if task.judged == "target tokens":
-            answers = _said(path, processor_folder)
-            inputs["decoder_input_ids"] = shifted_right(model.config, answers[None])
+            said_1L = without_start(model.config, _said(path, processor_folder)[None])
+            inputs["decoder_input_ids"] = shifted_right(model.config, said_1L)
+            answers = said_1L[0]
         elif task.judged == "classes" and path.parent.name in model.config.label2id:
             answers = torch.tensor([class_of(path.parent.name, model.config)])
         examples.append(Example(inputs=inputs, answers=answers))

@@ -6,7 +6,6 @@ them on a whole text (probabilities of every token, say) can be larger than the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +18,9 @@ from qmerge.calibration.scores import Scores
 from qmerge.calibration.tasks import CAUSAL_LM, Task, takes_text
 from qmerge.calibration.unmerged import steps_with_values
 from qmerge.calibration.whole import WholeModel
+from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.errors import RecipeError
+from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation.examples import NO_NUMBER, Example, make_examples, read_records
 from qmerge.evaluation.media import media_examples, media_files
 from qmerge.evaluation.stored import check_room, whole_stored_model
@@ -184,11 +184,31 @@ def embedding(hidden_1LH: Tensor, pooling: Pooling) -> Tensor:
 
 
 def pooling_of(folder: Path) -> Pooling:
-    """How sentence-transformers pools the hidden states of a model: as its ``*_Pooling/config.json`` says, else their mean."""
-    for path in folder.glob("*_Pooling/config.json"):
-        settings = json.loads(path.read_text())
-        if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls":
-            return "cls"
-        if settings.get("pooling_mode_lasttoken") or settings.get("pooling_mode") == "lasttoken":
-            return "lasttoken"
+    """How sentence-transformers pools the hidden states of a model: as its ``*_Pooling/config.json`` says, else their mean.
+
+    Raises:
+        CheckpointError: the file names a way that is not known here.
+    """
+    for path in sorted(folder.glob("*_Pooling/config.json")):
+        settings = read_json(path, CheckpointError)
+        modes = {name.removeprefix("pooling_mode_") for name, value in settings.items() if value is True}
+        modes |= {str(settings["pooling_mode"])} if "pooling_mode" in settings else set()
+        modes &= {*POOLING_MODES, *OTHER_POOLING_MODES}
+        if modes - POOLING_MODES.keys() or len(modes) > 1:
+            raise CheckpointError(f"{path} pools by {', '.join(sorted(modes))}; qmerge measures mean, cls or lasttoken")
+        if modes:
+            return POOLING_MODES[modes.pop()]
     return "mean"
+
+
+POOLING_MODES: dict[str, Pooling] = {
+    "cls_token": "cls", "cls": "cls", "lasttoken": "lasttoken", "mean_tokens": "mean", "mean": "mean",
+}  # fmt: skip
+OTHER_POOLING_MODES = (
+    "max_tokens",
+    "max",
+    "mean_sqrt_len_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "weightedmean",
+)
