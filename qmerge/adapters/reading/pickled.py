@@ -49,8 +49,8 @@ def unpickled(folder: Path, copy: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
         raise AdapterError(
-            f"{source} is not read ({reason[:200]}): it holds something other than tensors, is damaged, or takes too much memory or "
-            f"time. Convert it where you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
+            f"{source} is not read ({reason[:200]}): it holds something other than tensors, is damaged, or takes too much memory "
+            f"or time. Convert it where you trust it: PeftModel.from_pretrained(…).save_pretrained(…)"
         )
     return copy
 
