@@ -8,6 +8,7 @@ CLoQ (arXiv 2501.18475, section 3).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,4 +149,7 @@ def _write_config(folder: Path, residuals: Mapping[str, Residual], rank: int) ->
         base_model_name_or_path=folder.parent.name,
         inference_mode=True,
     )
-    config.save_pretrained(str(folder))
+    # As peft saves it, but whole or not at all.
+    # Sets have another order in every process.
+    content = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    write_file(folder / "adapter_config.json", json.dumps(content, indent=2, sort_keys=True).encode())
