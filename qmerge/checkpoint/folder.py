@@ -16,7 +16,7 @@ from qmerge.checkpoint import journal
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.checkpoint.scan import INDEX
 from qmerge.errors import RecipeError, RoomError
-from qmerge.safetensors_io.disk import PARTIAL, write_file
+from qmerge.safetensors_io.disk import PARTIAL, disk_error, disk_errors, remove, write_file
 from qmerge.safetensors_io.writer import FileLayout
 
 LOCK = ".qmerge.lock"
@@ -166,16 +166,22 @@ def locked(out: Path, part: Part | None = None) -> Iterator[None]:
     write this part.
 
     Raises:
-        RecipeError: another run is writing to it, or it cannot be created.
+        RecipeError: another run is writing to it, or its path leads through a file.
+        RoomError, DiskError: an error of the operating system, also one that is raised inside.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise RecipeError(f"--out {out}: cannot be created: {cause.strerror}") from cause
-    lock = acquire_lock(out, part)
-    try:
-        yield
-    finally:
+    with disk_errors(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as cause:
+            raise RecipeError(f"--out {out}: cannot be created: {cause.strerror}") from cause
+        lock = acquire_lock(out, part)
+        try:
+            yield
+        except BaseException:
+            # That error is to be reported, whatever becomes of the lock's file.
+            lock.release()
+            remove(out / name_of_part(LOCK, part))
+            raise
         lock.release()
         (out / name_of_part(LOCK, part)).unlink(missing_ok=True)
 
@@ -187,15 +193,17 @@ def remove_lock(out: Path) -> None:
         RecipeError: another run has locked the folder.
     """
     if (out / LOCK).exists():
-        acquire_lock(out).release()
-        (out / LOCK).unlink(missing_ok=True)
+        with disk_errors(out):
+            acquire_lock(out).release()
+            (out / LOCK).unlink(missing_ok=True)
 
 
 def acquire_lock(out: Path, part: Part | None = None) -> FileLock:
     """Lock the folder, or a part of the model in it, for this run.
 
     Raises:
-        RecipeError: another run has locked it, or it cannot be written to.
+        RecipeError: another run has locked it.
+        RoomError, DiskError: it cannot be written to.
     """
     lock = FileLock(out / name_of_part(LOCK, part))
     try:
@@ -207,7 +215,7 @@ def acquire_lock(out: Path, part: Part | None = None) -> FileLock:
             f"--out {out}: another qmerge is writing to it; wait for it, or use another folder"
         ) from cause
     except OSError as cause:
-        raise RecipeError(f"--out {out}: cannot be written to: {cause.strerror}") from cause
+        raise disk_error(cause, out) from cause
     return lock
 
 
@@ -215,10 +223,11 @@ def discard(out: Path, made_by_us: bool) -> None:
     """After an error that no resume can repair: delete the run's files, and the folder if the run created it."""
     # All other files are written after the last step.
     for path in [*out.glob(f"*{PARTIAL}"), *out.glob("*.safetensors"), *out.glob("*.gguf"), out / journal.NAME]:
-        path.unlink(missing_ok=True)
+        remove(path)
     if made_by_us and not any(path.name != LOCK for path in out.iterdir()):
-        (out / LOCK).unlink(missing_ok=True)
-        out.rmdir()
+        remove(out / LOCK)
+        with suppress(OSError):
+            out.rmdir()
 
 
 def discard_part(out: Path, part: Part, files: Iterable[str], made_by_us: bool) -> None:
@@ -228,10 +237,10 @@ def discard_part(out: Path, part: Part, files: Iterable[str], made_by_us: bool) 
         files: names of the files with weights that this part writes.
     """
     for name in (*files, name_of_part(journal.NAME, part)):
-        (out / name).unlink(missing_ok=True)
-        (out / f"{name}{PARTIAL}").unlink(missing_ok=True)
+        remove(out / name)
+        remove(out / f"{name}{PARTIAL}")
     if made_by_us:
-        (out / name_of_part(LOCK, part)).unlink(missing_ok=True)
+        remove(out / name_of_part(LOCK, part))
         with suppress(OSError):  # another part may have begun in it
             out.rmdir()
 

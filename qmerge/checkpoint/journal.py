@@ -156,11 +156,11 @@ def read_journal(path: Path) -> JournalContent:
     return content
 
 
-def parts_begun(folder: Path) -> list[Part]:
-    """The parts that have a journal in a folder."""
+def parts_begun(folder: Path, name: str = NAME) -> list[Part]:
+    """The parts that have a journal in a folder; or another file, with this name in a run that is not in parts."""
     found = []
     for path in folder.iterdir():
-        part = part_of_name(path.name, NAME)
+        part = part_of_name(path.name, name)
         if part:
             found.append(part)
     return sorted(found)

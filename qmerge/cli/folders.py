@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmerge.cli.options import Json, Quiet, flag
-from qmerge.cli.output import nothing_to_resume, print_json
+from qmerge.cli.output import print_json
 from qmerge.wording import size_text
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ def patch_command(
     from qmerge.report.terminal.progress import TerminalProgress
 
     source = hub.resolve(base, revision, CheckpointError)
-    with nothing_to_resume():
-        summary = patch.make_patch(
-            source.folder, merged, out, reversible=not one_way, base_name=source.id, progress=TerminalProgress(quiet)
-        )
+    summary = patch.make_patch(
+        source.folder, merged, out, reversible=not one_way, base_name=source.id, progress=TerminalProgress(quiet)
+    )
     if json:
         print_json(vars(summary))
     else:
@@ -59,8 +58,7 @@ def apply_command(
     from qmerge.patch import apply_patch
     from qmerge.report.terminal.progress import TerminalProgress
 
-    with nothing_to_resume():
-        restored = apply_patch(base, patch, out, revision=revision, progress=TerminalProgress(quiet))
+    restored = apply_patch(base, patch, out, revision=revision, progress=TerminalProgress(quiet))
     _print_restored(restored, json)
 
 
@@ -78,8 +76,7 @@ def unmerge_command(
     from qmerge.patch import unmerge
     from qmerge.report.terminal.progress import TerminalProgress
 
-    with nothing_to_resume():
-        restored = unmerge(merged, patch, out, revision=revision, progress=TerminalProgress(quiet))
+    restored = unmerge(merged, patch, out, revision=revision, progress=TerminalProgress(quiet))
     _print_restored(restored, json)
 
 
@@ -118,19 +115,18 @@ def extract_command(
     from qmerge.report.terminal.console import print_warning
     from qmerge.report.terminal.progress import TerminalProgress
 
-    with nothing_to_resume():
-        extraction = extract.extract(
-            merged,
-            base,
-            out,
-            rank=rank,
-            energy=energy,
-            save_modules=save_modules,
-            device=device,
-            revision=revision,
-            merged_revision=merged_revision,
-            progress=TerminalProgress(quiet),
-        )
+    extraction = extract.extract(
+        merged,
+        base,
+        out,
+        rank=rank,
+        energy=energy,
+        save_modules=save_modules,
+        device=device,
+        revision=revision,
+        merged_revision=merged_revision,
+        progress=TerminalProgress(quiet),
+    )
     if json:
         print_json(extraction.to_json())
         return
@@ -153,8 +149,7 @@ def gguf_command(
     from qmerge.gguf.export import export
     from qmerge.report.terminal.console import print_warning
 
-    with nothing_to_resume():
-        exported = export(model, out, type, pre)
+    exported = export(model, out, type, pre)
     if json:
         print_json(vars(exported))
         return

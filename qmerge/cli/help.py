@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from qmerge.cli.output import nothing_to_resume
+
 HELP_PANEL = "Help and output"
 # Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help.
 MORE_PANELS = {
@@ -33,7 +35,12 @@ _SHOW_ALL = "qmerge.help_all"
 
 
 class Command(TyperCommand):
-    """A command whose help is short."""
+    """A command whose help is short, and that Ctrl-C ends with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. One that can go on after Ctrl-C raises an error of its own, which says how."""
+        with nothing_to_resume():  # typer would end the process without a word
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; the rarely used options only with --help-all."""

@@ -112,7 +112,7 @@ def _past_max_kl_ratio(reports: Sequence[ReportData], most: float | None) -> str
 
 @contextmanager
 def nothing_to_resume() -> Iterator[None]:
-    """Ctrl-C becomes one line, for commands that leave nothing to go on with."""
+    """Ctrl-C becomes one line, that of commands that leave nothing to go on with."""
     try:
         yield
     except KeyboardInterrupt as cause:

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,6 +17,7 @@ import typer
 from qmerge.cli import checking, folders, merging, overview
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
+from qmerge.cli.output import nothing_to_resume
 from qmerge.errors import QmergeError, RecipeError
 from qmerge.recipe import Recipe
 from qmerge.safetensors_io.disk import disk_error
@@ -23,6 +26,9 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
     "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 7 the disk failed; 130 interrupted (--resume goes on)."
 )
+
+SECONDS_TO_RETRY = 0.01
+"""When an interruption is tried again that came while a thread was being started."""
 
 app = typer.Typer(
     cls=Group,
@@ -102,12 +108,16 @@ for panel, commands in COMMANDS.items():
 def main() -> None:
     """The console program. An error that is raised on purpose becomes one line and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
+        signal.signal(signal.SIGINT, _interrupt)
     # torch reads this with its first tensor: large tensors get large pages (Linux): a calibration takes 5 % less CPU time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they report optional kernels that are missing
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        app(prog_name="qmerge")  # also for python -m qmerge
+        # Ctrl-C before a command begins. Commands handle it themselves.
+        with nothing_to_resume():
+            app(prog_name="qmerge")  # also for python -m qmerge
     except QmergeError as error:
         _end_with(error)
     except OSError as cause:
@@ -119,6 +129,13 @@ def _end_with(error: QmergeError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _interrupt(*_: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does."""
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """SIGTERM and Ctrl-C end a run; a moment later, where a thread is being started."""
+    # A pool does not know of a thread whose start is interrupted, never ends it, and so the process would never end.
+    while frame is not None:
+        if frame.f_code is ThreadPoolExecutor.submit.__code__:
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RETRY)
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +16,7 @@ from qmerge.extract.difference import CHUNK_BYTES, PairReader
 from qmerge.extract.modules import ModelModules
 from qmerge.extract.pairing import WeightPair
 from qmerge.formats import get_format
-from qmerge.safetensors_io.disk import PARTIAL, disk_errors
+from qmerge.safetensors_io.disk import PARTIAL, disk_errors, open_for_writing, remove
 from qmerge.safetensors_io.writer import FileLayout, ShardWriter
 from qmerge.types import TensorSpec
 
@@ -22,6 +24,9 @@ from qmerge.types import TensorSpec
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
 BIAS_SUFFIX = ".lora_B.bias"
+
+SPOOL = f"{TENSORS}.factors"
+"""Name, without ``PARTIAL``, of the temporary file with the factors."""
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -36,10 +41,10 @@ class LoraSpool:
 
     def __init__(self, out: Path) -> None:
         self.specs: dict[str, TensorSpec] = {}
-        self.path = out / f"{TENSORS}.factors{PARTIAL}"
+        self.path = out / f"{SPOOL}{PARTIAL}"
         self._starts: dict[str, int] = {}
         self._end = 0
-        self._file: BinaryIO = self.path.open("w+b")
+        self._file: BinaryIO = os.fdopen(open_for_writing(self.path), "w+b")
 
     def add_factors(self, module: str, A_RI: Tensor, B_OR: Tensor) -> None:
         """Add both float32 factors of the LoRA of a module."""
@@ -81,10 +86,16 @@ class LoraSpool:
     def __enter__(self) -> LoraSpool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         """Close and remove the file."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        if error:
+            with suppress(OSError):  # what could not be written is written again here
+                self._file.close()
+            remove(self.path)
+        else:
+            # Here an error of the disk is one of the run.
+            self._file.close()
+            self.path.unlink()
 
 
 def write_tensors(out: Path, spool: LoraSpool, whole: Mapping[str, WeightPair], reader: PairReader) -> int:

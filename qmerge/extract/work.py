@@ -6,18 +6,17 @@ Stages: pair the weights, compare every pair (``compare.py``), decide how differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qmerge import hub
-from qmerge.adapters.reading.folder import CONFIG
+from qmerge.adapters.reading.folder import CONFIG, TENSORS
 from qmerge.checkpoint import folder
+from qmerge.checkpoint.at_once import all_or_nothing, check_new
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, RecipeError, RoomError
-from qmerge.extract.adapter import LoraSpool, adapter_config, write_tensors
+from qmerge.extract.adapter import SPOOL, LoraSpool, adapter_config, write_tensors
 from qmerge.extract.compare import PairComparison
 from qmerge.extract.decompose import factor_entries
 from qmerge.extract.difference import PairReader
@@ -30,6 +29,9 @@ from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.context import compute_device
 
 REPORT = "qmerge_extract.json"
+
+FILES = (SPOOL, TENSORS, REPORT, CONFIG)
+"""What is in the output folder, now or in the end."""
 
 
 def extract(
@@ -82,9 +84,12 @@ def extract(
             progress=progress,
         )
         # After the pairing: a wrong model is the more useful error of the two.
-        folder.check_out(out, {"MERGED": merged_folder, "BASE": base_folder}, resume=False)
-        with whole_or_nothing(out, progress):
-            return run.run()
+        check_new(out, {"MERGED": merged_folder, "BASE": base_folder}, FILES, last=CONFIG)
+        try:
+            with all_or_nothing(out, FILES):
+                return run.run()
+        finally:
+            progress.end()
 
 
 def check_request(rank: int | None, energy: float | None) -> None:
@@ -95,26 +100,6 @@ def check_request(rank: int | None, energy: float | None) -> None:
         raise RecipeError(f"--rank {rank}: expected 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise RecipeError(f"--energy {energy}: expected a share of the squared difference, above 0 and at most 1")
-
-
-@contextmanager
-def whole_or_nothing(out: Path, progress: Progress) -> Iterator[None]:
-    """Lock the output folder. After an error, remove everything that was not in it before."""
-    existed = out.exists()
-    with folder.locked(out):
-        try:
-            yield
-        except BaseException as cause:  # Ctrl-C as well
-            for name in (REPORT, CONFIG):
-                (out / name).unlink(missing_ok=True)
-            folder.discard(out, made_by_us=not existed)
-            if isinstance(cause, RoomError):
-                raise RoomError(
-                    f"--out {out}: no room on the disk for the adapter. Nothing was kept; free some space."
-                ) from cause
-            raise
-        finally:
-            progress.end()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +137,7 @@ class ExtractionRun:
                 entries += factor_entries(pair.shape, self.rank or 0)
         # Twice in float32: in the temporary file and in the adapter.
         if folder.free_bytes(self.out) < 2 * 4 * entries:
-            raise RoomError("no room")
+            raise RoomError(f"--out {self.out}: no room on the disk for the adapter; free some space")
 
     def compare(self, spool: LoraSpool) -> Differences:
         """All differences, and how they are stored; the factors of the LoRAs go to ``spool``."""

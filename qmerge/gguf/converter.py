@@ -26,6 +26,7 @@ from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.gguf.vocabulary import read_vocabulary
+from qmerge.safetensors_io.disk import disk_errors
 from qmerge.safetensors_io.header import build_header
 from qmerge.types import TensorSpec
 
@@ -61,7 +62,8 @@ def converter_of(
         CheckpointError: it does not know the architecture.
     """
     gguf, conversion = packages()
-    with tempfile.TemporaryDirectory(prefix="qmerge-") as seen_name:
+    # What the converter itself raises is caught inside.
+    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="qmerge-") as seen_name:
         seen = Path(seen_name) / "model"  # the converter takes names of models from the name of the folder
         seen.mkdir()
         _copy_small_files(folder, seen, config)

@@ -7,7 +7,6 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -24,13 +23,13 @@ from torch import Tensor
 from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import check_room
 from qmerge.checkpoint.scan import scan
-from qmerge.errors import CheckpointError, NumbersError, RecipeError, RoomError
+from qmerge.errors import CheckpointError, NumbersError, RecipeError
 from qmerge.formats import get_format
 from qmerge.gguf.families import check_config, family_of, read_config
 from qmerge.gguf.hyperparameters import add_hyperparameters
 from qmerge.gguf.tensors import PlannedTensor, fallback_notes, plan_tensors, quantization_type
 from qmerge.gguf.vocabulary import read_vocabulary
-from qmerge.safetensors_io.disk import PARTIAL, fsync_folder
+from qmerge.safetensors_io.disk import new_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Rows
 
@@ -155,12 +154,11 @@ def refuse_quantized(model: Path) -> None:
 
 
 def write_file(gguf: Any, writer: Any, plan: list[PlannedTensor], reader: Reader, *, out: Path) -> int:
-    """Write keys and tensors under a temporary name, sync, rename. Returns the size in bytes.
+    """Write keys and tensors. Returns the size in bytes.
 
     Raises:
         NumbersError: NaN, infinity, or a value beyond the range of the type.
-        RoomError: not enough disk space.
-        RecipeError: ``out`` cannot be written.
+        RoomError, DiskError: not enough disk space, or the disk cannot be written.
     """
     sizes = {tensor.name: tensor.nbytes(gguf) for tensor in plan}
     check_room(out.absolute().parent, sum(sizes.values()))
@@ -170,38 +168,17 @@ def write_file(gguf: Any, writer: Any, plan: list[PlannedTensor], reader: Reader
             tensor.name, tensor.shape, np.dtype(np.float32), sizes[tensor.name],
             raw_dtype=quantization_type(gguf, tensor.type),
         )  # fmt: skip
-    partial = out.with_name(out.name + PARTIAL)
-    try:
-        partial.unlink(missing_ok=True)  # of a run that was killed
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        with partial.open("ab") as file:
-            for tensor in plan:
-                write_tensor(gguf, tensor, reader, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(out)
-    except BaseException as cause:  # Ctrl-C as well
-        writer.close()
-        partial.unlink(missing_ok=True)
-        raise_for(cause, out)
-        raise
-    fsync_folder(out.absolute().parent)
+    with new_file(out) as file:
+        try:
+            writer.write_header_to_file(Path(file.name))
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        file.seek(0, os.SEEK_END)  # the writer has a descriptor of its own
+        for tensor in plan:
+            write_tensor(gguf, tensor, reader, file)
     return out.stat().st_size
-
-
-def raise_for(cause: BaseException, out: Path) -> None:
-    """Raise the error of qmerge for an error of the operating system; nothing for all others."""
-    if not isinstance(cause, OSError):
-        return
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise RoomError(
-            f"--out {out}: no room on the disk: {cause.strerror}. Nothing was kept; free some space."
-        ) from cause
-    if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
-        raise RecipeError(f"--out {out}: cannot be written: {cause.strerror}") from cause
 
 
 def write_tensor(gguf: Any, tensor: PlannedTensor, reader: Reader, file: BinaryIO) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qmerge import hub, run
 from qmerge.adapters.reading.named import find_adapter
+from qmerge.checkpoint.folder import LOCK, acquire_lock, locked
 from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch.folders import check_file, model_files
 from qmerge.patch.make import Summary, make_patch
 from qmerge.progress import Progress
 from qmerge.recipe import RAY, Recipe, make_recipe, read_recipe
-from qmerge.safetensors_io.disk import write_file
+from qmerge.safetensors_io.disk import disk_errors, write_file
 from qmerge.schema import RECIPE_NAME, ReportData
 
 
@@ -44,11 +50,10 @@ def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[Repo
     for name, _ in recipe.adapters:
         adapter = find_adapter(name, recipe.adapter_revision)
         roles[f"the adapter {adapter.name}"] = adapter.folder
+    remove_hidden_folders(file)
     check_file(file, roles)
     model_files(base.folder)  # refuses a base that cannot be compared, before the long work
-    with hidden_folder(file) as hidden:
-        # The folder's name becomes part of names in the output (the base of a residual adapter), so it is the patch's.
-        out = Path(hidden) / file.stem
+    with hidden_folder(file) as out:
         folder_recipe = recipe.model_copy(update={"patch": None, "out": str(out)})
         try:
             report = run.merge(folder_recipe, progress=progress)
@@ -58,13 +63,51 @@ def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[Repo
         return report, make_patch(base.folder, out, file, base_name=base.id, progress=progress)
 
 
-def hidden_folder(file: Path) -> tempfile.TemporaryDirectory[str]:
-    """A new folder next to ``file``, so that it is on the same disk."""
+@contextmanager
+def hidden_folder(file: Path) -> Iterator[Path]:
+    """Inside, the path of a new folder next to ``file``, so that it is on the same disk. It is in a locked folder of its own.
+
+    Raises:
+        RoomError, DiskError: it cannot be made, or not be removed.
+    """
     parent = file.absolute().parent
-    try:
-        return tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=parent)
-    except OSError as cause:
-        raise RecipeError(f"--patch {file}: cannot write to {parent}: {cause.strerror}") from cause
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(parent))
+        hidden = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=hidden_prefix(file), dir=parent)))
+        stack.enter_context(locked(hidden))
+        # The name becomes part of names in the output (the base of a residual adapter), so it is the patch's.
+        merged = hidden / file.stem
+        # Removed before the lock: by it, a later run knows what a killed one has left.
+        stack.callback(shutil.rmtree, merged, ignore_errors=True)
+        yield merged
+
+
+def hidden_prefix(file: Path) -> str:
+    """What the names of hidden folders for a patch begin with; eight more characters make them unique."""
+    return f".{file.name}-"
+
+
+def remove_hidden_folders(file: Path) -> None:
+    """Remove the hidden folders that killed runs have left: those that this user owns and that no process has locked.
+
+    Raises:
+        DiskError: one cannot be removed.
+    """
+    parent = file.absolute().parent
+    if not parent.is_dir():
+        return
+    name = re.compile(re.escape(hidden_prefix(file)) + "[a-z0-9_]{8}")
+    with disk_errors(parent):
+        for path in parent.iterdir():
+            if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+                continue
+            # Folders with other files are the user's.
+            found = {inner.name for inner in path.iterdir()}
+            is_left = not found or (LOCK in found and found <= {LOCK, file.stem})
+            # Where others may write, too, theirs stay.
+            if is_left and path.stat().st_uid == os.geteuid():
+                acquire_lock(path).release()  # an error, where another run is writing this patch
+                shutil.rmtree(path)
 
 
 def name_patch(recipe_file: Path, patch: str) -> None:

@@ -15,13 +15,11 @@ to ``codec.BLOCK`` raw bytes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,10 +27,10 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from qmerge.checkpoint.folder import free_bytes
-from qmerge.errors import CheckpointError, RecipeError, RoomError
+from qmerge.errors import CheckpointError, RoomError
 from qmerge.patch import codec
 from qmerge.patch.manifest import Manifest, manifest_problems
-from qmerge.safetensors_io.disk import PARTIAL, fsync_folder, hash_file
+from qmerge.safetensors_io.disk import hash_file, new_file
 from qmerge.safetensors_io.header import LARGEST_HEADER, read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo
@@ -128,7 +126,7 @@ def seal(manifest: str, descriptor: int, start: int) -> str:
 
 
 def write_patch(path: Path, manifest: Manifest, sizes: Mapping[str, int], blobs: BinaryIO) -> int:
-    """Write a patch under a temporary name, sync it, and rename it. Returns its size in bytes.
+    """Write a patch, whole or not at all. Returns its size in bytes.
 
     Args:
         sizes: name → bytes of every blob, in the order in which ``blobs`` has them.
@@ -136,7 +134,7 @@ def write_patch(path: Path, manifest: Manifest, sizes: Mapping[str, int], blobs:
 
     Raises:
         CheckpointError: too many tensors for a header.
-        RoomError: not enough free disk space.
+        RoomError, DiskError: not enough free disk space, or it cannot be written.
     """
     blobs.flush()
     text = manifest.model_dump_json()
@@ -147,22 +145,11 @@ def write_patch(path: Path, manifest: Manifest, sizes: Mapping[str, int], blobs:
         raise RoomError(
             f"{path}: no room on the disk: the patch needs {nbytes / 1e6:.0f} MB. Nothing was kept; free some space."
         )
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as out:
-            out.write(header)
-            blobs.seek(0)
-            while data := blobs.read(COPIED_BYTES):
-                out.write(data)
-            # Synced before it is renamed: after a power cut the name must not belong to an empty file.
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
-        fsync_folder(path.absolute().parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # it is new: a patch never replaces a file
-        raise
+    with new_file(path) as out:
+        out.write(header)
+        blobs.seek(0)
+        while data := blobs.read(COPIED_BYTES):
+            out.write(data)
     return nbytes
 
 
@@ -235,18 +222,3 @@ def hash_of(path: Path) -> str:
         return hash_file(path)
     except OSError as cause:
         raise CheckpointError(f"{path}: cannot be read: {cause.strerror}") from cause
-
-
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system while ``path`` is written into RoomError and RecipeError."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RoomError(
-                f"{path}: no room on the disk: {cause.strerror}. Nothing was kept; free some space."
-            ) from cause
-        if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
-            raise RecipeError(f"{path}: cannot be written: {cause.strerror}") from cause
-        raise

@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qmerge.patch.compare import BlobSpool, FolderComparison
-from qmerge.patch.file import write_errors, write_patch
+from qmerge.patch.file import write_patch
 from qmerge.patch.folders import FolderState, all_files, check_file, model_files
 from qmerge.patch.manifest import Manifest
 from qmerge.progress import NoProgress, Progress
+from qmerge.safetensors_io.disk import disk_errors
 from qmerge.safetensors_io.reader import Reader
 
 
@@ -74,8 +75,8 @@ def make_patch(
 
     Raises:
         CheckpointError: a folder is unfinished, damaged, changed during the run, or has a file that cannot be stored.
-        RecipeError: ``file`` cannot be written.
-        RoomError: not enough disk space. Nothing is left behind by any error.
+        RecipeError: ``file`` exists, or is inside one of the folders.
+        RoomError, DiskError: not enough disk space, or the disk cannot be written. Nothing is left behind by any error.
     """
     started = time.monotonic()
     progress = progress or NoProgress()
@@ -91,7 +92,8 @@ def make_patch(
             merged=merged_folder.hash_files(merged.resolve().name, progress),
         )
         # The data waits next to the patch: a temporary folder of the system may be in memory.
-        with write_errors(file), tempfile.TemporaryFile(dir=file.absolute().parent) as data, Reader() as reader:
+        folder = file.absolute().parent
+        with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as data, Reader() as reader:
             spool = BlobSpool(data, reader)
             comparison = FolderComparison(base_folder, merged_folder, manifest, spool)
             comparison.run(progress)

@@ -10,20 +10,23 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.checkpoint.folder import check_out, check_room, locked
+from qmerge.checkpoint.at_once import all_or_nothing, check_new
+from qmerge.checkpoint.folder import check_room
 from qmerge.errors import CheckpointError
 from qmerge.patch import codec
-from qmerge.patch.file import Patch, hash_of, read_patch, write_errors
+from qmerge.patch.file import Patch, hash_of, read_patch
 from qmerge.patch.folders import byte_span
 from qmerge.patch.manifest import PatchFile, Segment, Side
 from qmerge.progress import NoProgress, Progress
-from qmerge.safetensors_io.disk import PARTIAL, fsync_folder
+from qmerge.safetensors_io.disk import PARTIAL, fsync_folder, open_for_writing
 from qmerge.safetensors_io.reader import Reader
+
+LAST = "config.json"
+"""The file of the result that gets its name last: a folder without it does not load."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,13 @@ class Restoration:
     def write_to(self, out: Path) -> Restored:
         """Check the source, then write every file of the result."""
         started = time.monotonic()
-        check_out(out, {self.role: self.folder}, resume=False)
+        names = [file.path for file in self.result.files]
+        check_new(out, {self.role: self.folder}, names, LAST)
         check_room(out, self.result.nbytes)
         try:
             self.check_source()
             self.progress.stage("writing", self.result.nbytes)
-            with removed_after_errors(out), locked(out), write_errors(out):
+            with all_or_nothing(out, names):
                 self.write_files(out)
         finally:
             self.progress.end()
@@ -157,27 +161,18 @@ class Restoration:
     def write_files(self, out: Path) -> None:
         """Write all files under temporary names, then rename them."""
         partials: dict[Path, Path] = {}
-        made_folders: list[Path] = []
-        try:
-            with Reader() as reader:
-                for file in self.result.files:
-                    path = out / file.path
-                    make_parents(path, out, made_folders)
-                    partials[path] = path.with_name(path.name + PARTIAL)
-                    self.write_file(file, partials[path], reader)
-            # config.json last: a folder without it does not load.
-            for path in sorted(partials, key=lambda path: path == out / "config.json"):
-                partials[path].replace(path)
-            # Renames survive a power cut only if their folders are synced.
-            for folder in {out, *made_folders}:
-                fsync_folder(folder)
-        except BaseException:
-            for path, partial in partials.items():
-                partial.unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-            for folder in reversed(made_folders):  # the innermost first
-                folder.rmdir()
-            raise
+        with Reader() as reader:
+            for file in self.result.files:
+                path = out / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partials[path] = path.with_name(path.name + PARTIAL)
+                self.write_file(file, partials[path], reader)
+        # Without its config.json, a folder does not load.
+        for path in sorted(partials, key=lambda path: path == out / LAST):
+            partials[path].replace(path)
+        # Renames survive a power cut only if their folders are synced.
+        for folder in {out, *(parent for path in partials for parent in path.parents if out in parent.parents)}:
+            fsync_folder(folder)
 
     def write_file(self, file: PatchFile, path: Path, reader: Reader) -> None:
         """Write one file of the result to a new ``path``.
@@ -186,9 +181,7 @@ class Restoration:
             CheckpointError: the written bytes have another SHA-256.
         """
         digest = hashlib.sha256()
-        # O_EXCL and O_NOFOLLOW: a link that somebody puts here must not lead the bytes elsewhere.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with os.fdopen(descriptor, "wb") as out:
+        with os.fdopen(open_for_writing(path), "wb") as out:
             for segment in file.segments:
                 # Written while it is read: a file of any size needs one block of memory.
                 for data in self.segment_bytes(segment, reader):
@@ -221,23 +214,3 @@ class Restoration:
         span = byte_span(path, segment.offset, segment.bytes, name=path.name)
         for start in range(0, segment.bytes, codec.BLOCK):
             yield reader.bytes(span, start, min(start + codec.BLOCK, segment.bytes))
-
-
-@contextmanager
-def removed_after_errors(out: Path) -> Iterator[None]:
-    """After an error, remove ``out`` if this run made it and nothing is in it."""
-    existed = out.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        raise
-
-
-def make_parents(path: Path, out: Path, made: list[Path]) -> None:
-    """Make the folders between ``out`` and a file, the outer ones first, and append them to ``made``."""
-    missing = [parent for parent in path.parents if out in parent.parents and not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir()
-        made.append(parent)

@@ -145,9 +145,10 @@ def finalize(out: Path, progress: Progress | None = None) -> ReportData:
     progress = progress or NoProgress()
     parts = _parts_in(out)
     with _locked(out, parts):
-        if len(parts) < parts[0].count:
+        begun = parts_begun(out)
+        if len(begun) < parts[0].count:
             # They are removed last: an earlier call was interrupted when the model was complete, and judged.
-            _remove_journals(out, parts)
+            _remove_journals(out, begun)
             return ReportData.model_validate_json((out / REPORT_NAME).read_bytes())
         contents = read_parts(out, parts)
         recipe = make_recipe({**contents[0].first["part"]["recipe"], "out": str(out)})
@@ -247,12 +248,16 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], ignored: Colle
 
 
 def _parts_in(out: Path) -> list[Part]:
-    """All parts of the run in a folder; of a complete model, those whose journals are still to be removed.
+    """All parts of the run in a folder; of a complete model, those whose journals or locks are still to be removed.
 
     Raises:
         RecipeError: some were not begun, or there are none.
     """
+    is_complete = (out / "config.json").exists()
     begun = parts_begun(out) if out.is_dir() else []
+    # Interrupted after the last journal was removed, and before the last lock.
+    if is_complete and not begun:
+        begun = parts_begun(out, folder.LOCK)
     if not begun:
         raise RecipeError(
             f"{out} holds no run in parts; finalize is for a folder that runs with --shard i/n have written to"
@@ -265,7 +270,7 @@ def _parts_in(out: Path) -> list[Part]:
         )
     parts = _numbered(counts[0])
     missing = [part for part in parts if part not in begun]
-    if missing and (out / "config.json").exists():  # the model is complete: these journals were removed already
+    if missing and is_complete:  # their journals or locks were removed already
         return begun
     if missing:
         raise RecipeError(f"{out}: {_to_run(missing, 'missing')}")

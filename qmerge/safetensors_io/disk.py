@@ -6,9 +6,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from qmerge.errors import DiskError, QmergeError, RoomError
 
@@ -20,6 +20,9 @@ HASH_CHUNK = 2**22
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, an exceeded quota, and the file system's size limit."""
+
+
+RUN_AGAIN = "run again (a merge: with --resume, which keeps finished work)"
 
 
 class Hash(Protocol):
@@ -46,13 +49,9 @@ def disk_error(cause: OSError, folder: Path | None) -> QmergeError:
     """An error of the operating system in one line."""
     if cause.errno in NO_ROOM:
         place = folder or cause.filename or "the disk"
-        return RoomError(
-            f"no room left in {place}: {cause.strerror}. Finished work is kept: free some space, then run again with --resume"
-        )
+        return RoomError(f"no room left in {place}: {cause.strerror}. Free some space, then {RUN_AGAIN}")
     place = cause.filename or folder or "the disk"
-    return DiskError(
-        f"{place}: {cause.strerror or cause}. Finished work is kept: when the disk can be written again, run again with --resume"
-    )
+    return DiskError(f"{place}: {cause.strerror or cause}. When the disk can be written again, {RUN_AGAIN}")
 
 
 def reserve(descriptor: int, size: int) -> None:
@@ -131,30 +130,47 @@ def hash_file(path: Path) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: temporary name, sync, rename.
+    """Write a small file whole or not at all.
+
+    Raises:
+        RoomError, DiskError: it cannot be written.
+    """
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Inside, a file to write and read. It has a temporary name, is synced at the end, and then gets its name. After any error,
+    Ctrl-C included, nothing is left of it; a file that had its name before stays, or is replaced.
 
     Raises:
         RoomError, DiskError: it cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
+    existed = os.path.lexists(path)
     with disk_errors(path.parent):
         partial.unlink(missing_ok=True)  # of a killed run, or a link
         try:
-            _write_new(partial, data)
+            with open(partial, "w+b", opener=lambda *_: open_for_writing(partial)) as file:
+                yield file
+                # Synced before it is renamed: after a power cut the name must not belong to an empty file.
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            fsync_folder(path.parent)
+        except BaseException:
+            remove(partial)
+            # A rename that could not be synced may be lost later: better now.
+            if not existed:
+                remove(path)
             raise
-        fsync_folder(path.parent)
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    descriptor = open_for_writing(path)
-    try:
-        write_range(descriptor, 0, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove(path: Path) -> None:
+    """Remove a file after an error. That error is to be reported: where the file cannot be removed, it stays."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

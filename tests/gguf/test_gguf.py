@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmerge.errors import CheckpointError, NumbersError, QmergeError, RecipeError, RoomError
+from qmerge.errors import CheckpointError, DiskError, NumbersError, QmergeError, RecipeError, RoomError
 from qmerge.gguf import export as export_module
 from qmerge.gguf import families as gguf_families
 from qmerge.gguf.export import export
@@ -354,7 +354,7 @@ def test_refused_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (KeyboardInterrupt(), KeyboardInterrupt),
         (OSError(errno.ENOSPC, "No space left"), RoomError),
-        (OSError(errno.EROFS, "Read-only file system"), RecipeError),
+        (OSError(errno.EROFS, "Read-only file system"), DiskError),
     ],
 )
 def test_an_interruption_leaves_nothing_behind(

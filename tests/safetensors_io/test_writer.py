@@ -350,7 +350,7 @@ def test_every_error_of_the_disk_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(error, match=os.strerror(number)):
         write_file(tmp_path / "config.json", b"{}")
 
