@@ -153,7 +153,8 @@ def test_tables_of_large_models_are_the_scripts() -> None:
 
 
 def benchmark_options() -> set[str]:
-    return {flag for path in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r"--[a-z-]+", path.read_text())}
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests/run/faults.py"]
+    return {flag for path in scripts for flag in re.findall(r"--[a-z-]+", path.read_text())}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
