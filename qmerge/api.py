@@ -390,7 +390,7 @@ def inspect(
     return describe(str(adapter), revision, None if base is None else str(base), base_revision)
 
 
-def verify(out: PathLike, *, reload: bool = True, loader: str | None = None) -> Checks:
+def verify(out: PathLike, *, reload: bool = True, loader: str | None = None, against_inputs: bool = False) -> Checks:
     """Check a folder that qmerge wrote: hashes, headers and index, and whether a stock loader loads the model.
 
     ``fidelity`` compares the model with the unmerged one.
@@ -400,6 +400,8 @@ def verify(out: PathLike, *, reload: bool = True, loader: str | None = None) -> 
         reload: also load the model, with nothing missing and nothing left over, and run it.
         loader: what to load it with: ``"transformers"``, ``"llama.cpp"``, ``"gptqmodel"``, ``"auto-gptq"`` or ``"mlx"``. None: mlx
             for an MLX folder, llama.cpp for a GGUF file where xllamacpp is installed, transformers for all others.
+        against_inputs: compute all weights again from base and adapter and compare their bytes; else one weight of each file,
+            where base and adapter are at hand.
 
     Returns:
         The checks, as a list; ``.ok`` is True if all of them passed.
@@ -409,7 +411,7 @@ def verify(out: PathLike, *, reload: bool = True, loader: str | None = None) -> 
     """
     from qmerge.evaluation.verify import verify as verify_folder
 
-    return Checks(verify_folder(Path(out).expanduser(), reload, loader))
+    return Checks(verify_folder(Path(out).expanduser(), reload, loader, against_inputs=against_inputs))
 
 
 def fidelity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,13 +102,63 @@ def find_local(reference: str, revision: str | None) -> Path | None:
 
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.resolve()
     if not HUB_ID.fullmatch(reference):
         return None
     try:
         return Path(snapshot_download(reference, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
+
+
+def published_name(reference: str) -> str:
+    """A folder or Hub id as an output may name it: without an absolute path, and without the user's name.
+
+    Hub ids and relative paths stay as they are. The home folder becomes ``~``, which is read as any home; a folder in the
+    current one gets its path from there, and any other its name alone. ``find_named`` finds it again.
+    """
+    if not reference:
+        return reference
+    try:
+        path = Path(os.path.normpath(Path(reference).expanduser()))
+    except RuntimeError:  # ~name of a user whom this machine does not know
+        return Path(reference).name
+    home = Path.home()
+    if not path.is_absolute():
+        # Such a path can lead through the user's home folder.
+        return path.name if ".." in path.parts and home.name in path.parts else reference
+    # In some containers, the home folder is the root.
+    if path.is_relative_to(home) and home != Path(home.root):
+        return f"~/{path.relative_to(home).as_posix()}"
+    if path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd()).as_posix()
+    return path.name
+
+
+def find_named(name: str, output: Path) -> str:
+    """Where an input that a finished folder names is on this machine: as it is named, else next to the folder.
+
+    Args:
+        name: from ``published_name``, with the weight or the name of an adapter behind it (``lora=0.7``, ``lora#math``).
+        output: the finished folder.
+
+    Returns:
+        A name that leads there; ``name`` itself where it is not found: it may be a Hub id.
+    """
+    neighbour = str(output.resolve().parent / name)
+    return neighbour if not _is_local(name) and _is_local(neighbour) else name
+
+
+def may_exist(reference: str) -> bool:
+    """Whether a name is that of something on this machine, or has the form of a Hub id."""
+    name = reference.partition("#")[0]
+    return _is_local(reference) or bool(HUB_ID.fullmatch(name) or HUB_FILE.fullmatch(name))
+
+
+def _is_local(reference: str) -> bool:
+    """Whether a folder or file has this name, or the part of it before ``=`` or ``#``."""
+    names = (reference, reference.rpartition("=")[0], re.split("[=#]", reference)[0])
+    return any(name and Path(name).expanduser().exists() for name in names)
 
 
 def _download(

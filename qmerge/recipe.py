@@ -6,14 +6,14 @@ This is the only place with defaults. Everything that changes a number is a fiel
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qmerge import plugins
+from qmerge import hub, plugins
 from qmerge.errors import RecipeError, listed
 from qmerge.formats import get_target
 
@@ -40,6 +40,9 @@ OPTIONS = (
 
 PATHS = ("base", "adapter", "original", "out", "patch", "calibration", "verify")
 """Fields that take a ``Path``, too."""
+
+INPUTS = ("base", "adapter", "original")
+"""Fields that name a model or an adapter: a folder or a Hub id."""
 
 WITHOUT_EFFECT_ON_WEIGHTS = {"out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify"}
 """Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
@@ -327,29 +330,30 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The recipe as ``qmerge run`` reads it, with all defaults, so that a later version makes the same model."""
-        return yaml.safe_dump(self.portable(exclude_none=True), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
 
-    def portable(self, **dump: Any) -> dict[str, Any]:
-        """The settings without the user's home folder, for publishing: it becomes ``~``, which is read as any home.
+    def published(self) -> Recipe:
+        """The recipe as an output may show it to anybody: no absolute path, no name of the user, nothing that only says where
+        and with which resources it was run. ``qmerge run`` makes the same model of it."""
+        # A model may be moved, and made again with other resources: neither changes a byte.
+        changes: dict[str, Any] = {"out": None, "patch": None, "workers": 1, "max_memory": None}
+        for name in INPUTS:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                changes[name] = [hub.published_name(item) for item in value]
+            elif value:
+                changes[name] = hub.published_name(value)
+        for name in ("calibration", "verify"):
+            value = getattr(self, name)
+            # The path is of no use to anybody else, and may name the user or a customer.
+            if value and not _is_hub_dataset(value):
+                changes[name] = Path(value).name
+        return self.model_copy(update=changes)
 
-        Args:
-            dump: arguments of ``model_dump``.
-        """
-        settings = self.model_dump(**dump)
-        for name in ("base", "adapter", "original", "out", "patch"):
-            if settings.get(name):
-                settings[name] = _hide_home(settings[name])
-        return settings
 
-
-def _hide_home(path: Any) -> Any:
-    """A path, or a list of paths, with ``~`` for the user's home folder."""
-    if isinstance(path, list):
-        return [_hide_home(item) for item in path]
-    home = f"{Path.home()}/"
-    if path.startswith(home):
-        return "~/" + path.removeprefix(home)
-    return path
+def _is_hub_dataset(text: str) -> bool:
+    """Whether a text is ``owner/name`` or ``owner/name:file`` on the Hub. A local file of that name would be read first."""
+    return bool(hub.HUB_ID.fullmatch(text.partition(":")[0])) and not Path(text).exists()
 
 
 def _split_weight(adapter: str) -> tuple[str, float]:
@@ -499,6 +503,36 @@ def _explain(problem: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
     return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {str(first.get('input'))[:80]!r}"
+
+
+def find_inputs(settings: Mapping[str, Any], output: Path, *, strict: bool = False) -> dict[str, Any]:
+    """The inputs that the recipe of a finished model names, as they are found from here.
+
+    Args:
+        settings: of the recipe; see ``Recipe.published``.
+        output: the folder of the model.
+
+    Returns:
+        The fields among ``INPUTS``, with names that lead to the inputs.
+
+    Raises:
+        RecipeError: if ``strict``, where one is neither at hand nor a Hub id.
+    """
+    found: dict[str, Any] = {}
+    for field in INPUTS:
+        names = settings.get(field)
+        if not names:
+            continue
+        several = names if isinstance(names, list) else [names]
+        paths = [hub.find_named(str(name), output) for name in several]
+        for name, path in zip(several, paths, strict=True):
+            if strict and not hub.may_exist(_split_weight(path)[0]):
+                raise RecipeError(
+                    f"{field} {name}: not found from here or next to {output}. The recipe of a finished model holds no absolute "
+                    f"paths: give it with --{field} DIR"
+                )
+        found[field] = paths if isinstance(names, list) else paths[0]
+    return found
 
 
 class StrictLoader(yaml.SafeLoader):

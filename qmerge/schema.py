@@ -346,6 +346,9 @@ class ReportData(BaseModel):
     interference: list[PairRecord] = Field([], description="pairs of adapters, where several were combined")
     residual: ResidualRecord | None = None
     fidelity: FidelityRecord | None = None
+    # All other files of the output folder; then the SHA-256 of qmerge.json itself, with 64 zeros in this place
+    files: list[FileRecord] = []
+    checksum: str | None = None
 
     @property
     def outputs_measured(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -147,3 +148,17 @@ def snapshot(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def timeless(folder: Path) -> dict[str, Any]:
+    """SHA-256 of every file of an output folder, by relative path; of qmerge.json and the page everything except date and
+    duration, and what follows from them."""
+    found: dict[str, Any] = snapshot(folder)
+    report = json.loads((folder / "qmerge.json").read_text())
+    created, seconds = report.pop("created"), report.pop("seconds")
+    del report["checksum"]
+    report["files"] = [record for record in report["files"] if record["file"] != "qmerge.html"]
+    page = (folder / "qmerge.html").read_text()
+    time = f"{created}, {seconds:.0f} s"
+    assert time in page
+    return {**found, "qmerge.json": report, "qmerge.html": page.replace(time, "")}

@@ -102,7 +102,7 @@ def test_the_recipe_in_the_output_does_the_same_again(
     base, first, second = request.getfixturevalue(BASES[name]), tmp_path / "first", tmp_path / "second"
     path = RECIPES / f"{name}.yaml"
     assert cli("run", path, "--base", base, *adapters(name, lora), "--out", first, "--min-kept", -1).code == 0
-    assert cli("run", first / "qmerge_recipe.yaml", "--out", second).code == 0
+    assert cli("run", first / "qmerge_recipe.yaml", "--base", base, *adapters(name, lora), "--out", second).code == 0
     assert hashes(first) == hashes(second)
 
 

@@ -132,7 +132,10 @@ def find_text(source: str) -> Path:
         return path
     name, _, file_in_dataset = source.partition(":")
     if path.exists() or not hub.HUB_ID.fullmatch(name):
-        raise RecipeError(f"calibration text {source}: expected a .txt or .jsonl file, or a dataset on the Hub")
+        raise RecipeError(
+            f"calibration text {source}: expected a .txt or .jsonl file, or a dataset on the Hub. (The recipe of a finished model "
+            f"has only the file's name: give the file with --calibration FILE)"
+        )
     return _download_text(name, file_in_dataset)
 
 

@@ -21,6 +21,10 @@ from qmerge.safetensors_io.writer import FileLayout
 
 LOCK = ".qmerge.lock"
 
+TOOLS_FOLDERS = (".git", ".cache")
+"""Folders that git and the Hub library keep in a model's folder. They are not part of the model, and a file in ``.git`` could
+make git run a program."""
+
 SLACK = 64 * 2**20
 """Bytes for tokenizer, config, report and the file system's overhead."""
 
@@ -318,12 +322,43 @@ def copy_side_files(out: Path, files: Mapping[str, Path]) -> None:
     """Copy files into the output folder, each whole or not at all; see ``side_files``."""
     for name, path in sorted(files.items()):
         (out / name).parent.mkdir(exist_ok=True)
-        write_file(out / name, path.read_bytes())
+        content = path.read_bytes()
+        if path.name == "tokenizer_config.json":
+            content = _without_local_paths_in_json(content)
+        write_file(out / name, content)
+
+
+def without_local_paths(value: Any) -> Any:
+    """JSON in which ``_name_or_path``, the folder that transformers read it from, is no absolute path."""
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    cleaned = {name: without_local_paths(inner) for name, inner in value.items()}
+    for name in ("_name_or_path", "name_or_path"):
+        if isinstance(cleaned.get(name), str):
+            cleaned[name] = hub.published_name(cleaned[name])
+    return cleaned
+
+
+def _without_local_paths_in_json(content: bytes) -> bytes:
+    """The same for the bytes of a file; those without such a path, or that are not JSON, stay as they are."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    cleaned = without_local_paths(value)
+    return content if cleaned == value else json_bytes(cleaned)
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
     """Write a JSON file, whole or not at all, with an indentation of 2."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode())
+    write_file(path, json_bytes(value, sort_keys))
+
+
+def json_bytes(value: Any, sort_keys: bool = False) -> bytes:
+    """The content of a JSON file, with an indentation of 2."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()
 
 
 def _matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

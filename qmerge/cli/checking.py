@@ -54,6 +54,10 @@ def verify_command(
             metavar="NAME",
         ),
     ] = None,
+    against_inputs: Annotated[
+        bool,
+        flag("--against-inputs", help="compute all weights again from base and adapter (default: one of each file)"),
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +99,7 @@ def verify_command(
         check_text(
             text, task_of_folder(out)
         )  # a text that cannot be used is refused before gigabytes are hashed and loaded
-    checks = verify(out, reload, loader)
+    checks = verify(out, reload, loader, against_inputs=against_inputs)
     fidelity = None
     if text:
         try:
@@ -136,9 +140,13 @@ def report_command(
 ) -> None:
     """Write the HTML report again, from qmerge.json."""
     from qmerge.report.html import NAME, html_report
+    from qmerge.report.output_record import rewrite_file
     from qmerge.safetensors_io.disk import write_file
     from qmerge.schema import read_report
 
-    path = html or out / NAME
-    write_file(path, html_report(read_report(out)).encode())
-    typer.echo(str(path))
+    page = html_report(read_report(out)).encode()
+    if html is None:
+        rewrite_file(out, NAME, page)
+    else:
+        write_file(html, page)
+    typer.echo(str(html or out / NAME))

@@ -11,7 +11,8 @@ import typer
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
 from qmerge.errors import StoppedError
-from qmerge.recipe import DEFAULT_TARGET, Recipe, make_recipe, read_recipe
+from qmerge.recipe import DEFAULT_TARGET, Recipe, find_inputs, make_recipe, read_recipe
+from qmerge.schema import RECIPE_NAME
 from qmerge.wording import counted
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def run_command(
 ) -> None:
     """Merge as a recipe file says; options given here override it."""
     written = read_recipe(recipe)
+    if recipe.name == RECIPE_NAME:  # of a finished model: it names its inputs without absolute paths
+        not_replaced = {name: value for name, value in written.items() if name not in settings}
+        written |= find_inputs(not_replaced, recipe.parent, strict=True)
     # --out on the command line also replaces a patch of the file, and the other way round.
     if "out" in settings and "patch" not in settings:
         written.pop("patch", None)

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge import hub
 from qmerge.calibration import texts
 from qmerge.calibration.layerwise_run import LayerwiseRun, stopping
 from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.errors import CheckpointError
+from qmerge.evaluation.inputs import inputs_of_folder, located_recipe
 from qmerge.evaluation.llama_cpp import next_token_logprobs
 from qmerge.evaluation.stored import layered_stored_model, logits_layer_by_layer
 from qmerge.evaluation.whole_fidelity import whole_fidelity
@@ -70,7 +69,8 @@ def fidelity_of_folder(
     try:
         progress.stage("measuring fidelity", 1)
         if against is None:
-            _check_inputs_at_hand(recipe, folder)
+            with Reader() as reader:
+                inputs_of_folder(recipe, read_report(folder), reader, hashed=False)
         return fidelity(
             folder,
             recipe,
@@ -84,33 +84,16 @@ def fidelity_of_folder(
         progress.end()
 
 
-def _check_inputs_at_hand(recipe: Recipe, folder: Path) -> None:
-    """Raise CheckpointError where the base or an adapter of the recipe in a folder cannot be found from here."""
-    revisions = {recipe.base: recipe.revision}
-    revisions |= {adapter: recipe.adapter_revision for adapter, _ in recipe.adapters}
-    for name, revision in revisions.items():
-        path = name.partition("#")[0]
-        if Path(path).expanduser().exists():
-            continue
-        try:
-            hub.resolve(path, revision, CheckpointError)
-        except CheckpointError as cause:
-            raise CheckpointError(
-                f"{cause}. The name comes from the recipe in {folder / REPORT_NAME}, where a relative path starts at the folder "
-                f"that the merge was started in; --against BASE ADAPTER overrides it"
-            ) from cause
-
-
 def _recipe_of_folder(folder: Path, against: tuple[str, str] | None, device: str) -> Recipe:
-    if against is not None and not (folder / REPORT_NAME).is_file():
-        settings: dict[str, Any] = {"target": "fp32"}  # of another tool: any target will do, nothing is written
-    else:
+    if against is None:
+        return located_recipe(read_report(folder), folder, device=device)
+    settings: dict[str, Any] = {"target": "fp32"}  # of another tool: any target will do, nothing is written
+    if (folder / REPORT_NAME).is_file():
         settings = read_report(folder).recipe
-    if against:
-        base, adapter = against
-        # Revisions in the recipe belong to other ids.
-        settings = {**settings, "base": base, "adapter": adapter, "revision": None, "adapter_revision": None}
-    return make_recipe({**settings, "device": device})
+    base, adapter = against
+    # Revisions in the recipe belong to other ids.
+    changes = {"base": base, "adapter": adapter, "revision": None, "adapter_revision": None, "device": device}
+    return make_recipe({**settings, **changes})
 
 
 def fidelity(

@@ -36,7 +36,7 @@ def _source_of(folder: Path, reader: Reader) -> Checkpoint | None:
     recipe = read_report(folder).recipe
     for role, revision in (("original", "original_revision"), ("base", "revision")):
         reference = recipe.get(role)
-        found = hub.find_local(str(reference), recipe.get(revision)) if reference else None
+        found = hub.find_local(hub.find_named(reference, folder), recipe.get(revision)) if reference else None
         if found is not None:
             try:
                 return scan(found, reader)

@@ -1,8 +1,9 @@
 """Check a folder: is it complete and unchanged since qmerge wrote it, and does a stock loader load it?
 
-hashes   every output file has the size and SHA-256 that qmerge.json records
+hashes   every output file has the size and SHA-256 that qmerge.json records, and qmerge.json its own checksum
 headers  qmerge's strict reader, the safetensors library and the index agree on the tensors
 finite   the scales of quantized weights hold neither NaN nor infinity
+inputs   weights computed again from base, adapters and recipe have the same bytes
 reload   a stock loader loads the model with nothing missing and nothing left over, and its output is right; or as wrong as
          for the base, because then the loader is at fault
 """
@@ -10,7 +11,7 @@ reload   a stock loader loads the model with nothing missing and nothing left ov
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +19,20 @@ import psutil
 import torch
 
 from qmerge import hub, plugins
+from qmerge.checkpoint.folder import TOOLS_FOLDERS
 from qmerge.checkpoint.scan import Checkpoint, scan
-from qmerge.errors import CheckpointError, QmergeError, RecipeError
+from qmerge.errors import CheckpointError, QmergeError, RecipeError, listed
 from qmerge.evaluation.loaders import LOADERS, WrongOutputsError, default_loader
 from qmerge.evaluation.merged import open_merged
+from qmerge.evaluation.recompute import check_against_inputs
 from qmerge.formats import get_format
 from qmerge.gguf.base import gguf_file
 from qmerge.gguf.converter import packages
 from qmerge.gguf.header import read_header
+from qmerge.report.output_record import check_checksum
 from qmerge.safetensors_io.disk import hash_file
 from qmerge.safetensors_io.reader import Reader
-from qmerge.schema import ReportData, read_report
+from qmerge.schema import NAME, FileRecord, ReportData, read_report
 from qmerge.wording import counted
 
 
@@ -41,10 +45,14 @@ class Check:
     found: str
 
 
-def verify(folder: Path, reload: bool = True, loader: str | None = None) -> list[Check]:
+def verify(
+    folder: Path, reload: bool = True, loader: str | None = None, *, against_inputs: bool = False
+) -> list[Check]:
     """Run every check that makes sense: after damaged files, nothing is loaded.
 
     Args:
+        against_inputs: compute all weights again that depend on the inputs alone; else one of each file, if the inputs are at
+            hand.
         reload: also load the model with a stock loader.
         loader: one of ``LOADERS``; None: ``default_loader``.
 
@@ -64,6 +72,7 @@ def verify(folder: Path, reload: bool = True, loader: str | None = None) -> list
     if not all(check.ok for check in checks):
         return checks
     checks.append(_run_check("finite", lambda: check_finite(folder)))
+    checks.append(_run_check("inputs", lambda: check_against_inputs(folder, report, every=against_inputs)))
     if reload:
         checks.append(_run_check("reload", lambda: check_reload(folder, loader or default_loader(folder), report)))
     else:
@@ -81,23 +90,52 @@ def _run_check(name: str, check: Callable[[], str]) -> Check:
 
 
 def check_hashes(folder: Path, report: ReportData) -> str:
-    """Compare size and SHA-256 of every output file with qmerge.json.
+    """Compare size and SHA-256 of every file with qmerge.json, and qmerge.json with its own checksum.
 
     Returns:
         One line with the result; so do the other checks.
 
     Raises:
-        CheckpointError: a file is missing or differs.
+        CheckpointError: a file is missing or differs, or there are weights that the model does not have.
     """
-    for record in report.outputs:
-        path = folder / record.file
-        if not path.is_file():
-            raise CheckpointError(f"{record.file} is missing")
-        if path.stat().st_size != record.bytes or hash_file(path) != record.sha256:
-            raise CheckpointError(
-                f"{record.file} has changed since it was written: its size or SHA-256 differs from qmerge.json"
-            )
-    return f"{counted(len(report.outputs), 'file')} as written"
+    if report.checksum is not None:
+        check_checksum(folder)
+    records = [*report.outputs, *report.files]
+    problems = [problem for record in records if (problem := _problem_of(folder, record))]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    found = f"{counted(len(records), 'file')} as written"
+    if report.checksum is None:
+        return f"{found}: the weights. This older {NAME} does not record the other files"
+    # Weights of a stranger may be loaded with those of the model; other files are its owner's business.
+    others = _other_files(folder, {record.file for record in records})
+    weights = [name for name in others if name.endswith(".safetensors")]
+    if weights:
+        raise CheckpointError(
+            f"{listed(weights)}: not in {NAME}, so not part of the model, but a loader may read it: remove it"
+        )
+    not_part = f". Not part of the model: {listed(others)}" if others else ""
+    return f"{found}, and {NAME} itself{not_part}"
+
+
+def _problem_of(folder: Path, record: FileRecord) -> str | None:
+    """What is wrong with a recorded file."""
+    path = folder / record.file
+    if not path.is_file():
+        return f"{record.file} is missing"
+    if path.stat().st_size != record.bytes or hash_file(path) != record.sha256:
+        return f"{record.file} has changed since it was written: its size or SHA-256 differs from {NAME}"
+    return None
+
+
+def _other_files(folder: Path, recorded: Collection[str]) -> list[str]:
+    """Paths of files that are not in the record, without those that git and the Hub library keep about a folder."""
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in TOOLS_FOLDERS and name.as_posix() not in (*recorded, NAME):
+            names.append(name.as_posix())
+    return names
 
 
 def check_headers(folder: Path) -> str:
@@ -180,7 +218,7 @@ def check_reload(folder: Path, loader: str, report: ReportData) -> str:
     try:
         return LOADERS[loader](folder)
     except WrongOutputsError as error:
-        base_distance = _distance_of_base(report, loader)
+        base_distance = _distance_of_base(folder, report, loader)
         if base_distance < error.distance / 2:
             raise
         return (
@@ -202,9 +240,10 @@ def _too_large(folder: Path) -> str:
     return f"the model has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB of memory are free"
 
 
-def _distance_of_base(report: ReportData, loader: str) -> float:
+def _distance_of_base(folder: Path, report: ReportData, loader: str) -> float:
     """How far a loader's logits of the base are off those of its stored values; 0 where they are right or unknown."""
-    base = hub.find_local(str(report.recipe["base"]), report.recipe.get("revision"))
+    name = hub.find_named(str(report.recipe["base"]), folder)
+    base = hub.find_local(name, report.recipe.get("revision"))
     if base is None or _too_large(base):
         return 0.0
     try:

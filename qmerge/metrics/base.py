@@ -106,7 +106,7 @@ class MergedRows:
 
     @cached_property
     def rank_sums(self) -> dict[str, Tensor]:
-        """float32 [R] each: ``landed``, the change along every singular direction of the delta, and ``meant``, its singular value.
+        """float64 [R] each: ``landed``, the change along every singular direction of the delta, and ``meant``, its singular value.
 
         A row block has its rows' share of both. Empty for a delta without small factors.
         """
@@ -115,9 +115,11 @@ class MergedRows:
             return {}
         u_OR, s_R, v_IR = directions
         u_rows = u_OR[self.position.start : self.position.stop]
-        landed_R = ((self.change_OI @ v_IR) * u_rows).sum(dim=0)
+        # In float64, so that row blocks make no difference (``plain`` rounds the sums to float32).
+        u_rows = u_rows.double()
+        landed_R = ((self.change_OI.double() @ v_IR.double()) * u_rows).sum(dim=0)
         # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
-        return {"landed": landed_R, "meant": s_R * u_rows.square().sum(dim=0)}
+        return {"landed": landed_R, "meant": s_R.double() * u_rows.square().sum(dim=0)}
 
     @cached_property
     def matrix_sums(self) -> dict[str, Tensor]:
@@ -200,11 +202,11 @@ def added(total: Sums | None, more: Sums) -> Sums:
 
 
 def plain(sums_by_metric: Sums) -> Sums:
-    """The same with lists for tensors, ready for JSON."""
+    """The same with lists for tensors (rounded to float32), ready for JSON."""
     result: Sums = {metric: {} for metric in sums_by_metric}
     for metric, sums in sums_by_metric.items():
         for name, value in sums.items():
-            result[metric][name] = value.tolist() if isinstance(value, torch.Tensor) else float(value)
+            result[metric][name] = value.float().tolist() if isinstance(value, torch.Tensor) else float(value)
     return result
 
 

@@ -17,9 +17,9 @@ from qmerge.errors import CheckpointError, RecipeError, RoomError
 from qmerge.patch.folders import check_file, model_files
 from qmerge.patch.make import Summary, make_patch
 from qmerge.progress import Progress
-from qmerge.recipe import RAY, Recipe, make_recipe, read_recipe
-from qmerge.safetensors_io.disk import disk_errors, write_file
-from qmerge.schema import RECIPE_NAME, ReportData
+from qmerge.recipe import RAY, Recipe
+from qmerge.safetensors_io.disk import disk_errors
+from qmerge.schema import ReportData
 
 
 def merge(recipe: Recipe, resume: bool, progress: Progress) -> tuple[ReportData, Summary | None]:
@@ -59,7 +59,6 @@ def merge_to_patch(recipe: Recipe, file: Path, progress: Progress) -> tuple[Repo
             report = run.merge(folder_recipe, progress=progress)
         except RoomError as error:
             raise RoomError(f"--patch {file} temporarily needs disk space for the merged model: {error}") from error
-        name_patch(out / RECIPE_NAME, str(recipe.patch))
         return report, make_patch(base.folder, out, file, base_name=base.id, progress=progress)
 
 
@@ -108,10 +107,3 @@ def remove_hidden_folders(file: Path) -> None:
             if is_left and path.stat().st_uid == os.geteuid():
                 acquire_lock(path).release()  # an error, where another run is writing this patch
                 shutil.rmtree(path)
-
-
-def name_patch(recipe_file: Path, patch: str) -> None:
-    """Make the stored recipe name the patch that the user asked for, not the temporary folder."""
-    settings = read_recipe(recipe_file)
-    settings.pop("out", None)
-    write_file(recipe_file, make_recipe({**settings, "patch": patch}).to_yaml().encode())

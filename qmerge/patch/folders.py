@@ -8,10 +8,10 @@ from pathlib import Path
 
 from qmerge import hub
 from qmerge.checkpoint import journal
-from qmerge.checkpoint.folder import LOCK
+from qmerge.checkpoint.folder import LOCK, TOOLS_FOLDERS
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.patch.file import hash_of
-from qmerge.patch.manifest import TOOLS_FOLDERS, PatchFile, Side, path_problems
+from qmerge.patch.manifest import PatchFile, Side, path_problems
 from qmerge.progress import Progress
 from qmerge.safetensors_io.disk import PARTIAL
 from qmerge.safetensors_io.header import read_header

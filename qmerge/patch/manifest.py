@@ -18,13 +18,9 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from qmerge.checkpoint import journal
-from qmerge.checkpoint.folder import LOCK
+from qmerge.checkpoint.folder import LOCK, TOOLS_FOLDERS
 from qmerge.safetensors_io.disk import PARTIAL
 from qmerge.types import TensorInfo
-
-TOOLS_FOLDERS = (".git", ".cache")
-"""Folders that git and the Hub library keep in a model folder. They are not part of the model, and a file in ``.git`` could
-make git run a program."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 

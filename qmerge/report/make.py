@@ -39,6 +39,9 @@ from qmerge.types import Step
 # Libraries whose version can change a number.
 VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
 
+IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
+"""Packages whose version may change an output byte, so that ``--resume`` needs the same one."""
+
 
 def make_report(
     plan: Plan,
@@ -67,8 +70,7 @@ def make_report(
     weights = {step.name: _weight_record(step, outcomes[step.name]) for step in plan.merged}
     pairs = _pair_records_of(records, weights, outcomes)
     return ReportData(
-        # Without the output folder: a model may be moved, and reports of the same merge are the same.
-        recipe=plan.recipe.portable(exclude_none=True, exclude={"out"}),
+        recipe=plan.recipe.published().model_dump(exclude_none=True),
         versions=_versions(plan),
         device=device,
         rounding=rounding_names(plan),

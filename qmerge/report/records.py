@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -91,6 +92,26 @@ def check_unchanged(inputs: Inputs, before: Mapping[Path, FileState], records: S
                 f"{path} {problem} while the run was reading it: the result would be a mixture. Start again when nothing else "
                 f"writes to the {files.role}"
             )
+
+
+def changed_inputs(inputs: Inputs, records: Sequence[InputRecord], *, hashed: bool) -> list[str]:
+    """The files of the inputs that are not those of a report, each with the role of its input.
+
+    Args:
+        records: ``inputs`` of a report.
+        hashed: compare SHA-256, too; else only names and sizes.
+    """
+    changed = []
+    for files, record in zip_longest(_files_of(inputs), records):
+        if files is None or record is None:
+            return [f"{len(records)} inputs were merged, but {len(_files_of(inputs))} are at hand"]
+        recorded = {file.file: file for file in record.files}
+        for path in files.files:
+            file = recorded.get(path.name)
+            same = file is not None and file.bytes == path.stat().st_size
+            if not same or (hashed and file is not None and hash_file(path) != file.sha256):
+                changed.append(f"{path} ({files.role})")
+    return changed
 
 
 def _state(path: Path) -> FileState:

@@ -97,4 +97,4 @@ def merge_and_judge(recipe: Recipe, target: str, progress: Progress) -> ReportDa
     """A whole merge into a temporary folder (in TMPDIR), judged on the recipe's text and removed."""
     with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
         whole = retargeted(recipe, target).model_copy(update={"out": f"{folder}/{target}"})
-        return merge(whole, progress=progress).model_copy(update={"outputs": []})
+        return merge(whole, progress=progress).model_copy(update={"outputs": [], "files": [], "checksum": None})

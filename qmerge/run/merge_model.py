@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,24 @@ from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
-from qmerge.evaluation.fidelity import fidelity
 from qmerge.evaluation.whole_fidelity import check_text
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import all_candidates, resolve_auto
-from qmerge.formats import get_target
-from qmerge.gguf.modelfile import modelfile
-from qmerge.pipeline import Outcome
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.progress import NoProgress, Progress
-from qmerge.recipe import JUDGED_TOKENS, Device, Recipe, make_recipe
-from qmerge.report import html
-from qmerge.report.card import model_card
-from qmerge.report.make import device_name, make_report
+from qmerge.recipe import Device, Recipe, make_recipe
+from qmerge.report.make import IDENTITY_PACKAGES, device_name
 from qmerge.report.records import check_unchanged, input_records, input_states
+from qmerge.run.complete import add_fidelity, complete_model
 from qmerge.run.destinations import OutputFolder
 from qmerge.run.promote import plan_with_promoted
-from qmerge.run.residual import Residual, write_residuals
+from qmerge.run.state import Run, Written, shards_of_part
 from qmerge.run.walk import run_steps
-from qmerge.safetensors_io.disk import write_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import RECIPE_NAME, FidelityRecord, FileRecord, InputRecord, ReportData, numbered_roles, read_report
+from qmerge.schema import InputRecord, ReportData, numbered_roles, read_report
 from qmerge.weights.context import RunContext
-from qmerge.wording import counted
-
-IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
-"""Packages whose version may change an output byte, so that ``--resume`` needs the same one."""
 
 
 def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> ReportData:
@@ -92,50 +81,7 @@ def finished_report(recipe: Recipe) -> ReportData | None:
 def _without_revisions(recipe: Recipe) -> dict[str, Any]:
     """What two recipes must have in common to make the same model. Revisions become commits in a finished model."""
     revisions = dict.fromkeys(("revision", "adapter_revision", "original_revision"))
-    return make_recipe({**recipe.portable(), **revisions}).identity()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A merge that is ready to start.
-
-    out        folder to write to
-    preflight  what is known beforehand
-    started    ``time.monotonic()`` when planning began
-    part       which part of the model this process writes; None for all of it
-    """
-
-    recipe: Recipe
-    plan: Plan
-    context: RunContext
-    out: Path
-    preflight: Preflight
-    progress: Progress
-    started: float
-    part: Part | None = None
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The output files that this process writes."""
-        return shards_of_part(self.plan, self.part)
-
-
-def shards_of_part(plan: Plan, part: Part | None) -> tuple[Shard, ...]:
-    """The output files of a part, about the same number of bytes for each; all files without a part.
-
-    Raises:
-        RecipeError: there are more parts than files.
-    """
-    if part is None:
-        return plan.shards
-    if part.count > len(plan.shards):
-        raise RecipeError(
-            f"--shard {part}: --max-shard-size 500MB, for example, gives more files, or use fewer parts: the model has "
-            f"{counted(len(plan.shards), 'file')} (--max-shard-size {plan.recipe.max_shard_size}), and each part writes at "
-            f"least one"
-        )
-    mine = part.share({shard.file: shard.layout.most_bytes for shard in plan.shards})
-    return tuple(shard for shard in plan.shards if shard.file in mine)
+    return recipe.published().model_copy(update=revisions).identity()
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -178,7 +124,13 @@ def prepare(
         folder.check_content(out, resume)
     if recipe.verify:
         # It is needed last, but an unreadable text should be an error first.
-        check_text(Path(recipe.verify).expanduser(), task_of(plan.config))
+        text = Path(recipe.verify).expanduser()
+        if not text.exists():
+            raise RecipeError(
+                f"verify: {text}: no such file. (The recipe of a finished model has only the file's name: give the file with "
+                f"--verify FILE)"
+            )
+        check_text(text, task_of(plan.config))
     if recipe.promote:
         plan = plan_with_promoted(recipe, plan, context, progress)
     shards = shards_of_part(plan, part)
@@ -239,28 +191,6 @@ def bytes_written(out: Path, shards: Sequence[Shard]) -> int:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """What is known when all files with weights are written.
-
-    records    the inputs
-    device     name of the device that computed them
-    files      name of an output file → its size and hash
-    texts      name → content of the tensors whose size was known only at the end
-    outcomes   what was measured of every merged weight
-    residuals  LoRAs that compensate for the rounding, if they were asked for
-    fidelity   of the whole model, where calibration measured it
-    """
-
-    records: list[InputRecord]
-    device: str
-    files: Mapping[str, Mapping[str, Any]]
-    texts: Mapping[str, str]
-    outcomes: Mapping[str, Outcome]
-    residuals: Mapping[str, Residual]
-    fidelity: FidelityRecord | None
-
-
 def write_or_discard(run: Run, *, resume: bool, out_existed: bool) -> ReportData:
     """Write the model. After an error that --resume cannot mend, remove what was written."""
     try:
@@ -313,84 +243,6 @@ def write_weights(run: Run, records: list[InputRecord], journal: Journal, *, res
         residuals=destination.residuals,
         fidelity=judged,
     )
-
-
-def complete_model(run: Run, written: Written) -> ReportData:
-    """Write everything else. The index, the card and the config come last, so that an unfinished folder does not load as a
-    model."""
-    plan = run.plan
-    if plan.is_gguf:  # the file has everything in it
-        write_file(run.out / "Modelfile", modelfile(run.out / plan.shards[0].file).encode())
-    else:
-        folder.write_index(run.out, {shard.file: shard.layout for shard in plan.shards}, written.texts)
-        folder.copy_side_files(run.out, folder.side_files(plan.inputs.base.folder, plan.inputs.adapter_files_folder))
-    report = make_report(
-        plan,
-        device=written.device,
-        records=written.records,
-        outputs=[FileRecord(file=name, **written.files[name]) for name in sorted(written.files)],
-        preflight=run.preflight,
-        outcomes=written.outcomes,
-        fidelity=written.fidelity,
-        started=run.started,
-    )
-    if run.recipe.residual and written.residuals:
-        report.residual = write_residuals(run.out, written.residuals, run.recipe.residual)
-    # The report is complete now; without config.json the folder is not a model yet.
-    write_file(run.out / RECIPE_NAME, with_commits(run.recipe, plan.inputs).to_yaml().encode())
-    write_reports(report, plan, run.out)
-    if not plan.is_gguf:
-        write_configs(plan, run.out)
-    return report
-
-
-def add_fidelity(report: ReportData, run: Run, text: Path) -> ReportData:
-    """Judge the finished model on a text, and write its reports again. The model stays, whatever happens."""
-    run.progress.stage("measuring the merged model", 1)
-    try:
-        record = fidelity(
-            run.out,
-            run.recipe,
-            text,
-            device=run.context.device,
-            tokens=JUDGED_TOKENS,
-            length=run.recipe.sequence_length,
-            report_progress=run.progress.report,
-        )
-        report = report.model_copy(update={"fidelity": record})
-        write_reports(report, run.plan, run.out)
-        return report
-    finally:
-        run.progress.end()
-
-
-# --- the files -------------------------------------------------------------------------------------------------------
-
-
-def write_reports(report: ReportData, plan: Plan, out: Path) -> None:
-    """The report as JSON and as a page, and the model card."""
-    write_file(out / REPORT_NAME, (report.model_dump_json(indent=1) + "\n").encode())
-    write_file(out / html.NAME, html.html_report(report).encode())
-    write_file(out / "README.md", model_card(report, plan).encode())
-
-
-def write_configs(plan: Plan, out: Path) -> None:
-    """config.json, after other files that the target's loaders read."""
-    quantization = plan.config.get("quantization_config") or {}
-    for name, content in get_target(plan.target).side_files(quantization).items():
-        folder.write_json(out / name, content)
-    folder.write_json(out / "config.json", plan.config, sort_keys=True)
-
-
-def with_commits(recipe: Recipe, inputs: Inputs) -> Recipe:
-    """The recipe with the commits that its revisions resolved to, so that it makes the same model again."""
-    commits = {"revision": inputs.base_source.commit}
-    if len(inputs.adapter_sources) == 1:
-        # One revision is for all adapters, so it cannot name the commits of several.
-        commits["adapter_revision"] = inputs.adapter_source.commit
-    if inputs.original_source:
-        commits["original_revision"] = inputs.original_source.commit
-    return recipe.model_copy(update={name: commit for name, commit in commits.items() if commit})
 
 
 def run_identity(run: Run, records: Sequence[InputRecord]) -> dict[str, Any]:

@@ -23,15 +23,9 @@ from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Device, Recipe, make_recipe
 from qmerge.report.make import device_name
 from qmerge.report.records import check_unchanged, input_records, input_states, joined_records
-from qmerge.run.merge_model import (
-    Run,
-    Written,
-    add_fidelity,
-    complete_model,
-    prepare,
-    run_identity,
-    write_weights,
-)
+from qmerge.run.complete import add_fidelity, complete_model
+from qmerge.run.merge_model import prepare, run_identity, write_weights
+from qmerge.run.state import Run, Written
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
 from qmerge.schema import InputRecord, ReportData

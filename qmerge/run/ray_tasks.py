@@ -19,8 +19,8 @@ from qmerge.errors import InputError, NumbersError, QmergeError, RecipeError, Ro
 from qmerge.planning.plan import LIBRARIES_BYTES
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Recipe, make_recipe
-from qmerge.run.merge_model import Run, shards_of_part
 from qmerge.run.parts import check_recipe_for_parts, complete_from_parts, merge_part, prepare_in_parts, read_parts
+from qmerge.run.state import Run, shards_of_part
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import ReportData
 

@@ -106,6 +106,15 @@ class TensorSink(Protocol):
         """Append bytes to a tensor, in order."""
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, in order."""
+    if not tensor.numel():  # an empty tensor cannot be viewed as bytes
+        return memoryview(b"")
+    # A tensor of one value counts as contiguous whatever its strides are, and cannot be viewed as bytes then.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
+
+
 class StepSink(TensorSink):
     """The tensors of one step, which go to a shard. Each is written in order, and hashed in a thread.
 
@@ -125,10 +134,7 @@ class StepSink(TensorSink):
         self._hashed: Future[None] | None = None
 
     def append(self, name: str, tensor: Tensor) -> None:
-        # A tensor of one value counts as contiguous whatever its strides are, and cannot be viewed as bytes then.
-        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
-        if flat.numel():  # an empty tensor cannot be viewed as bytes
-            self.append_bytes(name, flat.view(torch.uint8).numpy().data)
+        self.append_bytes(name, tensor_bytes(tensor))
 
     def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
         if name in self._shard.layout.texts:

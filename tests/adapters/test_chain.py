@@ -173,11 +173,20 @@ def test_calibrated(made: Made, tmp_path: Path) -> None:
 
 def test_by_recipe_and_no_byte_depends_on_the_work(made: Made, tmp_path: Path, cli: Cli) -> None:
     base, first, second, _ = made("dora, dora")
-    arguments = ("--base", base, "--adapter", first, "--adapter", second, "--combine", "chain", "--target", "nf4")
+    inputs = ("--base", base, "--adapter", first, "--adapter", second)
+    arguments = (*inputs, "--combine", "chain", "--target", "nf4")
     ran = cli(*arguments, "--out", tmp_path / "out", "--device", "cpu", "--rounding", "nearest")
     assert ran.code == 0, ran.err
     again = cli(
-        "run", tmp_path / "out/qmerge_recipe.yaml", "--out", tmp_path / "again", "--workers", 2, "--max-memory", "30MB"
+        "run",
+        tmp_path / "out/qmerge_recipe.yaml",
+        *inputs,
+        "--out",
+        tmp_path / "again",
+        "--workers",
+        2,
+        "--max-memory",
+        "30MB",
     )
     assert again.code == 0 and not stock.differing(stock.tensors(tmp_path / "out"), stock.tensors(tmp_path / "again"))
     report = json.loads((tmp_path / "out/qmerge.json").read_text())

@@ -95,7 +95,9 @@ def test_none_is_guessed(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_can_be_named(made: tuple[PeftModel, Path], tmp_path: Path, cli: Cli, name: str) -> None:
+def test_each_can_be_named(
+    made: tuple[PeftModel, Path], tmp_path: Path, cli: Cli, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit base + peft's delta of this adapter; the control is another one of them."""
     model, folder = made
     found = merged(cli, folder, f"{folder / 'all'}#{name}", tmp_path / "out")
@@ -104,6 +106,7 @@ def test_each_can_be_named(made: tuple[PeftModel, Path], tmp_path: Path, cli: Cl
     report = json.loads((tmp_path / "out/qmerge.json").read_text())
     assert report["weights"][0]["rank"] == RANKS[name]
     assert report["inputs"][1]["name"] == ("all#default" if name == "default" else name)
+    monkeypatch.chdir(folder)  # where base and adapter are found again
     again = cli("run", tmp_path / "out/qmerge_recipe.yaml", "--out", tmp_path / "again")
     assert again.code == 0 and not stock.differing(stock.tensors(tmp_path / "again"), found)
 

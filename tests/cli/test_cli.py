@@ -312,9 +312,13 @@ def test_flags_override_a_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None
     assert (out / "config.json").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_recipe_replays_what_it_was_written_for(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_replays_what_it_was_written_for(
+    cli: Cli, recipe: Path, nf4: Path, lora: Path, tmp_path: Path
+) -> None:
+    """It names base and adapter without absolute paths: they have to be given."""
     assert cli("run", recipe).code == 0
-    again = cli("run", tmp_path / "out" / "qmerge_recipe.yaml", "--out", tmp_path / "again")
+    inputs = ("--base", nf4, "--adapter", lora)
+    again = cli("run", tmp_path / "out" / "qmerge_recipe.yaml", *inputs, "--out", tmp_path / "again")
     assert again.code == 0, again.err
     assert snapshot(tmp_path / "out")["model.safetensors"] == snapshot(tmp_path / "again")["model.safetensors"]
 

@@ -20,7 +20,9 @@ import qmerge.demo
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import CheckpointError
 from qmerge.evaluation import loaders, sample_inputs
+from qmerge.report.output_record import write_record
 from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import read_report
 
 from .. import models
 from ..conftest import Cli
@@ -138,15 +140,15 @@ def test_inputs_of_the_recipe_that_are_not_found(
 ) -> None:
     """A relative path in the recipe means nothing in another folder: --against is the way out."""
     copy = shutil.copytree(merged, tmp_path / "copy")
-    report = json.loads((copy / "qmerge.json").read_text())
-    report["recipe"]["base"] = "models/some/base"
-    (copy / "qmerge.json").write_text(json.dumps(report))
+    report = read_report(copy)
+    report.recipe["base"] = "models/some/base"
+    write_record(copy, report, {})
     monkeypatch.chdir(tmp_path)
     asked = ["--no-reload", "--text", DEMO / "heldout.txt", "--tokens", 256, "--sequence-length", 64]
     ran = cli("verify", copy, *asked)
     assert ran.code == 3 and "ok     hashes" in ran.out
     assert "FAILED text: models/some/base: no such folder" in ran.out
-    assert "comes from the recipe in" in ran.out and "--against BASE ADAPTER overrides it" in ran.out
+    assert "holds no absolute paths" in ran.out and "name them with --against BASE ADAPTER" in ran.out
     ran = cli("verify", copy, *asked, "--against", DEMO / "base-nf4", DEMO / "adapter")
     assert ran.code == 0 and "KL ratio" in ran.out
 

@@ -251,7 +251,8 @@ def test_two_adapters_are_one_delta(pair: tuple[Path, Path, Path], tmp_path: Pat
         torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-6)
     report = json.loads((out / "qmerge.json").read_text())
     assert [record["role"] for record in report["inputs"]] == ["base", "adapter", "adapter"]
-    again = cli("run", out / "qmerge_recipe.yaml", "--out", tmp_path / "again")
+    inputs = ("--base", base, "--adapter", f"{one}=0.7", "--adapter", f"{other}=-0.3")
+    again = cli("run", out / "qmerge_recipe.yaml", *inputs, "--out", tmp_path / "again")
     assert again.code == 0 and stock.differing(stock.tensors(tmp_path / "again"), after) == []
 
 

@@ -21,34 +21,13 @@ from qmerge.progress import NoProgress
 from qmerge.recipe import Recipe, make_recipe
 
 from .. import models
-from ..conftest import Cli, snapshot
+from ..conftest import Cli, snapshot, timeless
 from ..patch.test_patch import STRIKES, install
 
 
 def recipe(nf4: Path, lora: Path, **more: Any) -> Recipe:
     settings = {"base": str(nf4), "adapter": str(lora), "target": "nf4", "rounding": "stochastic", "device": "cpu"}
     return make_recipe({**settings, **more})
-
-
-def timeless(folder: Path) -> dict[str, Any]:
-    """The content of every file, without the time and duration of the run, and without the output path."""
-    contents: dict[str, Any] = {name: (folder / name).read_bytes() for name in snapshot(folder)}
-    report = json.loads(contents["qmerge.json"])
-    created = report.pop("created")
-    seconds = f"{report.pop('seconds'):.0f} s"
-    contents["qmerge.json"] = report
-    page = contents["qmerge.html"].decode()
-    assert f"{created}, {seconds}" in page
-    contents["qmerge.html"] = page.replace(f"{created}, {seconds}", "")
-    settings = yaml.safe_load(contents["qmerge_recipe.yaml"])
-    assert ("out" in settings) != ("patch" in settings)
-    settings.pop("out", None)
-    settings.pop("patch", None)
-    contents["qmerge_recipe.yaml"] = settings
-    residual = "residual/adapter_config.json"
-    if residual in contents:  # it names the folder as its base
-        contents[residual] = {**json.loads(contents[residual]), "base_model_name_or_path": None}
-    return contents
 
 
 @pytest.fixture
@@ -75,8 +54,8 @@ def test_apply_gives_what_out_would_have_been(
     assert summary is not None and summary.nbytes == (tmp_path / "a.patch").stat().st_size
     apply_patch(nf4, tmp_path / "a.patch", tmp_path / "applied")
     assert [snapshot(tmp_path / "applied")] == seen
-    run.merge(recipe(nf4, lora, out=str(tmp_path / "out"), **more))
-    assert timeless(tmp_path / "applied") == timeless(tmp_path / "out")
+    run.merge(recipe(nf4, lora, out=str(tmp_path / "a"), **more))  # a residual adapter names the folder as its base
+    assert timeless(tmp_path / "applied") == timeless(tmp_path / "a")
     assert json.loads((tmp_path / "applied/qmerge.json").read_text()) == json.loads(report.model_dump_json())
     run.merge(recipe(nf4, lora, out=str(tmp_path / "other"), seed=1, **more))
     if "bf16" not in more.values():
@@ -92,7 +71,8 @@ def test_no_path_of_the_temporary_folder_stays(nf4: Path, lora: Path, tmp_path: 
     for path in (tmp_path / "applied").iterdir():
         assert b".a.patch-" not in path.read_bytes(), path.name
     assert b".a.patch-" not in (tmp_path / "a.patch").read_bytes()
-    assert yaml.safe_load((tmp_path / "applied/qmerge_recipe.yaml").read_text())["patch"] == str(tmp_path / "a.patch")
+    settings = yaml.safe_load((tmp_path / "applied/qmerge_recipe.yaml").read_text())
+    assert "patch" not in settings and "out" not in settings
 
 
 def test_command_recipe_and_python(nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
@@ -105,11 +85,20 @@ def test_command_recipe_and_python(nf4: Path, lora: Path, tmp_path: Path, cli: C
     )
     assert cli("apply", nf4, tmp_path / "a.patch", "--out", tmp_path / "applied").code == 0
     stored_recipe = tmp_path / "applied/qmerge_recipe.yaml"
-    assert "exists" in cli("run", stored_recipe).err
-    assert cli("run", stored_recipe, "--out", tmp_path / "out", "--min-kept", "-1").code == 0
+    assert "--base DIR" in cli("run", stored_recipe).err
+    inputs = ("--base", nf4, "--adapter", lora)
+    assert "out is needed" in cli("run", stored_recipe, *inputs).err
+    assert cli("run", stored_recipe, *inputs, "--out", tmp_path / "out", "--min-kept", "-1").code == 0
     assert timeless(tmp_path / "out").keys() == timeless(tmp_path / "applied").keys()
     again = cli(
-        "run", tmp_path / "out/qmerge_recipe.yaml", "--patch", tmp_path / "b.patch", "--json", "--min-kept", "-1"
+        "run",
+        tmp_path / "out/qmerge_recipe.yaml",
+        *inputs,
+        "--patch",
+        tmp_path / "b.patch",
+        "--json",
+        "--min-kept",
+        "-1",
     )
     assert again.code == 0 and json.loads(again.out)["schema_version"] == 1
     settings = {"base": str(nf4), "adapter": str(lora), "device": "cpu", "quiet": True}

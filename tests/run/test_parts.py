@@ -18,15 +18,14 @@ from qmerge import run
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name, read_part
 from qmerge.errors import InputError, RecipeError
 from qmerge.recipe import make_recipe
-from qmerge.run import merge_model
+from qmerge.run import complete
 
 from .. import models
-from ..conftest import Cli, snapshot
+from ..conftest import Cli, snapshot, timeless
 from ..models import edit_json
 from .test_resume import Saboteur, child, finished
 
 COUNT = 3
-VOLATILE = ("created", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def settings(nf4: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process writes."""
-    return contents(merged_by_one(settings, tmp_path_factory))
+    return timeless(merged_by_one(settings, tmp_path_factory))
 
 
 def merged_by_one(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,17 +49,6 @@ def merged_by_one(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("whole") / "out"
     run.merge(make_recipe({**settings, "out": str(out)}))
     return out
-
-
-def contents(out: Path) -> dict[str, Any]:
-    """Hash of every file by path; of the report its content, without time and hashes that time changes."""
-    found: dict[str, Any] = snapshot(out)
-    for name in ("README.md", "qmerge.html", "qmerge_recipe.yaml"):  # a time, or the name of the folder
-        del found[name]
-    found["qmerge.json"] = json.loads((out / "qmerge.json").read_text())
-    for name in VOLATILE:
-        del found["qmerge.json"][name]
-    return found
 
 
 def arguments(settings: Mapping[str, Any], out: Path, *more: str) -> list[str]:
@@ -124,7 +112,7 @@ def test_parts_make_the_bytes_and_numbers_of_one_run(
         assert not (out / "config.json").exists() and not (out / "model.safetensors.index.json").exists()
     ran = cli("finalize", out)
     assert ran.code == 0, ran.err
-    assert contents(out) == whole
+    assert timeless(out) == whole
     assert len([name for name in whole if name.endswith(".safetensors")]) > COUNT
     assert cli("verify", out, "--no-reload").code == 0
 
@@ -175,7 +163,7 @@ def test_a_missing_part(settings: dict[str, Any], whole: dict[str, Any], tmp_pat
     refused(cli("finalize", out), out, snapshot(out), "part 2/3 is missing: run your merge command with --shard 2/3")
     write_part(settings, out, 2)
     assert cli("finalize", out).code == 0
-    assert contents(out) == whole
+    assert timeless(out) == whole
 
 
 @pytest.mark.parametrize("gone", ["file", "half a file", "first line"])
@@ -191,7 +179,7 @@ def test_an_unfinished_part(settings: dict[str, Any], whole: dict[str, Any], par
     refused(cli("finalize", parts), parts, snapshot(parts), "part 2/3 is not finished", "--shard 2/3 --resume")
     write_part(settings, parts, 2, resume=True)
     assert cli("finalize", parts).code == 0
-    assert contents(parts) == whole
+    assert timeless(parts) == whole
 
 
 def test_a_part_that_was_begun_is_not_begun_again(settings: dict[str, Any], parts: Path, cli: Cli) -> None:
@@ -273,12 +261,12 @@ def weights_in(out: Path) -> list[str]:
 
 def test_interrupted_judging_is_done_again(judged_parts: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(merge_model, "fidelity", fail_with(KeyboardInterrupt()))
+        patched.setattr(complete, "fidelity", fail_with(KeyboardInterrupt()))
         ran = cli("finalize", judged_parts)
         assert "the same command goes on" in ran.err
     assert (judged_parts / "config.json").exists()
     judged = []
-    monkeypatch.setattr(merge_model, "fidelity", lambda *arguments, **options: judged.append(arguments))
+    monkeypatch.setattr(complete, "fidelity", lambda *arguments, **options: judged.append(arguments))
     run.finalize(judged_parts)
     assert len(judged) == 1 and not list(judged_parts.glob(".qmerge*"))
 
@@ -286,7 +274,7 @@ def test_interrupted_judging_is_done_again(judged_parts: Path, monkeypatch: pyte
 def test_the_model_stays_when_it_cannot_be_judged(
     judged_parts: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_model, "fidelity", fail_with(InputError("no words")))
+    monkeypatch.setattr(complete, "fidelity", fail_with(InputError("no words")))
     with pytest.raises(InputError, match="no words"):
         run.finalize(judged_parts)
     assert (judged_parts / "config.json").exists() and not list(judged_parts.glob(".qmerge*"))
@@ -326,7 +314,7 @@ def test_preserve_without_calibration_is_done_in_parts(settings: dict[str, Any],
         write_part(preserved, tmp_path / "out", number, 2)
     run.finalize(tmp_path / "out")
     run.merge(make_recipe({**preserved, "out": str(tmp_path / "one")}))
-    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "one")
 
 
 def test_a_whole_run_and_a_part_do_not_share_a_folder(settings: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
@@ -393,7 +381,7 @@ def test_a_killed_part_is_resumed(settings: dict[str, Any], whole: dict[str, Any
         for number in (2, 3):
             write_part(settings, tmp_path / "out", number, resume=True)
         run.finalize(tmp_path / "out")
-        assert contents(tmp_path / "out") == whole, at
+        assert timeless(tmp_path / "out") == whole, at
 
 
 @pytest.mark.slow
@@ -412,4 +400,4 @@ def test_a_killed_finalize_is_done_again(
             run.finalize(parts)
         for lock in parts.glob(".qmerge*.lock"):  # all that a kill after the last file may leave
             lock.unlink()
-        assert contents(parts) == whole, moments[at - 1]
+        assert timeless(parts) == whole, moments[at - 1]

@@ -20,14 +20,14 @@ from qmerge.errors import InputError, NumbersError, RecipeError, RoomError
 from qmerge.patch import direct
 from qmerge.progress import NoProgress
 from qmerge.recipe import make_recipe
-from qmerge.run import merge_model, ray_tasks
-from qmerge.run.merge_model import Run
+from qmerge.run import complete, ray_tasks
 from qmerge.run.parts import merge_part
+from qmerge.run.state import Run
 from qmerge.schema import ReportData
 
 from .. import models
-from ..conftest import snapshot
-from .test_parts import contents, merged_by_one
+from ..conftest import snapshot, timeless
+from .test_parts import merged_by_one
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,12 +82,12 @@ def test_an_error_in_judging_discards_no_weight(
     monkeypatch.setattr(ray_tasks, "import_ray", lambda: None)
     monkeypatch.setattr(ray_tasks, "connected", lambda ray: nullcontext())
     monkeypatch.setattr(ray_tasks, "run_tasks", run_tasks)
-    monkeypatch.setattr(merge_model, "fidelity", failing)
+    monkeypatch.setattr(complete, "fidelity", failing)
     text = tmp_path / "text.txt"
     text.write_text("some text")
     with pytest.raises(InputError, match="no words"):
         merge({**settings, "verify": str(text)}, tmp_path / "out")
-    left = without_workers(tmp_path / "out")
+    left = timeless(tmp_path / "out")
     files = [name for name in whole if name.endswith(".safetensors")]
     assert (
         len(files) > 1
@@ -129,14 +129,7 @@ def settings(nf4: Path, lora: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return without_workers(merged_by_one(settings, tmp_path_factory))
-
-
-def without_workers(out: Path) -> dict[str, Any]:
-    """The contents of a folder; the report names the workers."""
-    found = contents(out)
-    del found["qmerge.json"]["recipe"]["workers"]
-    return found
+    return timeless(merged_by_one(settings, tmp_path_factory))
 
 
 def merge(settings: dict[str, Any], out: Path, resume: bool = False) -> ReportData:
@@ -186,7 +179,7 @@ def test_the_bytes_of_one_process(
 
     monkeypatch.setattr(ray_tasks, "merge_one_part", task)
     merge(settings, tmp_path / "out")
-    assert without_workers(tmp_path / "out") == whole
+    assert timeless(tmp_path / "out") == whole
     processes, on_nodes = processes_and_nodes(notes)
     assert len(on_nodes) == 2 and str(os.getpid()) not in processes
     assert (tmp_path / "killed").exists() == (victim != "none")
@@ -207,7 +200,7 @@ def test_a_worker_that_always_dies_is_one_clear_error(
         with pytest.raises(RoomError, match=r"the worker of part 2/\d+ died 1 times .*--resume"):
             merge(settings, tmp_path / "out")
     merge(settings, tmp_path / "out", resume=True)
-    assert without_workers(tmp_path / "out") == whole
+    assert timeless(tmp_path / "out") == whole
 
 
 @pytest.mark.slow
@@ -225,7 +218,7 @@ def test_a_run_that_stopped_is_resumed(
         merge(settings, out)
     assert snapshot(out) == before
     merge(settings, out, resume=True)
-    assert without_workers(out) == whole
+    assert timeless(out) == whole
 
 
 @pytest.mark.slow
