@@ -74,8 +74,10 @@ def _chosen(shard: Shard, report: ReportData, *, every: bool) -> list[Step]:
     steps = [step for step in shard.steps if _can_be_recomputed(step, report)]
     if every or not steps:
         return steps
+    # A merged weight says more than one that was copied.
+    merged = [step for step in steps if step.action == "merge"]
     # Each file has its own seed, so that its weight does not depend on how many files there are.
-    return [random.Random(f"{SEED} {shard.file}").choice(steps)]
+    return [random.Random(f"{SEED} {shard.file}").choice(merged or steps)]
 
 
 def _result(names: list[str], plan: Plan, *, every: bool) -> str:

@@ -115,11 +115,11 @@ class MergedRows:
             return {}
         u_OR, s_R, v_IR = directions
         u_rows = u_OR[self.position.start : self.position.stop]
-        # In float64, so that row blocks make no difference (``plain`` rounds the sums to float32).
-        u_rows = u_rows.double()
-        landed_R = ((self.change_OI.double() @ v_IR.double()) * u_rows).sum(dim=0)
+        landed_OR = (self.change_OI @ v_IR) * u_rows
         # u_k has norm 1 over all rows of the weight: the shares of its rows add up to 1.
-        return {"landed": landed_R, "meant": s_R.double() * u_rows.square().sum(dim=0)}
+        meant_OR = s_R * u_rows.square()
+        # Summed in float64, and rounded to float32 by ``plain``, so that row blocks make no difference.
+        return {"landed": landed_OR.double().sum(dim=0), "meant": meant_OR.double().sum(dim=0)}
 
     @cached_property
     def matrix_sums(self) -> dict[str, Tensor]:
