@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from qmerge import hub
+from qmerge.checkpoint.documents import LARGEST_JSON
+from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.errors import CheckpointError, RecipeError, TokenizerError
 from qmerge.schema import TextKind
 
@@ -322,6 +324,10 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for name in TOKENIZER:
+        # The library would read all of it, and needs many times its size.
+        if (folder / name).is_file() and (folder / name).stat().st_size > LARGEST_JSON:
+            raise TokenizerError(f"{folder / name}: larger than {LARGEST_JSON >> 20} MiB, which no tokenizer needs")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as cause:  # transformers passes on whatever a tokenizer's file or class raises

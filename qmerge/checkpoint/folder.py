@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 
 from qmerge import hub
 from qmerge.checkpoint import journal
+from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.parts import Part, name_of_part, part_of_name
 from qmerge.checkpoint.scan import INDEX
-from qmerge.errors import RecipeError, RoomError
-from qmerge.safetensors_io.disk import PARTIAL, disk_error, disk_errors, remove, write_file
+from qmerge.errors import AdapterError, CheckpointError, RecipeError, RoomError
+from qmerge.safetensors_io.disk import PARTIAL, copy_file, disk_error, disk_errors, remove, write_file
 from qmerge.safetensors_io.writer import FileLayout
 
 LOCK = ".qmerge.lock"
@@ -299,18 +300,18 @@ def tokenizer_warning(tokenizer: Path | None, config: Mapping[str, Any]) -> str 
         config: config.json of the output.
     """
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    if tokenizer is None or not rows:
+    if tokenizer is None or not isinstance(rows, int) or rows < 1:
         return None
     try:
-        content = json.loads(tokenizer.read_bytes())
+        content = read_json(tokenizer, CheckpointError)
         vocabulary = content["model"]["vocab"]
         # A dict token → id, or (Unigram) a list whose positions are the ids.
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
         ids += [token["id"] for token in content.get("added_tokens", [])]
         largest = max(ids)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, ValueError, KeyError, TypeError):
         return None
-    if largest < rows:
+    if not isinstance(largest, int) or largest < rows:
         return None
     return (
         f"the tokenizer has ids up to {largest}, but the embedding has {rows} rows: the model cannot read the tokens above. "
@@ -322,10 +323,10 @@ def copy_side_files(out: Path, files: Mapping[str, Path]) -> None:
     """Copy files into the output folder, each whole or not at all; see ``side_files``."""
     for name, path in sorted(files.items()):
         (out / name).parent.mkdir(exist_ok=True)
-        content = path.read_bytes()
         if path.name == "tokenizer_config.json":
-            content = _without_local_paths_in_json(content)
-        write_file(out / name, content)
+            write_file(out / name, _without_local_paths_in_json(path.read_bytes()))
+        else:
+            copy_file(path, out / name)
 
 
 def without_local_paths(value: Any) -> Any:
@@ -375,6 +376,6 @@ def _matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _has_template(tokenizer_config: Path) -> bool:
     try:
-        return "chat_template" in json.loads(tokenizer_config.read_bytes())
-    except (OSError, ValueError, TypeError):
+        return "chat_template" in read_json(tokenizer_config, AdapterError)
+    except AdapterError:  # there is none, or whatever a stranger's file holds
         return False

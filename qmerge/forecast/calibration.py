@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from qmerge import hub
@@ -19,6 +18,7 @@ from qmerge.calibration.room import planned_memory
 from qmerge.calibration.starts import find_starts
 from qmerge.calibration.tasks import CAUSAL_LM
 from qmerge.calibration.texts import CalibrationTokens
+from qmerge.checkpoint.model_cards import card_fields
 from qmerge.errors import CheckpointError, RecipeError, TokenizerError
 from qmerge.forecast.warnings import uncalibrated_warning
 from qmerge.planning.plan import Plan
@@ -190,16 +190,11 @@ class _Preparation:
 
 def _dataset_note(adapter_folder: Path) -> str:
     """Names the dataset that the adapter's own card names; "" where it names none."""
-    from huggingface_hub import ModelCard
-
-    try:
-        datasets = ModelCard.load(adapter_folder / "README.md").data.to_dict().get("datasets") or []
-    except (ValueError, OSError, AttributeError, yaml.YAMLError):  # no card, or whatever a stranger's card holds
-        return ""
+    datasets = card_fields(adapter_folder, ("datasets",)).get("datasets", [])
     if isinstance(datasets, str):
         datasets = [datasets]
     for name in datasets:
-        if hub.HUB_ID.fullmatch(str(name)):
+        if hub.HUB_ID.fullmatch(name):
             return f"The adapter's card names the dataset {name}: --calibration {name} would be closer to the task."
     return ""
 

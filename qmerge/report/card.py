@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qmerge import hub, plugins
+from qmerge.checkpoint.model_cards import card_fields
 from qmerge.formats import get_format
 from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
@@ -37,8 +38,8 @@ COLUMNS = (
     "rank_kept_min",
 )  # fmt: skip
 
-FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[ \t]*(?:[\r\n]|$)", re.DOTALL)
-"""The YAML at the start of a model card."""
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+"""Fields of the base's own card that the output's card repeats."""
 
 
 def model_card(report: ReportData, plan: Plan) -> str:
@@ -61,7 +62,7 @@ def _metadata(report: ReportData, plan: Plan) -> str:
     # The Hub offers the programs that belong to this name.
     own_name = quant_method in ("mlx", "gguf")
     fields: dict[str, Any] = {"library_name": quant_method if own_name else "transformers"}
-    fields |= _licence_fields(plan.inputs.base.folder)
+    fields |= card_fields(plan.inputs.base.folder, LICENCE_FIELDS)
     fields |= {"pipeline_tag": "text-generation", "tags": tags}
     origins = _origin_ids(report.inputs[0], report.inputs[1], plan.inputs.adapter.config)
     if origins:
@@ -81,22 +82,6 @@ def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[st
     if adapter.id:
         ids.append(adapter.id)
     return ids
-
-
-def _licence_fields(base: Path) -> dict[str, Any]:
-    """The licence fields of the base's own card; empty where it has none."""
-    try:
-        front_matter = FRONT_MATTER.match((base / "README.md").read_text(encoding="utf-8"))
-        data = yaml.safe_load(front_matter[1]) if front_matter else {}
-    except (ValueError, OSError, yaml.YAMLError):  # no card, or whatever the card of a stranger's model holds
-        return {}
-    if not isinstance(data, dict):
-        return {}
-    fields = {}
-    for name in ("license", "license_name", "license_link"):
-        if data.get(name):
-            fields[name] = data[name]
-    return fields
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------

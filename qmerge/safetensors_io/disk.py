@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qmerge.errors import DiskError, QmergeError, RoomError
+from qmerge.errors import DiskError, QmergeError, RecipeError, RoomError
 
 PARTIAL = ".partial"
 """Added to the name of a file that is not whole."""
 
 HASH_CHUNK = 2**22
-"""Bytes that are read at once to be hashed."""
+"""Bytes that are read at once to be hashed or copied."""
+
+LONGEST_SHOWN = 100
+"""Characters that a message shows of a name that is too long."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, an exceeded quota, and the file system's size limit."""
@@ -47,6 +51,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def disk_error(cause: OSError, folder: Path | None) -> QmergeError:
     """An error of the operating system in one line."""
+    if cause.errno == errno.ENAMETOOLONG:
+        return RecipeError(f"{str(cause.filename)[:LONGEST_SHOWN]} …: {cause.strerror}; use a shorter name")
     if cause.errno in NO_ROOM:
         place = folder or cause.filename or "the disk"
         return RoomError(f"no room left in {place}: {cause.strerror}. Free some space, then {RUN_AGAIN}")
@@ -137,6 +143,12 @@ def write_file(path: Path, data: bytes) -> None:
     """
     with new_file(path) as file:
         file.write(data)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file of any size, whole or not at all, as ``write_file``."""
+    with source.open("rb") as file, new_file(path) as out:
+        shutil.copyfileobj(file, out, HASH_CHUNK)
 
 
 @contextmanager

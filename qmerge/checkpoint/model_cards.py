@@ -1,0 +1,104 @@
+"""README.md of a model or an adapter: the few fields of its metadata that qmerge uses. A card is a help, never an error."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+import yaml
+
+from qmerge.checkpoint.documents import LONGEST_NAME
+
+READ_BYTES = 2**20
+"""Bytes of a card that are read; its metadata is at the beginning."""
+
+LARGEST_FIELDS = 2**14
+"""Characters of the fields that are parsed: a licence and names of data sets."""
+
+MOST_VALUES = 100
+"""Values of one field."""
+
+FENCE = "---"
+"""The line before and after the metadata."""
+
+FIELD = re.compile(r"([\w-]+)\s*:")
+"""The beginning of a field at the outermost level."""
+
+
+def card_fields(folder: Path, wanted: tuple[str, ...]) -> dict[str, str | list[str]]:
+    """Some fields of the metadata of a folder's README.md.
+
+    Args:
+        wanted: names of fields, in the order of the result.
+
+    Returns:
+        Name → a text, or a list of texts. Fields that are missing or hold anything else are left out: nobody has checked what
+        strangers write there.
+    """
+    text = _fields_as_text(_beginning(folder / "README.md"), wanted)
+    if not text or len(text) > LARGEST_FIELDS:
+        return {}
+    try:
+        content = yaml.load(text, Loader=_PlainLoader)  # a SafeLoader: no code is run
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    # In the order asked for, not in that of the card: outputs depend on it.
+    fields: dict[str, str | list[str]] = {}
+    if isinstance(content, dict):
+        for name in wanted:
+            value = content.get(name)
+            if value and (_is_line(value) or _is_list_of_lines(value)):
+                fields[name] = value
+    return fields
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """A YAML loader without aliases, of which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
+def _beginning(path: Path) -> str:
+    """The first part of a card; "" where there is none."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            return ""
+        with path.open("rb") as file:
+            return file.read(READ_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _fields_as_text(card: str, wanted: tuple[str, ...]) -> str:
+    """The lines of the metadata that belong to the wanted fields.
+
+    Only they are parsed: cards of embedding models hold a megabyte of benchmark results, which takes seconds.
+    """
+    lines = iter(card.lstrip().splitlines())
+    if next(lines, "").rstrip() != FENCE:
+        return ""
+    kept: list[str] = []
+    is_wanted = False
+    for line in lines:
+        # The second fence: all after it is text for people.
+        if line.rstrip() == FENCE:
+            return "\n".join(kept)
+        # Lines of nested values are indented, or begin with a dash: they belong to the field before.
+        field = FIELD.match(line)
+        if field:
+            is_wanted = field[1] in wanted
+        if is_wanted:
+            kept.append(line)
+    return ""  # the metadata has no end
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
+
+
+def _is_list_of_lines(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MOST_VALUES and all(map(_is_line, value))
