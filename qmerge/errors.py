@@ -21,6 +21,10 @@ BUG = 1
 PAST_LIMIT = 5
 
 
+LONGEST_MESSAGE = 4000
+"""Characters; names in a message may be longer than anyone reads."""
+
+
 class QmergeError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the command line ends with."""
 
@@ -28,8 +32,10 @@ class QmergeError(Exception):
 
     def __init__(self, message: str) -> None:
         # Names in messages come from files: no line breaks and no control characters may reach a terminal.
-        line = " ".join(message.split())
-        super().__init__("".join(filter(str.isprintable, line)))
+        line = "".join(filter(str.isprintable, " ".join(message.split())))
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[: LONGEST_MESSAGE // 2]} … {line[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(line)
 
 
 class RecipeError(QmergeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """``owner/name``."""
 
 GGUF = ".gguf"
+
+SHOWN = 100
+"""Characters that a message shows of a name that is none."""
 
 HUB_FILE = re.compile(rf"(?P<id>{HUB_ID.pattern}):(?P<file>(?!.*\.\.)[\w./-]+\.gguf)")
 """``owner/name:file.gguf``."""
@@ -56,6 +60,19 @@ class Source:
         return model_name
 
 
+def local_path(reference: str) -> Path | None:
+    """The path that a text names, with the user's home folder for ``~``; None where no file can have this name."""
+    try:
+        reference.encode()  # a name that is not UTF-8 could not be written into a report
+        path = Path(reference).expanduser()
+        os.lstat(path)  # raises for names that are too long, which is_dir() and others do not catch
+    except (RuntimeError, ValueError):  # ~nosuchuser; NUL or a lone surrogate
+        return None
+    except OSError as cause:
+        return None if cause.errno == errno.ENAMETOOLONG else path
+    return path
+
+
 def resolve(reference: str, revision: str | None, error: type[InputError]) -> Source:
     """The local folder of a model or an adapter.
 
@@ -68,7 +85,11 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     """
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
+    if folder is None:
+        raise error(
+            f"{reference[:SHOWN]!r}: no file or folder can have this name; expected a folder or a Hub id (owner/name)"
+        )
     is_file = folder.suffix == GGUF and folder.is_file()
     if is_file or folder.is_dir():
         if revision:  # otherwise it would be ignored without a word
@@ -100,8 +121,8 @@ def find_local(reference: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    folder = local_path(reference)
+    if folder is not None and folder.is_dir():
         return folder.resolve()
     if not HUB_ID.fullmatch(reference):
         return None

@@ -60,6 +60,12 @@ RAY = "ray"
 
 MOST_WORKERS = 256
 
+MOST_TOKENS = 2**26
+"""Tokens of a calibration: their ids take half a gigabyte."""
+
+LARGEST_RANK = 2**16
+"""Rank of a residual LoRA; no weight has more, since none has more rows and columns."""
+
 DEFAULT_TARGET = "nf4"
 """The target of ``plan`` and ``measure`` where none is given."""
 
@@ -68,6 +74,9 @@ JUDGED_TOKENS = 20480
 
 # Bytes. No recipe is larger; a larger file, such as a checkpoint, was given by mistake.
 LARGEST_YAML = 2**20
+
+LARGEST_SIZE = 2**63 - 1
+"""Bytes; no file system has more."""
 
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
 # Decimal units are those of huggingface_hub (max_shard_size="5GB"); binary ones have an i.
@@ -144,9 +153,14 @@ class Recipe(BaseModel):
         "or none (default: generate)",
     )
     calibration_tokens: int | None = Field(
-        None, description="calibrate on this many tokens (default: 8192, 16384 or 32768, by effort)", ge=1
+        None,
+        description="calibrate on this many tokens (default: 8192, 16384 or 32768, by effort)",
+        ge=1,
+        le=MOST_TOKENS,
     )
-    sequence_length: int = Field(512, description="cut the calibration text into sequences of this many tokens", ge=2)
+    sequence_length: int = Field(
+        512, description="cut the calibration text into sequences of this many tokens", ge=2, le=MOST_TOKENS
+    )
     sequential: bool = Field(
         True, description="calibrate each layer on the outputs of the rounded layers before it (better, slower)"
     )
@@ -199,7 +213,10 @@ class Recipe(BaseModel):
     )
     # --- where and with which resources ---
     seed: int = Field(
-        0, description="seed stochastic rounding, generated text, random tokens and random combinations with this", ge=0
+        0,
+        description="seed stochastic rounding, generated text, random tokens and random combinations with this",
+        ge=0,
+        lt=2**63,
     )
     device: Device = Field("auto", description="compute on this device: auto, cpu or cuda")
     workers: int | Literal["ray"] = Field(
@@ -213,7 +230,10 @@ class Recipe(BaseModel):
     max_shard_size: str = Field("5GB", description="split the model into files of at most this size")
     # --- what is done in addition ---
     residual: int | None = Field(
-        None, description="also write a LoRA of this rank that compensates for the rounding error (OUT/residual)", ge=1
+        None,
+        description="also write a LoRA of this rank that compensates for the rounding error (OUT/residual)",
+        ge=1,
+        le=LARGEST_RANK,
     )
     promote: str | None = Field(
         None,
@@ -242,6 +262,13 @@ class Recipe(BaseModel):
         if isinstance(value, (list, tuple)):
             return [cls._path_to_text(item) for item in value]
         return value  # pydantic refuses what is no text
+
+    @field_validator("base", "original", "out", "patch", "calibration", "verify")
+    @classmethod
+    def _check_path(cls, value: str | None) -> str | None:
+        if value is not None and hub.local_path(value) is None:
+            raise ValueError("no file or folder can have this name")
+        return value
 
     @field_validator("out")
     @classmethod
@@ -579,13 +606,15 @@ def parse_size(text: str) -> int:
     """A size in words → bytes: ``5GB``, ``512MiB``, ``5G`` (decimal), or a plain number of bytes.
 
     Raises:
-        RecipeError: the text is no size, or zero.
+        RecipeError: the text is no size, or zero, or larger than any disk.
     """
     match = SIZE.fullmatch(text)
     if match:
         unit = match[2].lower()
         if not unit.endswith("b"):
             unit += "b"  # 5G is 5GB, and a number alone is bytes
-        if unit in BYTES_OF_UNIT and float(match[1]) > 0:
-            return int(float(match[1]) * BYTES_OF_UNIT[unit])
-    raise RecipeError(f"size {text!r}: expected a number with kB, MB, GB or TB, such as 5GB")
+        # Infinity, where the number has hundreds of digits.
+        nbytes = float(match[1]) * BYTES_OF_UNIT.get(unit, 0)
+        if 1 <= nbytes <= LARGEST_SIZE:
+            return int(nbytes)
+    raise RecipeError(f"size {text[:80]!r}: expected a number with kB, MB, GB or TB, such as 5GB")

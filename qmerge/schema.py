@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qmerge import plugins
+from qmerge.checkpoint.documents import LONGEST_NAME, is_file_name, odd_number, read_json
 from qmerge.errors import CheckpointError
 
 # The fields of these models are the keys of a published file: a new name is a new schema version.
@@ -370,14 +372,44 @@ def read_report(folder: Path) -> ReportData:
     path = folder / NAME
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {NAME}: expected a folder that qmerge wrote")
+    content = read_json(path, CheckpointError)
+    number = odd_number(content)
+    if number is not None:
+        raise CheckpointError(f"{NAME}: found {number}, which qmerge does not write ({path})")
     try:
-        return ReportData.model_validate_json(path.read_bytes())
-    except ValidationError as cause:  # also where it is not JSON
+        report = ReportData.model_validate(content)
+    except ValidationError as cause:
         first = cause.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
             f"{path.name}: {key}: {first['msg']} (this version of qmerge reads schema version {SCHEMA_VERSION})"
         ) from cause
+    problem = _problem(report)
+    if problem is not None:
+        raise CheckpointError(f"{NAME}: {problem}: was it changed? ({path})")
+    # A metric that was added later, or that is missing: it does not exist for these weights.
+    records: list[GroupRecord | WeightRecord] = [report.total, *report.groups, *report.weights]
+    for record in records:
+        record.values = {**dict.fromkeys(plugins.names("metrics")), **record.values}
+    return report
+
+
+def _problem(report: ReportData) -> str | None:
+    """What views of a report rely on and its types do not say: the first thing that is wrong."""
+    if not isinstance(report.recipe.get("target"), str):
+        return "recipe: target is missing"
+    if "qmerge" not in report.versions:
+        return "versions: qmerge is missing"
+    if [record.role for record in report.inputs[:2]] != ["base", "adapter"]:
+        return "inputs: expected a base and an adapter"
+    # They are opened, to be hashed.
+    for file in report.outputs:
+        if not is_file_name(file.file):
+            return f"outputs: {file.file[:80]!r} is not the name of a file in the folder"
+    for weight in report.weights:
+        if len(weight.module) > LONGEST_NAME:
+            return f"weights: a module has a name of {len(weight.module)} characters"
+    return None
 
 
 def merged_adapter_hashes(folder: Path) -> set[str]:

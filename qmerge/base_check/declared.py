@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder, is_merged
 from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
 from qmerge.base_check.targets import target_warning
@@ -172,7 +173,8 @@ def _compare_model(declared: Origin, base: GivenBase) -> Remark:
     """
     if not declared.text:
         return Remark("base", "nothing", base.name, "unknown")
-    if declared.is_folder and Path(declared.text).expanduser().resolve() == base.folder:
+    folder = hub.local_path(declared.text) if declared.is_folder else None
+    if folder is not None and folder.resolve() == base.folder:
         return Remark("base", declared.text, base.name, "fits")
     own_name = origin_of(base.id or str(base.folder))
     # transformers writes the name that a model was loaded by into its config when it saves it.

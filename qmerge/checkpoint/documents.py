@@ -5,8 +5,10 @@ What a file leaves out is no error here: whoever needs it says so. Keys without 
 
 from __future__ import annotations
 
+import json
+import re
 import stat
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +27,12 @@ MOST_LAYERS = 10_000
 
 LARGEST_SIZE = 2**31
 """Largest size in a config: of a vocabulary, of a hidden state."""
+
+LARGEST_NUMBER = 2**64
+"""Largest number in a file of qmerge: of bytes, or a seed."""
+
+LONGEST_PART = 255
+"""Bytes of a file's name; the limit of all common file systems."""
 
 LONGEST_NAME = 1000
 """Characters of a name or an id."""
@@ -53,6 +61,12 @@ def _encodable(text: str) -> str:
 Size = Annotated[Any, AfterValidator(_limited)]
 Count = Annotated[Any, AfterValidator(_few)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_encodable)]
+
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A surrogate as JSON escapes it."""
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Document(BaseModel):
@@ -112,6 +126,36 @@ class AdapterConfig(_Document):
     auto_mapping: dict[str, Any] | None = None
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text names a file inside a folder, on every system."""
+    # Parsed as a Windows path on every system: so drives, UNC shares and backslashes are noticed everywhere.
+    path = PureWindowsPath(name)
+    leads_out = path.drive or path.root or ".." in path.parts
+    # Not printable: NUL, line breaks, lone surrogates.
+    if leads_out or not path.parts or len(name) > LONGEST_NAME or not name.isprintable():
+        return False
+    # File systems limit each part of a path.
+    return all(len(part.encode()) <= LONGEST_PART for part in path.parts)
+
+
+def odd_number(value: Any) -> str | None:
+    """The first number in a document that is NaN, infinite or larger than any that qmerge writes; None where all are usual."""
+    # Level by level, without recursion: as in ``is_deeper``.
+    level: list[Any] = [value]
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+            # The comparison is false for NaN, too.
+            elif isinstance(item, int | float) and not -LARGEST_NUMBER <= item <= LARGEST_NUMBER:
+                return f"{item:.3g}" if isinstance(item, float) else f"a number of {item.bit_length()} bits"
+        level = inner
+    return None
+
+
 DocumentT = TypeVar("DocumentT", bound=_Document)
 
 
@@ -147,11 +191,15 @@ def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:
             raise error(f"{path.name}: not a regular file ({path})")
         if state.st_size > LARGEST_JSON:
             raise error(f"{path.name}: larger than {LARGEST_JSON >> 20} MiB, which no model needs ({path})")
-        content = strict_json(path.read_bytes(), path.name, error)
+        text = path.read_bytes()
+        content = strict_json(text, path.name, error)
     except OSError as cause:
         raise error(f"{path.name} cannot be read: {cause.strerror} ({path})") from cause
     if is_deeper(content, DEEPEST):
         raise error(f"{path.name}: lists and objects are nested more than {DEEPEST} levels deep")
+    # Only then, since it takes time; a pair of surrogates is one character.
+    if SURROGATE.search(text) and LONE_SURROGATE.search(json.dumps(content, ensure_ascii=False)):
+        raise error(f"{path.name}: a text holds a lone surrogate, which cannot be written again ({path})")
     return content
 
 

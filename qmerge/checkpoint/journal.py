@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ NAME = f"{STEM}.jsonl"
 STEP_FIELDS = frozenset({"step", "sha256", "texts", "outcome"})
 
 FILE_FIELDS = frozenset({"file", "bytes", "sha256"})
+
+# Of fields that are used without a further check; a line with another type is as good as none.
+STEP_TYPES = {"step": str, "texts": dict}
+FILE_TYPES = {"file": str, "bytes": int, "sha256": str}
+PART_TYPES = {"recipe": dict, "files": list, "records": list, "device": str}
 
 CHECKSUM = "line_sha256"
 """Key of a line's checksum: SHA-256 of the line without it."""
@@ -145,15 +151,22 @@ def read_journal(path: Path) -> JournalContent:
         if record:
             records.append(record)
     content = JournalContent()
-    if not records or "run" not in records[0]:
+    if not records or not isinstance(records[0].get("run"), dict):
+        return content
+    part = records[0].get("part")
+    if part is not None and not (isinstance(part, dict) and _has_types(part, PART_TYPES)):
         return content
     content.first = records[0]
     for record in records[1:]:
-        if record.keys() >= STEP_FIELDS:
+        if record.keys() >= STEP_FIELDS and _has_types(record, STEP_TYPES):
             content.steps[record["step"]] = record
-        if record.keys() >= FILE_FIELDS:
+        if record.keys() >= FILE_FIELDS and _has_types(record, FILE_TYPES):
             content.files[record["file"]] = record
     return content
+
+
+def _has_types(record: Mapping[str, Any], types: Mapping[str, type]) -> bool:
+    return all(isinstance(record.get(name), kind) for name, kind in types.items())
 
 
 def parts_begun(folder: Path, name: str = NAME) -> list[Part]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from qmerge.checkpoint.documents import ModelConfig, check_document, read_json
+from qmerge.checkpoint.documents import ModelConfig, check_document, is_file_name, read_json
 from qmerge.errors import CheckpointError, listed
 from qmerge.formats import all_formats, get_format
+from qmerge.safetensors_io.disk import LONGEST_SHOWN
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TensorInfo, Weight
@@ -164,10 +165,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{INDEX}: weight_map must map tensor names to file names")
     for file in sorted(set(mapping.values())):
-        # Parsed as a Windows path on every system: so drives, UNC shares and backslashes are noticed everywhere.
-        path = PureWindowsPath(file)
-        if path.drive or path.root or ".." in path.parts or path.suffix != ".safetensors":
-            raise CheckpointError(f"{INDEX} names {file!r}: expected a .safetensors file inside the model's folder")
+        if not is_file_name(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{INDEX} names {file[:LONGEST_SHOWN]!r}: expected a .safetensors file inside the model's folder"
+            )
     return mapping
 
 

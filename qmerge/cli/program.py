@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -108,6 +109,7 @@ for panel, commands in COMMANDS.items():
 def main() -> None:
     """The console program. An error that is raised on purpose becomes one line and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _replace_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
         signal.signal(signal.SIGINT, _interrupt)
     # torch reads this with its first tensor: large tensors get large pages (Linux): a calibration takes 5 % less CPU time.
@@ -122,6 +124,14 @@ def main() -> None:
         _end_with(error)
     except OSError as cause:
         _end_with(disk_error(cause, None))
+
+
+def _replace_closed_streams() -> None:
+    """Where stdout or stderr is closed (``>&-``), Python has None, and everything that prints would fail."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # until the end of the process
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def _end_with(error: QmergeError) -> NoReturn:

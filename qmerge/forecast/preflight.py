@@ -10,6 +10,7 @@ from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
+from qmerge.checkpoint.consistency import config_problem
 from qmerge.errors import RecipeError
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.kinds import predict_kinds
@@ -168,6 +169,12 @@ def input_warnings(plan: Plan) -> list[str]:
     tokenizer = folder.tokenizer_warning(files.get("tokenizer.json"), plan.config)
     if tokenizer:
         lines.append(tokenizer)
+    problem = config_problem(base.config, base.weights)
+    if problem is not None:
+        lines.append(
+            f"the base's config.json does not fit its tensors: {problem}. Loaders will refuse the merged model, or fill it with "
+            f"random numbers: use the config.json that belongs to these files"
+        )
     lines += declared_warnings(plan.inputs, plan.recipe)
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]

@@ -141,7 +141,7 @@ def scatter_plot(weights: Sequence[WeightRecord]) -> dict[str, Any]:
     for weight in weights:
         kept = overall_kept(weight.values)
         relative_size = weight.values["relative_size"]
-        if kept is not None and relative_size:
+        if kept is not None and relative_size is not None and relative_size > 0:
             points.append((math.log10(relative_size), kept, weight))
     if not points:
         return {"points": [], "ticks": []}

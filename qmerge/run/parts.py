@@ -27,8 +27,7 @@ from qmerge.run.complete import add_fidelity, complete_model
 from qmerge.run.merge_model import prepare, run_identity, write_weights
 from qmerge.run.state import Run, Written
 from qmerge.safetensors_io.reader import Reader
-from qmerge.schema import NAME as REPORT_NAME
-from qmerge.schema import InputRecord, ReportData
+from qmerge.schema import InputRecord, ReportData, read_report
 
 DIFFERS_BETWEEN_PARTS = ("input",)
 """Keys of a run's identity: each part hashes other files."""
@@ -143,7 +142,7 @@ def finalize(out: Path, progress: Progress | None = None) -> ReportData:
         if len(begun) < parts[0].count:
             # They are removed last: an earlier call was interrupted when the model was complete, and judged.
             _remove_journals(out, begun)
-            return ReportData.model_validate_json((out / REPORT_NAME).read_bytes())
+            return read_report(out)
         contents = read_parts(out, parts)
         recipe = make_recipe({**contents[0].first["part"]["recipe"], "out": str(out)})
         with Reader() as reader:

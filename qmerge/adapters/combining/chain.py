@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmerge import hub
 from qmerge.adapters.combining.joint import (
     AdapterChange,
     AdapterUpdate,
@@ -207,8 +208,8 @@ def adapter_folder(base_name: Any) -> Path | None:
     """The folder that ``base_model_name_or_path`` names, if it is one and contains an adapter."""
     if not isinstance(base_name, str) or not base_name.strip():
         return None
-    folder = Path(base_name).expanduser()
-    return folder.resolve() if (folder / CONFIG).is_file() else None
+    folder = hub.local_path(base_name)
+    return folder.resolve() if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def lineage(folder: Path) -> list[Path]:

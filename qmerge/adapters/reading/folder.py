@@ -128,9 +128,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
     config = read_json(folder / CONFIG, AdapterError)
-    check_document(config, AdapterConfig, CONFIG, AdapterError)
     if mlx.is_mlx(config):
-        return mlx.peft_config(config)
+        config = mlx.peft_config(config)
+    check_document(config, AdapterConfig, CONFIG, AdapterError)
     if config.get("ensure_weight_tying") and not _peft_ties_embeddings(config):
         return {**config, "ensure_weight_tying": False}
     return config
@@ -220,9 +220,10 @@ def select_adapter(infos: Mapping[str, TensorInfo], name: str | None) -> dict[st
     if name not in names:
         raise AdapterError(f"{TENSORS} contains the adapters {listed(names)}; name one of them: DIR#{names[0]}")
     selected: dict[str, TensorInfo] = {}
+    known = set(names)
     for tensor, info in infos.items():
         match = NAMED.fullmatch(tensor)
-        if match and match["name"] in names:
+        if match and match["name"] in known:
             if match["name"] == name:
                 selected[match["part"] + (match["leaf"] or "")] = info
         elif ".lora_" not in tensor or name == DEFAULT:

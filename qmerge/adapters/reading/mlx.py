@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qmerge.checkpoint.documents import LARGEST_SIZE
 from qmerge.errors import AdapterError
 
 TENSORS = "adapters.safetensors"
@@ -37,10 +38,16 @@ def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"mlx_lm.fuse, or train with lora or dora"
         )
     parameters = config["lora_parameters"] or {}
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    if not isinstance(rank, int) or not isinstance(scale, int | float):
+    if not isinstance(parameters, dict):
+        raise AdapterError(f"adapter_config.json: lora_parameters is {str(parameters)[:80]}; expected an object")
+    rank: Any = parameters.get("rank")
+    scale: Any = parameters.get("scale")
+    are_numbers = isinstance(rank, int) and isinstance(scale, int | float)
+    # NaN is not below the limit, either.
+    if not are_numbers or not abs(rank) <= LARGEST_SIZE or not abs(scale) <= LARGEST_SIZE:
         raise AdapterError(
-            f"adapter_config.json: lora_parameters has rank {rank!r} and scale {scale!r}; expected numbers such as 8 and 20.0"
+            f"adapter_config.json: lora_parameters has rank {str(rank)[:80]!r} and scale {str(scale)[:80]!r}; expected numbers "
+            f"such as 8 and 20.0"
         )
     return {
         "peft_type": "LORA",

@@ -66,9 +66,9 @@ def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -
     """The source as it is, where there is nothing to choose. Without any adapter, reading it will raise the error."""
     in_folder = [name for name, folder in folders.items() if folder == source.folder]
     below: list[str] = []
-    for name in folders:
+    for name, folder in folders.items():
         is_earlier_state = bool(in_folder) and CHECKPOINT.fullmatch(name) is not None
-        if name not in in_folder and not is_earlier_state:
+        if folder != source.folder and not is_earlier_state:
             below.append(name)
     if not folders or (len(in_folder) == 1 and not below):
         return source
@@ -83,7 +83,8 @@ def _choices(location: str, names: list[str]) -> str:
 def split_reference(reference: str) -> tuple[str, str | None]:
     """``DIR#math`` → (DIR, math). A folder with a # in its own name is taken as it is."""
     location, _, name = reference.rpartition("#")
-    if not location or not name or Path(reference).expanduser().is_dir():
+    folder = hub.local_path(reference)
+    if not location or not name or (folder is not None and folder.is_dir()):
         return reference, None
     return location, name
 

@@ -6,6 +6,7 @@ They are matched with a time limit: an expression of a few characters can take f
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import regex
 
@@ -13,6 +14,9 @@ from qmerge.errors import AdapterError
 
 SECONDS = 0.2
 """Longest time for one expression and one name; an ordinary one takes microseconds."""
+
+TRIES = 2
+"""An ordinary expression may also take long, on a machine that is busy with something else: but not twice."""
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -22,15 +26,16 @@ def matches(pattern: str, module: str) -> bool:
         AdapterError: it is not a regular expression, or takes too long.
     """
     try:
-        return regex.fullmatch(pattern, module, timeout=SECONDS) is not None
-    except TimeoutError as cause:
-        raise AdapterError(
-            f"adapter_config.json has the pattern {pattern[:80]!r}, which takes more than {SECONDS:g} s for {module}: simplify it"
-        ) from cause
+        for _ in range(TRIES):
+            with suppress(TimeoutError):
+                return regex.fullmatch(pattern, module, timeout=SECONDS) is not None
     except (regex.error, RecursionError) as cause:
         raise AdapterError(
             f"adapter_config.json has the pattern {pattern[:80]!r}, which is not valid: {cause}"
         ) from cause
+    raise AdapterError(
+        f"adapter_config.json has the pattern {pattern[:80]!r}, which takes more than {SECONDS:g} s for {module}: simplify it"
+    )
 
 
 def first_matching(patterns: Iterable[str], module: str) -> str | None:

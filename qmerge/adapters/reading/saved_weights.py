@@ -154,7 +154,7 @@ def token_indices(module: str, config: Mapping[str, Any]) -> list[int]:
         indices = option[endings[0]] if endings else None
     if not isinstance(indices, list) or not all(isinstance(index, int) and index >= 0 for index in indices):
         raise AdapterError(
-            f"{module} has trained token rows, but adapter_config.json's trainable_token_indices ({option!r}) do not say which; "
-            f"expected a list of indices"
+            f"{module} has trained token rows, but adapter_config.json's trainable_token_indices ({str(option)[:80]}) do not "
+            f"say which; expected a list of indices"
         )
     return indices

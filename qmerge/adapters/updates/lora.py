@@ -172,6 +172,21 @@ class TokenRowsUpdate(Update):
     def to(self, device: torch.device) -> TokenRowsUpdate:
         return replace(self, values_TI=self.values_TI.to(device))
 
+    def fitted(self, matrix: tuple[int, int]) -> TokenRowsUpdate:
+        if len(self.indices) != len(self.values_TI):
+            raise AdapterError(
+                f"adapter_config.json lists {len(self.indices)} trainable_token_indices, but the file contains "
+                f"{len(self.values_TI)} trained rows: expected one index for each row"
+            )
+        # A row that the base does not have would be left out without a word.
+        largest = max(self.indices, default=0)
+        if largest >= matrix[0]:
+            raise AdapterError(
+                f"adapter_config.json has {str(largest)[:20]} among its trainable_token_indices, but the embedding of the base has "
+                f"{matrix[0]} rows. Is this the base that the adapter was trained on?"
+            )
+        return self
+
     def apply(self, base_OI: Tensor, rows: Rows) -> Tensor:
         merged_OI = base_OI.clone()
         for t, index in enumerate(self.indices):
