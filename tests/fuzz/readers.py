@@ -82,7 +82,7 @@ def _header_damage(content: bytes, random: Random) -> bytes:
 
 
 def _recipe_damage(content: bytes, random: Random) -> bytes:
-    return yaml.safe_dump(damaged_document(yaml.safe_load(content), random)).encode("utf-8", "surrogatepass")
+    return json.dumps(damaged_document(yaml.safe_load(content), random)).encode()  # JSON is YAML
 
 
 def _journal_damage(content: bytes, random: Random) -> bytes:

@@ -46,7 +46,7 @@ def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
     # NaN is not below the limit, either.
     if not are_numbers or not abs(rank) <= LARGEST_SIZE or not abs(scale) <= LARGEST_SIZE:
         raise AdapterError(
-            f"adapter_config.json: lora_parameters has rank {str(rank)[:80]!r} and scale {str(scale)[:80]!r}; expected numbers "
+            f"adapter_config.json: lora_parameters has rank {repr(rank)[:80]} and scale {repr(scale)[:80]}; expected numbers "
             f"such as 8 and 20.0"
         )
     return {
