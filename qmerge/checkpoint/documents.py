@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qmerge.errors import InputError
-from qmerge.safetensors_io.header import strict_json
+from qmerge.safetensors_io.strict_json import strict_json
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the largest tokenizers have 35 MB."""

@@ -18,8 +18,9 @@ from qmerge.formats._scaled_float import ScaledFloatGrid
 from qmerge.formats._tensors import check_finite, modules_with, parts_of, read_rows
 from qmerge.formats.base import NOT_QUANTIZED, Format, FormatInfo, Stored
 from qmerge.grids import Grid
-from qmerge.safetensors_io.header import read_header, strict_json
+from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.strict_json import strict_json
 from qmerge.types import Rows, TensorInfo, Weight
 
 # torchao's classes with one code in a byte → dtype of the codes.

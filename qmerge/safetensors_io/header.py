@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import InputError
+from qmerge.safetensors_io.strict_json import strict_json
 from qmerge.types import BITS, TensorInfo, TensorSpec
 
 LENGTH_BYTES = 8
@@ -154,33 +155,6 @@ def _is_shape(value: Any) -> bool:
 def _is_unicode_text(name: str) -> bool:
     """Lone surrogates are valid JSON, but they cannot be encoded: such a name could not be written again."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def strict_json(text: bytes, name: str, error: type[InputError]) -> dict[str, Any]:
-    """A JSON object without duplicate keys.
-
-    Args:
-        name: of the file or part, for messages.
-
-    Raises:
-        error: it is not JSON, not an object, or has a duplicate key.
-    """
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise error(f"{name}: duplicate key {key!r}; expected every key once")
-            result[key] = value
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{name}: not valid JSON: {cause}") from cause
-    if not isinstance(value, dict):
-        raise error(f"{name}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def build_header(layout: Mapping[str, tuple[TensorSpec, int]], length: int | None = None) -> bytes:
