@@ -48,7 +48,7 @@ SETTINGS = st.fixed_dictionaries(
         "block_size": st.sampled_from([32, 64, 4096]),
         "double_quant": st.booleans(),
         "quant_storage": st.sampled_from(["uint8", "bfloat16"]),
-        "seed": st.integers(0, 2**70),
+        "seed": st.integers(0, 2**63 - 1),
         "device": st.sampled_from(["auto", "cpu", "cuda"]),
         "workers": st.one_of(st.integers(1, 256), st.just("ray")),
         "max_memory": st.sampled_from(["1GB", "512MiB", "100"]),
