@@ -38,10 +38,10 @@ BASE_ALONE = "the base alone"
 
 def train_second_adapter(base: Path, out: Path) -> Path:
     """An adapter trained as that of the demo, on the kind of text that the base learned."""
-    from qmerge.demo import build
+    from qmerge.demo import build, texts
 
     torch.manual_seed(1)
-    text = build.text_of(build.everyday, "benchmark", 400_000)
+    text = texts.text_of(texts.everyday, "benchmark", 400_000)
     rows = build.tokens_of(AutoTokenizer.from_pretrained(base), text)
     build.make_adapter(base, rows, out)
     return out

@@ -7,7 +7,8 @@ Importing this package is quick; torch and the other libraries are imported by t
 
 from __future__ import annotations
 
-from qmerge.api import Checks, Report, fidelity, inspect, measure, merge, plan, verify
+from qmerge.api import fidelity, inspect, measure, merge, plan, verify
+from qmerge.report.result import Checks, Report
 
 __all__ = ["Checks", "Report", "__version__", "fidelity", "inspect", "measure", "merge", "plan", "verify"]
 __version__ = "0.1.0"

@@ -7,9 +7,8 @@ Torch and the other libraries are imported by the first call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qmerge.recipe import (
     DEFAULT_TARGET,
@@ -22,84 +21,11 @@ from qmerge.recipe import (
     TrainedOn,
     make_recipe,
 )
-from qmerge.schema import FidelityRecord, ReportData, Verdict, overall_kept
-
-if TYPE_CHECKING:
-    from qmerge.evaluation.verify import Check
+from qmerge.report.result import Checks, Report
+from qmerge.schema import FidelityRecord
 
 PathLike = str | Path
 """A folder or file; where the argument says so, also an id on the Hub (``owner/name``)."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did. It shows itself in a notebook, and as a table with ``print``.
-
-    ``data`` is the content of qmerge.json (docs/qmerge-json.md).
-    """
-
-    data: ReportData
-
-    @property
-    def verdict(self) -> Verdict | None:
-        """What became of the fine-tuning: ``"kept"``, ``"mostly kept"``, ``"damaged"`` or ``"lost"``.
-
-        It is about the whole model, on tokens that rounding did not see; None where that was not measured (``verify`` does).
-        """
-        return self.data.fidelity.verdict if self.data.fidelity else None
-
-    @property
-    def gain_kept(self) -> float | None:
-        """Share of the adapter's improvement of the loss that the whole model has; None where it was not measured."""
-        return self.data.fidelity.gain_kept if self.data.fidelity else None
-
-    @property
-    def kl_ratio(self) -> float | None:
-        """0: the whole model predicts like the adapter model, 1: as far off as the base; None where it was not measured."""
-        return self.data.fidelity.kl_ratio if self.data.fidelity else None
-
-    @property
-    def kept(self) -> float | None:
-        """Share of the delta that was kept, each weight counted by its ‖delta‖²; None for a delta of zero.
-
-        Where calibration saw the layers' inputs, it is measured in the layers' outputs on the calibration text, which rounding
-        was fitted to; else in the weights. A high share does not show that the whole model is good: ``verdict`` does.
-        """
-        return overall_kept(self.data.total.values)
-
-    @property
-    def noise(self) -> float | None:
-        """Rounding error of the weights, ‖stored − merged‖ / ‖delta‖; None for a delta of zero."""
-        return self.data.total.values["noise"]
-
-    @property
-    def warnings(self) -> list[str]:
-        """What you should know before you use the model, one line each."""
-        return self.data.warnings
-
-    def _repr_html_(self) -> str:
-        from qmerge.report.html import summary
-
-        return summary(self.data)
-
-    def __str__(self) -> str:
-        from qmerge.report.terminal.console import stdout
-        from qmerge.report.terminal.tables import report_tables
-
-        console = stdout()
-        with console.capture() as capture:
-            for table in report_tables(self.data):
-                console.print(table)
-        return capture.get()
-
-
-class Checks(list["Check"]):
-    """The checks of a folder, in order. Each has a ``name``, ``ok``, and ``found``: the result or the error in one line."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether all of them passed."""
-        return all(check.ok for check in self)
 
 
 def merge(

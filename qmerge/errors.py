@@ -20,7 +20,6 @@ OK = 0
 BUG = 1
 PAST_LIMIT = 5
 
-
 LONGEST_MESSAGE = 4000
 """Characters; names in a message may be longer than anyone reads."""
 

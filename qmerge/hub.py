@@ -25,7 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GGUF = ".gguf"
 
 SHOWN = 100
-"""Characters that a message shows of a name that is none."""
+"""Characters that a message shows of a name that is not valid."""
 
 HUB_FILE = re.compile(rf"(?P<id>{HUB_ID.pattern}):(?P<file>(?!.*\.\.)[\w./-]+\.gguf)")
 """``owner/name:file.gguf``."""

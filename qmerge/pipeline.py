@@ -15,7 +15,6 @@ reads float32 values and writes tensors; ``checkpoint/`` and ``safetensors_io/``
 
 from __future__ import annotations
 
-import math
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,6 @@ from torch import Tensor
 
 from qmerge.adapters.combining.interference import PairSums, pair_stats
 from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate, matrices_of
-from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
@@ -36,14 +34,12 @@ from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import Rows, Step, Update
 from qmerge.weights.blocks import blocks_at_once, cached_entries, entries_per_block, uses_block_threads
 from qmerge.weights.context import RunContext
+from qmerge.weights.finite import PARAMETERS, check_merged
 from qmerge.weights.heap import keep_freed_memory
 from qmerge.weights.parallel import map_blocks, one_torch_thread
 from qmerge.weights.rows import row_blocks
 from qmerge.weights.values import OpenSource, open_source, open_weight
-from qmerge.weights.writing import PARAMETERS, CodesSink, copy_bytes, write_replacement, write_scales
-
-LARGEST_VALUE = 1e18
-"""Largest value of a merged weight: a sum of squares of larger ones may be past float32."""
+from qmerge.weights.writing import CodesSink, copy_bytes, write_replacement, write_scales
 
 
 @dataclass(frozen=True)
@@ -224,29 +220,10 @@ def add_delta(step: Step, base_OI: Tensor, update: Update | None, rows: Rows) ->
         NumbersError: NaN, infinity, or values past ``LARGEST_VALUE`` in the base or after merging.
     """
     merged_OI = base_OI if update is None else update.apply(base_OI, rows)
-    # A mask that is no weight may hold infinity, where it stays dense.
+    # A mask may hold infinity, where it stays dense.
     if update is not None or get_target(step.target).info.is_quantized or step.weight.local in PARAMETERS:
-        check_values(merged_OI, step.name)
+        check_merged(merged_OI, step.name)
     return merged_OI
-
-
-def check_values(values: Tensor, name: str) -> None:
-    """Raise NumbersError for NaN, infinity, and values past ``LARGEST_VALUE``. The extremes tell, several times faster than a
-    test of every value."""
-    if not values.numel():
-        return
-    low, high = values.aminmax()
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise NumbersError(
-            f"{name}: the base or the merged weight contains NaN or infinity, which no target stores; check that the "
-            f"base and the adapter are finite"
-        )
-    largest = max(-float(low), float(high))
-    if largest > LARGEST_VALUE:
-        raise NumbersError(
-            f"{name} reaches {largest:.3g}, which no trained weight does: its square is past float32. Check the base and the "
-            f"adapter's alpha"
-        )
 
 
 # --- grid, round -----------------------------------------------------------------------------------------------------

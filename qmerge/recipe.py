@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qmerge import hub, plugins
+from qmerge.checkpoint.plain_yaml import AliasError, PlainLoader
 from qmerge.errors import RecipeError, listed
 from qmerge.formats import get_target
 
@@ -261,7 +262,7 @@ class Recipe(BaseModel):
             return str(value)
         if isinstance(value, (list, tuple)):
             return [cls._path_to_text(item) for item in value]
-        return value  # pydantic refuses what is no text
+        return value  # pydantic refuses it
 
     @field_validator("base", "original", "out", "patch", "calibration", "verify")
     @classmethod
@@ -562,14 +563,8 @@ def find_inputs(settings: Mapping[str, Any], output: Path, *, strict: bool = Fal
     return found
 
 
-class StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys, of which PyYAML silently takes the last one, and aliases, of which a few lines
-    make gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise RecipeError("recipe: YAML aliases (*name) are not allowed: write the value out")
-        return super().compose_node(parent, index)
+class StrictLoader(PlainLoader):
+    """A YAML loader that also refuses duplicate keys, of which PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = []
@@ -585,7 +580,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a YAML file.
 
     Raises:
-        RecipeError: the file cannot be read, is not YAML, or is no mapping from names to values.
+        RecipeError: the file cannot be read, is not YAML, or is not a mapping from names to values.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -595,7 +590,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # a SafeLoader: no code is run
     except OSError as cause:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
-    except (yaml.YAMLError, ValueError, RecursionError) as cause:  # of a date or a number that is none, too
+    except AliasError as cause:
+        raise RecipeError("recipe: YAML aliases (*name) are not allowed: write the value out") from cause
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:  # also of a date or a number that does not exist
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(cause).split())}") from cause
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise RecipeError(f"{path}: expected lines like `target: nf4`")
@@ -606,7 +603,7 @@ def parse_size(text: str) -> int:
     """A size in words → bytes: ``5GB``, ``512MiB``, ``5G`` (decimal), or a plain number of bytes.
 
     Raises:
-        RecipeError: the text is no size, or zero, or larger than any disk.
+        RecipeError: the text is not a size, or zero, or larger than any disk.
     """
     match = SIZE.fullmatch(text)
     if match:

@@ -67,7 +67,7 @@ def numbered_roles(records: Sequence[InputRecord]) -> list[tuple[str, InputRecor
 
 
 BUILT_IN_SOURCES = ("generate", "general", "random", "none")
-"""Sources of calibration that are no text of the user."""
+"""Sources of calibration other than a text of the user."""
 
 
 class CalibrationRecord(BaseModel):
@@ -262,7 +262,7 @@ class FidelityRecord(BaseModel):
     (loss_base − loss_unmerged); ``kl_ratio``: KL(unmerged ‖ merged) / KL(unmerged ‖ base). Both are None where the denominator
     is not positive; losses and ``gain_kept`` also where the right outputs are not known.
 
-    Of outputs that are no probabilities, half the squared distance ‖unmerged − merged‖² / ‖unmerged‖² takes the place of the
+    Of outputs other than probabilities, half the squared distance ‖unmerged − merged‖² / ‖unmerged‖² takes the place of the
     divergence (between normal distributions of equal width, the divergence is such a distance), and nothing is the top one.
     Of embeddings, which have length 1, it is 1 − cosine.
 
@@ -310,7 +310,7 @@ class FidelityRecord(BaseModel):
 
     @property
     def has_distances(self) -> bool:
-        """Whether the outputs are no probabilities, so that distances take the place of divergences."""
+        """Whether the outputs are not probabilities, so that distances take the place of divergences."""
         return self.judged in ("scores", "embeddings", "hidden states")
 
 

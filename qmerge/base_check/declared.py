@@ -19,6 +19,7 @@ from typing import Any, Literal
 from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder, is_merged
 from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
+from qmerge.base_check.peft_options import other_options, release, text_setting
 from qmerge.base_check.targets import target_warning
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
@@ -124,20 +125,14 @@ def given_base(source: Source, base: Checkpoint, recipe: Recipe, adapters: Seque
 
 def compare(config: Mapping[str, Any], base: GivenBase) -> list[Remark]:
     """An adapter's config against a base: one remark per topic, always the same topics in the same order."""
-    declared = origin_of(_text(config, "base_model_name_or_path"))
+    declared = origin_of(text_setting(config, "base_model_name_or_path"))
     return [
         _compare_adapter_chain(declared, base) or _compare_model(declared, base),
-        _compare_revision(declared, _text(config, "revision"), base),
+        _compare_revision(declared, text_setting(config, "revision"), base),
         _compare_quantization(declared, config, base),
         _compare_architecture(config, base),
         _compare_peft_version(config),
     ]
-
-
-def _text(config: Mapping[str, Any], name: str) -> str:
-    """A setting that should be text; empty where it is missing or something else."""
-    value = config.get(name)
-    return value.strip() if isinstance(value, str) else ""
 
 
 # --- which model -----------------------------------------------------------------------------------------------------
@@ -178,7 +173,7 @@ def _compare_model(declared: Origin, base: GivenBase) -> Remark:
         return Remark("base", declared.text, base.name, "fits")
     own_name = origin_of(base.id or str(base.folder))
     # transformers writes the name that a model was loaded by into its config when it saves it.
-    config_name = origin_of(_text(base.config, "_name_or_path"))
+    config_name = origin_of(text_setting(base.config, "_name_or_path"))
     if is_same_model(declared, own_name) or is_same_model(declared, config_name):
         return Remark("base", declared.text, base.name, "fits")
     if own_name.id:
@@ -245,7 +240,7 @@ class _DeclaredQuantization:
 
 
 def _declared_quantization(declared: Origin, config: Mapping[str, Any]) -> _DeclaredQuantization:
-    method = _text(config, "unsloth_training_method").lower()
+    method = text_setting(config, "unsloth_training_method").lower()
     marks = [mark for mark in storage_marks(declared) if mark in FORMATS_BY_MARK]
     if marks and method == "lora":
         contradiction = f"{declared.text}, and unsloth_training_method=lora: they contradict each other"
@@ -321,8 +316,8 @@ def _compare_architecture(config: Mapping[str, Any], base: GivenBase) -> Remark:
     mapping = config.get("auto_mapping")
     if not isinstance(mapping, dict):
         mapping = {}
-    model_class = _text(mapping, "base_model_class")
-    family = TRANSFORMERS_MODULE.match(_text(mapping, "parent_library"))
+    model_class = text_setting(mapping, "base_model_class")
+    family = TRANSFORMERS_MODULE.match(text_setting(mapping, "parent_library"))
     classes = [name for name in base.config.get("architectures") or [] if isinstance(name, str)]
     types = _model_types(base.config)
     # Code of its own (trust_remote_code) has no family in transformers.
@@ -347,7 +342,7 @@ def _model_types(config: Mapping[str, Any]) -> list[str]:
     """``model_type`` of the model, and of its text part."""
     types = []
     for part in (config, config.get("text_config")):
-        model_type = _text(part, "model_type") if isinstance(part, dict) else ""
+        model_type = text_setting(part, "model_type") if isinstance(part, dict) else ""
         if model_type:
             types.append(model_type)
     return types
@@ -365,7 +360,7 @@ def _is_of_family(model_types: Sequence[str], family: str) -> bool:
 
 def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
     """The version of PEFT that saved the adapter. Options that the installed one lacks may change the arithmetic."""
-    saved_by = _text(config, "peft_version")
+    saved_by = text_setting(config, "peft_version")
     installed = version("peft")
     given = f"peft {installed} is installed"
     if not saved_by:
@@ -387,42 +382,3 @@ def _compare_peft_version(config: Mapping[str, Any]) -> Remark:
             f"them changes what the adapter computes, the merge is wrong. Use a version of qmerge that knows peft {saved_by}"
         ),
     )
-
-
-def release(name: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: ``0.21.2.dev0@1a2b3c`` → (0, 21, 2). Empty where it begins with text."""
-    match = re.match(r"\d+(?:\.\d+)*", name)
-    return tuple(map(int, match[0].split("."))) if match else ()
-
-
-LORA_OPTIONS = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_config", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "use_dora", "use_qalora", "qalora_group_size", "layer_replication", "runtime_config",
-    "lora_bias", "target_parameters", "arrow_config", "ensure_weight_tying", "use_bdlora", "kasa_config",
-    "monteclora_config", "velora_config", "alora_invocation_tokens",
-}  # fmt: skip
-"""Fields of PEFT 0.21's LoraConfig (a test compares them). Importing PEFT to read them takes seconds."""
-
-
-def other_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not options of the installed PEFT: notes of training tools, or options of a newer PEFT."""
-    kind = _text(config, "peft_type").upper()
-    known = LORA_OPTIONS if kind in ("LORA", "") else _peft_options(kind)
-    if not known:
-        return {}
-    return {name: value for name, value in config.items() if name not in known}
-
-
-def _peft_options(kind: str) -> frozenset[str]:
-    """Options of a kind of adapter in the installed PEFT; empty for an unknown kind."""
-    from dataclasses import fields
-
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils.peft_types import PeftType
-
-    if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return frozenset()
-    return frozenset(field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]))

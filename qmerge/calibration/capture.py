@@ -211,6 +211,29 @@ def _names_by_offset(values: Tensor, names: Sequence[str]) -> Iterator[tuple[int
         yield first + number * int(values.stride(0)), tuple(names_of_expert)
 
 
+def groups_by_input(products: Sequence[MatrixProduct], wanted: Sequence[str]) -> list[list[str]]:
+    """Weights that are multiplied with the same input, in the order in which the layer's own code comes to them.
+
+    All experts of a layer are treated as one: ``w1`` of every expert is in the same group, also of those that got no token.
+    """
+    groups: dict[str, list[str]] = {}
+    # Equal inputs have the same memory: ``products`` keeps all of them alive, so no address is used twice.
+    first_of_input: dict[tuple[Any, ...], str] = {}
+    for product in products:
+        kind = without_expert_number(product.names[0])
+        key = first_of_input.setdefault((product.x.data_ptr(), tuple(product.x.shape)), kind)
+        for known_key, names in groups.items():
+            if kind in map(without_expert_number, names):  # the same weight of another expert has been seen
+                key = known_key
+                break
+        group = groups.setdefault(key, [])
+        kinds = {without_expert_number(name) for name in product.names}
+        for name in wanted:
+            if without_expert_number(name) in kinds and name not in group:
+                group.append(name)
+    return list(groups.values())
+
+
 def _expert_number(name: str) -> int:
     """The last number in the name: ``layers.3.mlp.experts.11.w1.weight`` → 11."""
     return int(re.findall(r"\.(\d+)(?=\.)", name)[-1])

@@ -40,7 +40,7 @@ class LayeredModel:
         parameters: weight on disk → the parameter that it becomes, or becomes a part of.
 
     Raises:
-        CheckpointError: transformers does not know the architecture, its input is no text, or it has no list of layers.
+        CheckpointError: transformers does not know the architecture, its input is not text, or it has no list of layers.
     """
 
     def __init__(self, config: Mapping[str, Any], names: Iterable[str], device: torch.device) -> None:
@@ -186,7 +186,7 @@ def lists_of_layers(model: Any, task: Task) -> dict[str, nn.ModuleList]:
     """The lists of layers of a model by name, in the order in which they run: one, or that of the encoder and of the decoder.
 
     Raises:
-        CheckpointError: it has none, its input is no text, or it runs its layers more than once (ALBERT).
+        CheckpointError: it has none, its input is not text, or it runs its layers more than once (ALBERT).
     """
     kind = type(model).__name__
     if not takes_text(model, task):

@@ -29,6 +29,7 @@ from qmerge.calibration.capture import (
     PausingProducts,
     RecordedProducts,
     StoppingProducts,
+    groups_by_input,
     without_expert_number,
 )
 from qmerge.calibration.forward import ForwardPass, LayerCall, pause
@@ -377,26 +378,3 @@ def _without_layer(name: str, index: int) -> str:
 def _renamed(layer: LayerGroups, rename: Callable[[str], str]) -> LayerGroups:
     groups = tuple(tuple(map(rename, names)) for names in layer.groups)
     return LayerGroups(groups, frozenset(map(rename, layer.into_stream)), layer.once)
-
-
-def groups_by_input(products: Sequence[MatrixProduct], wanted: Sequence[str]) -> list[list[str]]:
-    """Weights that are multiplied with the same input, in the order in which the layer's own code comes to them.
-
-    All experts of a layer are treated as one: ``w1`` of every expert is in the same group, also of those that got no token.
-    """
-    groups: dict[str, list[str]] = {}
-    # Equal inputs have the same memory: ``products`` keeps all of them alive, so no address is used twice.
-    first_of_input: dict[tuple[Any, ...], str] = {}
-    for product in products:
-        kind = without_expert_number(product.names[0])
-        key = first_of_input.setdefault((product.x.data_ptr(), tuple(product.x.shape)), kind)
-        for known_key, names in groups.items():
-            if kind in map(without_expert_number, names):  # the same weight of another expert has been seen
-                key = known_key
-                break
-        group = groups.setdefault(key, [])
-        kinds = {without_expert_number(name) for name in product.names}
-        for name in wanted:
-            if without_expert_number(name) in kinds and name not in group:
-                group.append(name)
-    return list(groups.values())

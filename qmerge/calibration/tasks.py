@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qmerge.checkpoint.architecture import auto_classes
 from qmerge.schema import Judged
 
 
@@ -22,9 +23,9 @@ class Task:
     """One kind of model.
 
     name    what it does, in words
-    lists   transformers' lists of the model classes that do this: MODEL_FOR_…_MAPPING_NAMES
+    lists   transformers' lists of the model classes that do this (``auto_classes``)
     judged  what ``qmerge verify --text`` compares
-    text    form of a line of the .jsonl file that it reads; "" where the inputs are no text
+    text    form of a line of the .jsonl file that it reads; "" where the inputs are not text
     plain   whether it also reads a .txt file
     media   what it reads from the files of a folder instead: images, sound, or nothing
     """
@@ -74,7 +75,7 @@ TASKS = (
     Task(name="image classification", lists=("IMAGE_CLASSIFICATION",), judged="classes", text="", media="images"),
     Task(name="embeddings", lists=("", "TEXT_ENCODING"), judged="embeddings"),
 )
-"""The first task whose lists have the class is taken. Names of lists are without ``MODEL_FOR_`` and ``_MAPPING_NAMES``."""
+"""The first task whose lists have the class is taken."""
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
@@ -89,12 +90,9 @@ def task_of(config: Mapping[str, Any]) -> Task:
 
 @cache
 def _classes(listed: str) -> frozenset[str]:
-    """Names of the model classes in one of transformers' lists, whose entries are a name or several."""
-    from transformers.models.auto import modeling_auto
-
-    prefix = f"MODEL_FOR_{listed}" if listed else "MODEL"
+    """Names of the model classes in one of transformers' lists."""
     names: set[str] = set()
-    for entry in getattr(modeling_auto, f"{prefix}_MAPPING_NAMES").values():
+    for entry in auto_classes(listed).values():
         names.update([entry] if isinstance(entry, str) else entry)
     return frozenset(names)
 

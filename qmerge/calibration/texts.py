@@ -48,7 +48,6 @@ LONGEST_QUOTE = 200
 Document = str | list[dict[str, Any]]
 """A text, or the messages of a chat (``role`` and ``content``)."""
 
-
 POSITIONS_AFTER_PADDING = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
@@ -197,7 +196,7 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     """A line of a .jsonl file.
 
     Raises:
-        RecipeError: it is no JSON object.
+        RecipeError: it is not a JSON object.
     """
     try:
         record = json.loads(line)

@@ -124,6 +124,19 @@ def _linear_layers_outside_text(model: Any) -> set[str]:
     return outside
 
 
+def auto_classes(listed: str) -> Mapping[str, str | tuple[str, ...]]:
+    """One of transformers' lists of classes: ``model_type`` → name of the model class, or of several.
+
+    Args:
+        listed: ``SEQUENCE_CLASSIFICATION`` for ``MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES``; "" for ``MODEL_MAPPING_NAMES``.
+    """
+    from transformers.models.auto import modeling_auto
+
+    prefix = f"MODEL_FOR_{listed}" if listed else "MODEL"
+    classes: Mapping[str, str | tuple[str, ...]] = getattr(modeling_auto, f"{prefix}_MAPPING_NAMES")
+    return classes
+
+
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether input and output embedding are one tensor.
 

@@ -1,20 +1,22 @@
 """JSON files from outside: config.json, adapter_config.json, indexes. Types, sizes, depth and counts are checked here, once.
 
-What a file leaves out is no error here: whoever needs it says so. Keys without a check may hold anything.
+A missing key is not an error here: the code that needs it reports it. Keys without a check may hold anything.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import stat
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qmerge.errors import InputError
-from qmerge.safetensors_io.strict_json import strict_json
+from qmerge.safetensors_io.disk import file_size
+from qmerge.safetensors_io.strict_json import LONE_SURROGATE, strict_json
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the largest tokenizers have 35 MB."""
@@ -52,8 +54,8 @@ def _few(value: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """Lone surrogates are valid in JSON, but cannot be written again; NUL ends a path."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    """NUL ends a path."""
+    if "\0" in text or LONE_SURROGATE.search(text):
         raise ValueError("expected text without NUL and lone surrogates")
     return text
 
@@ -62,11 +64,8 @@ Size = Annotated[Any, AfterValidator(_limited)]
 Count = Annotated[Any, AfterValidator(_few)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_encodable)]
 
-
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """A surrogate as JSON escapes it."""
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Document(BaseModel):
@@ -140,19 +139,10 @@ def is_file_name(name: str) -> bool:
 
 def odd_number(value: Any) -> str | None:
     """The first number in a document that is NaN, infinite or larger than any that qmerge writes; None where all are usual."""
-    # Level by level, without recursion: as in ``is_deeper``.
-    level: list[Any] = [value]
-    while level:
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-            # The comparison is false for NaN, too.
-            elif isinstance(item, int | float) and not -LARGEST_NUMBER <= item <= LARGEST_NUMBER:
-                return f"{item:.3g}" if isinstance(item, float) else f"a number of {item.bit_length()} bits"
-        level = inner
+    for item in chain.from_iterable(_levels(value)):
+        # The comparison is false for NaN, too.
+        if isinstance(item, int | float) and not -LARGEST_NUMBER <= item <= LARGEST_NUMBER:
+            return f"{item:.3g}" if isinstance(item, float) else f"a number of {item.bit_length()} bits"
     return None
 
 
@@ -183,13 +173,10 @@ def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:
     """A JSON object from a file, without duplicate keys.
 
     Raises:
-        error: the file cannot be read, is no regular file, is larger than ``LARGEST_JSON``, or holds something else.
+        error: the file cannot be read, is not a regular file, is larger than ``LARGEST_JSON``, or holds something else.
     """
     try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for, a device read for ever
-            raise error(f"{path.name}: not a regular file ({path})")
-        if state.st_size > LARGEST_JSON:
+        if file_size(path, error) > LARGEST_JSON:
             raise error(f"{path.name}: larger than {LARGEST_JSON >> 20} MiB, which no model needs ({path})")
         text = path.read_bytes()
         content = strict_json(text, path.name, error)
@@ -205,15 +192,19 @@ def read_json(path: Path, error: type[InputError]) -> dict[str, Any]:
 
 def is_deeper(value: Any, levels: int) -> bool:
     """Whether lists and dicts are nested in more levels than this."""
-    level: list[Any] = [value]
-    for _ in range(levels):
+    innermost = next(islice(_levels(value), levels, None), [])
+    return any(isinstance(item, dict | list) for item in innermost)
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """A value, then the values that lists and dicts hold, level by level: without recursion, which Python limits."""
+    level = [value]
+    while level:
+        yield level
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
                 inner += item.values()
             elif isinstance(item, list):
                 inner += item
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
+        level = inner

@@ -286,9 +286,8 @@ def side_files(base: Path, adapter: Path) -> dict[str, Path]:
     for path in _matching_files(adapter, TOKENIZER):
         adapter_files[path.relative_to(adapter).as_posix()] = path
     if "chat_template.jinja" not in adapter_files and _has_template(adapter / "tokenizer_config.json"):
-        chosen.pop(
-            "chat_template.jinja", None
-        )  # transformers would prefer the base's file to the adapter's own template
+        # transformers would prefer the base's file to the adapter's own template.
+        chosen.pop("chat_template.jinja", None)
     return chosen | adapter_files
 
 
@@ -330,7 +329,7 @@ def copy_side_files(out: Path, files: Mapping[str, Path]) -> None:
 
 
 def without_local_paths(value: Any) -> Any:
-    """JSON in which ``_name_or_path``, the folder that transformers read it from, is no absolute path."""
+    """JSON in which ``_name_or_path``, the folder that transformers read it from, is not an absolute path."""
     if isinstance(value, list):
         return [without_local_paths(inner) for inner in value]
     if not isinstance(value, dict):

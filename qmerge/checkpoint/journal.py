@@ -28,12 +28,8 @@ from qmerge.safetensors_io.disk import disk_errors, write_file
 STEM = ".qmerge-journal"
 NAME = f"{STEM}.jsonl"
 
-STEP_FIELDS = frozenset({"step", "sha256", "texts", "outcome"})
-
-FILE_FIELDS = frozenset({"file", "bytes", "sha256"})
-
-# Of fields that are used without a further check; a line with another type is as good as none.
-STEP_TYPES = {"step": str, "texts": dict}
+# Fields and their types; a line without one of them, or with another type, is as good as none.
+STEP_TYPES = {"step": str, "sha256": dict, "texts": dict, "outcome": object}
 FILE_TYPES = {"file": str, "bytes": int, "sha256": str}
 PART_TYPES = {"recipe": dict, "files": list, "records": list, "device": str}
 
@@ -158,15 +154,15 @@ def read_journal(path: Path) -> JournalContent:
         return content
     content.first = records[0]
     for record in records[1:]:
-        if record.keys() >= STEP_FIELDS and _has_types(record, STEP_TYPES):
+        if _has_types(record, STEP_TYPES):
             content.steps[record["step"]] = record
-        if record.keys() >= FILE_FIELDS and _has_types(record, FILE_TYPES):
+        if _has_types(record, FILE_TYPES):
             content.files[record["file"]] = record
     return content
 
 
 def _has_types(record: Mapping[str, Any], types: Mapping[str, type]) -> bool:
-    return all(isinstance(record.get(name), kind) for name, kind in types.items())
+    return all(name in record and isinstance(record[name], kind) for name, kind in types.items())
 
 
 def parts_begun(folder: Path, name: str = NAME) -> list[Part]:

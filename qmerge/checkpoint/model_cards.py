@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import stat
 from pathlib import Path
 
 import yaml
 
 from qmerge.checkpoint.documents import LONGEST_NAME
+from qmerge.checkpoint.plain_yaml import PlainLoader
 
 READ_BYTES = 2**20
 """Bytes of a card that are read; its metadata is at the beginning."""
@@ -40,7 +40,7 @@ def card_fields(folder: Path, wanted: tuple[str, ...]) -> dict[str, str | list[s
     if not text or len(text) > LARGEST_FIELDS:
         return {}
     try:
-        content = yaml.load(text, Loader=_PlainLoader)  # a SafeLoader: no code is run
+        content = yaml.load(text, Loader=PlainLoader)  # a SafeLoader: no code is run
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     # In the order asked for, not in that of the card: outputs depend on it.
@@ -53,19 +53,10 @@ def card_fields(folder: Path, wanted: tuple[str, ...]) -> dict[str, str | list[s
     return fields
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """A YAML loader without aliases, of which a few lines make gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
 def _beginning(path: Path) -> str:
     """The first part of a card; "" where there is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not path.is_file():  # a pipe would be waited for
             return ""
         with path.open("rb") as file:
             return file.read(READ_BYTES).decode("utf-8", "replace")

@@ -85,9 +85,10 @@ def verify_command(
     from qmerge.evaluation.fidelity import fidelity_of_folder, llama_cpp_fidelity
     from qmerge.evaluation.llama_cpp import has_llama_cpp
     from qmerge.evaluation.merged import task_of_folder
-    from qmerge.evaluation.verify import Check, verify
+    from qmerge.evaluation.verify import verify
     from qmerge.evaluation.whole_fidelity import check_text
     from qmerge.gguf.base import gguf_file
+    from qmerge.report.result import Check
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress
     from qmerge.report.terminal.tables import check_line, fidelity_table, llama_cpp_line
@@ -96,9 +97,8 @@ def verify_command(
         raise RecipeError("--against needs --text FILE: the held-out text to compare on")
     out = out.parent if out.is_file() else out
     if text:
-        check_text(
-            text, task_of_folder(out)
-        )  # a text that cannot be used is refused before gigabytes are hashed and loaded
+        # A text that cannot be used is refused before gigabytes are hashed and loaded.
+        check_text(text, task_of_folder(out))
     checks = verify(out, reload, loader, against_inputs=against_inputs)
     fidelity = None
     if text:

@@ -17,7 +17,6 @@ from qmerge.errors import RecipeError, TokenizerError
 MASKED_EVERY = 7
 """One token in so many is masked, about the share that masked language models are trained with (15 %)."""
 
-
 NO_NUMBER = (
     "does not run on what --text reads, so there is no number for it. To get one, run base, unmerged and merged model on inputs of "
     "yours and compare their outputs; qmerge verify without --text checks that the model loads and computes what is stored"

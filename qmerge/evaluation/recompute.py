@@ -154,7 +154,7 @@ def _different_weights(folder: Path, shard: Shard, steps: Sequence[Step], contex
     """Names of the weights that have other bytes in the file than when they are computed again."""
     path = folder / shard.file
     # Positions come from the plan: a file with another header differs in all its weights.
-    texts = _texts(path, shard.layout)
+    texts = _texts(path, shard.layout, context.reader)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         different = []
@@ -168,17 +168,12 @@ def _different_weights(folder: Path, shard: Shard, steps: Sequence[Step], contex
         os.close(descriptor)
 
 
-def _texts(path: Path, layout: FileLayout) -> dict[str, bytes]:
+def _texts(path: Path, layout: FileLayout, reader: Reader) -> dict[str, bytes]:
     """The tensors of a file whose size was known only at the end."""
     if not layout.texts:
         return {}
     tensors, _ = read_header(path, CheckpointError)
-    with path.open("rb") as file:
-        texts = {}
-        for name in layout.texts:
-            file.seek(tensors[name].offset)
-            texts[name] = file.read(tensors[name].nbytes)
-        return texts
+    return {name: bytes(reader.bytes(tensors[name], 0, tensors[name].nbytes)) for name in layout.texts}
 
 
 class ComparingSink(TensorSink):

@@ -38,7 +38,7 @@ def outputs_of(result: Any) -> tuple[Tensor, str]:
 
 
 class CannotCompareError(CheckpointError):
-    """The model of the stored values cannot be run here, or not on this input: that is no fault of the folder."""
+    """The model of the stored values cannot be run here, or not on this input: the folder is not at fault."""
 
 
 def stored_outputs(checkpoint: Checkpoint, inputs: Mapping[str, Any], reader: Reader) -> tuple[Tensor, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -30,19 +29,11 @@ from qmerge.gguf.base import gguf_file
 from qmerge.gguf.converter import packages
 from qmerge.gguf.header import read_header
 from qmerge.report.output_record import check_checksum
+from qmerge.report.result import Check
 from qmerge.safetensors_io.disk import hash_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME, FileRecord, ReportData, read_report
 from qmerge.wording import counted
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of a folder. ``found``: one line, the result or the error."""
-
-    name: str
-    ok: bool
-    found: str
 
 
 def verify(

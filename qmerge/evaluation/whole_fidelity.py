@@ -32,6 +32,13 @@ from qmerge.wording import counted
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
+POOLING_MODES: dict[str, Pooling] = {
+    "cls_token": "cls", "cls": "cls", "lasttoken": "lasttoken", "mean_tokens": "mean", "mean": "mean",
+}  # fmt: skip
+"""sentence-transformers' names of the ways that are measured here."""
+
+OTHER_POOLING_MODES = ("max_tokens", "max", "mean_sqrt_len_tokens", "weightedmean_tokens", "weightedmean")
+
 
 def whole_fidelity(
     plan: Plan,
@@ -79,9 +86,8 @@ def whole_fidelity(
             continue
         for base, unmerged, merged_output in zip(*outputs, strict=True):
             _add(scores, judged, example, base=base, unmerged=unmerged, merged=merged_output)
-    if (
-        numbers
-    ):  # those of all examples are one vector: the distance of a single one, relative to it, means nothing near zero
+    if numbers:
+        # Those of all examples are one vector: the distance of a single one, relative to it, means nothing near zero.
         base, unmerged, merged_output = (torch.cat(of_model, dim=1) for of_model in zip(*numbers, strict=True))
         scores.add_vectors(base=base, unmerged=unmerged, merged=merged_output)
     lengths = [example.tokens for example in examples]
@@ -199,16 +205,3 @@ def pooling_of(folder: Path) -> Pooling:
         if modes:
             return POOLING_MODES[modes.pop()]
     return "mean"
-
-
-POOLING_MODES: dict[str, Pooling] = {
-    "cls_token": "cls", "cls": "cls", "lasttoken": "lasttoken", "mean_tokens": "mean", "mean": "mean",
-}  # fmt: skip
-OTHER_POOLING_MODES = (
-    "max_tokens",
-    "max",
-    "mean_sqrt_len_tokens",
-    "mean_sqrt_len_tokens",
-    "weightedmean_tokens",
-    "weightedmean",
-)

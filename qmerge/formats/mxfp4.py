@@ -11,7 +11,15 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats._dense import StoredValues
-from qmerge.formats._fp4 import StoredFp4, exponents_of, least_error_scales, pack_fp4, power_candidates, powers_of_two
+from qmerge.formats._fp4 import (
+    MXFP4_BIAS,
+    StoredFp4,
+    exponents_of,
+    least_error_scales,
+    pack_fp4,
+    power_candidates,
+    powers_of_two,
+)
 from qmerge.formats._levels import FP4, FP4_LEVELS, LevelsGrid
 from qmerge.formats.base import NOT_QUANTIZED, FormatInfo, ModuleLayout, NoOptions, Stored, TargetFormat
 from qmerge.grids import Grid
@@ -23,9 +31,6 @@ BYTES = 16
 
 # Inputs that share a scale.
 GROUP_SIZE = 2 * BYTES
-
-# Added to the exponent of a block before it is stored.
-BIAS = 127
 
 # Ends of the tensors' names.
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -53,7 +58,7 @@ class StoredMxfp4(StoredValues):
         scale_EOG = self._of_experts(self._scales, rows)
         pairs_EOGBP = torch.stack((packed_EOGB & 15, packed_EOGB >> 4), dim=-1)
         numbers_EOGN = self._table[pairs_EOGBP.int()].flatten(-2)
-        values_EOI = torch.ldexp(numbers_EOGN, scale_EOG.int()[..., None] - BIAS).flatten(-2)
+        values_EOI = torch.ldexp(numbers_EOGN, scale_EOG.int()[..., None] - MXFP4_BIAS).flatten(-2)
         return values_EOI.transpose(1, 2).reshape(len(rows), -1)
 
     def _of_experts(self, info: TensorInfo, rows: Rows) -> Tensor:
@@ -150,7 +155,7 @@ class Mxfp4(TargetFormat[NoOptions]):
         config = dict(base) or {"quant_method": self.info.quant_method, "modules_to_not_convert": list(DENSE_MODULES)}
         if layout.experts:
             listed = config.get("modules_to_not_convert") or []
-            config["modules_to_not_convert"] = [*listed, *(module for module in layout.experts if module not in listed)]
+            config["modules_to_not_convert"] = list(dict.fromkeys([*listed, *layout.experts]))
         return config
 
 

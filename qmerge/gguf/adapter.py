@@ -34,7 +34,7 @@ def extracted_adapter(path: Path, places: Mapping[str, Place]) -> Path:
         places: where the weights of the base are in a GGUF file.
 
     Raises:
-        AdapterError: the file is no LoRA, or one for another model.
+        AdapterError: the file is not a LoRA, or one for another model.
         CheckpointError: it is damaged.
     """
     header = read_header(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +11,7 @@ from qmerge.adapters.updates.lora import TokenRowsUpdate
 from qmerge.checkpoint.architecture import embedding_weights, tied_embedding_weights
 from qmerge.errors import AdapterError
 from qmerge.planning.inputs import Inputs
+from qmerge.planning.modules import NUMBERED
 from qmerge.types import Change, Replacement, Update
 
 Pair = tuple[str, str]
@@ -36,7 +36,7 @@ class Embeddings:
         adapter = self.inputs.adapter
         changed = (*adapter.updates, *adapter.replaced)
         # Embeddings are outside the layers. Finding their names takes seconds, because the model is built without weights.
-        if all(re.search(r"\.\d+\.", name) for name in changed):
+        if all(NUMBERED.search(name) for name in changed):
             return None
         return self._on_disk(tied_embedding_weights(self.inputs.base.config))
 

@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from qmerge.checkpoint.architecture import meta_model
+from qmerge.checkpoint.architecture import auto_classes, meta_model
 from qmerge.checkpoint.names import Names
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.errors import AdapterError, listed
 from qmerge.formats.base import NoOptions
 from qmerge.types import DENSE_FORMATS, TensorInfo, Weight
 
-MAPPINGS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+AUTO_CLASSES = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
 }
-"""``task_type`` of an adapter → transformers' table of ``model_type`` → class."""
+"""``task_type`` of an adapter → name of transformers' list of classes."""
 
 HEADED = ("Classification", "QuestionAnswering", "ForCTC", "MultipleChoice")
 """Ends of the names of classes whose head is trained anew for a task."""
@@ -74,17 +74,16 @@ def head_note(base: Checkpoint) -> str:
 def _class_for(base: Checkpoint, adapter: Mapping[str, Any]) -> str | None:
     """Name of the class that was trained: transformers' for the task, or the one that peft has noted; None where unknown."""
     import transformers
-    from transformers.models.auto import modeling_auto
 
     task = str(adapter.get("task_type"))
-    if task in MAPPINGS:
-        class_name = getattr(modeling_auto, MAPPINGS[task]).get(base.config.get("model_type"))
+    if task in AUTO_CLASSES:
+        class_name = auto_classes(AUTO_CLASSES[task]).get(str(base.config.get("model_type")))
         return class_name if isinstance(class_name, str) else None
     # Without a task, peft notes the class of the model (auto_mapping).
     noted = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    is_known = isinstance(noted, str) and noted.endswith(HEADED) and hasattr(transformers, noted)
-    model_class = getattr(transformers, noted, None) if is_known and isinstance(noted, str) else None
-    config_class = getattr(model_class, "config_class", None)
+    if not isinstance(noted, str) or not noted.endswith(HEADED) or not hasattr(transformers, noted):
+        return None
+    config_class = getattr(getattr(transformers, noted), "config_class", None)
     return noted if getattr(config_class, "model_type", None) == base.config.get("model_type") else None
 
 

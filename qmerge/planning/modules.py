@@ -240,7 +240,7 @@ class Modules:
         if self.inputs.base.config.get("model_type") not in LLAMA_4 or self.target.info.container:
             return
         for step in steps:
-            if len(step.weight.shape) == 3 and EXPERTS.match(step.weight.module):
+            if is_expert_stack(step.weight):
                 raise RecipeError(
                     f"{step.name} is a stack of experts, which transformers does not load in a quantized Llama 4: use --target fp8 "
                     f"or bf16"
@@ -250,8 +250,8 @@ class Modules:
         """Of a module of experts, loaders take both stacks in the target format, or neither (--promote)."""
         dense = dense_experts(steps, self.target)
         for step in steps:
-            is_stack = len(step.weight.shape) == 3 and EXPERTS.match(step.weight.module)
-            if is_stack and step.target != self.target.name and step.weight.module not in dense:
+            is_left_dense = step.target != self.target.name and step.weight.module not in dense
+            if is_left_dense and is_expert_stack(step.weight):
                 raise RecipeError(
                     f"{step.name} would stay dense and the other stack of the module be {self.target.name}, which no loader takes: "
                     f"leave out --promote, or use --target bf16"
@@ -327,8 +327,7 @@ class Modules:
 
     def _is_gpt_oss_stack(self, weight: Weight) -> bool:
         """Whether a weight is a stack [E, I, O] of gpt-oss' experts, not their biases."""
-        is_stack = len(weight.shape) == 3 and EXPERTS.match(weight.module) is not None
-        return is_stack and self.inputs.base.config.get("model_type") == GPT_OSS
+        return is_expert_stack(weight) and self.inputs.base.config.get("model_type") == GPT_OSS
 
     @property
     def _keeps_names(self) -> bool:
@@ -341,6 +340,11 @@ def dense_expert_steps(steps: tuple[Step, ...], target: TargetFormat[Any]) -> li
     if not target.info.is_quantized or target.info.container:
         return []
     return [step for step in steps if step.target != target.name and is_expert(step.weight)]
+
+
+def is_expert_stack(weight: Weight) -> bool:
+    """Whether a weight is a stack of matrices, or one of larger things, of a module ``….experts``."""
+    return len(weight.shape) == 3 and EXPERTS.match(weight.module) is not None
 
 
 def is_expert(weight: Weight) -> bool:

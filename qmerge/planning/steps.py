@@ -3,7 +3,6 @@ tensors?"""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from qmerge.gguf.output import GgufOutput, gguf_output
 from qmerge.planning.changes import ChangeMatcher
 from qmerge.planning.embeddings import Embeddings
 from qmerge.planning.inputs import Inputs
-from qmerge.planning.modules import Modules
+from qmerge.planning.modules import NUMBERED, Modules
 from qmerge.planning.targets import TargetChooser, WeightTarget
 from qmerge.recipe import Recipe
 from qmerge.types import Change, Options, Replacement, Step, StepSource, TensorSpec, Update, Weight
@@ -61,7 +60,7 @@ class StepMaker:
         whole, which training had in full precision."""
         heads: set[str] = set()
         for name in self.inputs.adapter.replaced:
-            if not re.search(r"\.\d+\.", name) and not is_embedding(name):
+            if not NUMBERED.search(name) and not is_embedding(name):
                 heads.add(name)
         return self.promoted | heads
 

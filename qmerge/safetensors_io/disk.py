@@ -6,12 +6,13 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qmerge.errors import DiskError, QmergeError, RecipeError, RoomError
+from qmerge.errors import DiskError, InputError, QmergeError, RecipeError, RoomError
 
 PARTIAL = ".partial"
 """Added to the name of a file that is not whole."""
@@ -24,7 +25,6 @@ LONGEST_SHOWN = 100
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, an exceeded quota, and the file system's size limit."""
-
 
 RUN_AGAIN = "run again (a merge: with --resume, which keeps finished work)"
 
@@ -124,6 +124,19 @@ def hash_range(descriptor: int, start: int, length: int, *others: Hash) -> str:
             hashes.update(data)
         position += len(data)
     return sha256.hexdigest()
+
+
+def file_size(path: Path, error: type[InputError]) -> int:
+    """Bytes of a file that is going to be read.
+
+    Raises:
+        OSError: it is missing, or not to be looked at.
+        error: it is not a regular file: a pipe would be waited for, a device read for ever.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise error(f"{path.name}: not a regular file ({path})")
+    return state.st_size
 
 
 def hash_file(path: Path) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import InputError
-from qmerge.safetensors_io.strict_json import strict_json
+from qmerge.safetensors_io.disk import file_size
+from qmerge.safetensors_io.strict_json import LONE_SURROGATE, strict_json
 from qmerge.types import BITS, TensorInfo, TensorSpec
 
 LENGTH_BYTES = 8
@@ -45,17 +45,14 @@ def read_header(path: Path, error: type[InputError]) -> tuple[dict[str, TensorIn
         error: the file is missing, truncated, or not a safetensors file, or its header breaks the specification.
     """
     try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
-            raise error(f"{path.name}: not a regular file ({path})")
-        file_size = state.st_size
+        nbytes = file_size(path, error)
         with path.open("rb") as file:
             start = file.read(LENGTH_BYTES)
-            length = _header_length(path, start, file_size, error)
+            length = _header_length(path, start, nbytes, error)
             text = file.read(length)
     except OSError as cause:
         raise error(f"{path.name}: cannot be read: {cause.strerror} ({path})") from cause
-    return _HeaderParser(path, error, LENGTH_BYTES + length, file_size).parse(text)
+    return _HeaderParser(path, error, LENGTH_BYTES + length, nbytes).parse(text)
 
 
 def _header_length(path: Path, start: bytes, file_size: int, error: type[InputError]) -> int:
@@ -94,7 +91,7 @@ class _HeaderParser:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._invalid("__metadata__ must map names to texts")
         for name in entries:
-            if not _is_unicode_text(name):
+            if LONE_SURROGATE.search(name):
                 raise self._invalid(f"the tensor name {name!a} is not Unicode text")
         tensors = {name: self._tensor(name, entry) for name, entry in entries.items()}
         self._check_data_is_covered(tensors)
@@ -141,20 +138,14 @@ class _HeaderParser:
 
 
 def _is_size(value: Any) -> bool:
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SIZE
-    )  # True is an int in Python
+    is_number = isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python
+    return is_number and 0 <= value <= LARGEST_SIZE
 
 
 def _is_shape(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MOST_AXES or not all(map(_is_size, value)):
         return False
     return math.prod(value) <= LARGEST_SIZE
-
-
-def _is_unicode_text(name: str) -> bool:
-    """Lone surrogates are valid JSON, but they cannot be encoded: such a name could not be written again."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def build_header(layout: Mapping[str, tuple[TensorSpec, int]], length: int | None = None) -> bytes:

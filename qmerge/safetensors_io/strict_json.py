@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from qmerge.errors import InputError
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character: valid in JSON, but it cannot be encoded, so that such a name or text could not be written again."""
 
 
 def strict_json(text: bytes, name: str, error: type[InputError]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class FileLayout:
         return cls(tensors, tuple(sorted(texts)), header_length, fixed_bytes=position)
 
     def header(self, tensors: Mapping[str, PlacedTensor]) -> bytes:
-        """What stands before the tensors; texts have their final length in ``tensors``."""
+        """Everything before the tensors; texts have their final length in ``tensors``."""
         return build_header(tensors, self.header_length)
 
     @property
@@ -102,7 +102,7 @@ class TensorSink(Protocol):
     def append(self, name: str, tensor: Tensor) -> None:
         """Append values to a tensor, in order."""
 
-    def append_bytes(self, name: str, data: bytearray) -> None:
+    def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
         """Append bytes to a tensor, in order."""
 
 
@@ -297,7 +297,7 @@ class NullSink(TensorSink):
     def append(self, name: str, tensor: Tensor) -> None:
         pass
 
-    def append_bytes(self, name: str, data: bytearray) -> None:
+    def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
         pass
 
 
@@ -308,9 +308,9 @@ class MemorySink(TensorSink):
         self._data: dict[str, bytearray] = {}
 
     def append(self, name: str, tensor: Tensor) -> None:
-        self.append_bytes(name, bytearray(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        self.append_bytes(name, tensor_bytes(tensor))
 
-    def append_bytes(self, name: str, data: bytearray) -> None:
+    def append_bytes(self, name: str, data: memoryview | bytearray) -> None:
         self._data.setdefault(name, bytearray()).extend(data)
 
     def read(self, name: str) -> bytes:

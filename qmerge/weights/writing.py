@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmerge.errors import NumbersError
 from qmerge.formats import get_target
 from qmerge.formats.base import TargetFormat
 from qmerge.grids import Grid
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.writer import TensorSink
 from qmerge.types import TORCH_DTYPES, Step, TensorInfo, as_matrix
+from qmerge.weights.finite import PARAMETERS, check_copied
 
 COPY_BYTES = 2**22
 """Bytes that are copied at a time."""
-
-
-PARAMETERS = ("weight", "bias")
-"""Names in modules of what was trained. Other tensors (masks) may hold infinity."""
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
@@ -37,18 +30,9 @@ def copy_bytes(step: Step, sink: TensorSink, reader: Reader) -> None:
         for start in range(0, info.nbytes, COPY_BYTES):
             stop = min(start + COPY_BYTES, info.nbytes)
             data = reader.bytes(info, start, stop)
-            if step.weight.local in PARAMETERS and info.dtype in FLOATS and not _is_finite(data, info.dtype):
-                raise NumbersError(
-                    f"{info.name}: the base contains NaN or infinity, so the model would put out nothing else: the file is "
-                    f"damaged; download it again"
-                )
+            if step.weight.local in PARAMETERS:
+                check_copied(data, info)
             sink.append_bytes(info.name, data)
-
-
-def _is_finite(data: bytearray, dtype: str) -> bool:
-    """Whether there is neither NaN nor infinity: the extremes tell, several times faster than a test of every value."""
-    low, high = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).aminmax()
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def write_replacement(step: Step, values: Tensor, sink: TensorSink) -> None:

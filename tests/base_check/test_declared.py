@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, OFTConfig
 from safetensors.torch import load_file, save_file
 
-from qmerge.base_check import declared, deltas
+from qmerge.base_check import declared, deltas, peft_options
 from qmerge.base_check.declared import GivenBase, Remark
 from qmerge.base_check.model_names import is_same_model, origin_of, storage_marks
 from qmerge.checkpoint.fingerprint import Fingerprint, fingerprint
@@ -176,10 +176,10 @@ def test_way_out_exists() -> None:
 
 
 def test_options_are_those_of_peft() -> None:
-    assert {field.name for field in fields(LoraConfig)} == declared.LORA_OPTIONS
-    assert declared.other_options({"peft_type": "LORA", "r": 4, "unsloth_fixed": True}) == {"unsloth_fixed": True}
+    assert {field.name for field in fields(LoraConfig)} == peft_options.LORA_OPTIONS
+    assert peft_options.other_options({"peft_type": "LORA", "r": 4, "unsloth_fixed": True}) == {"unsloth_fixed": True}
     oft = OFTConfig(target_modules=["q_proj"]).to_dict()
-    assert declared.other_options({**oft, "peft_type": "OFT", "r": 4, "note": 1}) == {"note": 1}
+    assert peft_options.other_options({**oft, "peft_type": "OFT", "r": 4, "note": 1}) == {"note": 1}
 
 
 # --- chains ------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _is_one_whole_weight(blocks: tuple[DiskBlock, ...], disk: DiskShapes) -> boo
 
 
 def _as_on_disk(change: Change, disk_shape: tuple[int, ...]) -> Change:
-    """The change of a whole weight. A stack of one is that matrix, where the weight on disk is no stack."""
+    """The change of a whole weight. A stack of one is that matrix, where the weight on disk is a matrix."""
     if isinstance(change, StackUpdate) and len(disk_shape) == 2:
         return change.experts[0]
     return _fitted(change, disk_shape)

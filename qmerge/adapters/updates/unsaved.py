@@ -21,7 +21,6 @@ from qmerge.errors import CheckpointError
 PLACES = ("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out")
 """Options that say which layers of a whole model are targeted, or how they are oriented."""
 
-
 ORDERED = ("TINYLORA", "UNILORA")
 """Types whose draws depend on the order of the layers in the model, which files do not show."""
 

@@ -23,7 +23,7 @@ from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.adapters.updates.variants import ByWidthUpdate
-from qmerge.base_check import declared, deltas
+from qmerge.base_check import declared, deltas, peft_options
 from qmerge.checkpoint.scan import scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
 from qmerge.planning.inputs import read_inputs
@@ -64,7 +64,7 @@ def describe_adapter(source: hub.Source, base: str | None = None, base_revision:
         base_revision: revision of that model on the Hub.
 
     Raises:
-        AdapterError, CheckpointError: the folder holds no adapter, or ``base`` is no model.
+        AdapterError, CheckpointError: the folder holds no adapter, or ``base`` is not a model.
     """
     config = read_config(source.folder)
     described = _describe_files(source, config)
@@ -85,7 +85,7 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
     for name in CONFIG_KEYS:
         if config.get(name) not in (None, {}, []):
             known[name] = config[name]
-    other = declared.other_options(config)
+    other = peft_options.other_options(config)
     for name in CONFIG_KEYS:
         other.pop(name, None)
     infos = select_adapter(tensor_infos(source.folder), source.adapter)
