@@ -1,6 +1,7 @@
 """Correctness, speed and memory of qmerge on a GPU, in under 4 minutes, without a network.
 
-    python benchmarks/gpu.py [--small] [--only tests,kernels,layers,decoder,merges]
+    python benchmarks/gpu.py [--small] [--only tests,kernels,layers,decoder,merges,repeat]
+    python benchmarks/gpu.py --only model     # an 8B Llama of 32 layers, by the command: some minutes, 12 GB of disk
 
 Needs Python 3.10 or later with torch (a CUDA build), triton, transformers, peft, accelerate and safetensors. If the machine
 has no network, bring wheels of: bitsandbytes, pydantic, pydantic_core, annotated_types, typing_inspection, typing_extensions,
@@ -11,6 +12,8 @@ kernels    one pass of feedback: products alone, with the kernels in several sha
 layers     the weights of an 8B Llama (4096 and 14336 wide), NF4 to NF4 and to GPTQ, nearest and preserve
 decoder    a merge of one whole decoder layer of that size, calibrated on 16,384 tokens; extrapolated to 32 layers
 merges     the demo model, merged on CUDA and on the CPU: how many bytes differ
+repeat     one layer, merged on CUDA again, with other limits of memory: how many bytes differ
+model      a whole model of that size, by the command, from disk to disk: time, memory of the process and of the GPU
 
 Each section prints Markdown. One that fails prints its traceback, and the next one begins. With --small, sizes are tiny and
 the CPU is used where there is no GPU: it tests this script. Statistics, weights and the adapter are random: times and memory
@@ -25,6 +28,7 @@ import json
 import os
 import platform
 import pstats
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +44,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "qmerge" / "demo"
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -56,6 +61,7 @@ from qmerge.types import Rows
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RANK = 16
 LAYERS = 32
+LLAMA_VOCABULARY = 128256
 BUDGET = 225.0
 
 # Grid → rows of a program and its warps, to be compared.
@@ -94,7 +100,7 @@ class Sizes:
 
 
 LARGE = Sizes(4096, 14336, heads=32, key_heads=8, vocabulary=8192, tokens=16384, sequence=512)
-SMALL = Sizes(128, 448, heads=4, key_heads=2, vocabulary=512, tokens=512, sequence=64)
+SMALL = Sizes(128, 448, heads=4, key_heads=2, vocabulary=768, tokens=512, sequence=64)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -321,7 +327,6 @@ def merges(sizes: Sizes, rates: Rates) -> None:
     """CUDA against the CPU."""
     say("| demo model | differing bytes of tensors | of bytes | share | kept: CPU, GPU | seconds: CPU, GPU |")
     say("|---|---|---|---|---|---|")
-    demo = ROOT / "qmerge" / "demo"
     for target, rounding in (
         ("nf4", "nearest"), ("nf4", "stochastic"), ("nf4", "preserve"), ("gptq", "preserve"), ("int8", "nearest"),
         ("bf16", "nearest"),
@@ -331,10 +336,10 @@ def merges(sizes: Sizes, rates: Rates) -> None:
             for device in ("cpu", DEVICE.type):
                 settings: dict[str, Any] = {"rounding": rounding, "device": device, "target": target, "quiet": True}
                 if rounding == "preserve":
-                    settings.update(calibration=str(demo / "calibration.txt"), calibration_tokens=1024)
+                    settings.update(calibration=str(DEMO / "calibration.txt"), calibration_tokens=1024)
                 out = Path(folder) / f"{device}-{len(seconds)}"
                 started = time.perf_counter()
-                report = qmerge.merge(base=demo / "base-nf4", adapter=demo / "adapter", out=out, **settings)
+                report = qmerge.merge(base=DEMO / "base-nf4", adapter=DEMO / "adapter", out=out, **settings)
                 seconds.append(time.perf_counter() - started)
                 kept.append(report.kept or float("nan"))
             differing, total = count_differences(Path(folder) / "cpu-0", Path(folder) / f"{DEVICE.type}-1")
@@ -344,17 +349,35 @@ def merges(sizes: Sizes, rates: Rates) -> None:
             )
 
 
+def repeat(sizes: Sizes, rates: Rates) -> None:
+    """CUDA against CUDA: the same merge again, and with the least memory that it takes."""
+    say("| one layer | then | differing bytes of tensors | of bytes |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = Path(folder) / "base", Path(folder) / "adapter"
+        write_checkpoint(base, sizes)
+        write_adapter(adapter, sizes)
+        for target, rounding in (("nf4", "stochastic"), ("nf4", "preserve"), ("gptq", "preserve")):
+            outs = []
+            for memory in ("32GB", "32GB", "12GB"):
+                outs.append(Path(folder) / f"{target}-{rounding}-{len(outs)}")
+                merge_layer(base, adapter, outs[-1], target, rounding, sizes, memory)
+            for out, label in zip(outs[1:], ("again", "with 12 GB"), strict=True):
+                differing, total = count_differences(outs[0], out)
+                say(f"| {target} {rounding} | {label} | {differing} | {total} |")
+
+
 def count_differences(left: Path, right: Path) -> tuple[int, int]:
     """(bytes that differ, all bytes) of the tensors of two merged models."""
     from safetensors import safe_open
 
     differing, total = 0, 0
-    with safe_open(left / "model.safetensors", "pt") as one, safe_open(right / "model.safetensors", "pt") as other:
-        for name in one.keys():  # noqa: SIM118
-            a = one.get_tensor(name).contiguous().flatten().view(torch.uint8)
-            b = other.get_tensor(name).contiguous().flatten().view(torch.uint8)
-            differing += int((a != b).sum())
-            total += a.numel()
+    for file in sorted(left.glob("*.safetensors")):
+        with safe_open(file, "pt") as one, safe_open(right / file.name, "pt") as other:
+            for name in one.keys():  # noqa: SIM118
+                a = one.get_tensor(name).contiguous().flatten().view(torch.uint8)
+                b = other.get_tensor(name).contiguous().flatten().view(torch.uint8)
+                differing += int((a != b).sum())
+                total += a.numel()
     return differing, total
 
 
@@ -522,14 +545,16 @@ def decoder(sizes: Sizes, rates: Rates) -> None:
             show_profile(lambda: merge_layer(base, adapter, Path(folder) / "profiled", "nf4", "preserve", sizes))
 
 
-def merge_layer(base: Path, adapter: Path, out: Path, target: str, rounding: str, sizes: Sizes) -> None:
+def merge_layer(
+    base: Path, adapter: Path, out: Path, target: str, rounding: str, sizes: Sizes, max_memory: str = "32GB"
+) -> None:
     """The merge."""
     settings: dict[str, Any] = {}
     if rounding == "preserve":
         settings = {"calibration": "random", "calibration_tokens": sizes.tokens, "sequence_length": sizes.sequence}
     qmerge.merge(
         base=base, adapter=adapter, out=out, target=target, rounding=rounding, device=DEVICE.type, quiet=True,
-        max_memory="32GB", **settings,
+        max_memory=max_memory, **settings,
     )  # fmt: skip
 
 
@@ -546,6 +571,44 @@ def extrapolate(seconds: float) -> None:
     for name, (their_flops, their_bandwidth) in GPUS.items():
         ratios = sorted((flops / their_flops, bandwidth / their_bandwidth))
         say(f"| {name} | {LAYERS * seconds * ratios[0]:.0f} to {LAYERS * seconds * ratios[1]:.0f} |")
+
+
+# Prints, after the command: most memory of the process and of torch on the GPU, in GB.
+MEASURED = """
+import resource, sys, torch
+from qmerge.cli import main
+try:
+    main()
+finally:
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
+    print(f"measured {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} {gpu / 1e9:.2f}", flush=True)
+"""
+
+
+def model(sizes: Sizes, rates: Rates) -> None:
+    """A whole model by the command, as a user runs it: plan, merge, hashes, report."""
+    sizes = replace(sizes, vocabulary=LLAMA_VOCABULARY if sizes is LARGE else sizes.vocabulary)
+    layers = LAYERS if sizes.hidden == LARGE.hidden else 2
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter, out = Path(folder) / "base", Path(folder) / "adapter", Path(folder) / "out"
+        seconds = seconds_of(partial(write_checkpoint, base, sizes, layers))
+        write_adapter(adapter, sizes, layers)
+        torch.cuda.empty_cache()
+        written = sum(file.stat().st_size for file in base.iterdir())
+        say(f"{layers} layers, {written / 1e9:.1f} GB, made in {seconds:.0f} s\n")
+        say("| --target nf4 and | seconds | memory, GB | on the GPU, GB |\n|---|---|---|---|")
+        random = ["--rounding", "preserve", "--calibration", "random", "--calibration-tokens", str(sizes.tokens)]
+        for options in (["--rounding", "nearest"], [], random, ["--rounding", "nearest", "--device", "cpu"]):
+            command = [sys.executable, "-c", MEASURED, "--base", base, "--adapter", adapter, "--target", "nf4"]
+            started = time.perf_counter()
+            done = subprocess.run([*command, "--out", out, *options], cwd=ROOT, capture_output=True, text=True)
+            seconds = time.perf_counter() - started
+            memory = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("measured ")]
+            if done.returncode or not memory:
+                say(f"\n```\n{(done.stdout + done.stderr)[-3000:]}\n```\n")
+                continue
+            say(f"| {' '.join(options) or 'none: the default'} | {seconds:.1f} | {memory[0][0]} | {memory[0][1]} |")
+            shutil.rmtree(out)
 
 
 def show_profile(work: Callable[[], object]) -> None:
@@ -567,31 +630,22 @@ def show_profile(work: Callable[[], object]) -> None:
 # --- a synthetic checkpoint ------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, sizes: Sizes) -> None:
-    """A Llama of one layer, random, its linear layers in NF4 as transformers saves them."""
-    from bitsandbytes import functional as bnb
+def write_checkpoint(folder: Path, sizes: Sizes, layers: int = 1) -> None:
+    """A Llama, random, its linear layers in NF4 as transformers saves them; a file for the dense weights and one per layer."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     folder.mkdir()
     torch.manual_seed(0)
-    tensors = {
-        "model.embed_tokens.weight": torch.randn(sizes.vocabulary, sizes.hidden).bfloat16(),
-        "lm_head.weight": (torch.randn(sizes.vocabulary, sizes.hidden) * 0.02).bfloat16(),
-        "model.norm.weight": torch.ones(sizes.hidden).bfloat16(),
-        "model.layers.0.input_layernorm.weight": torch.ones(sizes.hidden).bfloat16(),
-        "model.layers.0.post_attention_layernorm.weight": torch.ones(sizes.hidden).bfloat16(),
-    }
-    for module, shape in sizes.weights.items():
-        values_OI = torch.randn(shape, device=DEVICE) * 0.02
-        packed, state = bnb.quantize_4bit(values_OI.bfloat16(), blocksize=64, quant_type="nf4")
-        name = f"model.layers.0.{module}.weight"
-        tensors[name] = packed.cpu()
-        for part, tensor in state.as_dict(packed=True).items():
-            tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    places: dict[str, str] = {}
+    for number in range(layers + 1):
+        tensors = dense_weights(sizes) if number == layers else layer_weights(sizes, number)
+        file = f"model-{number + 1:05}-of-{layers + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config = LlamaConfig(
-        hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=1, num_attention_heads=sizes.heads,
+        hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=layers, num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.key_heads, vocab_size=sizes.vocabulary, max_position_embeddings=8192,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -601,18 +655,50 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
     }  # fmt: skip
     settings = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": quantization}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "base-nf4" / name, folder / name)
 
 
-def write_adapter(folder: Path, sizes: Sizes) -> None:
+def dense_weights(sizes: Sizes) -> dict[str, Tensor]:
+    """Embedding, head and the last norm."""
+    shape = (sizes.vocabulary, sizes.hidden)
+    return {
+        "model.embed_tokens.weight": torch.randn(shape, device=DEVICE).bfloat16().cpu(),
+        "lm_head.weight": (torch.randn(shape, device=DEVICE) * 0.02).bfloat16().cpu(),
+        "model.norm.weight": torch.ones(sizes.hidden).bfloat16(),
+    }
+
+
+def layer_weights(sizes: Sizes, number: int) -> dict[str, Tensor]:
+    """One decoder layer, under the names of its files."""
+    from bitsandbytes import functional as bnb
+
+    layer = f"model.layers.{number}"
+    tensors = {
+        f"{layer}.input_layernorm.weight": torch.ones(sizes.hidden).bfloat16(),
+        f"{layer}.post_attention_layernorm.weight": torch.ones(sizes.hidden).bfloat16(),
+    }
+    for module, shape in sizes.weights.items():
+        values_OI = torch.randn(shape, device=DEVICE) * 0.02
+        packed, state = bnb.quantize_4bit(values_OI.bfloat16(), blocksize=64, quant_type="nf4")
+        name = f"{layer}.{module}.weight"
+        tensors[name] = packed.cpu()
+        for part, tensor in state.as_dict(packed=True).items():
+            tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
+    return tensors
+
+
+def write_adapter(folder: Path, sizes: Sizes, layers: int = 1) -> None:
     """A LoRA of rank 16 on all of them, as peft saves it."""
     from safetensors.torch import save_file
 
     folder.mkdir()
     tensors = {}
-    for module, (outputs, inputs) in sizes.weights.items():
-        name = f"base_model.model.model.layers.0.{module}"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
-        tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.002
+    for number in range(layers):
+        for module, (outputs, inputs) in sizes.weights.items():
+            name = f"base_model.model.model.layers.{number}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.002
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     names = [module.rpartition(".")[2] for module in sizes.weights]
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": names}
@@ -625,20 +711,28 @@ SECTIONS: dict[str, Callable[[Sizes, Rates], None]] = {
     "layers": layers,
     "decoder": decoder,
     "merges": merges,
+    "repeat": repeat,
+    "model": model,
 }
+LEFT_OUT = ("model",)
+"""Sections that run only when they are named."""
 
 
 def main() -> None:
     """Every section that is asked for; one that fails does not stop the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes: a test of this script")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas between")
+    parser.add_argument(
+        "--only",
+        default=",".join(name for name in SECTIONS if name not in LEFT_OUT),
+        help="sections to run, with commas between",
+    )
     given = parser.parse_args()
     sizes = SMALL if given.small else LARGE
     rates = measure_rates(256 if given.small else 8192)
     show_machine(rates)
     for name in given.only.split(","):
-        if elapsed() > BUDGET:
+        if elapsed() > BUDGET and name not in LEFT_OUT:
             say(f"\n## {name}: left out, {elapsed():.0f} s are over")
             continue
         say(f"\n## {name}\n")
