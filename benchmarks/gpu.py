@@ -68,8 +68,8 @@ BUDGET = 225.0
 VARIANTS = {"nf4": ((16, 1), (8, 1), (32, 1), (32, 2), (64, 4)), "gptq": ((16, 1),)}
 STARTED = time.monotonic()
 
-# Rated speeds by the makers: float32 without tensor cores in TFLOP/s, memory in GB/s.
-GPUS = {"T4": (8.1, 320), "L4": (30.3, 300), "A100 40GB": (19.5, 1555), "H100 SXM": (67.0, 3350)}
+# Rated speeds by the makers (of the SXM modules): float32 without tensor cores in TFLOP/s, memory in GB/s.
+GPUS = {"T4": (8.1, 320), "L4": (30.3, 300), "A100 40GB": (19.5, 1555), "H100": (67.0, 3350), "H200": (67.0, 4800)}
 
 
 @dataclass(frozen=True)
@@ -567,7 +567,11 @@ def extrapolate(seconds: float) -> None:
         "\nOther GPUs, estimates by rated speeds: from the ratio of float32 products to that of memory, and whichever is larger\n"
     )
     say(f"| GPU | seconds for {LAYERS} layers |\n|---|---|")
-    flops, bandwidth = GPUS["H100 SXM"]
+    here = next((name for name in GPUS if name in torch.cuda.get_device_name()), None)
+    if here is None:
+        say("(unknown for this GPU)")
+        return
+    flops, bandwidth = GPUS[here]
     for name, (their_flops, their_bandwidth) in GPUS.items():
         ratios = sorted((flops / their_flops, bandwidth / their_bandwidth))
         say(f"| {name} | {LAYERS * seconds * ratios[0]:.0f} to {LAYERS * seconds * ratios[1]:.0f} |")

@@ -15,10 +15,11 @@ BITS_NF4 = 4 + 32 / 64  # a code per weight, and a float32 scale per block of 64
 BITS_BF16 = 16
 FLOAT32 = 4
 
-# `python benchmarks/gpu.py` on one H100 (benchmarks/RESULTS.md): one decoder layer of an 8B Llama, 16,384 tokens.
+# `python benchmarks/gpu.py` on one H200 (benchmarks/RESULTS.md): a whole 8B Llama to nearest, and one decoder layer of it with
+# preserve and 16,384 tokens, divided as its profile says.
 MEASURED_TOKENS = 16384
-NEAREST_SECONDS = 2.4
-PRESERVE_SECONDS = {"rounding": 7.5, "reading": 1.5, "judging": 1.2, "passes and sums": 12.5 - 7.5 - 1.5 - 1.2}
+NEAREST_SECONDS = 53.3 / 32
+PRESERVE_SECONDS = {"rounding": 4.3, "reading": 1.4, "passes, sums, judging": 8.0 - 4.3 - 1.4}
 
 RATES = {"network drive": 0.1e9, "cloud disk": 0.5e9, "10 Gbit/s": 1.25e9, "NVMe": 3e9}
 """Bytes per second that one process reads or writes."""
@@ -101,8 +102,7 @@ def preserve_seconds(shapes: list[Shape], tokens: int) -> dict[str, float]:
     return {
         "rounding": PRESERVE_SECONDS["rounding"] * products(shapes) / products(REFERENCE),
         "reading": PRESERVE_SECONDS["reading"] * size,
-        "judging": PRESERVE_SECONDS["judging"] * size,
-        "passes and sums": PRESERVE_SECONDS["passes and sums"] * size * of_tokens,
+        "passes, sums, judging": PRESERVE_SECONDS["passes, sums, judging"] * size * of_tokens,
     }
 
 
@@ -161,7 +161,7 @@ def show_split(tokens: int, nodes: int) -> None:
             parts = preserve_seconds(shapes, tokens)
             one += count * sum(parts.values())
             # The first pass reads every layer, and runs one stream of two, without sums.
-            first += count * (parts["reading"] + parts["passes and sums"] / 2)
+            first += count * (parts["reading"] + parts["passes, sums, judging"] / 2)
         states = FLOAT32 * tokens * model.hidden
         cells = [duration(each) for each in (one, first, one / nodes, first + one / nodes)]
         print(f"| {model.name} | {' | '.join(cells)} | {states / 1e9:.2f} GB |")
@@ -174,7 +174,7 @@ def main() -> None:
         "--weights-per-second",
         type=float,
         default=weights(REFERENCE) / NEAREST_SECONDS,
-        help="weights that one process merges per second (default: nearest on an H100, benchmarks/RESULTS.md)",
+        help="weights that one process merges per second (default: nearest on an H200, benchmarks/RESULTS.md)",
     )
     parser.add_argument("--processes", type=int, default=8, help="processes, or nodes that share the layers")
     arguments = parser.parse_args()
