@@ -488,13 +488,13 @@ def last_line(path: Path) -> str:
 
 # --- diff ------------------------------------------------------------------------------------------------------------
 
-VOLATILE = {"created", "seconds", "versions", "disk_free", "made_by"}
-"""Keys of JSON whose values depend on the time, the machine or the version."""
+VOLATILE = {"created", "seconds", "versions", "disk_free", "made_by", "checksum"}
+"""Keys of JSON whose values depend on the time, the machine or the version; checksum: of a file with such values."""
 
 SIZES_WITH_TEXT = {"nbytes", "merged_size", "merged_bytes"}
 """What ``patch``, ``apply`` and ``unmerge`` print of a folder's size: reports are part of it, and their length varies."""
 
-PROGRESS = re.compile(r".*: (?:[\d.]+ of [\d.]+ GB, .*|\w+ \d+ of \d+)")
+PROGRESS = re.compile(r"\w+: .*B/s, .* left|calibrating layer \d+ of \d+|.*: \w+ \d+ of \d+")
 
 FREE_TEXT = {
     "warnings", "notes", "rounding_reason", "reason", "why", "impossible", "loaders", "suspicious", "problem", "topic", "said",
@@ -523,6 +523,8 @@ def json_facts(value: Any, prose: list[str], path: str = "", key: str = "") -> I
     """Path → number, string, true, false or null; sentences go to ``prose``."""
     if key in VOLATILE:
         return
+    if isinstance(value, dict) and value.get("file") == "qmerge.html":  # it shows the time: compared as tables and drawings
+        value = {"file": value["file"]}
     if isinstance(value, dict):
         yield f"{path}{{}}", list(value)
         for name, inner in value.items():
@@ -865,7 +867,7 @@ DAMAGES = (
     Damage("a number of inspect --json", "inspect-adapter", "stdout", replaced(r'("effective_rank": \d)', r"\g<1>1")),
     Damage("a name in formats --json", "formats", "stdout", replaced('"nvfp4":', '"nvfp5":')),
     Damage("a help line in formats --json", "formats", "stdout", replaced('"nvfp4": "', '"nvfp4": "The format '), noticed=False),
-    Damage("an option of --help", "help-plan", "stdout", replaced("│ --combine ", "│ --combined ")),
+    Damage("an option of --help", "help-plan", "stdout", replaced("│ --device ", "│ --devices ")),
     Damage("a patch's size", "patch", "stdout", replaced(r'"nbytes": \d', '"nbytes": 9'), noticed=False),
     Damage("a patch's changed tensors", "patch", "stdout", replaced(r'"changed": \d', '"changed": 9')),
 )  # fmt: skip
