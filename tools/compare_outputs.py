@@ -523,7 +523,8 @@ def json_facts(value: Any, prose: list[str], path: str = "", key: str = "") -> I
     """Path → number, string, true, false or null; sentences go to ``prose``."""
     if key in VOLATILE:
         return
-    if isinstance(value, dict) and value.get("file") == "qmerge.html":  # it shows the time: compared as tables and drawings
+    # The page shows times; it is compared as tables and drawings.
+    if isinstance(value, dict) and value.get("file") == "qmerge.html":
         value = {"file": value["file"]}
     if isinstance(value, dict):
         yield f"{path}{{}}", list(value)
