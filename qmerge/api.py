@@ -66,6 +66,8 @@ def merge(
     verify: PathLike | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -117,9 +119,12 @@ def merge(
         residual: rank of an additional LoRA that compensates for the rounding error, written to ``out/residual``.
         promote: extra bytes, such as ``"100MB"``, for leaving the weights that keep least unquantized.
         verify: held-out text to compare the merged model with the unmerged one: a txt or jsonl file.
-        min_kept: recorded in the recipe only; on the command line, exit code 5 says that gain kept is less (where the whole
-            model was not measured: the share of the delta).
-        max_kl_ratio: recorded in the recipe only; on the command line, exit code 5 says that the KL ratio is larger.
+        min_kept: a model whose gain kept is less (where the whole model was not measured: the share of the delta) is not pushed
+            to the Hub; on the command line, exit code 5 says so.
+        max_kl_ratio: the same for a model whose KL ratio is larger.
+        push_to_hub: id of a model on the Hub, ``"owner/name"``, to upload the finished model to, unless it is past a limit. The
+            token comes from ``HF_TOKEN`` or ``hf auth login``; it is checked before the merge begins.
+        private: make the model on the Hub private, if it is new there.
         seed: seed of stochastic rounding, random calibration tokens and random combinations.
         device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: number of weights that are worked on at once, or ``"ray"`` for one task per output file on a Ray cluster.
@@ -138,10 +143,15 @@ def merge(
     """
     recipe = _recipe(locals())
 
+    from qmerge import publish
     from qmerge.patch import direct
     from qmerge.report.terminal.progress import TerminalProgress
 
-    data, _ = direct.merge(recipe, resume, TerminalProgress(quiet))
+    progress = TerminalProgress(quiet)
+    if recipe.push_to_hub:
+        publish.check_destination(recipe.push_to_hub, recipe.private)
+    data, _ = direct.merge(recipe, resume, progress)
+    publish.push_merged(data, recipe, quiet=quiet, progress=progress)
     return Report(data)
 
 
@@ -183,6 +193,8 @@ def plan(
     verify: PathLike | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -251,6 +263,8 @@ def measure(
     verify: PathLike | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -265,8 +279,8 @@ def measure(
         targets: several formats to measure, instead of ``target``.
 
     All other arguments are those of ``merge``, so that the settings of a merge can be passed on. ``out``, ``patch``,
-    ``max_shard_size``, ``residual`` and ``promote`` have no effect. With ``verify``, each model is written to a temporary
-    folder, compared with the unmerged model, and deleted.
+    ``max_shard_size``, ``residual``, ``promote`` and ``push_to_hub`` have no effect. With ``verify``, each model is written to a
+    temporary folder, compared with the unmerged model, and deleted.
 
     Returns:
         One ``Report`` for each target.

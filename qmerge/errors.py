@@ -10,6 +10,7 @@ QmergeError                   the message is one line: what is wrong, where, wha
 ├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
 ├── RoomError         (6)     not enough room on the disk or under --max-memory
 ├── DiskError         (7)     the disk failed, or refused to read or write
+├── HubError          (8)     the Hub cannot be reached, or refused to write
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
 Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio.
@@ -81,6 +82,12 @@ class DiskError(QmergeError):
     """The disk or its file system failed, or refused to read or write; ``--resume`` goes on."""
 
     exit_code = 7
+
+
+class HubError(QmergeError):
+    """The Hub cannot be reached, or refused to write; the merged folder stays, and ``qmerge push`` goes on."""
+
+    exit_code = 8
 
 
 class StoppedError(QmergeError):

@@ -45,7 +45,9 @@ PATHS = ("base", "adapter", "original", "out", "patch", "calibration", "verify")
 INPUTS = ("base", "adapter", "original")
 """Fields that name a model or an adapter: a folder or a Hub id."""
 
-WITHOUT_EFFECT_ON_WEIGHTS = {"out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify"}
+WITHOUT_EFFECT_ON_WEIGHTS = {
+    "out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify", "push_to_hub", "private",
+}  # fmt: skip
 """Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
 
 CHAIN = "chain"
@@ -254,6 +256,11 @@ class Recipe(BaseModel):
         description="exit with code 5 if the KL ratio is larger than this (0: the adapter model, 1: the base) or unmeasured",
         ge=0,
     )
+    push_to_hub: str | None = Field(
+        None,
+        description="upload the finished model to this id on the Hub (token: HF_TOKEN or hf auth login), unless it is past a limit",
+    )
+    private: bool = Field(False, description="make the model on the Hub private, if it is new there")
 
     @field_validator(*PATHS, mode="before")
     @classmethod
@@ -365,6 +372,8 @@ class Recipe(BaseModel):
         and with which resources it was run. ``qmerge run`` makes the same model of it."""
         # A model may be moved, and made again with other resources: neither changes a byte.
         changes: dict[str, Any] = {"out": None, "patch": None, "workers": 1, "max_memory": None}
+        # Whoever runs the recipe again must not publish by it.
+        changes |= {"push_to_hub": None, "private": False}
         for name in INPUTS:
             value = getattr(self, name)
             if isinstance(value, list):
@@ -410,6 +419,14 @@ def _two_destinations(recipe: Recipe) -> str | None:
             f"out ({recipe.out}) and patch ({recipe.patch}): a run writes only one of them; for both, use out, then make the "
             f"patch with: qmerge patch BASE OUT"
         )
+    return None
+
+
+def _push_of_a_patch(recipe: Recipe) -> str | None:
+    if recipe.push_to_hub and recipe.patch:
+        return "push_to_hub uploads a whole model, but patch writes only a difference: use out instead of patch"
+    if recipe.private and not recipe.push_to_hub:
+        return "private is for push_to_hub, which is not given: leave it out"
     return None
 
 
@@ -493,6 +510,7 @@ def _unused_original(recipe: Recipe) -> str | None:
 CONSISTENCY_CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     _unused_calibration,
     _two_destinations,
+    _push_of_a_patch,
     _density_of_one_adapter,
     _chain_of_parts,
     _auto_and_max_size,

@@ -1,4 +1,4 @@
-"""The commands on finished folders: patch, apply, unmerge, extract, gguf."""
+"""The commands on finished folders: patch, apply, unmerge, extract, gguf, push."""
 
 from __future__ import annotations
 
@@ -159,3 +159,26 @@ def gguf_command(
     )
     for line in exported.notes:
         print_warning(line)
+
+
+def push_command(
+    out: Annotated[Path, typer.Argument(help="a folder that qmerge wrote", metavar="OUT")],
+    id: Annotated[
+        str, typer.Argument(help="the model's id on the Hub: owner/name, or name for your own", metavar="ID")
+    ],
+    private: Annotated[bool, flag("--private", help="make the model private, if it is new there")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a finished model to the Hub; goes on where an upload was interrupted.
+
+    The token comes from HF_TOKEN or from `hf auth login`.
+    """
+    from qmerge import publish
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    pushed = publish.push(out, id, private=private, quiet=quiet, progress=TerminalProgress(quiet))
+    if json:
+        print_json(vars(pushed))
+    else:
+        typer.echo("\n".join(pushed.lines()))

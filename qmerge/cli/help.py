@@ -19,6 +19,7 @@ MORE_PANELS = {
     "Inputs": ("revision", "adapter_revision", "allow_pickle", "original", "original_revision", "trained_on"),
     "Several adapters": ("combine", "density"),
     "Output": ("patch", "max_size", "max_shard_size", "residual", "promote"),
+    "Hub": ("push_to_hub", "private"),
     "Merging and rounding": ("merge_onto", "scales", "seed"),
     "Calibration": ("effort", "calibration_tokens", "sequence_length", "sequential"),
     "How a format is stored": (

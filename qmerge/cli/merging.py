@@ -10,7 +10,7 @@ import typer
 
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
-from qmerge.errors import StoppedError
+from qmerge.errors import RecipeError, StoppedError
 from qmerge.recipe import DEFAULT_TARGET, Recipe, find_inputs, make_recipe, read_recipe
 from qmerge.schema import RECIPE_NAME
 from qmerge.wording import counted
@@ -21,9 +21,20 @@ if TYPE_CHECKING:
     from qmerge.schema import ReportData
 
 ALL_FIELDS = tuple(Recipe.model_fields)
-PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in ("verify", "min_kept", "max_kl_ratio"))
+WITHOUT_USE_FOR_PLAN = ("verify", "min_kept", "max_kl_ratio", "push_to_hub", "private")
+PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FOR_PLAN)
 # measure writes nothing, and takes --target several times.
-WITHOUT_USE_FOR_MEASURE = ("target", "max_size", "out", "patch", "max_shard_size", "residual", "promote")
+WITHOUT_USE_FOR_MEASURE = (
+    "target",
+    "max_size",
+    "out",
+    "patch",
+    "max_shard_size",
+    "residual",
+    "promote",
+    "push_to_hub",
+    "private",
+)
 MEASURE_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FOR_MEASURE)
 
 
@@ -149,11 +160,18 @@ def run_merge(settings: dict[str, Any], *, resume: bool, shard: str | None, json
         json: print qmerge.json instead of tables.
         quiet: show no progress.
     """
+    from qmerge import publish
     from qmerge.patch import direct
     from qmerge.report.terminal.progress import TerminalProgress
 
     recipe = _recipe(settings)
     progress = TerminalProgress(quiet)
+    if recipe.push_to_hub and shard is not None:
+        raise RecipeError(
+            "--push-to-hub: one part of a model is none; after qmerge finalize OUT use: qmerge push OUT ID"
+        )
+    if recipe.push_to_hub:
+        publish.check_destination(recipe.push_to_hub, recipe.private)
     if shard is not None:
         _run_part(recipe, shard, resume=resume, json=json, progress=progress)
         return
@@ -181,7 +199,9 @@ def _run_part(recipe: Recipe, shard: str, *, resume: bool, json: bool, progress:
 def _end_merge(
     report: ReportData, recipe: Recipe, patch: Summary | None, *, json: bool, progress: TerminalProgress
 ) -> None:
-    """Print what survived, and end with the exit code."""
+    """Print what survived, upload the model if the recipe says so, and end with the exit code."""
+    from qmerge import publish
+
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:
@@ -189,6 +209,7 @@ def _end_merge(
         progress.warn_again(report.warnings)
         for line in _closing_lines(recipe, report.seconds, patch):
             typer.echo(line)
+    publish.push_merged(report, recipe, quiet=progress.quiet, progress=progress)
     raise typer.Exit(exit_code([report], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 

@@ -27,6 +27,7 @@ METAVARS = {
     "target": "FORMAT",
     "out": "DIR",
     "calibration": "SOURCE",
+    "push_to_hub": "ID",
     "residual": "RANK",
     "workers": "N|ray",
 }

@@ -25,7 +25,8 @@ from qmerge.safetensors_io.disk import disk_error
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
-    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 7 the disk failed; 130 interrupted (--resume goes on)."
+    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 7 the disk failed; 8 the Hub cannot be reached, or refused; "
+    "130 interrupted (--resume goes on)."
 )
 
 SECONDS_TO_RETRY = 0.01
@@ -60,6 +61,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "unmerge": folders.unmerge_command,
         "extract": folders.extract_command,
         "gguf": folders.gguf_command,
+        "push": folders.push_command,
     },
 }
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from qmerge import hub, plugins
-from qmerge.checkpoint.model_cards import card_fields
-from qmerge.formats import get_format
+from qmerge import plugins
 from qmerge.planning.plan import Plan
 from qmerge.recipe import CHAIN
+from qmerge.report.card_metadata import card_metadata
 from qmerge.report.headline import (
     TOP_NAMES,
     expert_lines,
@@ -23,6 +18,7 @@ from qmerge.report.headline import (
     unmeasured_lines,
     verdict_sentence,
 )
+from qmerge.report.loading import loading_lines
 from qmerge.schema import (
     GroupRecord,
     InputRecord,
@@ -38,56 +34,17 @@ COLUMNS = (
     "rank_kept_min",
 )  # fmt: skip
 
-LICENCE_FIELDS = ("license", "license_name", "license_link")
-"""Fields of the base's own card that the output's card repeats."""
-
 
 def model_card(report: ReportData, plan: Plan) -> str:
-    """YAML metadata (``base_model``, the base's licence, tags) and a page for people, as Markdown."""
-    lines = ["---", _metadata(report, plan).strip(), "---", "", *_page(report)]
+    """YAML metadata, and a page for people, as Markdown."""
+    lines = ["---", card_metadata(report, plan).strip(), "---", "", *_page(report, plan)]
     return "\n".join(lines) + "\n"
-
-
-# --- metadata ----------------------------------------------------------------------------------------------------------
-
-
-# huggingface_hub's ModelCard writes and reads the same, but its import takes as long as a small merge.
-
-
-def _metadata(report: ReportData, plan: Plan) -> str:
-    tags = ["qmerge", "qlora", plan.target]  # what people filter the Hub by
-    quant_method = get_format(plan.target).info.quant_method
-    if quant_method and quant_method not in tags:
-        tags.append(quant_method)
-    # The Hub offers the programs that belong to this name.
-    own_name = quant_method in ("mlx", "gguf")
-    fields: dict[str, Any] = {"library_name": quant_method if own_name else "transformers"}
-    fields |= card_fields(plan.inputs.base.folder, LICENCE_FIELDS)
-    fields |= {"pipeline_tag": "text-generation", "tags": tags}
-    origins = _origin_ids(report.inputs[0], report.inputs[1], plan.inputs.adapter.config)
-    if origins:
-        fields = {"base_model": origins, **fields, "base_model_relation": "finetune"}
-    return yaml.dump(fields, allow_unicode=True, sort_keys=False)
-
-
-def _origin_ids(base: InputRecord, adapter: InputRecord, adapter_config: dict[str, Any]) -> list[str]:
-    """Hub ids for ``base_model``: those of base and adapter. A local base counts as what the adapter says it was trained on."""
-    ids = []
-    declared = str(adapter_config.get("base_model_name_or_path") or "")
-    if base.id:
-        ids.append(base.id)
-    # A local path must not be published, and may look like an id (``models/llama``).
-    elif hub.HUB_ID.fullmatch(declared) and not Path(declared).exists():
-        ids.append(declared)
-    if adapter.id:
-        ids.append(adapter.id)
-    return ids
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(report: ReportData) -> list[str]:
+def _page(report: ReportData, plan: Plan) -> list[str]:
     # Names of models and modules come from files: each is escaped where it is put into the page.
     return [
         f"# {escape_markdown(adapter_names(report.inputs))} merged into {escape_markdown(report.inputs[0].name)}",
@@ -99,6 +56,7 @@ def _page(report: ReportData) -> list[str]:
         *whole_model_lines(report),
         *_warnings_section(report.warnings),
         "",
+        *loading_lines(plan.target, {} if plan.is_gguf else plan.config),
         "## Layer by layer",
         "",
         f"A diagnosis: it shows where the delta was lost. {measured_instead(report)}",

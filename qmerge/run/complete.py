@@ -14,6 +14,7 @@ from qmerge.planning.plan import Plan
 from qmerge.recipe import JUDGED_TOKENS, Recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
+from qmerge.report.loading import CARD_NAME
 from qmerge.report.make import make_report
 from qmerge.report.output_record import content_record, file_record, write_record
 from qmerge.run.residual import FOLDER as RESIDUAL_FOLDER
@@ -21,8 +22,6 @@ from qmerge.run.residual import write_residuals
 from qmerge.run.state import Run, Written
 from qmerge.safetensors_io.disk import write_file
 from qmerge.schema import RECIPE_NAME, FileRecord, ReportData
-
-CARD_NAME = "README.md"
 
 
 def complete_model(run: Run, written: Written) -> ReportData:

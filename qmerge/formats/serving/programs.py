@@ -1,4 +1,4 @@
-"""The table of programs that serve models. It imports no library, so that the command line can complete and check their names quickly."""
+"""The table of programs that serve models. It imports no library, so that the command line can check their names quickly."""
 
 from __future__ import annotations
 

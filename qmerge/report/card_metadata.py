@@ -1,0 +1,117 @@
+"""The metadata of the model card, which the Hub reads: where the model comes from, its licence, what it is found by.
+
+huggingface_hub's ModelCardData writes and checks the same, but its import takes as long as a small merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qmerge import hub, plugins
+from qmerge.checkpoint.model_cards import card_fields
+from qmerge.formats import MIXES, get_format
+from qmerge.planning.plan import Plan
+from qmerge.report.loading import pipeline_tag
+from qmerge.schema import InputRecord, ReportData, adapter_records
+
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+"""Fields of the base's own card that the output's card repeats."""
+
+MERGED_FIELDS = ("language", "datasets", "tags")
+"""Fields that are lists: the output's card has the values of base and adapters together."""
+
+STORAGE_TAGS = frozenset(
+    {
+        "2-bit", "3-bit", "4-bit", "8-bit", "4bit", "8bit", "16bit", "bitsandbytes", "bnb", "compressed-tensors", "gptqmodel",
+        "autoawq", "autogptq", "quantized", "safetensors", "llama-cpp", "llama.cpp", "lora", "qlora", "adapter", "peft",
+        "transformers",
+    }
+)  # fmt: skip
+"""Tags that say how an input is stored, besides names of formats: they need not hold for the output."""
+
+MOST_TAGS = 100
+
+
+def card_metadata(report: ReportData, plan: Plan) -> str:
+    """The metadata as YAML."""
+    folders = [plan.inputs.base.folder, *(adapter.folder for adapter in plan.inputs.adapters)]
+    quant_method = get_format(plan.target).info.quant_method
+    # The Hub offers the programs that belong to this name.
+    own_name = quant_method in ("mlx", "gguf")
+    fields: dict[str, Any] = {}
+    origins = _origin_ids(report, plan)
+    if origins:
+        fields = {"base_model": origins, "base_model_relation": _relation(report, plan)}
+    fields["library_name"] = quant_method if own_name else "transformers"
+    fields |= _licence(folders)
+    fields |= _pipeline_tag(folders[0], plan)
+    for name in MERGED_FIELDS:
+        values = _united(folders, name)
+        if name == "tags":
+            values = _tags(values, plan.target, quant_method)
+        if values:
+            fields[name] = values
+    return yaml.dump(fields, allow_unicode=True, sort_keys=False)
+
+
+def _origin_ids(report: ReportData, plan: Plan) -> list[str]:
+    """Hub ids for ``base_model``: those of base and adapters. A local base counts as what the adapter says it was trained on."""
+    ids = []
+    base = report.inputs[0]
+    declared = str(plan.inputs.adapter.config.get("base_model_name_or_path") or "")
+    if base.id:
+        ids.append(base.id)
+    # A local path must not be published, and may look like an id (``models/llama``).
+    elif hub.HUB_ID.fullmatch(declared) and not Path(declared).exists():
+        ids.append(declared)
+    return [*ids, *_adapter_ids(report)]
+
+
+def _adapter_ids(report: ReportData) -> list[str]:
+    records: list[InputRecord] = adapter_records(report.inputs)
+    return list(dict.fromkeys(record.id for record in records if record.id))
+
+
+def _relation(report: ReportData, plan: Plan) -> str:
+    """What the model is to those that ``base_model`` names: ``finetune``, ``merge`` or ``quantized``."""
+    if not _adapter_ids(report):
+        # Only the base is named. The model is trained further than that, however it is stored.
+        return "finetune"
+    return "quantized" if get_format(plan.target).info.is_quantized and not _is_16_bit(plan.target) else "merge"
+
+
+def _is_16_bit(target: str) -> bool:
+    return target in ("gguf_f16", "gguf_bf16")
+
+
+def _licence(folders: Iterable[Path]) -> dict[str, Any]:
+    """The base's licence, which holds for everything that is made of it; without one, that of an adapter."""
+    return next(filter(None, (card_fields(folder, LICENCE_FIELDS) for folder in folders)), {})
+
+
+def _pipeline_tag(base: Path, plan: Plan) -> dict[str, str]:
+    declared = card_fields(base, ("pipeline_tag",)).get("pipeline_tag")
+    tag = declared if isinstance(declared, str) else pipeline_tag(plan.config)
+    return {"pipeline_tag": tag} if tag else {}
+
+
+def _united(folders: Iterable[Path], name: str) -> list[str]:
+    """The values of a field in several cards, each once."""
+    values: dict[str, None] = {}
+    for folder in folders:
+        value = card_fields(folder, (name,)).get(name, [])
+        values |= dict.fromkeys([value] if isinstance(value, str) else value)
+    return list(values)
+
+
+def _tags(carried: Iterable[str], target: str, quant_method: str | None) -> list[str]:
+    """What people filter the Hub by: of this model, then the tags of its inputs that still hold."""
+    own = ["qmerge", "qlora", target, *([quant_method] if quant_method else [])]
+    stored = {*STORAGE_TAGS, *plugins.names("formats"), *MIXES}
+    # The Hub makes those with a colon itself (base_model:…, region:…).
+    kept = [tag for tag in carried if tag.lower() not in stored and ":" not in tag]
+    return list(dict.fromkeys([*own, *kept]))[:MOST_TAGS]
