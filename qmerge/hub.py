@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import glob
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -29,6 +31,19 @@ SHOWN = 100
 
 HUB_FILE = re.compile(rf"(?P<id>{HUB_ID.pattern}):(?P<file>(?!.*\.\.)[\w./-]+\.gguf)")
 """``owner/name:file.gguf``."""
+
+
+HUB_REVISION = re.compile(rf"(?P<id>{HUB_ID.pattern})@(?P<revision>\w[\w./-]*)(?P<rest>[:#=].*)?")
+"""``owner/name@revision``; behind it ``:file.gguf``, ``#NAME`` or ``=WEIGHT``."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
+"""Tensors of an adapter, as PEFT and as MLX call the file."""
+
+EARLIER_STATE = re.compile(r"(?:checkpoint-\d+|last-checkpoint)/")
+"""Folders that Trainer leaves below a finished adapter or model."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +93,17 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
 
     Args:
         reference: a folder, or a Hub id, which is downloaded or taken from the cache; offline mode works.
-        revision: branch, tag or commit of a Hub id.
+        revision: branch, tag or commit of a Hub id, which may also be in its name: ``owner/name@revision``.
 
     Raises:
         error: there is no such folder, and no such id on the Hub or in its cache.
     """
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")
+    reference, named_revision = split_revision(reference)
+    if named_revision and revision not in (None, named_revision):
+        raise error(f"{reference}: two revisions are given, {named_revision} in its name and {revision}; expected one")
+    revision = revision or named_revision
     folder = local_path(reference)
     if folder is None:
         raise error(
@@ -111,6 +130,14 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
     return _download(reference, revision, error)
 
 
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """``owner/name@v2`` → (owner/name, v2). Any other text, and the name of a local folder, as it is, without a revision."""
+    match = HUB_REVISION.fullmatch(reference)
+    if match is None or _is_local(reference):
+        return reference, None
+    return match["id"] + (match["rest"] or ""), match["revision"]
+
+
 def find_local(reference: str, revision: str | None) -> Path | None:
     """The folder of a model that is on this machine, without asking the Hub; None where it is not.
 
@@ -124,6 +151,8 @@ def find_local(reference: str, revision: str | None) -> Path | None:
     folder = local_path(reference)
     if folder is not None and folder.is_dir():
         return folder.resolve()
+    reference, named_revision = split_revision(reference)
+    revision = named_revision or revision
     if not HUB_ID.fullmatch(reference):
         return None
     try:
@@ -172,7 +201,7 @@ def find_named(name: str, output: Path) -> str:
 
 def may_exist(reference: str) -> bool:
     """Whether a name is that of something on this machine, or has the form of a Hub id."""
-    name = reference.partition("#")[0]
+    name = split_revision(reference)[0].partition("#")[0]
     return _is_local(reference) or bool(HUB_ID.fullmatch(name) or HUB_FILE.fullmatch(name))
 
 
@@ -195,12 +224,16 @@ def _download(
     )
 
     try:
-        commit = _commit(hub_id, revision)
+        listing = list_files(hub_id, revision)
+        commit = listing.commit if listing else None
+        ignored = [] if files else UNUSED_FILES
+        if listing and not files:
+            ignored = [*ignored, *map(glob.escape, _unneeded_weights(listing))]
         folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=commit or revision,
             allow_patterns=files or MODEL_FILES,
-            ignore_patterns=None if files else UNUSED_FILES,
+            ignore_patterns=ignored or None,
             local_files_only=commit is None,  # offline: do not wait for the network again
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
@@ -212,17 +245,65 @@ def _download(
     return Source(Path(folder), hub_id, commit or Path(folder).name)  # in the cache, a folder is named after its commit
 
 
-def _commit(hub_id: str, revision: str | None) -> str | None:
-    """The commit that a revision means now. None offline: then the cache knows it."""
+@dataclass(frozen=True)
+class Listing:
+    """The files of a model on the Hub, at one commit."""
+
+    id: str
+    commit: str
+    names: tuple[str, ...]
+
+
+def list_files(hub_id: str, revision: str | None) -> Listing | None:
+    """The commit that a revision means now, and its files. None offline: then the cache knows them.
+
+    Raises:
+        HfHubHTTPError, HFValidationError: the Hub has no such model, or refuses it.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return huggingface_hub.HfApi().repo_info(hub_id, revision=revision).sha
+        info = huggingface_hub.HfApi().model_info(hub_id, revision=revision)
     except (HfHubHTTPError, HFValidationError):
         raise
     except Exception:  # offline, or no connection: the class depends on the HTTP library that the Hub library uses
         return None
+    return Listing(hub_id, str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or []))
+
+
+def needed_weights(listing: Listing) -> set[str]:
+    """The safetensors files that a model, or the adapters in it, consist of.
+
+    Other copies of the weights stay on the Hub: earlier states of a training, other dtypes, parts of other pipelines. Where
+    nothing says which files belong together, all of them are needed.
+    """
+    names = {name for name in listing.names if name.endswith(".safetensors")}
+    folders = {name.removesuffix(ADAPTER_CONFIG) for name in listing.names if name.endswith(ADAPTER_CONFIG)}
+    needed: set[str] = set()
+    if "" in folders:
+        finished = [folder for folder in folders if not EARLIER_STATE.match(folder)]
+        needed = {f"{folder}{file}" for folder in finished for file in ADAPTER_FILES} & names
+    if INDEX in listing.names:
+        needed |= _files_in_index(listing) & names
+    elif SINGLE in names:
+        needed.add(SINGLE)
+    return needed or names
+
+
+def _unneeded_weights(listing: Listing) -> set[str]:
+    return {name for name in listing.names if name.endswith(".safetensors")} - needed_weights(listing)
+
+
+def _files_in_index(listing: Listing) -> set[str]:
+    """The files that the index of a model names; a damaged index is an error later, when the model is read."""
+    import huggingface_hub
+
+    path = Path(huggingface_hub.hf_hub_download(listing.id, INDEX, revision=listing.commit))
+    try:
+        return {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return set(listing.names)
 
 
 def cache_folder() -> Path:

@@ -45,6 +45,9 @@ PATHS = ("base", "adapter", "original", "out", "patch", "calibration", "verify")
 INPUTS = ("base", "adapter", "original")
 """Fields that name a model or an adapter: a folder or a Hub id."""
 
+REVISIONS = ("revision", "adapter_revision", "original_revision")
+"""Fields for their revisions on the Hub, in the same order."""
+
 WITHOUT_EFFECT_ON_WEIGHTS = {
     "out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify", "push_to_hub", "private",
 }  # fmt: skip
@@ -262,6 +265,12 @@ class Recipe(BaseModel):
     )
     private: bool = Field(False, description="make the model on the Hub private, if it is new there")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _revisions_from_names(cls, settings: Any) -> Any:
+        """``owner/name@revision`` becomes an id and its revision."""
+        return _with_revisions(settings) if isinstance(settings, dict) else settings
+
     @field_validator(*PATHS, mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
@@ -386,6 +395,35 @@ class Recipe(BaseModel):
             if value and not _is_hub_dataset(value):
                 changes[name] = Path(value).name
         return self.model_copy(update=changes)
+
+
+def _with_revisions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which the revisions of ids have fields of their own.
+
+    Several adapters have one such field. Where they have different revisions, these stay in their names.
+
+    Raises:
+        RecipeError: a name has another revision than the field.
+    """
+    settings = dict(settings)
+    for name, revision_name in zip(INPUTS, REVISIONS, strict=True):
+        value = settings.get(name)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        references = [reference for reference in several if isinstance(reference, str)]
+        if len(references) != len(several):  # a path, or something that pydantic refuses
+            continue
+        pairs = [hub.split_revision(reference) for reference in references]
+        found = {revision for _, revision in pairs}
+        given = settings.get(revision_name)
+        if len(found) != 1 or found == {None}:
+            continue
+        (revision,) = found
+        if given not in (None, revision):
+            raise RecipeError(f"{name}: two revisions are given, {revision} in its name and {given}; expected one")
+        ids = [reference for reference, _ in pairs]
+        settings[name] = ids[0] if isinstance(value, str) else ids
+        settings[revision_name] = revision
+    return settings
 
 
 def _is_hub_dataset(text: str) -> bool:

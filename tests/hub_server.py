@@ -55,6 +55,7 @@ class HubServer:
         self.uploaded: list[str] = []
         self.requests: list[str] = []
         self.failing_uploads = 0
+        self.busy_answers = 0
         self.url = ""
 
     def add(self, hub_id: str, folder: Path, **more: bytes) -> Repo:
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets: the second would wait for an acknowledgement
 
     def log_message(self, *_: object) -> None:
         """Be silent."""
@@ -183,6 +185,9 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if file not in repo.files:
             return self.fail(404, "Entry not found", "EntryNotFound")
+        if self.hub.busy_answers and "range" in self.headers:
+            self.hub.busy_answers -= 1
+            return self.fail(503, "busy")
         content = repo.files[file]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         headers = {"ETag": etag, "X_Repo_Commit": repo.commit, "Accept_Ranges": "bytes"}

@@ -91,7 +91,7 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
     config = read_json(folder / "config.json", CheckpointError)
     check_document(config, ModelConfig, "config.json", CheckpointError)
     files = shard_files(folder)
-    tensors = _read_headers(files)
+    tensors = _read_headers(files, reader)
     _check_index(folder, tensors)
     # A checkpoint without weights, only for its ``quantization``, which formats need to find the weights.
     config = _with_mlx_config(_with_quantize_config(config, folder))
@@ -101,11 +101,11 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
     return checkpoint
 
 
-def _read_headers(files: tuple[Path, ...]) -> dict[str, TensorInfo]:
+def _read_headers(files: tuple[Path, ...], reader: Reader) -> dict[str, TensorInfo]:
     """All tensors of several files, by name."""
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors_of_file, _ = read_header(file, CheckpointError)
+        tensors_of_file, _ = read_header(file, CheckpointError, nbytes=reader.remote_size(file))
         duplicates = sorted(tensors_of_file.keys() & tensors.keys())
         if duplicates:
             first_file = tensors[duplicates[0]].file

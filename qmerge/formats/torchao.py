@@ -99,7 +99,7 @@ class Torchao(Format[TorchaoOptions]):
 
         @cache
         def metadata_of(file: Path) -> dict[str, str]:
-            return read_header(file, CheckpointError)[1]
+            return read_header(file, CheckpointError, nbytes=reader.remote_size(file))[1]
 
         weights = []
         for module in modules_with(CODES, tensors):

@@ -23,6 +23,7 @@ from qmerge.gguf.adapter import extracted_adapter
 from qmerge.gguf.base import folder_until_exit, gguf_file, open_model, places_of, read_gguf
 from qmerge.planning.heads import head_note, with_head
 from qmerge.recipe import CHAIN, Recipe
+from qmerge.remote import open_remote
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import merged_adapter_hashes
 from qmerge.weights.parallel import one_torch_thread
@@ -83,20 +84,23 @@ def _has_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
+def read_inputs(recipe: Recipe, reader: Reader, *, headers_only: bool = False) -> Inputs:
     """Resolve the models and adapters of a recipe (from the Hub if need be), and read their headers.
+
+    Args:
+        headers_only: leave the weights of models on the Hub there; ``reader`` gets those ranges that are asked for.
 
     Raises:
         CheckpointError, AdapterError, RecipeError: an input cannot be read, or the adapters cannot be combined.
     """
-    base_source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
+    base_source = _model_source(recipe.base, recipe.revision, reader if headers_only else None)
     adapter_sources = tuple(find_adapter(name, recipe.adapter_revision) for name, _ in recipe.adapters)
     adapter_sources = tuple(_as_safetensors(source, recipe.allow_pickle) for source in adapter_sources)
     # layer_replication changes the names that the adapter has, so it is read before the adapter itself.
     ranges = layer_replication([source.folder for source in adapter_sources if source.file is None])
     original_source, original = None, None
     if recipe.original:
-        original_source = hub.resolve(recipe.original, recipe.original_revision, CheckpointError)
+        original_source = _model_source(recipe.original, recipe.original_revision, reader if headers_only else None)
         original = read_checkpoint(original_source.folder, reader, ranges)
     file = base_source.file or gguf_file(base_source.folder)
     if file is not None:
@@ -122,6 +126,15 @@ def read_inputs(recipe: Recipe, reader: Reader) -> Inputs:
         original=original,
         head_note="" if base is stored_base else head_note(base),
     )
+
+
+def _model_source(reference: str, revision: str | None, remote_reader: Reader | None) -> hub.Source:
+    """Where a model is: downloaded, or on the Hub with its headers here if a reader for that is given."""
+    if remote_reader is not None:
+        source = open_remote(reference, revision, remote_reader)
+        if source is not None:
+            return source
+    return hub.resolve(reference, revision, CheckpointError)
 
 
 def _as_safetensors(source: hub.Source, allow_pickle: bool) -> hub.Source:

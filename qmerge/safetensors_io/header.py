@@ -38,14 +38,20 @@ LARGEST_SIZE = 2**63 - 1
 LFS_POINTER = b"version https://git-lfs"
 
 
-def read_header(path: Path, error: type[InputError]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(
+    path: Path, error: type[InputError], *, nbytes: int | None = None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors (by name) and metadata of one file; only the header is read.
+
+    Args:
+        nbytes: size of the whole file, where ``path`` has its header alone.
 
     Raises:
         error: the file is missing, truncated, or not a safetensors file, or its header breaks the specification.
     """
     try:
-        nbytes = file_size(path, error)
+        if nbytes is None:
+            nbytes = file_size(path, error)
         with path.open("rb") as file:
             start = file.read(LENGTH_BYTES)
             length = _header_length(path, start, nbytes, error)

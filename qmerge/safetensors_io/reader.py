@@ -24,6 +24,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._remote: dict[Path, tuple[Callable[[int, int], bytes], int]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -34,12 +35,28 @@ class Reader:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def add_remote(self, file: Path, read: Callable[[int, int], bytes], nbytes: int) -> None:
+        """Read a file elsewhere, of which ``file`` has the header alone.
+
+        Args:
+            read: start and stop in the whole file → bytes.
+            nbytes: size of the whole file.
+        """
+        self._remote[file] = (read, nbytes)
+
+    def remote_size(self, file: Path) -> int | None:
+        """Size of a whole file that is elsewhere; None for a file that is here."""
+        return self._remote[file][1] if file in self._remote else None
+
     def bytes(self, info: TensorInfo, start: int, stop: int) -> bytearray:
         """Bytes ``start`` … ``stop`` of a tensor.
 
         Raises:
             CheckpointError: the file cannot be read, or ends before them: it has changed since its header was read.
         """
+        if info.file in self._remote:
+            read, _ = self._remote[info.file]
+            return bytearray(read(info.offset + start, info.offset + stop))
         buffer = bytearray(stop - start)
         view = memoryview(buffer)
         done = 0

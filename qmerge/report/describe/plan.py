@@ -42,7 +42,7 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
         RecipeError, InputError: the merge is not possible.
     """
     with Reader() as reader:
-        inputs = read_inputs(recipe, reader)
+        inputs = read_inputs(recipe, reader, headers_only=True)
         candidates = all_candidates(recipe, inputs, reader)
         why = None
         if recipe.target == "auto":
