@@ -7,8 +7,34 @@ Importing this package is quick; torch and the other libraries are imported by t
 
 from __future__ import annotations
 
-from qmerge.api import fidelity, inspect, measure, merge, plan, verify
+from typing import TYPE_CHECKING, Any
+
+from qmerge.api import fidelity, inspect, measure, merge, plan, push, verify
 from qmerge.report.result import Checks, Report
 
-__all__ = ["Checks", "Report", "__version__", "fidelity", "inspect", "measure", "merge", "plan", "verify"]
+if TYPE_CHECKING:
+    from qmerge.training import QmergeCallback
+
+__all__ = [
+    "Checks",
+    "QmergeCallback",
+    "Report",
+    "__version__",
+    "fidelity",
+    "inspect",
+    "measure",
+    "merge",
+    "plan",
+    "push",
+    "verify",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``QmergeCallback``, whose base class is of transformers, which takes seconds to import."""
+    if name == "QmergeCallback":
+        from qmerge.training import QmergeCallback
+
+        return QmergeCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -397,6 +397,28 @@ def fidelity(
     )
 
 
+def push(out: PathLike, hub_id: str, *, private: bool = False, quiet: bool = False) -> str:
+    """Upload a folder that qmerge wrote to the Hub. An interrupted upload goes on with the same call.
+
+    Args:
+        out: the folder.
+        hub_id: id of the model on the Hub: ``"owner/name"``, or ``"name"`` for your own. The token comes from ``HF_TOKEN`` or from
+            ``hf auth login``.
+        private: make the model private, if it is new there.
+        quiet: show no progress.
+
+    Returns:
+        The address of the model's page.
+
+    Raises:
+        qmerge.errors.QmergeError: the folder is not complete, or the Hub refuses it.
+    """
+    from qmerge import publish
+    from qmerge.report.terminal.progress import TerminalProgress
+
+    return publish.push(Path(out), hub_id, private=private, quiet=quiet, progress=TerminalProgress(quiet)).url
+
+
 def _recipe(arguments: dict[str, Any]) -> Recipe:
     """The arguments of a function, ``locals()`` at its start, as a checked recipe."""
     settings = {name: value for name, value in arguments.items() if name in Recipe.model_fields}

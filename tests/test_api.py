@@ -20,7 +20,7 @@ from qmerge.recipe import PATHS, Recipe
 from .conftest import Cli, snapshot
 
 WITH_SETTINGS = {"merge": qmerge.merge, "plan": qmerge.plan, "measure": qmerge.measure}
-OTHERS = {"inspect": qmerge.inspect, "verify": qmerge.verify, "fidelity": qmerge.fidelity}
+OTHERS = {"inspect": qmerge.inspect, "verify": qmerge.verify, "fidelity": qmerge.fidelity, "push": qmerge.push}
 OF_THEIR_OWN = {"merge": {"resume", "quiet"}, "plan": set(), "measure": {"targets", "quiet"}}
 """Arguments that are no settings of a recipe."""
 

@@ -1,0 +1,151 @@
+"""``QmergeCallback``: merge, check and push when a training ends.
+
+Everything that can be wrong with the settings is an error before the training begins. What goes wrong after it does not end
+the user's script: the adapter is saved first, and the merge can be repeated.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qmerge import api, publish
+from qmerge.checkpoint import folder
+from qmerge.errors import NumbersError, QmergeError, RecipeError
+from qmerge.recipe import make_recipe
+from qmerge.report.limits import past_limits
+from qmerge.report.result import Report
+from qmerge.training.trained_model import TrainedModel, save_adapter, trained_model
+
+ADAPTER = "qmerge-adapter"
+"""Folder in the trainer's ``output_dir`` that the adapter is saved to."""
+
+
+class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Merges the adapter into its base when the training ends, checks the model, and pushes it to the Hub.
+
+        trainer = SFTTrainer(…, callbacks=[qmerge.QmergeCallback(target="nf4", out="merged")])
+
+    The base is the one that the model was loaded from. Where it was quantized while it was loaded (``load_in_4bit=True`` on a
+    16-bit model), the merge quantizes it in the same way (``trained_on``).
+
+    Args:
+        target: format to store the model in, as for ``qmerge.merge``.
+        out: folder to write the model to; new or empty.
+        verify: held-out text to compare the merged model with the unmerged one: a txt or jsonl file.
+        push_to_hub: id of a model on the Hub to upload to, if all checks pass and the model is past no limit.
+        private: make the model on the Hub private, if it is new there.
+        min_kept, max_kl_ratio: limits, as for ``qmerge.merge``.
+        quiet: show no progress; warnings are still shown.
+        settings: all other arguments of ``qmerge.merge``.
+
+    Attributes:
+        report: what survived, after the training; None if the merge failed.
+        error: why it failed, or why the model was not pushed; None if all went well.
+
+    Raises:
+        qmerge.errors.QmergeError: when the training begins: wrong settings, a model without adapter, a token that may not write.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: str,
+        out: str | Path,
+        verify: str | Path | None = None,
+        push_to_hub: str | None = None,
+        private: bool = False,
+        min_kept: float | None = None,
+        max_kl_ratio: float | None = None,
+        quiet: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.quiet = quiet
+        self.settings: dict[str, Any] = {
+            "target": target,
+            "out": str(out),
+            "verify": verify,
+            "push_to_hub": push_to_hub,
+            "private": private,
+            "min_kept": min_kept,
+            "max_kl_ratio": max_kl_ratio,
+            **settings,
+        }
+        self.report: Report | None = None
+        self.error: QmergeError | None = None
+
+    # --- before the training ---
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Check everything that would fail after hours of training."""
+        if args.deepspeed or args.fsdp:
+            raise RecipeError(
+                "QmergeCallback: with DeepSpeed or FSDP no process has the whole adapter; save it, then merge with the qmerge "
+                "command"
+            )
+        trained = trained_model(model)
+        if not state.is_world_process_zero:
+            return
+        recipe = make_recipe(self._arguments(trained, Path(args.output_dir)))
+        out = Path(recipe.out or "").expanduser()
+        folder.check_content(out, resume=False)
+        if recipe.verify and not Path(recipe.verify).expanduser().is_file():
+            raise RecipeError(f"verify: {recipe.verify}: no such file")
+        if recipe.push_to_hub:
+            publish.check_destination(recipe.push_to_hub, recipe.private)
+
+    def _arguments(self, trained: TrainedModel, output_dir: Path) -> dict[str, Any]:
+        """The arguments of the merge. Those that the user gave go before those that the model says."""
+        known = {"base": trained.base, "revision": trained.revision, "trained_on": trained.trained_on}
+        return {**known, "adapter": str(output_dir / ADAPTER), **self.settings}
+
+    # --- after it ---
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
+    ) -> None:
+        """Save the adapter, merge it, check the result, push it."""
+        if not state.is_world_process_zero:
+            return
+        trained = trained_model(model)
+        arguments = self._arguments(trained, Path(args.output_dir))
+        save_adapter(trained, Path(arguments["adapter"]), processing_class)
+        _free_gpu_memory()
+        try:
+            self.report = self._merge_and_push(arguments)
+        except QmergeError as error:
+            # The script that trains goes on: it may have more to save.
+            self.error = error
+            print(f"qmerge: {error} (the adapter is in {arguments['adapter']})", file=sys.stderr)
+
+    def _merge_and_push(self, arguments: dict[str, Any]) -> Report:
+        """Merge and check; push only what passes.
+
+        Raises:
+            QmergeError: the merge failed. A report is kept all the same where only the push was refused.
+        """
+        push_to_hub, private = arguments["push_to_hub"], arguments["private"]
+        report = api.merge(**{**arguments, "push_to_hub": None, "private": False, "quiet": self.quiet})
+        self.report = report
+        out = Path(arguments["out"])
+        # The files alone: to load the model a second time, next to the one that was trained, may take too much memory.
+        failed = [check for check in api.verify(out, reload=False) if not check.ok]
+        problems = [f"{check.name}: {check.found}" for check in failed]
+        problems += past_limits([report.data], min_kept=arguments["min_kept"], max_kl_ratio=arguments["max_kl_ratio"])
+        if problems:
+            raise NumbersError(f"{out}: {'; '.join(problems)}")
+        if push_to_hub:
+            url = api.push(out, push_to_hub, private=private, quiet=self.quiet)
+            print(f"Pushed to {url}", file=sys.stderr)
+        return report
+
+
+def _free_gpu_memory() -> None:
+    """Give back what the training has cached: the merge needs a little."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""What a model in training is: the base that it was loaded from, and how that was quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmerge.errors import RecipeError
+from qmerge.recipe import TrainedOn
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A PEFT model in memory.
+
+    peft_model  the model itself, without wrappers for several GPUs
+    base        folder or Hub id that it was loaded from
+    revision    of the base on the Hub
+    trained_on  how the base was quantized while it was loaded; None where it was not, or is stored so
+    """
+
+    peft_model: Any
+    base: str
+    revision: str | None
+    trained_on: TrainedOn | None
+
+
+def trained_model(model: Any) -> TrainedModel:
+    """Read base and quantization from a PEFT model.
+
+    Raises:
+        RecipeError: it has no adapter, more than one active one, or does not say what it was loaded from.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model)
+    configs = getattr(model, "peft_config", None)
+    if not configs or not hasattr(model, "get_base_model"):
+        raise RecipeError(
+            f"QmergeCallback: the model that is trained ({type(model).__name__}) has no adapter, so there is nothing to merge; "
+            f"give the trainer a peft_config"
+        )
+    config = configs[model.active_adapters[0]]
+    if not config.base_model_name_or_path:
+        raise RecipeError("QmergeCallback: the adapter does not say which base it is trained on; give base=…")
+    return TrainedModel(
+        peft_model=model,
+        base=str(config.base_model_name_or_path),
+        revision=config.revision,
+        trained_on=_trained_on(model.get_base_model()),
+    )
+
+
+def _trained_on(base: Any) -> TrainedOn | None:
+    """How bitsandbytes quantized a base while transformers loaded it; None where it did not, or the files hold it so."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    config = quantizer.quantization_config
+    if getattr(config, "load_in_8bit", False):
+        return "int8"
+    if not getattr(config, "load_in_4bit", False):
+        return None
+    names: dict[tuple[str, bool], TrainedOn] = {
+        ("nf4", False): "nf4",
+        ("nf4", True): "nf4-dq",
+        ("fp4", False): "fp4",
+        ("fp4", True): "fp4-dq",
+    }
+    return names[str(config.bnb_4bit_quant_type), bool(config.bnb_4bit_use_double_quant)]
+
+
+def save_adapter(trained: TrainedModel, folder: Path, processing_class: Any) -> None:
+    """Save adapter and tokenizer as ``trainer.save_model`` does.
+
+    Args:
+        processing_class: the trainer's tokenizer or processor; None where it has none.
+    """
+    trained.peft_model.save_pretrained(folder)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
