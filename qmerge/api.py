@@ -67,7 +67,7 @@ def merge(
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -124,7 +124,7 @@ def merge(
         max_kl_ratio: the same for a model whose KL ratio is larger.
         push_to_hub: id of a model on the Hub, ``"owner/name"``, to upload the finished model to, unless it is past a limit. The
             token comes from ``HF_TOKEN`` or ``hf auth login``; it is checked before the merge begins.
-        private: make the model on the Hub private, if it is new there.
+        private: make the model on the Hub private, if it is new there; None: as its owner's settings say.
         seed: seed of stochastic rounding, random calibration tokens and random combinations.
         device: where to compute: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: number of weights that are worked on at once, or ``"ray"`` for one task per output file on a Ray cluster.
@@ -194,7 +194,7 @@ def plan(
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -264,7 +264,7 @@ def measure(
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     seed: int = 0,
     device: Device = "auto",
     workers: int | Literal["ray"] = 1,
@@ -397,14 +397,14 @@ def fidelity(
     )
 
 
-def push(out: PathLike, hub_id: str, *, private: bool = False, quiet: bool = False) -> str:
+def push(out: PathLike, hub_id: str, *, private: bool | None = None, quiet: bool = False) -> str:
     """Upload a folder that qmerge wrote to the Hub. An interrupted upload goes on with the same call.
 
     Args:
         out: the folder.
         hub_id: id of the model on the Hub: ``"owner/name"``, or ``"name"`` for your own. The token comes from ``HF_TOKEN`` or from
             ``hf auth login``.
-        private: make the model private, if it is new there.
+        private: make the model private, if it is new there; None: as its owner's settings say.
         quiet: show no progress.
 
     Returns:

@@ -281,6 +281,7 @@ def needed_weights(listing: Listing) -> set[str]:
     names = {name for name in listing.names if name.endswith(".safetensors")}
     folders = {name.removesuffix(ADAPTER_CONFIG) for name in listing.names if name.endswith(ADAPTER_CONFIG)}
     needed: set[str] = set()
+    # A repository without a finished adapter may be asked for one of its checkpoints.
     if "" in folders:
         finished = [folder for folder in folders if not EARLIER_STATE.match(folder)]
         needed = {f"{folder}{file}" for folder in finished for file in ADAPTER_FILES} & names

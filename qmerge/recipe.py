@@ -263,7 +263,9 @@ class Recipe(BaseModel):
         None,
         description="upload the finished model to this id on the Hub (token: HF_TOKEN or hf auth login), unless it is past a limit",
     )
-    private: bool = Field(False, description="make the model on the Hub private, if it is new there")
+    private: bool | None = Field(
+        None, description="make the model on the Hub private, if it is new there (default: as its owner's settings say)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -382,7 +384,7 @@ class Recipe(BaseModel):
         # A model may be moved, and made again with other resources: neither changes a byte.
         changes: dict[str, Any] = {"out": None, "patch": None, "workers": 1, "max_memory": None}
         # Whoever runs the recipe again must not publish by it.
-        changes |= {"push_to_hub": None, "private": False}
+        changes |= {"push_to_hub": None, "private": None}
         for name in INPUTS:
             value = getattr(self, name)
             if isinstance(value, list):
@@ -463,7 +465,7 @@ def _two_destinations(recipe: Recipe) -> str | None:
 def _push_of_a_patch(recipe: Recipe) -> str | None:
     if recipe.push_to_hub and recipe.patch:
         return "push_to_hub uploads a whole model, but patch writes only a difference: use out instead of patch"
-    if recipe.private and not recipe.push_to_hub:
+    if recipe.private is not None and not recipe.push_to_hub:
         return "private is for push_to_hub, which is not given: leave it out"
     return None
 

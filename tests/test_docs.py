@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from qmerge import errors, plugins, schema
 from qmerge.cli import app
 from qmerge.formats import MIXES, all_targets
+from qmerge.formats.serving import PROGRAMS
 from qmerge.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,7 @@ def test_readme_links_every_page() -> None:
 def test_every_option_exists(path: Path) -> None:
     known = {"--help"}.union(*commands().values())
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()))
-    assert used <= known | benchmark_options()
+    assert used <= known | benchmark_options() | serving_options()
 
 
 def test_tables_of_large_models_are_the_scripts() -> None:
@@ -150,6 +151,27 @@ def test_tables_of_large_models_are_the_scripts() -> None:
     printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
     lines = (ROOT / "docs/scale.md").read_text().splitlines()
     assert len(printed) > 20 and not [line for line in printed if line not in lines]
+
+
+def serving_options() -> set[str]:
+    """Options of the programs that serve models, in the commands that the model card and the documents show."""
+    commands = " ".join(program.from_folder + program.from_hub for program in PROGRAMS.values())
+    return set(re.findall(r"--[a-z-]+", commands))
+
+
+def test_table_of_programs_is_the_code() -> None:
+    lines = section((ROOT / "docs/hub.md").read_text(), "Programs that serve it").splitlines()
+    cells = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ") and "---" not in line}
+    assert cells.keys() == {"program", *(program.title for program in PROGRAMS.values())}
+    for program in PROGRAMS.values():
+        named = re.findall(r"`([a-z0-9_]+)`", cells[program.title].split("|")[2])
+        assert named == [target for target in program.targets if target not in MIXES or target == "q4_k_m"]
+        if program.language == "sh":
+            on_disk, on_hub = cells[program.title].split("|")[3:5]
+            assert (
+                re.findall("`(.*?)`", on_disk) == program.command("OUT", file="model.gguf", on_hub=False).splitlines()
+            )
+            assert re.findall("`(.*?)`", on_hub) == program.command("ID", file="model.gguf", on_hub=True).splitlines()
 
 
 def benchmark_options() -> set[str]:

@@ -177,7 +177,7 @@ def push_command(
     from qmerge import publish
     from qmerge.report.terminal.progress import TerminalProgress
 
-    pushed = publish.push(out, id, private=private, quiet=quiet, progress=TerminalProgress(quiet))
+    pushed = publish.push(out, id, private=private or None, quiet=quiet, progress=TerminalProgress(quiet))
     if json:
         print_json(vars(pushed))
     else:

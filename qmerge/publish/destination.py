@@ -40,12 +40,12 @@ class Destination:
     files: frozenset[str] | None
 
 
-def check_destination(reference: str, private: bool) -> Destination:
+def check_destination(reference: str, private: bool | None) -> Destination:
     """Look whether the user's token may write a model there. Nothing is created.
 
     Args:
         reference: ``owner/name``, or ``name`` for the user's own.
-        private: whether the model must not be public.
+        private: True: the model must not be public; None: as the owner's settings say.
 
     Raises:
         RecipeError: the name is not valid, or a model is there that qmerge did not write, or that is public.
@@ -53,6 +53,7 @@ def check_destination(reference: str, private: bool) -> Destination:
     """
     from huggingface_hub import HfApi
 
+    # A bare name is completed with the user's own, which only the token tells.
     owner_given = "/" in reference
     if not hub.HUB_ID.fullmatch(reference if owner_given else f"owner/{reference}"):
         raise RecipeError(f"push_to_hub {reference!r}: expected owner/name, the id of the model on the Hub")
@@ -65,7 +66,7 @@ def check_destination(reference: str, private: bool) -> Destination:
     else:
         _check_files(hub_id, files)
         _check_visibility(api, hub_id, private)
-    return Destination(id=hub_id, private=private or None, files=files)
+    return Destination(id=hub_id, private=private, files=files)
 
 
 def _whoami(api: HfApi) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def _whoami(api: HfApi) -> dict[str, Any]:
     with hub_errors("the token cannot be checked"):
         user = api.whoami()
     token = (user.get("auth") or {}).get("accessToken") or {}
+    # Other roles may write somewhere; where, is asked next.
     if token.get("role") == "read":
         raise HubError(f"the token of {user['name']} may only read: {LOG_IN}")
     return user
@@ -102,6 +104,7 @@ def _files(api: HfApi, hub_id: str) -> frozenset[str] | None:
             api.auth_check(hub_id, write=True)
             return frozenset(api.list_repo_files(hub_id))
         except RepositoryNotFoundError:
+            # Also the private model of somebody else: then its owner's name is not the user's, which is checked.
             return None
 
 
@@ -131,6 +134,7 @@ def _may_write(rights: dict[str, Any], owner: str) -> bool:
 
 def _check_files(hub_id: str, files: frozenset[str]) -> None:
     """A model of somebody else must not be mixed with this one, and not be replaced by mistake."""
+    # A repository with a card or a licence alone was made for this model.
     weights = sorted(name for name in files if name.endswith(WEIGHT_FILES))
     if weights and NAME not in files:
         raise RecipeError(
@@ -138,7 +142,7 @@ def _check_files(hub_id: str, files: frozenset[str]) -> None:
         )
 
 
-def _check_visibility(api: HfApi, hub_id: str, private: bool) -> None:
+def _check_visibility(api: HfApi, hub_id: str, private: bool | None) -> None:
     """Whoever wants a private model must not publish it because the repository exists."""
     with hub_errors(f"{hub_id} cannot be read"):
         is_private = api.repo_info(hub_id).private

@@ -51,7 +51,7 @@ class Pushed:
         return lines
 
 
-def push(out: Path, reference: str, *, private: bool, quiet: bool, progress: Progress) -> Pushed:
+def push(out: Path, reference: str, *, private: bool | None, quiet: bool, progress: Progress) -> Pushed:
     """Upload a finished folder as a model. A repository that does not exist is created.
 
     Args:
@@ -65,8 +65,10 @@ def push(out: Path, reference: str, *, private: bool, quiet: bool, progress: Pro
         RecipeError, HubError: see ``check_destination``; or the upload failed. The folder stays, and the same call goes on.
     """
     out = out.expanduser()
+    # What is wrong with the folder is said before the Hub is asked.
     report = _complete_report(out)
     destination = check_destination(reference, private)
+    # A run that goes on in this folder would change files while they are read.
     with folder.locked(out):
         _name_in_card(out, str(report.recipe["target"]), destination.id)
         names = _recorded_files(report)
@@ -121,6 +123,7 @@ def _name_in_card(out: Path, target: str, hub_id: str) -> None:
     card = out / CARD_NAME
     if not card.is_file():
         return
+    # The user may have edited the card, in any encoding: other bytes stay as they are.
     old = card.read_bytes()
     new = name_model(old.decode("utf-8", "surrogateescape"), out, target, hub_id).encode("utf-8", "surrogateescape")
     if new != old:
@@ -158,6 +161,7 @@ def _left_over(api: HfApi, destination: Destination, names: list[str]) -> list[s
     """
     if destination.files is None or NAME not in destination.files:
         return []
+    # Somebody else may have written a file of this name, of any size.
     info = api.get_paths_info(destination.id, [NAME])
     if not info or getattr(info[0], "size", LARGEST_RECORD + 1) > LARGEST_RECORD:
         return []

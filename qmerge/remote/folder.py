@@ -52,6 +52,7 @@ def open_remote(reference: str, revision: str | None, reader: Reader) -> hub.Sou
     listing = _listing(hub_id, named_revision or revision)
     if listing is None or hub.ADAPTER_CONFIG in listing.names:
         return None
+    # Of a GGUF file, the header alone does not say enough.
     weights = sorted(hub.needed_weights(listing))
     if not weights or _are_cached(listing, weights):
         return None
@@ -112,6 +113,7 @@ def _with_header(listing: hub.Listing, name: str, path: Path) -> RemoteFile:
         CheckpointError: it is no safetensors file.
     """
     file = RemoteFile(listing.id, name, listing.commit)
+    # Two requests, since the first bytes say how long the header is: a guess would read parts of weights, or too little.
     start = file.read(0, LENGTH_BYTES)
     (length,) = struct.unpack("<Q", start)
     if length > min(LARGEST_HEADER, file.size - LENGTH_BYTES):

@@ -47,6 +47,7 @@ class RemoteFile:
         known = self._known(start, stop)
         if known is not None:
             return known
+        # Without the lock: other threads read other ranges meanwhile.
         content = self._request(start, stop)
         with self._lock:
             self._parts[start, stop] = content
@@ -93,6 +94,7 @@ class RemoteFile:
             raise
         except Exception as cause:  # the class depends on the HTTP library that the Hub library uses
             raise _TemporaryError(str(cause) or type(cause).__name__) from cause
+        # A server that does not know ranges answers with the whole file and status 200.
         total = TOTAL.fullmatch(response.headers.get("Content-Range", ""))
         content: bytes = response.content
         if response.status_code != 206 or total is None or len(content) != stop - start:

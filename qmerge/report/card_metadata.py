@@ -40,7 +40,7 @@ def card_metadata(report: ReportData, plan: Plan) -> str:
     """The metadata as YAML."""
     folders = [plan.inputs.base.folder, *(adapter.folder for adapter in plan.inputs.adapters)]
     quant_method = get_format(plan.target).info.quant_method
-    # The Hub offers the programs that belong to this name.
+    # The Hub's button "Use this model" offers the programs that belong to this name.
     own_name = quant_method in ("mlx", "gguf")
     fields: dict[str, Any] = {}
     origins = _origin_ids(report, plan)
@@ -94,6 +94,7 @@ def _licence(folders: Iterable[Path]) -> dict[str, Any]:
 
 
 def _pipeline_tag(base: Path, plan: Plan) -> dict[str, str]:
+    # The base's authors know better than its config, which is silent about translation or reasoning.
     declared = card_fields(base, ("pipeline_tag",)).get("pipeline_tag")
     tag = declared if isinstance(declared, str) else pipeline_tag(plan.config)
     return {"pipeline_tag": tag} if tag else {}

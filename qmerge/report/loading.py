@@ -116,5 +116,6 @@ def name_model(card: str, out: Path, target: str, hub_id: str) -> str:
     if get_format(target).info.container is None:
         config = read_json(out / "config.json", CheckpointError)
     section = "\n".join(loading_lines(target, config, hub_id)) + "\n"
+    # Up to the next heading of the same level; code in the section has none.
     pattern = re.compile(rf"^{re.escape(HEADING)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     return pattern.sub(lambda _: section, card, count=1)

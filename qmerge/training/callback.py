@@ -57,7 +57,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         out: str | Path,
         verify: str | Path | None = None,
         push_to_hub: str | None = None,
-        private: bool = False,
+        private: bool | None = None,
         min_kept: float | None = None,
         max_kl_ratio: float | None = None,
         quiet: bool = False,
@@ -86,6 +86,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "QmergeCallback: with DeepSpeed or FSDP no process has the whole adapter; save it, then merge with the qmerge "
                 "command"
             )
+        # In every process, so that none of them begins to train.
         trained = trained_model(model)
         if not state.is_world_process_zero:
             return
@@ -128,10 +129,11 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             QmergeError: the merge failed. A report is kept all the same where only the push was refused.
         """
         push_to_hub, private = arguments["push_to_hub"], arguments["private"]
-        report = api.merge(**{**arguments, "push_to_hub": None, "private": False, "quiet": self.quiet})
+        report = api.merge(**{**arguments, "push_to_hub": None, "private": None, "quiet": self.quiet})
         self.report = report
         out = Path(arguments["out"])
         # The files alone: to load the model a second time, next to the one that was trained, may take too much memory.
+        # Only whole files are published.
         failed = [check for check in api.verify(out, reload=False) if not check.ok]
         problems = [f"{check.name}: {check.found}" for check in failed]
         problems += past_limits([report.data], min_kept=arguments["min_kept"], max_kl_ratio=arguments["max_kl_ratio"])

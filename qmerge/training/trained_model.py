@@ -54,6 +54,7 @@ def trained_model(model: Any) -> TrainedModel:
 
 def _trained_on(base: Any) -> TrainedOn | None:
     """How bitsandbytes quantized a base while transformers loaded it; None where it did not, or the files hold it so."""
+    # transformers keeps what it quantized with, and whether the files were quantized already.
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None
