@@ -21,6 +21,7 @@ from qmerge.recipe import (
     TrainedOn,
     make_recipe,
 )
+from qmerge.report.environment import check_environment
 from qmerge.report.result import Checks, Report
 from qmerge.schema import FidelityRecord
 
@@ -141,6 +142,7 @@ def merge(
         qmerge.errors.QmergeError: the message is one line, the class says what kind of problem it is. No unfinished file has
             its final name.
     """
+    check_environment()
     recipe = _recipe(locals())
 
     from qmerge import publish
@@ -217,6 +219,7 @@ def plan(
     Raises:
         qmerge.errors.QmergeError: the merge is not possible.
     """
+    check_environment()
     recipe = _recipe(locals())
 
     from qmerge.report.describe.plan import describe_plan
@@ -288,6 +291,7 @@ def measure(
     Raises:
         qmerge.errors.QmergeError: the merge is not possible.
     """
+    check_environment()
     if isinstance(targets, str):  # one name: a string is a sequence of letters, too
         targets = [targets]
     names = list(targets or [target or DEFAULT_TARGET])
@@ -325,6 +329,8 @@ def inspect(
     Raises:
         qmerge.errors.QmergeError: the folder holds neither an adapter nor a model.
     """
+    check_environment()
+
     from qmerge.report.describe.inspect import inspect as describe
 
     return describe(str(adapter), revision, None if base is None else str(base), base_revision)
@@ -349,6 +355,8 @@ def verify(out: PathLike, *, reload: bool = True, loader: str | None = None, aga
     Raises:
         qmerge.errors.QmergeError: qmerge did not write the folder, or the loader is not installed.
     """
+    check_environment()
+
     from qmerge.evaluation.verify import verify as verify_folder
 
     return Checks(verify_folder(Path(out).expanduser(), reload, loader, against_inputs=against_inputs))
@@ -383,6 +391,8 @@ def fidelity(
     Raises:
         qmerge.errors.QmergeError: the folder or the text cannot be used.
     """
+    check_environment()
+
     from qmerge.evaluation.fidelity import fidelity_of_folder
     from qmerge.report.terminal.progress import TerminalProgress
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qmerge.cli.output import nothing_to_resume
+from qmerge.report.environment import check_environment
 
 HELP_PANEL = "Help and output"
 # Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help.
@@ -41,6 +42,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command. One that can go on after Ctrl-C raises an error of its own, which says how."""
         with nothing_to_resume():  # typer would end the process without a word
+            check_environment()
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

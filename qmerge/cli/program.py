@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -21,6 +20,7 @@ from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_r
 from qmerge.cli.output import nothing_to_resume
 from qmerge.errors import QmergeError, RecipeError
 from qmerge.recipe import Recipe
+from qmerge.report.environment import check_environment, version_lines
 from qmerge.safetensors_io.disk import disk_error
 
 EXIT_CODES = (
@@ -74,7 +74,14 @@ def root(
     shard: Shard = None,
     json: Json = False,
     quiet: Quiet = False,
-    version: Annotated[bool, flag("--version", help="show the version", rich_help_panel=HELP_PANEL)] = False,
+    version: Annotated[
+        bool,
+        flag(
+            "--version",
+            help="show the versions of qmerge and its libraries, and the device",
+            rich_help_panel=HELP_PANEL,
+        ),
+    ] = False,
     help_all: HelpAll = False,
     **settings: Any,
 ) -> None:
@@ -87,7 +94,8 @@ def root(
         flags["shard"] = True
     options = [*settings, *(name for name, given in flags.items() if given)]
     if version:
-        typer.echo(f"qmerge {installed_version('qmerge')}")
+        for line in version_lines():
+            typer.echo(line)
     elif context.invoked_subcommand is not None:
         if options:  # they would be ignored without a word
             flag = f"--{options[0].replace('_', '-')}"
@@ -100,6 +108,7 @@ def root(
             )
         typer.echo(context.get_help())
     else:
+        check_environment()
         merging.run_merge(settings, resume=resume, shard=shard, json=json, quiet=quiet)
 
 

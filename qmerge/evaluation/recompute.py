@@ -10,7 +10,6 @@ import os
 import platform
 import random
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +22,8 @@ from qmerge.formats import get_target
 from qmerge.pipeline import run_step
 from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.recipe import Recipe
-from qmerge.report.make import IDENTITY_PACKAGES, device_name
+from qmerge.report.environment import device_name, installed_versions
+from qmerge.report.make import IDENTITY_PACKAGES
 from qmerge.safetensors_io.disk import read_range
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
@@ -130,13 +130,9 @@ def _check_at_hand(recipe: Recipe) -> None:
 def _check_versions(report: ReportData) -> None:
     """Raise CheckpointError where another version of a library may compute other last bits."""
     others = []
-    for name in IDENTITY_PACKAGES:
-        try:
-            here = version(name)
-        except PackageNotFoundError:
-            here = "not installed"
-        if report.versions.get(name) != here:
-            others.append(f"{name} {report.versions.get(name)}, not {here}")
+    for name, installed in installed_versions(*IDENTITY_PACKAGES).items():
+        if report.versions.get(name) != installed:
+            others.append(f"{name} {report.versions.get(name)}, not {installed}")
     if others:
         raise CheckpointError(f"the weights were computed with {listed(others)}, which may give other last bits")
 

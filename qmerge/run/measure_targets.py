@@ -13,7 +13,8 @@ from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import make_run_context, plan_from, retargeted
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Recipe
-from qmerge.report.make import device_name, make_report
+from qmerge.report.environment import device_name
+from qmerge.report.make import make_report
 from qmerge.report.records import input_records
 from qmerge.run.destinations import MeasureOnly
 from qmerge.run.merge_model import merge

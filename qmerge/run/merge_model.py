@@ -22,7 +22,8 @@ from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Device, Recipe, make_recipe
-from qmerge.report.make import IDENTITY_PACKAGES, device_name
+from qmerge.report.environment import device_name
+from qmerge.report.make import IDENTITY_PACKAGES
 from qmerge.report.records import check_unchanged, input_records, input_states
 from qmerge.run.complete import add_fidelity, complete_model
 from qmerge.run.destinations import OutputFolder

@@ -21,7 +21,7 @@ from qmerge.errors import InputError, NumbersError, QmergeError, RecipeError, li
 from qmerge.pipeline import Outcome
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import Device, Recipe, make_recipe
-from qmerge.report.make import device_name
+from qmerge.report.environment import device_name
 from qmerge.report.records import check_unchanged, input_records, input_states, joined_records
 from qmerge.run.complete import add_fidelity, complete_model
 from qmerge.run.merge_model import prepare, run_identity, write_weights

@@ -132,10 +132,6 @@ def test_help_is_quick() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_version(cli: Cli) -> None:
-    assert cli("--version").out == f"qmerge {__version__}\n"
-
-
 def test_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 
