@@ -1,8 +1,12 @@
-# Three commands for a machine with python3 (3.10 or later) and make:
+# Commands for a machine with python3 (3.10 or later) and make:
 #
 #   make demo   install into .venv, merge a small trained model, and show how much survives
 #   make test   install into .venv with the development tools, then lint, check types and run every test
 #   make bench  the same installation, then time and memory next to other tools (BENCH=--small for a quick look)
+#
+# and for maintainers:
+#
+#   make release  build wheel and sdist, install the wheel into a new environment, run its demo, audit and list what it needs
 #
 # PYTHON=python3.12 chooses another interpreter, VENV=dir another folder, PIP="uv pip" another installer, JOBS=4 the number
 # of processes that run tests. torch is installed first, in the version of constraints.txt; if .venv already has a build of
@@ -22,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export GPTQMODEL_CPU_WORKERS ?= 2  # gptqmodel 7.6 does not start on two cores otherwise
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench dist audit sbom release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -39,6 +43,43 @@ test: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 
+# --- a release: build/ has the environment, the tools and the list of dependencies, dist/ what is published ---
+
+RELEASE := build/release
+TOOLS := build/tools/bin
+
+release: audit sbom
+	cd build && release/bin/qmerge --version && release/bin/qmerge demo
+
+# Without --strict, pip-audit ends with 0 when it cannot look up a package. It knows no local versions (2.13.0+cpu).
+audit: $(RELEASE)/installed
+	$(RELEASE)/bin/python -m pip list --format=freeze --exclude qmerge --exclude pip > build/audited.txt
+	sed -i 's/+.*//' build/audited.txt
+	$(TOOLS)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r build/audited.txt
+
+sbom: $(RELEASE)/installed
+	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file build/qmerge.cdx.json $(RELEASE)/bin/python
+
+dist: build/tools/installed
+	rm -rf dist
+	$(TOOLS)/python -m build --outdir dist
+	$(TOOLS)/python -m twine check --strict dist/*
+
+# The last line removes the wheel's path from the metadata, which would be in the list of dependencies.
+$(RELEASE)/installed: dist
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(RELEASE)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	$(RELEASE)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-index --find-links dist qmerge
+	touch $@
+
+build/tools/installed:
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/python -m pip install --quiet build twine pip-audit cyclonedx-bom
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
@@ -51,4 +92,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist

@@ -175,8 +175,11 @@ def test_table_of_programs_is_the_code() -> None:
 
 
 def benchmark_options() -> set[str]:
-    scripts = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests/run/faults.py"]
-    return {flag for path in scripts for flag in re.findall(r"--[a-z-]+", path.read_text())}
+    scripts = [
+        *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "tests/run/faults.py", ROOT / "Makefile",
+    ]  # fmt: skip
+    of_uvx_and_pipx = {"--from", "--spec"}
+    return of_uvx_and_pipx.union(*(re.findall(r"--[a-z-]+", path.read_text()) for path in scripts))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

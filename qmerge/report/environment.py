@@ -51,7 +51,7 @@ def check_environment() -> None:
         raise RecipeError(f"this environment does not suit qmerge: {problems}: pip install --upgrade {wanted}")
     for name in SHOWN:
         loaded = getattr(sys.modules.get(name), "__version__", None)
-        if loaded is not None and loaded != version(name):
+        if loaded is not None and not _same_release(loaded, version(name)):
             raise RecipeError(
                 f"{name} {loaded} was loaded before {version(name)} was installed: restart Python (in a notebook, the runtime)"
             )
@@ -94,6 +94,13 @@ def _is_met(requirement: Requirement) -> bool:
     installed = _installed(requirement.name)
     # Builds from source have versions such as 5.24.0.dev0, which are in bounds if 5.24.0 is.
     return installed is not None and requirement.specifier.contains(installed, prereleases=True)
+
+
+def _same_release(loaded: str, installed: str) -> bool:
+    from packaging.version import Version
+
+    # torch from PyPI calls itself 2.7.0+cu126, and its metadata 2.7.0.
+    return Version(loaded).public == Version(installed).public
 
 
 def _as_found(package: str) -> str:

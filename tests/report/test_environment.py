@@ -116,6 +116,15 @@ def test_library_that_was_loaded_before_its_update(
         environment.check_environment()
 
 
+def test_a_build_may_name_itself_in_more_detail(
+    installed: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch from PyPI: its metadata has no local version."""
+    installed["torch"] = "2.99.0"
+    monkeypatch.setattr("torch.__version__", "2.99.0+cu126")
+    environment.check_environment()
+
+
 def test_without_metadata_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """qmerge can also run from a folder, without being installed."""
 
