@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qmerge.errors import AdapterError, listed
 from qmerge.formats.gguf import BLOCK_TYPES, in_model_order
-from qmerge.gguf.base import folder_until_exit
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import Place
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.temporary import folder_until_exit
 
 ALPHA, KIND = "adapter.lora.alpha", "adapter.type"
 

@@ -7,10 +7,7 @@ following llama.cpp's converter (``mapping.py``).
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +24,7 @@ from qmerge.gguf.byte_level import pre_tokenizer_of
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import GgufMap, Place, trace
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.temporary import folder_until_exit
 from qmerge.types import Weight, as_matrix
 
 SUFFIX = ".gguf"
@@ -195,13 +193,6 @@ def _extracted_folder(path: Path, size: int, changed: int) -> Path:
     (folder / "config.json").write_text(json.dumps(content, default=str))
     tokenizer.save_pretrained(folder)
     _correct_tokenizer(folder / "tokenizer.json", config.vocab_size, read_header(path).scalars)
-    return folder
-
-
-def folder_until_exit() -> Path:
-    """An empty folder that is removed at exit."""
-    folder = Path(tempfile.mkdtemp(prefix="qmerge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from qmerge.errors import CheckpointError, QmergeError, RecipeError
 from qmerge.gguf.vocabulary import read_vocabulary
 from qmerge.safetensors_io.disk import disk_errors
 from qmerge.safetensors_io.header import build_header
+from qmerge.safetensors_io.temporary import temporary_folder
 from qmerge.types import TensorSpec
 
 OTHER_FILES = ("generation_config.json",)
@@ -63,8 +63,8 @@ def converter_of(
     """
     gguf, conversion = packages()
     # What the converter itself raises is caught inside.
-    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="qmerge-") as seen_name:
-        seen = Path(seen_name) / "model"  # the converter takes names of models from the name of the folder
+    with temporary_folder() as parent, disk_errors(parent):
+        seen = parent / "model"  # the converter takes names of models from the name of the folder
         seen.mkdir()
         _copy_small_files(folder, seen, config)
         _write_names(seen / "model.safetensors", weights)

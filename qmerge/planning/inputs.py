@@ -20,11 +20,12 @@ from qmerge.checkpoint.scan import Checkpoint
 from qmerge.combine.base import CombineSettings
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.gguf.adapter import extracted_adapter
-from qmerge.gguf.base import folder_until_exit, gguf_file, open_model, places_of, read_gguf
+from qmerge.gguf.base import gguf_file, open_model, places_of, read_gguf
 from qmerge.planning.heads import head_note, with_head
 from qmerge.recipe import CHAIN, Recipe
 from qmerge.remote import open_remote
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.temporary import folder_until_exit
 from qmerge.schema import merged_adapter_hashes
 from qmerge.weights.parallel import one_torch_thread
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from qmerge.run.destinations import MeasureOnly
 from qmerge.run.merge_model import merge
 from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.temporary import temporary_folder
 from qmerge.schema import InputRecord, ReportData
 
 
@@ -96,6 +96,6 @@ def measure_target(
 
 def merge_and_judge(recipe: Recipe, target: str, progress: Progress) -> ReportData:
     """A whole merge into a temporary folder (in TMPDIR), judged on the recipe's text and removed."""
-    with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
+    with temporary_folder() as folder:
         whole = retargeted(recipe, target).model_copy(update={"out": f"{folder}/{target}"})
         return merge(whole, progress=progress).model_copy(update={"outputs": [], "files": [], "checksum": None})
