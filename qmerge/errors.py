@@ -8,7 +8,7 @@ QmergeError                   the message is one line: what is wrong, where, wha
 │   └── AdapterError          the adapter
 │       └── NeedsBaseError    the adapter can only be read together with its base
 ├── NumbersError      (4)     values that the target cannot hold: NaN, infinity, or past its range
-├── RoomError         (6)     not enough room on the disk or under --max-memory
+├── RoomError         (6)     not enough room on the disk, in memory, or under --max-memory
 ├── DiskError         (7)     the disk failed, or refused to read or write
 ├── HubError          (8)     the Hub cannot be reached, or refused to write
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
@@ -16,10 +16,16 @@ QmergeError                   the message is one line: what is wrong, where, wha
 Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio.
 """
 
+import errno
+import re
+
 # Exit codes without an exception.
 OK = 0
 BUG = 1
 PAST_LIMIT = 5
+
+OUT_OF_MEMORY = ("not enough memory", "allocate memory", "out of memory", "_ALLOC_FAILED")
+"""Parts of messages of torch (CPU) and CUDA, which raise RuntimeError; of cuBLAS and cuSOLVER, which need memory to work in."""
 
 LONGEST_MESSAGE = 4000
 """Characters; names in a message may be longer than anyone reads."""
@@ -73,7 +79,7 @@ class NumbersError(QmergeError):
 
 
 class RoomError(QmergeError):
-    """There is not enough room on the disk or under ``--max-memory``."""
+    """There is not enough room on the disk, in memory, or under ``--max-memory``."""
 
     exit_code = 6
 
@@ -94,6 +100,29 @@ class StoppedError(QmergeError):
     """The run was interrupted by Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the CPU or of the GPU has run out, as Python, numpy, the system, torch and CUDA say it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return any(part in str(error) for part in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def out_of_memory(cause: BaseException) -> RoomError:
+    """The error for it, with what to do."""
+    message = str(cause)
+    device = " on the GPU" if re.search("CUDA|CUBLAS|CUSOLVER", message) else ""
+    # The rest of the message is advice that is not for users of qmerge.
+    size = re.search(r"(tried|unable) to allocate [\d.]+ \w+", message, re.IGNORECASE)
+    asked = f" ({size[0]})" if size else ""
+    return RoomError(
+        f"out of memory{device}{asked}: repeat the command with a smaller --max-memory or fewer --workers (a "
+        f"merge: with --resume, which keeps finished work), or start again with fewer --calibration-tokens, a shorter "
+        f"--sequence-length, --rounding stochastic (which needs no calibration), or, on a GPU, --device cpu"
+    )
 
 
 def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:

@@ -18,14 +18,15 @@ from qmerge.cli import checking, folders, merging, overview
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import nothing_to_resume
-from qmerge.errors import QmergeError, RecipeError
+from qmerge.errors import QmergeError, RecipeError, is_out_of_memory, out_of_memory
 from qmerge.recipe import Recipe
 from qmerge.report.environment import check_environment, version_lines
 from qmerge.safetensors_io.disk import disk_error
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
-    "5 done, but past --min-kept or --max-kl-ratio; 6 no room; 7 the disk failed; 8 the Hub cannot be reached, or refused; "
+    "5 done, but past --min-kept or --max-kl-ratio; 6 no room on the disk or in memory; 7 the disk failed; 8 the Hub cannot be "
+    "reached, or refused; "
     "130 interrupted (--resume goes on)."
 )
 
@@ -135,6 +136,10 @@ def main() -> None:
         _end_with(error)
     except OSError as cause:
         _end_with(disk_error(cause, None))
+    except (MemoryError, RuntimeError) as cause:
+        if not is_out_of_memory(cause):
+            raise
+        _end_with(out_of_memory(cause))
 
 
 def _replace_closed_streams() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from qmerge.calibration.scores import kl_divergence
 from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.checkpoint.scan import scan
-from qmerge.errors import CheckpointError, RecipeError
+from qmerge.errors import CheckpointError, RecipeError, is_out_of_memory
 from qmerge.evaluation.llama_cpp import has_llama_cpp, next_token_logprobs
 from qmerge.evaluation.merged import open_merged
 from qmerge.evaluation.quiet import silenced
@@ -362,8 +362,11 @@ def import_library(module: str, package: str, how_to_install: str) -> ModuleType
 
 @contextlib.contextmanager
 def as_checkpoint_error(library: str) -> Iterator[None]:
-    """Any exception of a stock loader means that it does not load the folder: raise CheckpointError instead."""
+    """An exception of a stock loader means that it does not load the folder: raise CheckpointError instead. Without enough memory,
+    its own error is raised."""
     try:
         yield
     except Exception as cause:
+        if is_out_of_memory(cause):  # which says nothing about the folder
+            raise
         raise CheckpointError(f"{library} does not load it: {cause}") from cause

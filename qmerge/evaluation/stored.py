@@ -14,7 +14,7 @@ from qmerge.calibration.room import memory_limit
 from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.calibration.whole import WholeModel
 from qmerge.checkpoint.scan import Checkpoint
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, is_out_of_memory
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import Weight
 from qmerge.weights.values import dense_values
@@ -59,6 +59,8 @@ def stored_outputs(checkpoint: Checkpoint, inputs: Mapping[str, Any], reader: Re
         with torch.inference_mode():
             return outputs_of(model(**inputs))
     except Exception as cause:  # every architecture's own code may raise something else
+        if is_out_of_memory(cause):
+            raise CannotCompareError(f"memory ran out while {type(model).__name__} computed: {cause}") from cause
         raise CannotCompareError(f"{type(model).__name__} does not take {', '.join(inputs)} alone: {cause}") from cause
 
 

@@ -7,6 +7,7 @@ it runs.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ import torch
 from qmerge.checkpoint.config import without_quantization
 from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import TOKENIZER
-from qmerge.errors import CheckpointError, QmergeError, RecipeError
+from qmerge.errors import CheckpointError, QmergeError, RecipeError, is_out_of_memory
 from qmerge.gguf.vocabulary import read_vocabulary
 from qmerge.safetensors_io.disk import disk_errors
 from qmerge.safetensors_io.header import build_header
@@ -78,10 +79,17 @@ def converter_of(
         except QmergeError:
             raise
         except Exception as cause:  # the converter raises what it likes
+            if is_out_of_memory(cause) or _is_of_disk(cause):
+                raise
             raise CheckpointError(
                 f"{architecture}: llama.cpp's converter cannot read this model ({type(cause).__name__}: {cause}); choose another "
                 f"--target"
             ) from cause
+
+
+def _is_of_disk(cause: Exception) -> bool:
+    """Whether the system has refused to read or write. (A file that the converter misses is the model's fault.)"""
+    return isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
 
 
 def packages() -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qmerge.errors import DiskError, InputError, QmergeError, RecipeError, RoomError
+from qmerge.errors import DiskError, InputError, QmergeError, RecipeError, RoomError, is_out_of_memory, out_of_memory
 
 PARTIAL = ".partial"
 """Added to the name of a file that is not whole."""
@@ -53,6 +53,8 @@ def disk_error(cause: OSError, folder: Path | None) -> QmergeError:
     """An error of the operating system in one line."""
     if cause.errno == errno.ENAMETOOLONG:
         return RecipeError(f"{str(cause.filename)[:LONGEST_SHOWN]} …: {cause.strerror}; use a shorter name")
+    if is_out_of_memory(cause):  # files are mapped into memory, too
+        return out_of_memory(cause)
     if cause.errno in NO_ROOM:
         place = folder or cause.filename or "the disk"
         return RoomError(f"no room left in {place}: {cause.strerror}. Free some space, then {RUN_AGAIN}")
