@@ -89,13 +89,15 @@ class AffineGrid(Grid):
         self.zero_OG = zero_OG
         self.group_I = group_I
         self.levels_count = levels_count
-        self._inverse_OG = torch.where(scale_OG == 0, 0.0, 1.0 / scale_OG)
+        # The inverse of the smallest numbers is infinite: their codes, too, all mean 0. (A group of zeros may have such a scale.)
+        inverse_OG = 1.0 / scale_OG
+        self._inverse_OG = torch.where(inverse_OG.isinf(), 0.0, inverse_OG)
 
     def nearest(self, values_OI: Tensor, near_OI: Tensor | None = None) -> Tensor:
         codes_OI = self._nearest(values_OI)
-        if near_OI is None or bool(self.scale_OG.all()):
+        if near_OI is None or bool(self._inverse_OG.all()):
             return codes_OI
-        return torch.where(self._per_column(self.scale_OG) == 0, near_OI, codes_OI)
+        return torch.where(self._per_column(self._inverse_OG) == 0, near_OI, codes_OI)
 
     def _nearest(self, values_OI: Tensor) -> Tensor:
         last = self.levels_count - 1

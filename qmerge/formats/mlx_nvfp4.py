@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qmerge.errors import NumbersError
 from qmerge.formats._mlx_config import mlx_info
 from qmerge.formats._mlx_fp4 import MlxFp4
 from qmerge.formats._scaled_float import FLOAT8, LARGEST
+
+# Of FP4.
+LARGEST_LEVEL = 6.0
 
 # Scales that are tried, relative to the one that makes a group's largest value a 6. At 1.5 it is a 4. Without a scale for the
 # whole weight most scales are small, where FP8 is coarse: so neighbours of those are tried as well.
@@ -29,6 +33,16 @@ class MlxNvfp4(MlxFp4):
 
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         return [(largest_OG * (share / 6)).clamp(max=LARGEST).to(FLOAT8).float() for share in SHARES]
+
+
+    def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
+        if not merged_OI.numel():
+            return
+        low, high = merged_OI.aminmax()
+        largest = max(-float(low), float(high))
+        limit = LARGEST * LARGEST_LEVEL
+        if largest > limit:
+            raise NumbersError(f"{name} reaches {largest:.6g}, but {self.name} ends at {limit:.6g}. Use --target mlx.")
 
 
 FORMAT = MlxNvfp4()
