@@ -34,7 +34,6 @@ class MlxNvfp4(MlxFp4):
     def scale_candidates(self, largest_OG: Tensor) -> list[Tensor]:
         return [(largest_OG * (share / 6)).clamp(max=LARGEST).to(FLOAT8).float() for share in SHARES]
 
-
     def check_range(self, stored_OI: Tensor, merged_OI: Tensor, name: str) -> None:
         if not merged_OI.numel():
             return

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmerge.grids import ScaleTable
+from qmerge.safetensors_io.threads import started_pool
 
 TILE = 128
 """Rows of the weight that go through the columns of a block together: their part of a block fits into the L1 cache."""
@@ -96,7 +97,7 @@ def _in_threads(kernel: Callable[..., None], rows: int, *arguments: Any) -> None
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="qmerge-rounding")
+    return started_pool(threads, "qmerge-rounding")
 
 
 # Rows of memory are sliced before the loops over lanes: then numba knows that no index is negative, and uses vector

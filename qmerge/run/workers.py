@@ -20,8 +20,8 @@ def run_parallel(steps: Sequence[Step], run: Callable[[Step], None], workers: in
             run(step)
         return
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run, step) for step in steps]
         try:
+            futures = [pool.submit(run, step) for step in steps]
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()

@@ -31,6 +31,7 @@ from qmerge.safetensors_io.disk import (
     write_range,
 )
 from qmerge.safetensors_io.header import LENGTH_BYTES, build_header
+from qmerge.safetensors_io.threads import started_pool
 from qmerge.types import BITS, TensorSpec
 
 LONGEST_TEXT = 512
@@ -170,7 +171,7 @@ class StepSink(TensorSink):
 
 @cache
 def _hashing_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qmerge-hashing")
+    return started_pool(os.cpu_count() or 1, "qmerge-hashing")
 
 
 class ShardWriter:

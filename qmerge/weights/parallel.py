@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from qmerge.safetensors_io.threads import started_pool
 from qmerge.types import Rows
 
 T = TypeVar("T")
@@ -78,15 +79,9 @@ def map_blocks(work: Callable[[Rows], T], blocks: Iterable[Rows], threads: int) 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads in which torch uses no further ones; the calling thread has one, too."""
-    started = threading.Barrier(threads + 1)
 
-    def start() -> None:
+    def prepare() -> None:
         torch.get_num_threads()  # see one_torch_thread
         torch.set_num_threads(1)
-        started.wait()
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="qmerge-blocks", initializer=start)
-    for _ in range(threads):
-        pool.submit(torch.get_num_threads)
-    started.wait()
-    return pool
+    return started_pool(threads, "qmerge-blocks", prepare)

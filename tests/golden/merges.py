@@ -15,17 +15,24 @@ import qmerge.demo
 from qmerge import run
 from qmerge.recipe import make_recipe
 
+from .. import models
+
 DEMO = Path(qmerge.demo.__file__).parent
 HASHES = Path(__file__).parent / "hashes.json"
 
 ROUNDINGS = ("nearest", "stochastic")
-TARGETS = ("nf4", "fp4", "int8", "fp8", "fp16", "bf16", "fp32","w8a16","w8a8","w4a16","gptq","awq","mxfp4a16","nvfp4","q8_0","q4_k_m","mlx","mlx_mxfp4","mlx_nvfp4")
+TARGETS = ("nf4", "fp4", "int8", "fp8", "bf16", "fp32")
+"""Grids whose scales are the base's own or follow from the largest values."""
 
 CHANGING = ("qmerge.json", "qmerge.html", "qmerge_recipe.yaml", "README.md")
 """Files of an output that hold versions, dates or paths."""
 
 STEP_A, STEP_B = 2.0**-10, 2.0**-14
 """The adapter's values are cut to multiples of these: at most 7 and 6 bits, so that a sum of 8 products has at most 16."""
+
+
+ALPHA = 256
+"""Instead of 16, with which ``nearest`` changes no code of the base."""
 
 
 def golden_hashes(folder: Path, target: str, rounding: str) -> dict[str, str]:
@@ -47,12 +54,13 @@ def golden_hashes(folder: Path, target: str, rounding: str) -> dict[str, str]:
 
 
 def exact_adapter(folder: Path) -> Path:
-    """The demo's adapter, with values whose products float32 adds exactly."""
+    """The demo's adapter, with values whose products float32 adds exactly, and made stronger."""
     if not folder.exists():
         shutil.copytree(DEMO / "adapter", folder)
         tensors = load_file(folder / "adapter_model.safetensors")
         cut = {name: cut_to(values, STEP_A if "lora_A" in name else STEP_B) for name, values in tensors.items()}
         save_file(cut, folder / "adapter_model.safetensors")
+        models.edit_json(folder / "adapter_config.json", lora_alpha=ALPHA)
     return folder
 
 
@@ -61,4 +69,9 @@ def cut_to(values: Tensor, step: float) -> Tensor:
 
 
 def known_hashes() -> dict[str, dict[str, str]]:
+    """Target and rounding → name of a file → SHA-256."""
     return dict(json.loads(HASHES.read_text()))
+
+
+def name_of(target: str, rounding: str) -> str:
+    return f"{target}, {rounding}"
