@@ -26,8 +26,7 @@ from qmerge.safetensors_io.disk import disk_error
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
     "5 done, but past --min-kept or --max-kl-ratio; 6 no room on the disk or in memory; 7 the disk failed; 8 the Hub cannot be "
-    "reached, or refused; "
-    "130 interrupted (--resume goes on)."
+    "reached, or refused; 130 interrupted (--resume goes on)."
 )
 
 SECONDS_TO_RETRY = 0.01
