@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qmerge.progress import Progress
 from qmerge.recipe import (
+    AUTO_BASE,
     DEFAULT_TARGET,
     JUDGED_TOKENS,
     Device,
@@ -31,8 +33,8 @@ PathLike = str | Path
 
 def merge(
     *,
-    base: PathLike,
     adapter: PathLike | Sequence[PathLike],
+    base: PathLike = AUTO_BASE,
     target: str,
     out: PathLike | None = None,
     patch: PathLike | None = None,
@@ -80,8 +82,8 @@ def merge(
     """Merge adapters into a base and write the model.
 
     Args:
-        base: the model that the adapter was trained on: folder or Hub id.
-        adapter: the PEFT adapter: folder or Hub id, ``ID#NAME`` where it holds several. A list for several adapters, each
+        base: the model that the adapter was trained on: folder or Hub id; ``"auto"`` for the one that the adapter names.
+        adapter: the adapter: training folder or Hub id, ``ID#NAME`` where it holds several. A list for several adapters, each
             with a weight if you like: ``["math=0.7", "chat=0.3"]``.
         target: format to store the model in: ``"nf4"``, ``"gptq"``, ``"int8"``, ``"bf16"``, … (``qmerge formats`` lists all),
             or ``"auto"`` for the best one that fits into ``max_size``.
@@ -143,13 +145,14 @@ def merge(
             its final name.
     """
     check_environment()
-    recipe = _recipe(locals())
+    settings = locals()
 
     from qmerge import publish
     from qmerge.patch import direct
     from qmerge.report.terminal.progress import TerminalProgress
 
     progress = TerminalProgress(quiet)
+    recipe = _recipe(settings, progress)
     if recipe.push_to_hub:
         publish.check_destination(recipe.push_to_hub, recipe.private)
     data, _ = direct.merge(recipe, resume, progress)
@@ -159,8 +162,8 @@ def merge(
 
 def plan(
     *,
-    base: PathLike,
     adapter: PathLike | Sequence[PathLike],
+    base: PathLike = AUTO_BASE,
     target: str | None = None,
     out: PathLike | None = None,
     patch: PathLike | None = None,
@@ -220,17 +223,18 @@ def plan(
         qmerge.errors.QmergeError: the merge is not possible.
     """
     check_environment()
-    recipe = _recipe(locals())
+    settings = locals()
 
+    from qmerge.progress import NoProgress
     from qmerge.report.describe.plan import describe_plan
 
-    return describe_plan(recipe, target_given=target is not None)
+    return describe_plan(_recipe(settings, NoProgress()), target_given=target is not None)
 
 
 def measure(
     *,
-    base: PathLike,
     adapter: PathLike | Sequence[PathLike],
+    base: PathLike = AUTO_BASE,
     target: str | None = None,
     targets: Sequence[str] | None = None,
     out: PathLike | None = None,
@@ -301,9 +305,10 @@ def measure(
     from qmerge.report.terminal.progress import TerminalProgress
 
     run.check_targets(names)
-    recipe = _recipe({**settings, "target": names[0]})
+    progress = TerminalProgress(quiet)
+    recipe = _recipe({**settings, "target": names[0]}, progress)
 
-    return [Report(data) for data in run.measure(recipe, names, TerminalProgress(quiet))]
+    return [Report(data) for data in run.measure(recipe, names, progress)]
 
 
 def inspect(
@@ -429,9 +434,13 @@ def push(out: PathLike, hub_id: str, *, private: bool | None = None, quiet: bool
     return publish.push(Path(out), hub_id, private=private, quiet=quiet, progress=TerminalProgress(quiet)).url
 
 
-def _recipe(arguments: dict[str, Any]) -> Recipe:
-    """The arguments of a function, ``locals()`` at its start, as a checked recipe."""
+def _recipe(arguments: dict[str, Any], progress: Progress) -> Recipe:
+    """The arguments of a function, ``locals()`` at its start, as a checked recipe, with the base that the adapter names."""
     settings = {name: value for name, value in arguments.items() if name in Recipe.model_fields}
     if settings["target"] is None:
         settings["target"] = DEFAULT_TARGET
-    return make_recipe(settings)
+    recipe = make_recipe(settings)
+
+    from qmerge.base_check.from_training import with_named_base
+
+    return with_named_base(recipe, progress.note)

@@ -238,6 +238,12 @@ def _download(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as cause:
         at_revision = f" at revision {revision}" if revision else ""
+        if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            # The library's advice is about its own arguments, which are not options here.
+            raise error(
+                f"{hub_id}{at_revision}: no such folder, and it is not in the Hub's cache on this machine, and the Hub cannot be "
+                f"reached (offline): get it where there is a network (hf download {hub_id}), or give a folder that you have"
+            ) from cause
         reason = str(cause).strip().splitlines()[0]
         raise error(
             f"{hub_id}{at_revision}: no such folder, and it cannot be loaded from the Hub (or from its cache, offline): {reason}"

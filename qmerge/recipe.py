@@ -48,6 +48,9 @@ INPUTS = ("base", "adapter", "original")
 REVISIONS = ("revision", "adapter_revision", "original_revision")
 """Fields for their revisions on the Hub, in the same order."""
 
+AUTO_BASE = "auto"
+"""The value of ``base`` for the model that the adapter names."""
+
 WITHOUT_EFFECT_ON_WEIGHTS = {
     "out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify", "push_to_hub", "private",
 }  # fmt: skip
@@ -106,12 +109,15 @@ class Recipe(BaseModel):
 
     # The order of the fields is that of stored recipes and of qmerge.json.
     # --- what is merged ---
-    base: str = Field(description="use this base, the model that the adapter was trained on: folder or Hub id")
+    base: str = Field(
+        AUTO_BASE,
+        description="use this base, the model of the training: folder or Hub id; auto: as the adapter names it",
+    )
     revision: str | None = Field(
         None, description="use this revision of the base on the Hub: branch, tag or commit (default: main)"
     )
     adapter: str | list[str] = Field(
-        description="merge this PEFT adapter: folder or Hub id (ID#NAME if it holds several); may be repeated, with weights: a=0.7"
+        description="merge this adapter: folder of the training or Hub id (ID#NAME of several); may be repeated, with weights a=0.7"
     )
     combine: str = Field(
         "linear",
@@ -298,7 +304,7 @@ class Recipe(BaseModel):
     @field_validator("target")
     @classmethod
     def _check_target(cls, name: str) -> str:
-        return name if name == "auto" else get_target(name.lower()).name
+        return name if name == "auto" else get_target(name).name
 
     @field_validator("combine")
     @classmethod

@@ -117,7 +117,7 @@ def test_what_is_said_about_mistakes(changes: dict[str, Any], words: list[str]) 
     assert not [word for word in words if word not in message], message
 
 
-@pytest.mark.parametrize("name", ["base", "adapter", "target"])
+@pytest.mark.parametrize("name", ["adapter", "target"])
 def test_what_is_missing_is_explained(name: str) -> None:
     with pytest.raises(RecipeError, match=rf"^{name} is needed \(--{name}\): .{{10,}}"):
         make_recipe({key: value for key, value in LEAST.items() if key != name})

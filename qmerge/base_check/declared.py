@@ -18,9 +18,16 @@ from typing import Any, Literal
 
 from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder, is_merged
-from qmerge.base_check.model_names import Origin, is_same_model, origin_of, storage_marks
+from qmerge.adapters.reading.training_folder import UNKNOWN_TRAINING, Training, read_training
+from qmerge.base_check.model_names import Origin, is_same_model, origin_of
 from qmerge.base_check.peft_options import other_options, release, text_setting
 from qmerge.base_check.targets import target_warning
+from qmerge.base_check.training_quantization import (
+    WAS_IT_QUANTIZED,
+    DeclaredQuantization,
+    declared_quantization,
+    quantization_consequence,
+)
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
 from qmerge.hub import Source
@@ -29,16 +36,6 @@ from qmerge.recipe import CHAIN, Recipe
 from qmerge.schema import merged_adapter_hashes
 
 Verdict = Literal["fits", "differs", "unknown"]
-
-FORMATS_BY_MARK = {
-    "bnb-4bit": {"nf4", "fp4"},
-    "nf4": {"nf4"},
-    "bnb-8bit": {"int8"},
-    "gptq": {"gptq"},
-    "awq": {"awq"},
-    "fp8": {"fp8"},
-}
-"""End of a checkpoint's name → formats that its weights are stored in."""
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 TRANSFORMERS_MODULE = re.compile(r"transformers\.models\.(\w+)\.")
@@ -101,8 +98,10 @@ def declared_warnings(inputs: Inputs, recipe: Recipe) -> list[str]:
     lines: list[str] = [inputs.head_note] if inputs.head_note else []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
         prefix = f"{source.name}: " if len(inputs.adapters) > 1 else ""
-        warnings = [remark.warning for remark in compare(adapter.config, base)]
-        lines += [prefix + warning for warning in (*warnings, target_warning(adapter)) if warning]
+        training = read_training(source.folder, adapter.config)
+        warnings = [remark.warning for remark in compare(adapter.config, base, training)]
+        warnings += [target_warning(adapter), _open_question(adapter.config, base, training)]
+        lines += [prefix + warning for warning in warnings if warning]
     # The same adapter may be given twice, with two weights.
     return list(dict.fromkeys(lines))
 
@@ -123,13 +122,18 @@ def given_base(source: Source, base: Checkpoint, recipe: Recipe, adapters: Seque
     )
 
 
-def compare(config: Mapping[str, Any], base: GivenBase) -> list[Remark]:
-    """An adapter's config against a base: one remark per topic, always the same topics in the same order."""
+def compare(config: Mapping[str, Any], base: GivenBase, training: Training = UNKNOWN_TRAINING) -> list[Remark]:
+    """An adapter against a base: one remark per topic, always the same topics in the same order.
+
+    Args:
+        config: adapter_config.json.
+        training: what the adapter's folder says besides.
+    """
     declared = origin_of(text_setting(config, "base_model_name_or_path"))
     return [
         _compare_adapter_chain(declared, base) or _compare_model(declared, base),
         _compare_revision(declared, text_setting(config, "revision"), base),
-        _compare_quantization(declared, config, base),
+        _compare_quantization(declared_quantization(declared, config, training), base),
         _compare_architecture(config, base),
         _compare_peft_version(config),
     ]
@@ -227,38 +231,9 @@ def _compare_revision(declared: Origin, named: str, base: GivenBase) -> Remark:
 # --- how it was quantized in training --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _DeclaredQuantization:
-    """How the base was quantized in training.
-
-    formats  formats of its weights, empty for a dense base; None where nothing tells
-    source   what tells
-    """
-
-    formats: frozenset[str] | None
-    source: str
-
-
-def _declared_quantization(declared: Origin, config: Mapping[str, Any]) -> _DeclaredQuantization:
-    method = text_setting(config, "unsloth_training_method").lower()
-    marks = [mark for mark in storage_marks(declared) if mark in FORMATS_BY_MARK]
-    if marks and method == "lora":
-        contradiction = f"{declared.text}, and unsloth_training_method=lora: they contradict each other"
-        return _DeclaredQuantization(None, contradiction)
-    if marks:
-        return _DeclaredQuantization(frozenset(FORMATS_BY_MARK[marks[0]]), declared.text)
-    # Unsloth trains qlora in 4 bits of bitsandbytes, and lora in 16 bits; other methods (CPT) do not tell.
-    if method == "qlora":
-        return _DeclaredQuantization(frozenset(FORMATS_BY_MARK["bnb-4bit"]), "unsloth_training_method=qlora")
-    if method == "lora":
-        return _DeclaredQuantization(frozenset(), "unsloth_training_method=lora")
-    return _DeclaredQuantization(None, "nothing")
-
-
-def _compare_quantization(declared: Origin, config: Mapping[str, Any], base: GivenBase) -> Remark:
+def _compare_quantization(training: DeclaredQuantization, base: GivenBase) -> Remark:
     """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user
     has answered the question."""
-    training = _declared_quantization(declared, config)
     formats = base.formats
     if not formats and base.training_format:
         formats = frozenset({base.training_format.removesuffix("-dq")})  # -dq: with double quantization
@@ -279,33 +254,18 @@ def _compare_quantization(declared: Origin, config: Mapping[str, Any], base: Giv
         verdict="differs",
         warning=(
             f"the adapter was trained on {kind} ({training.source}), but this one is {given}: "
-            f"{_quantization_consequence(training.formats, formats)}"
+            f"{quantization_consequence(training.formats, formats)}"
         ),
     )
 
 
-def _quantization_consequence(training_formats: frozenset[str], formats: frozenset[str]) -> str:
-    """What the difference does to the result, and the way out."""
-    if formats and training_formats:
-        return (
-            "their quantization errors differ, and the adapter learned to live with the other one. Give the checkpoint that "
-            "it was trained on as --base"
-        )
-    if formats:
-        return (
-            "the base's quantization error, which the adapter never saw, stays in the result. Give the 16-bit model as "
-            "--base (it can be written in any format), or as --original with --merge-onto original"
-        )
-    on_the_fly = ""
-    if "int8" in training_formats:
-        on_the_fly = "or pass --trained-on int8, "
-    elif "nf4" in training_formats:
-        on_the_fly = "or pass --trained-on nf4-dq (as Unsloth quantizes; nf4 without double quantization), "
-    return (
-        f"the delta was fitted to weights with a quantization error that this base does not have. Give the quantized checkpoint as "
-        f"--base, {on_the_fly}so that it is merged into the weights that it was trained on; --merge-onto original confirms that "
-        f"the 16-bit weights are meant"
-    )
+def _open_question(config: Mapping[str, Any], base: GivenBase, training: Training) -> str:
+    """The question how training quantized a dense base, where neither the adapter nor the user says it; else empty."""
+    if base.formats or base.training_format or base.merge_onto == "original":
+        return ""
+    declared = origin_of(text_setting(config, "base_model_name_or_path"))
+    found = declared_quantization(declared, config, training)
+    return WAS_IT_QUANTIZED if found.formats is None and not found.in_16_bits else ""
 
 
 # --- what kind of model, and who saved it ----------------------------------------------------------------------------

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import yaml
-
 from qmerge.checkpoint.documents import LONGEST_NAME
-from qmerge.checkpoint.plain_yaml import PlainLoader
+from qmerge.checkpoint.plain_yaml import plain_mapping
 
 READ_BYTES = 2**20
 """Bytes of a card that are read; its metadata is at the beginning."""
@@ -36,25 +34,19 @@ def card_fields(folder: Path, wanted: tuple[str, ...]) -> dict[str, str | list[s
         Name → a text, or a list of texts. Fields that are missing or hold anything else are left out: nobody has checked what
         strangers write there.
     """
-    text = _fields_as_text(_beginning(folder / "README.md"), wanted)
-    if not text or len(text) > LARGEST_FIELDS:
-        return {}
-    try:
-        content = yaml.load(text, Loader=PlainLoader)  # a SafeLoader: no code is run
-    except (ValueError, RecursionError, yaml.YAMLError):
-        return {}
+    content = plain_mapping(_fields_as_text(card_text(folder), wanted), LARGEST_FIELDS)
     # In the order asked for, not in that of the card: outputs depend on it.
     fields: dict[str, str | list[str]] = {}
-    if isinstance(content, dict):
-        for name in wanted:
-            value = content.get(name)
-            if value and (_is_line(value) or _is_list_of_lines(value)):
-                fields[name] = value
+    for name in wanted:
+        value = content.get(name)
+        if value and (_is_line(value) or _is_list_of_lines(value)):
+            fields[name] = value
     return fields
 
 
-def _beginning(path: Path) -> str:
-    """The first part of a card; "" where there is none."""
+def card_text(folder: Path) -> str:
+    """The first part of a folder's README.md; "" where there is none."""
+    path = folder / "README.md"
     try:
         if not path.is_file():  # a pipe would be waited for
             return ""

@@ -104,10 +104,12 @@ def plan_command(
     Writes nothing. Reads headers, the adapter, and a few rows of some adapted weights. With --target, it also describes every
     weight and what is done to it.
     """
+    from qmerge.base_check.from_training import with_named_base
     from qmerge.report.describe.plan import describe_plan
     from qmerge.report.terminal.plan import show_plan
+    from qmerge.report.terminal.progress import TerminalProgress
 
-    recipe = _recipe({"target": DEFAULT_TARGET, **settings})
+    recipe = with_named_base(_recipe({"target": DEFAULT_TARGET, **settings}), TerminalProgress().note)
     described = describe_plan(recipe, target_given="target" in settings)
     if json:
         print_json(described)
@@ -131,12 +133,13 @@ def measure_command(
     With --verify FILE, whole models are compared: each is written to a temporary folder, and deleted.
     """
     from qmerge import run
+    from qmerge.base_check.from_training import with_named_base
     from qmerge.report.terminal.progress import TerminalProgress
 
     targets = target or [DEFAULT_TARGET]
     run.check_targets(targets)
-    recipe = _recipe({**settings, "target": targets[0]})
     progress = TerminalProgress(quiet)
+    recipe = with_named_base(_recipe({**settings, "target": targets[0]}), progress.note)
     reports = run.measure(recipe, targets, progress)
     if json:
         print_json([report.model_dump() for report in reports])
@@ -161,11 +164,12 @@ def run_merge(settings: dict[str, Any], *, resume: bool, shard: str | None, json
         quiet: show no progress.
     """
     from qmerge import publish
+    from qmerge.base_check.from_training import with_named_base
     from qmerge.patch import direct
     from qmerge.report.terminal.progress import TerminalProgress
 
-    recipe = _recipe(settings)
     progress = TerminalProgress(quiet)
+    recipe = with_named_base(_recipe(settings), progress.note)
     if recipe.push_to_hub and shard is not None:
         raise RecipeError(
             "--push-to-hub: one part of a model is none; after qmerge finalize OUT use: qmerge push OUT ID"

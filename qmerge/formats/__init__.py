@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmerge import plugins
 from qmerge.errors import RecipeError
+from qmerge.formats._names import known_target, meanings
 
 if TYPE_CHECKING:  # at run time this would import torch before a format is asked for
     from qmerge.formats.base import Format, TargetFormat
@@ -37,18 +38,19 @@ def get_format(name: str) -> Format[Any]:
 
 
 def get_target(name: str) -> TargetFormat[Any]:
-    """The format of that name, which qmerge can write.
+    """The format of that name, which qmerge can write. Names of other tools are understood (``bnb-4bit``, ``merged_16bit``).
 
     Raises:
-        RecipeError: no target has that name; the message lists those that exist.
+        RecipeError: no target has that name, or several may be meant; the message lists those that exist.
     """
     from qmerge.formats.base import TargetFormat
 
-    is_known = name in MIXES or name in plugins.names("formats")
-    fmt = get_format(name) if is_known else None
+    known = known_target(name, (*MIXES, *plugins.names("formats")))
+    fmt = get_format(known) if known else None
     if isinstance(fmt, TargetFormat):
         return fmt
-    raise RecipeError(f"no target is called {name!r}. {plugins.suggestion(name, [*all_targets(), *MIXES])}")
+    help_line = meanings(name) or plugins.suggestion(name, [*all_targets(), *MIXES])
+    raise RecipeError(f"no target is called {name!r}. {help_line}")
 
 
 def all_formats() -> dict[str, Format[Any]]:

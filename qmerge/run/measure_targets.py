@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from qmerge.base_check.from_training import with_training
 from qmerge.errors import RecipeError
 from qmerge.forecast.preflight import run_preflight
 from qmerge.formats import get_target
@@ -43,6 +44,9 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
     with Reader() as reader:
         # The inputs are read and hashed once for all targets.
         inputs = read_inputs(recipe, reader)
+        recipe, notes = with_training(recipe, inputs)
+        for line in notes:
+            progress.note(line)
         records = input_records(inputs, progress)
         reports = []
         for target in targets:

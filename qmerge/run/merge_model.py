@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qmerge.base_check.from_training import with_training
 from qmerge.calibration.tasks import task_of
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import NAME as JOURNAL
@@ -113,6 +114,9 @@ def prepare(
         raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
     out = Path(recipe.out).expanduser()
     inputs = read_inputs(recipe, reader)
+    recipe, notes = with_training(recipe, inputs)
+    for line in notes:
+        progress.note(line)
     if recipe.target == "auto":
         recipe, reason = resolve_auto(recipe, inputs, all_candidates(recipe, inputs, reader))
         progress.note(reason)

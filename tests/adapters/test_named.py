@@ -159,7 +159,7 @@ def test_a_hash_in_a_folders_own_name(made: tuple[PeftModel, Path], tmp_path: Pa
 
 
 def test_checkpoints_of_training_are_no_other_adapters(made: tuple[PeftModel, Path], tmp_path: Path) -> None:
-    """Trainer leaves them below the finished adapter; they can be named, and are listed where there is no finished one."""
+    """Trainer leaves them below the finished adapter; they can be named, and the last one counts where there is no finished one."""
     _, folder = made
     place = tmp_path / "run"
     for below in ("", "checkpoint-10", "checkpoint-200"):
@@ -167,7 +167,9 @@ def test_checkpoints_of_training_are_no_other_adapters(made: tuple[PeftModel, Pa
     assert find_adapter(str(place)).folder == place
     assert find_adapter(f"{place}#checkpoint-10").folder == place / "checkpoint-10"
     (place / CONFIG).unlink()
-    with pytest.raises(AdapterError, match="checkpoint-10, checkpoint-200"):
+    assert find_adapter(str(place)).folder == place / "checkpoint-200"
+    shutil.copytree(folder / "two/math", place / "math")  # an adapter of its own: none is guessed
+    with pytest.raises(AdapterError, match="contains the adapters: math, checkpoint-10, checkpoint-200"):
         find_adapter(str(place))
 
 

@@ -220,12 +220,13 @@ def test_chain_merged_step_by_step_is_no_warning(cli: Cli, lora: Path, dense: Pa
 def unsloths(lora: Path, tmp_path: Path) -> Path:
     """An adapter that Unsloth Studio trained on a 4-bit base."""
     folder = shutil.copytree(lora, tmp_path / "unsloths")
-    models.edit_json(folder / "adapter_config.json", unsloth_training_method="qlora")
+    name = "unsloth/tiny-unsloth-bnb-4bit"
+    models.edit_json(folder / "adapter_config.json", unsloth_training_method="qlora", base_model_name_or_path=name)
     return folder
 
 
 def test_every_command_warns(cli: Cli, unsloths: Path, dense: Path, tmp_path: Path) -> None:
-    common, part = ("--base", dense, "--adapter", unsloths), "unsloth_training_method=qlora"
+    common, part = ("--base", dense, "--adapter", unsloths), "a base in nf4 or fp4 (unsloth/tiny-unsloth-bnb-4bit)"
     asked = {
         "plan": ("plan", *common, "--target", "bf16"),
         "measure": ("measure", *common, "--target", "bf16"),
@@ -242,7 +243,7 @@ def test_every_command_warns(cli: Cli, unsloths: Path, dense: Path, tmp_path: Pa
 
 def test_several_adapters_are_told_apart(cli: Cli, unsloths: Path, lora: Path, dense: Path) -> None:
     ran = cli("plan", "--base", dense, "--adapter", f"{lora}=0.5", "--adapter", f"{unsloths}=0.5", "--json")
-    about = [line for line in json.loads(ran.out)["warnings"] if "unsloth_training_method" in line]
+    about = [line for line in json.loads(ran.out)["warnings"] if "unsloth-bnb-4bit" in line]
     assert len(about) == 1 and about[0].startswith("unsloths: ")
 
 

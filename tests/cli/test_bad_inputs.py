@@ -707,7 +707,7 @@ def test_a_licence_page_that_is_no_yaml_does_not_stop_the_merge(place: Place, cl
         ("base: a\nadapter: b\ntarget: nf4\nworkers: many\n", ("workers", "many")),
         ("base: a\nadapter: b\ntarget: nf4\nseed: -1\n", ("seed", "-1")),
         ("base: a\nadapter: b\ntarget: nf4\nmerge_onto: orginal\n", ("merge_onto", "orginal", "original")),
-        ("adapter: b\ntarget: nf4\n", ("base is needed", "--base")),
+        ("base: b\ntarget: nf4\n", ("adapter is needed", "--adapter")),
         ("base: a\nadapter: b\ntarget: nf4\n", ("--out",)),
         ("base: a\nbase: c\nadapter: b\ntarget: nf4\nout: d\n", ("duplicate key 'base'",)),
         ("base: !!python/object/apply:os.system ['true']\n", ("recipe.yaml", "not valid YAML")),
@@ -738,7 +738,7 @@ def test_recipe_that_is_no_text(cli: Cli, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--base", "a"), ("adapter is needed", "--adapter")),
-        (("--adapter", "a", "--target", "nf4", "--out", "o"), ("base is needed", "--base")),
+        (("--base", "a", "--target", "nf4", "--out", "o"), ("adapter is needed", "--adapter")),
         (("--base", "a", "--adapter", "b", "--out", "o"), ("target is needed", "--target", "nf4")),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qmerge.adapters import all_kinds, get_kind
 from qmerge.adapters.reading import mlx
+from qmerge.adapters.reading.mistakes import missing_config_problem
 from qmerge.adapters.reading.patterns import matches
 from qmerge.adapters.reading.placement import placed_on_disk
 from qmerge.adapters.reading.saved_weights import is_saved_module
@@ -126,7 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         AdapterError: there is none, or it cannot be read.
     """
     if not (folder / CONFIG).exists():
-        raise AdapterError(f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it")
+        raise AdapterError(missing_config_problem(folder))
     config = read_json(folder / CONFIG, AdapterError)
     if mlx.is_mlx(config):
         config = mlx.peft_config(config)

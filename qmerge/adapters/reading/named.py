@@ -6,16 +6,14 @@ PEFT saves the adapter called ``default`` in the folder itself and every other o
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from qmerge import hub
 from qmerge.adapters.reading.folder import CONFIG, DEFAULT, adapter_names, tensor_infos, tensors_file
+from qmerge.adapters.reading.mistakes import folder_of_file
+from qmerge.adapters.reading.training_folder import CHECKPOINT, checkpoint_number
 from qmerge.errors import AdapterError, listed
-
-CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
-"""Folders that Trainer leaves below a finished adapter: its earlier states, not other adapters."""
 
 MOST_NAMES = 20
 """Names that an error lists."""
@@ -25,14 +23,15 @@ def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
     """The folder of an adapter, or its GGUF file.
 
     Args:
-        reference: folder, file or Hub id, with ``#NAME`` where it contains several adapters.
+        reference: folder, file or Hub id, with ``#NAME`` where it contains several adapters. A folder of a training run that
+            has no finished adapter stands for its last checkpoint.
         revision: on the Hub.
 
     Raises:
         AdapterError: it cannot be downloaded; it contains several adapters and none is named; it has none of this name.
     """
     location, name = split_reference(reference)
-    source = hub.resolve(location, revision, AdapterError)
+    source = hub.resolve(folder_of_file(location), revision, AdapterError)
     return source if source.file else choose_adapter(source, location, name)
 
 
@@ -63,15 +62,22 @@ def choose_adapter(source: hub.Source, location: str, name: str | None) -> hub.S
 
 
 def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -> hub.Source:
-    """The source as it is, where there is nothing to choose. Without any adapter, reading it will raise the error."""
+    """The source as it is, or the last checkpoint of a training run, where there is nothing to choose. Without any adapter,
+    reading it will raise the error."""
     in_folder = [name for name, folder in folders.items() if folder == source.folder]
     below: list[str] = []
+    checkpoints: list[str] = []
     for name, folder in folders.items():
-        is_earlier_state = bool(in_folder) and CHECKPOINT.fullmatch(name) is not None
-        if folder != source.folder and not is_earlier_state:
-            below.append(name)
+        if folder != source.folder:
+            (checkpoints if CHECKPOINT.fullmatch(name) else below).append(name)
+    # Next to a finished adapter, checkpoints are its earlier states, not other adapters.
     if not folders or (len(in_folder) == 1 and not below):
         return source
+    if checkpoints and not in_folder and not below:
+        last = max(checkpoints, key=checkpoint_number)
+        return replace(source, folder=folders[last], adapter=last, adapters_folder=folders[last].parent)
+    if not in_folder:
+        below += checkpoints
     raise AdapterError(f"{location} contains the adapters: {_choices(location, [*in_folder, *below])}")
 
 
@@ -90,7 +96,11 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Name → folder of every adapter: in the folder itself (several, where its file contains several), and below it."""
+    """Name → folder of every adapter: in the folder itself (several, where its file contains several), and below it.
+
+    ms-swift gives each run a folder of its own (``v0-20260102-030405/checkpoint-60``): where nothing else is found, those of
+    the only run count.
+    """
     adapters: dict[str, Path] = {}
     if (folder / CONFIG).is_file():
         names = adapter_names(tensor_infos(folder)) if tensors_file(folder).is_file() else []
@@ -100,4 +110,8 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         if config.is_file():
             # The adapter in the folder itself goes before a folder below that is called ``default``.
             adapters.setdefault(config.parent.name, config.parent)
+    if not adapters:
+        found = [config.parent for config in folder.glob(f"*/*/{CONFIG}") if CHECKPOINT.fullmatch(config.parent.name)]
+        if len({checkpoint.parent for checkpoint in found}) == 1:
+            adapters = {checkpoint.name: checkpoint for checkpoint in sorted(found)}
     return adapters

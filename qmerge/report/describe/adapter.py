@@ -19,6 +19,7 @@ from qmerge.adapters.reading.folder import (
     tensors_file,
 )
 from qmerge.adapters.reading.saved_weights import is_embedding
+from qmerge.adapters.reading.training_folder import read_training
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
@@ -208,7 +209,8 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
     with Reader() as reader:
         source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
         base = scan(source.folder, reader)
-        remarks = declared.compare(config, declared.given_base(source, base, recipe, [adapter]))
+        given = declared.given_base(source, base, recipe, [adapter])
+        remarks = declared.compare(config, given, read_training(adapter.folder, config))
         fingerprint = fingerprint_record(base.folder).model_dump()
         described: dict[str, Any] = {
             "base": {**describe_storage(source, base), "fingerprint": fingerprint},

@@ -10,6 +10,7 @@ from qmerge.adapters.combining.combined import CombinedUpdate
 from qmerge.adapters.combining.interference import PairSums, sums_from_factors
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
+from qmerge.base_check.from_training import with_training
 from qmerge.calibration.room import planned_memory
 from qmerge.checkpoint import folder
 from qmerge.forecast.calibration import tokens_of_source
@@ -43,6 +44,7 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
     """
     with Reader() as reader:
         inputs = read_inputs(recipe, reader, headers_only=True)
+        recipe, notes = with_training(recipe, inputs)
         candidates = all_candidates(recipe, inputs, reader)
         why = None
         if recipe.target == "auto":
@@ -62,6 +64,7 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             },
             "target": recipe.target if target_given else None,
             "why": why,
+            "notes": notes,
             "warnings": declared_warnings(inputs, recipe) + interference_warnings(pairs, recipe.combine),
         }
         if target_given:

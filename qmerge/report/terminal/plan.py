@@ -44,6 +44,7 @@ def _head_lines(described: dict[str, Any]) -> list[str]:
         f"base     {name_with_commit(base)}: {size_text(base['bytes'])}; weights: {formats_text(base)}",
         f"adapter  {name_with_commit(adapter)}: {adapter['kind']}, {counted(adapter['modules'], 'module')}, rank {ranks}",
     ]
+    lines += described["notes"]
     lines += [pair_line(PairRecord(**pair)) for pair in described["interference"]]
     if described["why"]:
         lines.append(described["why"])

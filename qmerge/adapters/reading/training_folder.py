@@ -1,0 +1,185 @@
+"""What a training folder says about how its adapter was trained: which tool, and how the base was quantized.
+
+    Axolotl        README.md holds the user's YAML:   adapter: qlora, load_in_4bit: true
+    LLaMA-Factory  training_args.yaml:                quantization_bit: 4 (written by its web interface)
+    ms-swift       args.json:                         quant_method: bnb, quant_bits: 4
+    torchtune      torchtune_config.yaml:             model: {_component_: torchtune.models.llama3.qlora_llama3_8b}
+    Unsloth        adapter_config.json:               unsloth_training_method: qlora (Unsloth Studio)
+
+Defaults are those of the tools (Axolotl 0.21 ``_set_quantization_config``; LLaMA-Factory ``QuantizationArguments``; ms-swift
+``QuantizeArguments``). TRL and transformers leave nothing but ``training_args.bin``, a pickle, which is never read. These files
+are a help: one that cannot be read says nothing, and is no error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmerge.checkpoint.documents import read_json
+from qmerge.checkpoint.model_cards import card_text
+from qmerge.checkpoint.plain_yaml import plain_mapping
+from qmerge.errors import AdapterError
+
+NOT_QUANTIZED = "none"
+"""How training quantized the base, where it did not."""
+
+CHECKPOINT = re.compile(r"(?:checkpoint-|epoch_|step_)(?P<number>\d+)|last-checkpoint")
+"""Folders with the states of a run: of Trainer, of torchtune, and of Trainer's pushes to the Hub."""
+
+AXOLOTL_CONFIG = re.compile(r"See axolotl config</summary>.*?^```ya?ml\n(?P<yaml>.*?)^```", re.DOTALL | re.MULTILINE)
+
+LARGEST_YAML = 2**18
+"""Bytes of a config in YAML that are parsed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How an adapter was trained, as far as its folder tells.
+
+    source        what tells, for messages: ``args.json of ms-swift``; empty where nothing does
+    quantization  how the base was quantized: a value of ``--trained-on``, ``NOT_QUANTIZED``, or None where this is not known
+    """
+
+    source: str = ""
+    quantization: str | None = None
+
+
+UNKNOWN_TRAINING = Training()
+"""Of a folder that says nothing."""
+
+
+def checkpoint_number(name: str) -> float:
+    """By how far training had come, the names of checkpoints are in order."""
+    match = CHECKPOINT.fullmatch(name)
+    return float(match["number"]) if match and match["number"] else float("inf")
+
+
+def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
+    """How the adapter in a folder was trained.
+
+    Args:
+        folder: the adapter's own; of a checkpoint, the folder of the run above it is read, too.
+        config: adapter_config.json.
+    """
+    folders = [folder]
+    if CHECKPOINT.fullmatch(folder.name):
+        folders.append(folder.parent)
+    for place in folders:
+        for read in READERS:
+            training = read(place)
+            if training is not None:
+                return training
+    return _unsloth(config)
+
+
+# --- one tool each: None where the folder is not of this tool ----------------------------------------------------------
+
+
+def _axolotl(folder: Path) -> Training | None:
+    match = AXOLOTL_CONFIG.search(card_text(folder))
+    settings = plain_mapping(match["yaml"], LARGEST_YAML) if match else {}
+    if "base_model" not in settings:
+        return None
+    adapter = settings.get("adapter")
+    quantization = None
+    if adapter == "qlora" and settings.get("load_in_4bit"):
+        given = settings.get("bnb_config_kwargs")
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options |= given if isinstance(given, dict) else {}
+        quantization = _bitsandbytes(4, options["bnb_4bit_quant_type"], options["bnb_4bit_use_double_quant"])
+    elif adapter == "lora" and settings.get("load_in_8bit"):
+        quantization = "int8"
+    elif adapter == "lora" and not settings.get("load_in_4bit") and not settings.get("gptq"):
+        quantization = NOT_QUANTIZED
+    return Training(source="Axolotl's config in README.md", quantization=quantization)
+
+
+def _llama_factory(folder: Path) -> Training | None:
+    settings = plain_mapping(_text(folder / "training_args.yaml"), LARGEST_YAML)
+    if "finetuning_type" not in settings:
+        return None
+    # Of the methods, only bitsandbytes can be repeated here.
+    method = settings.get("quantization_method", "bnb")
+    quantization = None
+    if not settings.get("quantization_bit"):
+        quantization = NOT_QUANTIZED
+    elif method in ("bnb", "bitsandbytes"):
+        quantization = _bitsandbytes(
+            settings["quantization_bit"],
+            settings.get("quantization_type", "nf4"),
+            settings.get("double_quantization", True),
+        )
+    return Training(source="training_args.yaml of LLaMA-Factory", quantization=quantization)
+
+
+def _ms_swift(folder: Path) -> Training | None:
+    settings = _json(folder / "args.json")
+    if "quant_method" not in settings or "model" not in settings:
+        return None
+    quantization = None
+    if settings["quant_method"] is None:
+        quantization = NOT_QUANTIZED
+    elif settings["quant_method"] == "bnb":
+        quantization = _bitsandbytes(
+            settings.get("quant_bits"),
+            settings.get("bnb_4bit_quant_type", "nf4"),
+            settings.get("bnb_4bit_use_double_quant", True),
+        )
+    return Training(source="args.json of ms-swift", quantization=quantization)
+
+
+def _torchtune(folder: Path) -> Training | None:
+    settings = plain_mapping(_text(folder / "torchtune_config.yaml"), LARGEST_YAML)
+    model = settings.get("model")
+    component = str(model.get("_component_", "")) if isinstance(model, dict) else ""
+    if not component:
+        return None
+    # torchao's NF4, whose scales are quantized, too. It rounds them in another way than bitsandbytes: values differ a little.
+    is_qlora = component.rpartition(".")[2].startswith("qlora_")
+    return Training(source="torchtune_config.yaml", quantization="nf4-dq" if is_qlora else NOT_QUANTIZED)
+
+
+READERS: tuple[Callable[[Path], Training | None], ...] = (_axolotl, _llama_factory, _ms_swift, _torchtune)
+
+
+def _unsloth(config: Mapping[str, Any]) -> Training:
+    method = str(config.get("unsloth_training_method") or "").lower()
+    # Unsloth trains qlora in 4 bits of bitsandbytes with double quantization, and lora in 16 bits; other methods (CPT) do not
+    # tell.
+    quantization = {"qlora": "nf4-dq", "lora": NOT_QUANTIZED}.get(method)
+    if quantization is None:
+        return UNKNOWN_TRAINING
+    return Training(source=f"unsloth_training_method={method}", quantization=quantization)
+
+
+def _bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> str | None:
+    """The value of ``--trained-on`` for what bitsandbytes did in memory; None where there is none."""
+    if bits == 8:
+        return "int8"
+    if bits == 4 and quant_type in ("nf4", "fp4"):
+        return f"{quant_type}-dq" if double_quant else str(quant_type)
+    return None
+
+
+def _text(path: Path) -> str:
+    """A small text file; empty where it is missing, large, no regular file, or not UTF-8."""
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_YAML:  # a pipe would be waited for
+            return ""
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path, AdapterError)
+    except AdapterError:
+        return {}

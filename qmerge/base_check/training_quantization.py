@@ -1,0 +1,98 @@
+"""How the base was quantized in training, as the adapter and its folder declare it, and what a difference does to the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qmerge.adapters.reading.training_folder import NOT_QUANTIZED, Training
+from qmerge.base_check.model_names import Origin, storage_marks
+from qmerge.base_check.peft_options import text_setting
+
+FORMATS_BY_MARK = {
+    "bnb-4bit": {"nf4", "fp4"},
+    "nf4": {"nf4"},
+    "bnb-8bit": {"int8"},
+    "gptq": {"gptq"},
+    "awq": {"awq"},
+    "fp8": {"fp8"},
+}
+"""End of a checkpoint's name → formats that its weights are stored in."""
+
+WAS_IT_QUANTIZED = (
+    "nothing tells whether training quantized this 16-bit base in memory (QLoRA, load_in_4bit=True). If it did, add --trained-on "
+    "nf4-dq: then the result is the model that was trained, else it is another one (SmolLM2-135M: KL ratio 0.72). If training was "
+    "in 16 bits, the result is right: --merge-onto original confirms that"
+)
+"""The question about a base and an adapter that say nothing, with what each answer does to the result."""
+
+
+@dataclass(frozen=True)
+class DeclaredQuantization:
+    """How the base was quantized in training.
+
+    formats     formats of its weights, empty for a dense base; None where nothing tells
+    source      what tells
+    in_16_bits  it was not quantized in memory: training saw the values of the files
+    """
+
+    formats: frozenset[str] | None
+    source: str
+    in_16_bits: bool = False
+
+
+def stored_format_marks(declared: Origin) -> list[str]:
+    """Marks in the name of a base that say in which quantized format it is stored."""
+    return [mark for mark in storage_marks(declared) if mark in FORMATS_BY_MARK]
+
+
+def declared_quantization(declared: Origin, config: Mapping[str, Any], training: Training) -> DeclaredQuantization:
+    """How training quantized the base.
+
+    Args:
+        declared: the base that adapter_config.json names.
+        config: adapter_config.json.
+        training: what the adapter's folder says.
+    """
+    method = text_setting(config, "unsloth_training_method").lower()
+    marks = stored_format_marks(declared)
+    if marks and method == "lora":
+        contradiction = f"{declared.text}, and unsloth_training_method=lora: they contradict each other"
+        return DeclaredQuantization(None, contradiction)
+    if marks:
+        return DeclaredQuantization(frozenset(FORMATS_BY_MARK[marks[0]]), declared.text)
+    # Unsloth trains qlora in 4 bits of bitsandbytes, and lora in 16 bits; other methods (CPT) do not tell.
+    if method == "qlora":
+        return DeclaredQuantization(frozenset(FORMATS_BY_MARK["bnb-4bit"]), "unsloth_training_method=qlora")
+    if method == "lora":
+        return DeclaredQuantization(frozenset(), "unsloth_training_method=lora")
+    if training.quantization == NOT_QUANTIZED:
+        return DeclaredQuantization(None, training.source, in_16_bits=True)
+    if training.quantization is not None:
+        return DeclaredQuantization(frozenset({training.quantization.removesuffix("-dq")}), training.source)
+    return DeclaredQuantization(None, "nothing")
+
+
+def quantization_consequence(training_formats: frozenset[str], formats: frozenset[str]) -> str:
+    """What the difference does to the result, and the way out."""
+    if formats and training_formats:
+        return (
+            "their quantization errors differ, and the adapter learned to live with the other one. Give the checkpoint that "
+            "it was trained on as --base"
+        )
+    if formats:
+        return (
+            "the base's quantization error, which the adapter never saw, stays in the result. Give the 16-bit model as "
+            "--base (it can be written in any format), or as --original with --merge-onto original"
+        )
+    on_the_fly = ""
+    if "int8" in training_formats:
+        on_the_fly = "or pass --trained-on int8, "
+    elif "nf4" in training_formats:
+        on_the_fly = "or pass --trained-on nf4-dq (as Unsloth quantizes; nf4 without double quantization), "
+    return (
+        f"the delta was fitted to weights with a quantization error that this base does not have. Give the quantized checkpoint as "
+        f"--base, {on_the_fly}so that it is merged into the weights that it was trained on; --merge-onto original confirms that "
+        f"the 16-bit weights are meant"
+    )

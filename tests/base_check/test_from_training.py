@@ -1,0 +1,128 @@
+"""`qmerge --adapter FOLDER` alone: the base that the adapter names, and how the training folder says it was quantized."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from qmerge import merge
+from qmerge.base_check.declared import declared_warnings
+from qmerge.base_check.from_training import with_training
+from qmerge.base_check.training_quantization import WAS_IT_QUANTIZED
+from qmerge.planning.inputs import read_inputs
+from qmerge.recipe import make_recipe
+from qmerge.safetensors_io.reader import Reader
+
+from ..conftest import Cli
+from ..models import edit_json
+from ..parity import stock
+
+QLORA = "finetuning_type: lora\nquantization_bit: 4\nquantization_method: bnb\n"
+
+
+@pytest.fixture
+def run(lora: Path, dense: Path, tmp_path: Path) -> Path:
+    """A folder of LLaMA-Factory, with a checkpoint and no finished adapter."""
+    folder = tmp_path / "my-run"
+    for name in ("checkpoint-9", "checkpoint-10"):
+        shutil.copytree(lora, folder / name)
+        edit_json(folder / name / "adapter_config.json", base_model_name_or_path=str(dense))
+    (folder / "training_args.yaml").write_text(QLORA)
+    return folder
+
+
+def edit_base(run: Path, name: str, **more: str) -> None:
+    edit_json(run / "checkpoint-10/adapter_config.json", base_model_name_or_path=name, **more)
+
+
+def recorded(out: Path) -> dict[str, str]:
+    recipe: dict[str, str] = json.loads((out / "qmerge.json").read_text())["recipe"]
+    return recipe
+
+
+def test_one_command(cli: Cli, run: Path, dense: Path, tmp_path: Path) -> None:
+    """Base, checkpoint and quantization are found, each named in one line, and recorded; the bytes are those of the long form."""
+    asked = ("--target", "bf16", "--device", "cpu")
+    ran = cli("--adapter", run, *asked, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    lines = [" ".join(line.split()) for line in ran.err.splitlines()]
+    assert f"base {dense}: the adapter names it" in lines
+    assert "adapter checkpoint-10 of my-run: its last checkpoint of 2" in lines
+    assert any(line.startswith("training nf4-dq: training_args.yaml of LLaMA-Factory says") for line in lines)
+    assert recorded(tmp_path / "out")["trained_on"] == "nf4-dq"
+    assert "warning: nothing tells" not in ran.err
+    long = ("--base", dense, "--adapter", run / "checkpoint-10", "--trained-on", "nf4-dq", *asked)
+    assert cli(*long, "--out", tmp_path / "long").code == 0
+    assert not stock.differing(stock.tensors(tmp_path / "out"), stock.tensors(tmp_path / "long"))
+    confirmed = cli("--base", "auto", "--adapter", run, *asked, "--out", tmp_path / "16", "--merge-onto", "original")
+    assert confirmed.code == 0 and "in memory" not in confirmed.err and "trained_on" not in recorded(tmp_path / "16")
+    assert stock.differing(stock.tensors(tmp_path / "16"), stock.tensors(tmp_path / "long")), "the control"
+
+
+def test_plan_and_python_do_the_same(cli: Cli, run: Path, tmp_path: Path) -> None:
+    ran = cli("plan", "--adapter", run, "--target", "bf16")
+    assert ran.code == 0 and "training nf4-dq" in ran.out and "the adapter names it" in ran.err
+    report = merge(adapter=run, target="bf16", out=tmp_path / "out", device="cpu", quiet=True)
+    assert report.data.recipe["trained_on"] == "nf4-dq"
+
+
+def warned(run: Path, base: Path, **settings: str) -> list[str]:
+    recipe = make_recipe({"base": str(base), "adapter": str(run), "target": "bf16", **settings})
+    with Reader() as reader:
+        inputs = read_inputs(recipe, reader)
+        recipe, _ = with_training(recipe, inputs)
+        return declared_warnings(inputs, recipe)
+
+
+def test_what_nothing_tells_is_asked(run: Path, dense: Path, nf4: Path) -> None:
+    """Once, with both choices; not where the base is quantized, or the folder or the user has answered."""
+    assert WAS_IT_QUANTIZED not in warned(run, dense)
+    (run / "training_args.yaml").unlink()
+    assert warned(run, dense) == [WAS_IT_QUANTIZED]
+    assert warned(run, nf4) == warned(run, dense, trained_on="nf4") == warned(run, dense, merge_onto="original") == []
+    (run / "training_args.yaml").write_text("finetuning_type: lora\n")
+    assert warned(run, dense) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/home/bob/models/llama", ("/home/bob/models/llama", "not on this machine", "--base ID|DIR")),
+        ("models/llama", ("models/llama", "not on this machine", "--base ID|DIR")),
+        ("", ("names no base", "--base ID|DIR")),
+        ("meta-llama/Nope-8B", ("meta-llama/Nope-8B", "not in the Hub's cache", "hf download meta-llama/Nope-8B")),
+    ],
+)
+def test_a_base_that_is_not_here(
+    name: str, words: tuple[str, ...], cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    edit_base(run, name)
+    ran = cli("--adapter", run, "--target", "nf4", "--out", tmp_path / "out")
+    assert ran.code == 3 and not (tmp_path / "out").exists()
+    assert not [word for word in words if word not in ran.err] and "local_files_only" not in ran.err
+
+
+def test_an_adapter_on_an_adapter(cli: Cli, run: Path, lora: Path) -> None:
+    edit_base(run, str(lora))
+    ran = cli("plan", "--adapter", run)
+    assert ran.code == 3 and f"--combine chain: --adapter {lora} --adapter {run}" in ran.err
+
+
+def test_the_revision_of_training(
+    cli: Cli, run: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the Hub's cache, at the commit that adapter_config.json names."""
+    commit = "c" * 40
+    shutil.copytree(dense, tmp_path / f"hub/models--someone--base/snapshots/{commit}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    edit_base(run, "someone/base", revision=commit)
+    ran = cli("plan", "--adapter", run)
+    assert ran.code == 0 and f"someone/base at {commit[:12]}: the adapter names it" in ran.err, ran.err
