@@ -44,6 +44,12 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 
 EARLIER_STATE = re.compile(r"(?:checkpoint-\d+|last-checkpoint)/")
 """Folders that Trainer leaves below a finished adapter or model."""
+HUB_URL = re.compile(
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#=]+)(?:/(?P<path>[^?#=]*))?)?/?"
+    r"(?:\?(?:[^#=]|=(?![\d.]+$))*)?(?P<rest>[#=].*)?"
+)
+"""The address of a model in a browser: its page, a revision, a folder or a file; behind it ``#NAME`` or ``=WEIGHT``."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,34 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
 
 
 def split_revision(reference: str) -> tuple[str, str | None]:
-    """``owner/name@v2`` → (owner/name, v2). Any other text, and the name of a local folder, as it is, without a revision."""
-    match = HUB_REVISION.fullmatch(reference)
+    """``owner/name@v2`` → (owner/name, v2), and the address of a model in a browser likewise.
+
+    Any other text, and the name of a local folder, as it is, without a revision.
+    """
+    name = _without_url(reference)
+    match = HUB_REVISION.fullmatch(name)
     if match is None or _is_local(reference):
-        return reference, None
+        return name, None
     return match["id"] + (match["rest"] or ""), match["revision"]
+
+
+def _without_url(reference: str) -> str:
+    """The id, and the revision, that an address on the Hub stands for; any other text as it is.
+
+    ``https://huggingface.co/owner/name/tree/v2`` → ``owner/name@v2``. Of a path in it, a GGUF file stays
+    (``owner/name:file.gguf``), and a folder becomes the name of an adapter (``owner/name#folder``).
+    """
+    match = HUB_URL.fullmatch(reference.strip())
+    if match is None:
+        return reference
+    name, path, rest = match["id"], (match["path"] or "").rstrip("/"), match["rest"] or ""
+    if match["revision"] not in (None, "main"):
+        name = f"{name}@{match['revision']}"
+    if path.endswith(GGUF):
+        name = f"{name}:{path}"
+    elif path and "." not in path and not rest.startswith("#"):
+        name = f"{name}#{path}"
+    return name + rest
 
 
 def find_local(reference: str, revision: str | None) -> Path | None:

@@ -276,7 +276,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _revisions_from_names(cls, settings: Any) -> Any:
-        """``owner/name@revision`` becomes an id and its revision."""
+        """``owner/name@revision``, or an address on the Hub, becomes an id and its revision."""
         return _with_revisions(settings) if isinstance(settings, dict) else settings
 
     @field_validator(*PATHS, mode="before")
@@ -422,14 +422,16 @@ def _with_revisions(settings: dict[str, Any]) -> dict[str, Any]:
             continue
         pairs = [hub.split_revision(reference) for reference in references]
         found = {revision for _, revision in pairs}
-        given = settings.get(revision_name)
-        if len(found) != 1 or found == {None}:
+        if len(found) != 1:
             continue
         (revision,) = found
-        if given not in (None, revision):
-            raise RecipeError(f"{name}: two revisions are given, {revision} in its name and {given}; expected one")
         ids = [reference for reference, _ in pairs]
         settings[name] = ids[0] if isinstance(value, str) else ids
+        given = settings.get(revision_name)
+        if revision is None:
+            continue
+        if given not in (None, revision):
+            raise RecipeError(f"{name}: two revisions are given, {revision} in its name and {given}; expected one")
         settings[revision_name] = revision
     return settings
 

@@ -6,12 +6,18 @@ All options stay known to the parser and to shell completion; the others are hid
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from qmerge import hub, plugins
+from qmerge.cli.habits import hint
 from qmerge.cli.output import nothing_to_resume
+from qmerge.errors import RecipeError
 from qmerge.report.environment import check_environment
 
 HELP_PANEL = "Help and output"
@@ -39,6 +45,11 @@ _SHOW_ALL = "qmerge.help_all"
 class Command(TyperCommand):
     """A command whose help is short, and that Ctrl-C ends with one line."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options. Options of other tools lead to ours."""
+        with _unknown_options(self, ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command. One that can go on after Ctrl-C raises an error of its own, which says how."""
         with nothing_to_resume():  # typer would end the process without a word
@@ -58,6 +69,22 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """The program itself, whose help is short, too."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options. Options of other tools lead to ours."""
+        with _unknown_options(self, ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that is named first.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            raise RecipeError(_no_command(name, self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; the rarely used options only with --help-all."""
         hidden = _hide(self.get_params(ctx), ctx)
@@ -66,6 +93,35 @@ class Group(TyperGroup):
         finally:
             _show(hidden)
         _name_help_all(hidden, ctx)
+
+
+@contextmanager
+def _unknown_options(command: Any, ctx: Any) -> Iterator[None]:
+    """Inside, an option that the command does not have is an error of one line, with a hint.
+
+    Raises:
+        RecipeError: there is such an option.
+    """
+    try:
+        yield
+    except Exception as cause:
+        # Of click, or of the copy of it in newer versions of typer: their classes have only the name in common.
+        if type(cause).__name__ != "NoSuchOption":
+            raise
+        known = {name for param in command.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        name = str(getattr(cause, "option_name", ""))
+        lists_all = f"{ctx.command_path} {'--help-all' if '--help-all' in known else '--help'} lists all of them"
+        advice = hint(name, {option for option in known if option.startswith("--")})
+        raise RecipeError(f"no such option {name}: {advice or lists_all}") from cause
+
+
+def _no_command(name: str, commands: list[str]) -> str:
+    """What is wrong with the first word of a command line, and what to do."""
+    if Path(name).exists() or hub.HUB_ID.fullmatch(name):
+        return f"{name} is not a command: to merge this adapter, qmerge --adapter {name} --target nf4 --out DIR"
+    if Path(name).suffix in (".yaml", ".yml"):
+        return f"{name} is not a command: a recipe is run with qmerge run FILE"
+    return f"no command is called {name!r}. {plugins.suggestion(name, commands)}"
 
 
 def reflowed(docstring: str | None) -> str:

@@ -87,7 +87,7 @@ def root(
 ) -> None:
     """Merge QLoRA adapters into quantized models and measure how much of the fine-tuning survives.
 
-    [bold]qmerge --base ID|DIR --adapter ID|DIR --target nf4 --out DIR[/bold]
+    [bold]qmerge --adapter ID|DIR --target nf4 --out DIR[/bold]
     """
     flags = {"resume": resume, "json": json, "quiet": quiet}
     if shard is not None:
@@ -103,7 +103,7 @@ def root(
     elif not settings:
         if options:
             raise RecipeError(
-                f"--{options[0]} alone does nothing: a merge needs --base, --adapter, --target and --out; to go on with an "
+                f"--{options[0]} alone does nothing: a merge needs --adapter, --target and --out; to go on with an "
                 f"interrupted one, repeat its whole command with --resume"
             )
         typer.echo(context.get_help())

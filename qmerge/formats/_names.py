@@ -14,20 +14,15 @@ _SPELLINGS = {
     "gptq": "gptq4 gptq-4bit gptq-int4 gptq-w4 int4-gptq",
     "awq": "awq4 awq-4bit awq-int4 int4-awq",
     "w4a16": "w4 int4-w4a16 compressed-tensors-w4a16",
-    "fp8": "float8 fp8-block fp8-dynamic 8bit-float",
-    "w8a8": "int8-w8a8 smoothquant w8a8-int8",
+    "fp8": "float8 fp8-block",
+    "w8a8": "int8-w8a8 w8a8-int8",
     "mlx": "mlx-4bit mlx-int4 mlx4",
     "mxfp4a16": "mxfp4-a16",
-    "q8_0": "q8 gguf-q8 gguf-8bit",
-    "q4_k_m": "q4 q4-k q4km gguf-q4 gguf-4bit fast-quantized",
-    "q5_k_m": "q5 q5-k q5km gguf-q5",
-    "q6_k": "q6 q6k gguf-q6",
-    "q3_k_m": "q3 q3-k q3km",
+    "q8_0": "q8 gguf-8bit fast-quantized",
+    "q6_k": "q6",
 }  # fmt: skip
 
-_FOUR_BITS = (
-    "nf4 (transformers; the base's own format after QLoRA), w4a16 or gptq (vLLM, SGLang), q4_k_m (llama.cpp, Ollama), mlx (a Mac)"
-)
+_FOUR_BITS = "nf4 (transformers; the base's own format after QLoRA), w4a16 or gptq (vLLM, SGLang), q4_k_m (llama.cpp, Ollama), mlx (a Mac)"
 
 _SEVERAL = {
     **dict.fromkeys(("4bit", "int4", "4", "q4bit", "quantized"), _FOUR_BITS),
@@ -35,6 +30,9 @@ _SEVERAL = {
         ("8bit", "8", "int8bit", "8bits"),
         "fp8 or w8a8 (vLLM, SGLang), int8 (transformers), q8_0 (llama.cpp, Ollama), w8a16 (vLLM, 16-bit activations)",
     ),
+    **dict.fromkeys(("q4", "q4k", "gguf4bit", "ggufq4"), "q4_k_m (the usual one), q4_k_s, q4_0, q4_1"),
+    **dict.fromkeys(("q5", "q5k", "ggufq5"), "q5_k_m (the usual one), q5_k_s, q5_0, q5_1"),
+    "fp8dynamic": "fp8 (a scale for each block of 128 x 128), w8a8 (8-bit integers)",
     "f16": "fp16 (a folder), gguf_f16 (one file for llama.cpp)",
     **dict.fromkeys(
         ("compressedtensors", "llmcompressor"), "w4a16, w8a16, w8a8, nvfp4, mxfp4a16 (all of compressed-tensors), fp8"

@@ -30,6 +30,8 @@ def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
     Raises:
         AdapterError: it cannot be downloaded; it contains several adapters and none is named; it has none of this name.
     """
+    reference, named_revision = hub.split_revision(reference)
+    revision = revision or named_revision
     location, name = split_reference(reference)
     source = hub.resolve(folder_of_file(location), revision, AdapterError)
     return source if source.file else choose_adapter(source, location, name)
