@@ -123,6 +123,8 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
             file = folder.absolute()  # not resolved: in the Hub cache, files are links to other names
             return Source(file.parent, file=file)
         return Source(folder.resolve())
+    if folder.is_file():
+        raise error(f"{reference} is a file: give its folder ({folder.parent}), or a GGUF file")
     hub_file = HUB_FILE.fullmatch(reference)
     if hub_file:
         source = _download(hub_file["id"], revision, error, [hub_file["file"]])

@@ -131,6 +131,12 @@ def find_text(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():  # a local file wins over a dataset of the same name
         return path
+    # data/train.jsonl has the form of a dataset's id, too; no dataset is called so.
+    if not path.exists() and (path.suffix in TEXT_SUFFIXES or path.is_absolute()):
+        raise RecipeError(
+            f"calibration text {source}: no such file. (The recipe of a finished model has only the file's "
+            f"name: give the file with --calibration FILE)"
+        )
     name, _, file_in_dataset = source.partition(":")
     if path.exists() or not hub.HUB_ID.fullmatch(name):
         raise RecipeError(

@@ -7,7 +7,7 @@ Only sizes that mean the same in every architecture with these names are compare
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qmerge.types import Weight
@@ -35,6 +35,28 @@ def config_problem(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> 
         if declared != found:
             return f"{key} is {declared!r}, but the tensors have {found}"
     return _heads_problem(config, weights)
+
+
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
+"""Files that hold a vocabulary, or name a tokenizer that needs none (ByT5)."""
+
+
+def tokenizer_problem(files: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """That a model that takes tokens has no tokenizer, in words; None where it has one or needs none.
+
+    Args:
+        files: names of the files in the model's folder.
+    """
+    text_config = config.get("text_config")
+    vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
+    if not vocab_size or any(name in files for name in VOCABULARIES):
+        return None
+    return (
+        f"no tokenizer (none of {', '.join(VOCABULARIES[:3])}, …): programs that serve the model refuse it, and no text was or "
+        f"can be used to calibrate and judge it. Copy the tokenizer files of the model on the Hub"
+    )
 
 
 def _sizes(weights: Mapping[str, Weight]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.checkpoint.documents import ModelConfig, check_document, is_file_name, read_json
+from qmerge.checkpoint.mistakes import missing_config_problem
 from qmerge.errors import CheckpointError, listed
 from qmerge.formats import all_formats, get_format
 from qmerge.safetensors_io.disk import LONGEST_SHOWN
@@ -88,6 +89,8 @@ def scan(folder: Path, reader: Reader) -> Checkpoint:
     Raises:
         CheckpointError: something is missing, contradicts something else, or is stored in an unknown way.
     """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(missing_config_problem(folder))
     config = read_json(folder / "config.json", CheckpointError)
     check_document(config, ModelConfig, "config.json", CheckpointError)
     files = shard_files(folder)

@@ -47,7 +47,7 @@ def run_demo(keep: Path | None) -> None:
         typer.echo("")
         stdout().print(_fidelity_table(fidelity_of_rounding))
         for check in verify(merged):
-            typer.echo(check_line(check.name, check.ok, check.found))
+            typer.echo(check_line(check))
         typer.echo(
             f"\nThe merged models are in {folder}." if keep else "\nTo keep the merged models: qmerge demo --out DIR"
         )

@@ -18,6 +18,8 @@ import psutil
 import torch
 
 from qmerge import hub, plugins
+from qmerge.checkpoint.consistency import tokenizer_problem
+from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import TOOLS_FOLDERS
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError, listed
@@ -64,6 +66,9 @@ def verify(
         return checks
     checks.append(_run_check("finite", lambda: check_finite(folder)))
     checks.append(_run_check("inputs", lambda: check_against_inputs(folder, report, every=against_inputs)))
+    problem = _tokenizer_problem(folder)
+    if problem:
+        checks.append(Check("tokenizer", True, f"{problem} into this folder", is_warning=True))
     if reload:
         checks.append(_run_check("reload", lambda: check_reload(folder, loader or default_loader(folder), report)))
     else:
@@ -78,6 +83,14 @@ def _run_check(name: str, check: Callable[[], str]) -> Check:
         raise
     except QmergeError as error:
         return Check(name, False, str(error))
+
+
+def _tokenizer_problem(folder: Path) -> str | None:
+    """That the model cannot be used for want of a tokenizer, in words; None where it can. A GGUF file has its own."""
+    if gguf_file(folder) is not None:
+        return None
+    config = read_json(folder / "config.json", CheckpointError)
+    return tokenizer_problem([path.name for path in folder.iterdir()], config)
 
 
 def check_hashes(folder: Path, report: ReportData) -> str:

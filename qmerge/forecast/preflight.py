@@ -10,7 +10,7 @@ from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
 from qmerge.calibration.texts import CalibrationTokens
 from qmerge.checkpoint import folder
-from qmerge.checkpoint.consistency import config_problem
+from qmerge.checkpoint.consistency import config_problem, tokenizer_problem
 from qmerge.errors import RecipeError
 from qmerge.forecast.calibration import NO_CALIBRATION, prepare_calibration
 from qmerge.forecast.kinds import predict_kinds
@@ -169,6 +169,11 @@ def input_warnings(plan: Plan) -> list[str]:
     tokenizer = folder.tokenizer_warning(files.get("tokenizer.json"), plan.config)
     if tokenizer:
         lines.append(tokenizer)
+    missing = tokenizer_problem(files, plan.config)
+    if missing:
+        lines.append(
+            f"neither the base nor the adapter has a tokenizer: {missing} into the base's folder, and merge again"
+        )
     problem = config_problem(base.config, base.weights)
     if problem is not None:
         lines.append(

@@ -145,7 +145,10 @@ def open_model(path: Path, reader: Reader, like: Checkpoint | None = None) -> Ch
     """
     files = _gguf_files(path)
     if len(files) > 1:
-        raise CheckpointError(f"{path} holds {listed([file.name for file in files])}: give one of these files")
+        raise CheckpointError(
+            f"{path} holds {listed([file.name for file in files])}: give one of these files, such as --base {files[0]}. To be "
+            f"merged, the most exact one (the largest) loses least"
+        )
     return read_gguf(files[0], like) if files else scan(path, reader)
 
 

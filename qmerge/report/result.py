@@ -71,11 +71,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a folder. ``found``: one line, the result or the error."""
+    """One check of a folder.
+
+    found       one line, the result or the error
+    is_warning  nothing is wrong with the files, but the model cannot be used as they are
+    """
 
     name: str
     ok: bool
     found: str
+    is_warning: bool = False
 
 
 class Checks(list[Check]):

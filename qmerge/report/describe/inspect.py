@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmerge import hub
+from qmerge.adapters.reading.mistakes import folder_of_file
 from qmerge.adapters.reading.named import choose_adapter, split_reference
 from qmerge.errors import AdapterError, RecipeError
 from qmerge.report.describe.adapter import describe_adapter
@@ -28,8 +29,9 @@ def inspect(
     """
     if base_revision and not base:
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
+    reference, named_revision = hub.from_url(reference)
     location, name = split_reference(reference)
-    source = hub.resolve(location, revision, AdapterError)
+    source = hub.resolve(folder_of_file(location), revision or named_revision, AdapterError)
     if source.file is None and not is_model(source.folder):
         if not any(source.folder.rglob("adapter_config.json")) and not any(source.folder.rglob("*.safetensors")):
             raise AdapterError(

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qmerge.formats import get_format
 from qmerge.report.headline import TOP_NAMES, expert_lines, fidelity_remarks, unmeasured_lines, verdict_sentence
+from qmerge.report.result import Check
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
@@ -261,6 +262,9 @@ def llama_cpp_line(record: FidelityRecord) -> str:
     )
 
 
-def check_line(name: str, ok: bool, result: str) -> str:
+def check_line(check: Check) -> str:
     """``ok     hashes: 1 file``: one check of ``qmerge verify``."""
-    return printable(f"{'ok    ' if ok else 'FAILED'} {name}: {result}")
+    mark = "FAILED"
+    if check.ok:
+        mark = "WARN  " if check.is_warning else "ok    "
+    return printable(f"{mark} {check.name}: {check.found}")
