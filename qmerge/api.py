@@ -205,6 +205,7 @@ def plan(
     workers: int | Literal["ray"] = 1,
     max_memory: str | None = None,
     max_shard_size: str = "5GB",
+    served_with: str | None = None,
 ) -> dict[str, Any]:
     """Predict what a merge would keep, and how much disk and memory it needs. Nothing is written.
 
@@ -212,6 +213,8 @@ def plan(
 
     Args:
         target: as for ``merge``. Without it, the targets are compared, but no weights listed.
+        served_with: the program that will serve the model (``"vllm"``, ``"ollama"``, ``"mlx"``, ``"colab"``, …): compare the
+            targets that it loads, and name the best one (``"serve"``).
 
     All other arguments are those of ``merge``.
 
@@ -228,7 +231,7 @@ def plan(
     from qmerge.progress import NoProgress
     from qmerge.report.describe.plan import describe_plan
 
-    return describe_plan(_recipe(settings, NoProgress()), target_given=target is not None)
+    return describe_plan(_recipe(settings, NoProgress()), target_given=target is not None, served_with=served_with)
 
 
 def measure(

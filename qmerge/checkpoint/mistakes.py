@@ -25,8 +25,8 @@ def missing_config_problem(folder: Path) -> str:
         return f"{folder} is a pipeline of diffusers (image models): qmerge merges adapters of transformers models only"
     if (folder / "params.json").is_file():
         return (
-            f"{folder} has no config.json, but params.json: a model in Meta's or Mistral's own form. Give the same model in the form "
-            f"of transformers (on the Hub, the repository whose name ends in -hf, or the folder above original/)"
+            f"{folder} has no config.json, but params.json: a model in Meta's or Mistral's own form. Give the same model in "
+            f"the form of transformers (on the Hub, the repository whose name ends in -hf, or the folder above original/)"
         )
     if snapshots:
         return f"{folder} is a folder of the Hub's cache: give the model's id, or {snapshots[-1]}"

@@ -95,6 +95,14 @@ def finalize_command(
 @with_recipe_options(*PLAN_FIELDS)
 def plan_command(
     json: Json = False,
+    served_with: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="name the best target for this program: vllm, sglang, ollama, llama.cpp, lmstudio, mlx, transformers, colab",
+            metavar="PROGRAM",
+        ),
+    ] = None,
     all_weights: Annotated[bool, flag("--all", help="list every weight")] = False,
     help_all: HelpAll = False,
     **settings: Any,
@@ -110,7 +118,7 @@ def plan_command(
     from qmerge.report.terminal.progress import TerminalProgress
 
     recipe = with_named_base(_recipe({"target": DEFAULT_TARGET, **settings}), TerminalProgress().note)
-    described = describe_plan(recipe, target_given="target" in settings)
+    described = describe_plan(recipe, target_given="target" in settings, served_with=served_with)
     if json:
         print_json(described)
     else:

@@ -43,11 +43,11 @@ def run_demo(keep: Path | None) -> None:
             merged = Path(folder) / f"nf4-{rounding}"
             report = _merge(demo, inputs, rounding, merged)
             fidelity_of_rounding[rounding] = _fidelity(merged, demo / "heldout.txt")
-        stdout().print(survival_table(report))
         typer.echo("")
         stdout().print(_fidelity_table(fidelity_of_rounding))
+        stdout().print(survival_table(report))
         for check in verify(merged):
-            typer.echo(check_line(check))
+            typer.echo(check_line(check.name, check.ok, check.found, is_warning=check.is_warning))
         typer.echo(
             f"\nThe merged models are in {folder}." if keep else "\nTo keep the merged models: qmerge demo --out DIR"
         )
@@ -87,7 +87,7 @@ def _fidelity(merged: Path, text: Path) -> FidelityRecord:
 
 def _fidelity_table(fidelity_of_rounding: dict[str, FidelityRecord]) -> NotedTable:
     """The merged models compared with the unmerged one, on text that was used for neither training nor calibration."""
-    title = "The whole models, on held-out text"
+    title = "What became of the fine-tuning: the whole models, on held-out text"
     table = make_table(title, ("rounding into nf4", "verdict", "gain kept", "KL ratio", "same top token"))
     for rounding, record in fidelity_of_rounding.items():
         numbers = [

@@ -22,7 +22,7 @@ _SPELLINGS = {
     "q6_k": "q6",
 }  # fmt: skip
 
-_FOUR_BITS = "nf4 (transformers; the base's own format after QLoRA), w4a16 or gptq (vLLM, SGLang), q4_k_m (llama.cpp, Ollama), mlx (a Mac)"
+_FOUR_BITS = "nf4 (transformers; the format of most bases), w4a16 or gptq (vLLM, SGLang), q4_k_m (llama.cpp, Ollama), mlx (a Mac)"
 
 _SEVERAL = {
     **dict.fromkeys(("4bit", "int4", "4", "q4bit", "quantized"), _FOUR_BITS),

@@ -19,8 +19,9 @@ from qmerge.report.terminal.tables import (
     report_tables,
     survival_table,
 )
+from qmerge.schema import GroupRecord
 
-from .reports import FIDELITY, PAIR, RESIDUAL, fidelity, report
+from .reports import FIDELITY, PAIR, RESIDUAL, fidelity, report, values
 
 WIDTH = 80
 
@@ -188,6 +189,28 @@ def test_more_than_all_is_a_factor_and_explained() -> None:
         survival_table(report(output_kept=1.02, calibration="train.txt"))
     )
     assert "1.33x" not in printed(survival_table(report(output_kept=1.0, calibration="train.txt")))
+
+
+def test_many_kinds_of_modules_are_the_worst_ones() -> None:
+    """A share above all is as bad as one as far below it."""
+    groups = [GroupRecord(name=f"kind{n}", weights=2, values=values(n / 20, None)) for n in range(20, 8, -1)]
+    groups.append(GroupRecord(name="toofar", weights=2, values=values(1.9, None)))
+    shown = printed(survival_table(report().model_copy(update={"groups": groups})))
+    rows = [line.replace("│", " ").split()[0] for line in shown.splitlines() if line.startswith("│")]
+    assert rows == ["toofar", *(f"kind{n}" for n in range(9, 17)), "all"]
+    assert "4 more kinds of modules keep more; qmerge.html has all" in shown
+    assert "more kinds" not in printed(survival_table(report()))
+
+
+def test_shares_have_bars() -> None:
+    """As long as the share; more than all is a full one."""
+    bars = {}
+    for share in (0.0, 0.5, 1.0, 1.33, -0.2):
+        groups = [GroupRecord(name="q_proj", weights=2, values=values(share, None))]
+        shown = printed(survival_table(report().model_copy(update={"groups": groups})))
+        row = next(line for line in shown.splitlines() if "q_proj" in line)
+        bars[share] = row.count("█")
+    assert bars == {0.0: 0, 0.5: 4, 1.0: 8, 1.33: 8, -0.2: 0}
 
 
 def test_targets_side_by_side_have_verdicts() -> None:

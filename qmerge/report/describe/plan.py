@@ -22,9 +22,10 @@ from qmerge.forecast.roundings import choose_roundings
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
 from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
 from qmerge.planning.inputs import Inputs, read_inputs
-from qmerge.planning.plan import Plan, make_run_context, plan_from
+from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe
 from qmerge.report.describe.model import describe_storage
+from qmerge.report.describe.serving import describe_serving, first_choice
 from qmerge.report.make import pair_records
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import PairRecord
@@ -32,20 +33,26 @@ from qmerge.types import Step
 from qmerge.weights.context import compute_device
 
 
-def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
+def describe_plan(recipe: Recipe, target_given: bool, served_with: str | None = None) -> dict[str, Any]:
     """The JSON of ``qmerge plan``. Reads headers, the adapter, and a few rows of some adapted weights.
 
     Args:
         recipe: the merge.
         target_given: False where ``recipe.target`` is only a default: then the targets are compared, and no weights listed.
+        served_with: name of the program that will serve the model; then the targets are those that it loads.
 
     Raises:
         RecipeError, InputError: the merge is not possible.
     """
+    if served_with and not target_given:
+        recipe = retargeted(recipe, first_choice(served_with))  # a GGUF target is compared only where it is named
     with Reader() as reader:
         inputs = read_inputs(recipe, reader, headers_only=True)
         recipe, notes = with_training(recipe, inputs)
         candidates = all_candidates(recipe, inputs, reader)
+        serve = (
+            describe_serving(served_with, candidates, recipe.target if target_given else None) if served_with else None
+        )
         why = None
         if recipe.target == "auto":
             recipe, why = resolve_auto(recipe, inputs, candidates)
@@ -57,7 +64,12 @@ def describe_plan(recipe: Recipe, target_given: bool) -> dict[str, Any]:
             "base": describe_storage(inputs.base_source, inputs.base),
             "adapter": _describe_adapters(inputs),
             "interference": [pair.model_dump() for pair in pairs],
-            "targets": [_describe_candidate(candidate) for candidate in candidates],
+            "targets": [
+                _describe_candidate(candidate)
+                for candidate in candidates
+                if serve is None or candidate.target in (*serve["targets"], recipe.target)
+            ],
+            "serve": serve,
             "predicted_from": {
                 "targets": max(candidate.read for candidate in candidates),
                 "of": len(plan.merged),

@@ -8,6 +8,7 @@ from typing import Any
 from qmerge.forecast.kinds import READ_WEIGHTS
 from qmerge.forecast.targets import READ_WEIGHTS as TARGET_WEIGHTS
 from qmerge.formats import get_format
+from qmerge.formats.serving.programs import BITSANDBYTES, BITSANDBYTES_IN_VLLM
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.report.terminal.tables import loader_lines, pair_line
@@ -18,7 +19,7 @@ from qmerge.wording import DASH, counted, fixed_or_dash, share_or_dash, size_tex
 def show_plan(described: dict[str, Any], all_weights: bool) -> None:
     """What ``describe_plan`` found: results on stdout, warnings on stderr. ``all_weights`` lists every weight."""
     console = stdout()
-    for line in _head_lines(described):
+    for line in [*_head_lines(described), *serve_lines(described["serve"])]:
         console.print(safe(line))
     if described["target"]:
         for line in _work_lines(described):
@@ -26,7 +27,7 @@ def show_plan(described: dict[str, Any], all_weights: bool) -> None:
         if all_weights:
             for weight in described["weights"]:
                 console.print(safe(_weight_line(weight)))
-    console.print(targets_table(described["targets"]))
+    console.print(targets_table(described["targets"], for_any_program=described["serve"] is None))
     console.print(safe(_sample_line(described["predicted_from"])))
     for target in described["targets"]:
         if "impossible" in target:
@@ -49,6 +50,24 @@ def _head_lines(described: dict[str, Any]) -> list[str]:
     if described["why"]:
         lines.append(described["why"])
     return lines
+
+
+def serve_lines(serve: dict[str, Any] | None) -> list[str]:
+    """Which target to write for the program that will serve the model, how to start it, and what to know."""
+    if serve is None:
+        return []
+    if serve["recommended"] is None:
+        return [f"serve    with {serve['program']}: none of the targets that it loads is possible here."]
+    others = [
+        f"{size}: {serve[size]}" for size in ("8 bits", "16 bits") if serve[size] not in (None, serve["recommended"])
+    ]
+    more = f" ({'; '.join(others)})" if others else ""
+    needs = f"; it needs {serve['needs']}" if serve["needs"] else ""
+    lines = [f"with {serve['program']}: --target {serve['recommended']}{more}{needs}"]
+    if serve["command"]:
+        lines.append(f"then: {serve['command']}")
+    lines += serve["remarks"]
+    return [f"serve    {lines[0]}", *(f"         {line}" for line in lines[1:])]
 
 
 def _work_lines(described: dict[str, Any]) -> list[str]:
@@ -75,8 +94,12 @@ def _weight_line(weight: dict[str, Any]) -> str:
     return f"  {weight['action']:<8}{weight['from']:>5} → {weight['to']:<5}{shape:>12}{kept:>9}  {weight['name']}"
 
 
-def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
-    """Targets side by side, as predicted for nearest rounding."""
+def targets_table(targets: list[dict[str, Any]], *, for_any_program: bool = True) -> NotedTable:
+    """Targets side by side, as predicted for nearest rounding.
+
+    Args:
+        for_any_program: say which programs load them; otherwise, the user has named one.
+    """
     title = "What nearest rounding would keep of the delta (predicted)"
     table = make_table(title, ("target", "bits", "size", "kept", "noise", "step/delta"))
     for target in targets:
@@ -88,7 +111,8 @@ def targets_table(targets: list[dict[str, Any]]) -> NotedTable:
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
     names = [target["target"] for target in targets]
-    return with_notes(table, notes, [*loader_lines(names), *activation_lines(names)])
+    lines = [*loader_lines(names), *bitsandbytes_lines(names)] if for_any_program else []
+    return with_notes(table, notes, [*lines, *activation_lines(names)])
 
 
 def _sample_line(predicted_from: dict[str, int]) -> str:
@@ -98,6 +122,14 @@ def _sample_line(predicted_from: dict[str, int]) -> str:
     if "weights" in predicted_from:
         line += f"; kept of each weight: from {predicted_from['weights']}, up to {READ_WEIGHTS} of each kind"
     return line
+
+
+def bitsandbytes_lines(targets: Sequence[str]) -> list[str]:
+    """What to know before a model in a format of bitsandbytes is made for vLLM."""
+    names = [target for target in targets if target in BITSANDBYTES]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: {BITSANDBYTES_IN_VLLM.partition(';')[0]}"]
 
 
 def activation_lines(targets: Sequence[str]) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.bar import Bar
 from rich.console import RenderableType
 from rich.text import Text
 
 from qmerge.formats import get_format
 from qmerge.report.headline import TOP_NAMES, expert_lines, fidelity_remarks, unmeasured_lines, verdict_sentence
-from qmerge.report.result import Check
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
@@ -29,8 +29,13 @@ BITS_NOTE = ("bits", "per weight, scales included")
 DELTA_NOTE = ("delta", "size of the change, relative to the weights")
 KEPT_NOTE = ("kept", "share of the delta that is in the stored weights")
 NOISE_NOTE = ("noise", "rounding error of the weights; 1 is as large as the delta")
-CODES_NOTE = ("codes", "share of the stored numbers that changed")
 GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
+MOST_KINDS = 9
+"""Kinds of modules in a table; one more row is about all of them."""
+
+BAR_WIDTH = 8
+"""Characters."""
+
 SHARES = ("kept", "output_kept", "predicted_kept", "rank_kept_min")
 KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
 
@@ -45,19 +50,38 @@ def report_tables(report: ReportData) -> list[RenderableType]:
 
 
 def survival_table(report: ReportData) -> NotedTable:
-    """What survived, by kind of module. With calibration, what survived in the layers' outputs is shown as well."""
+    """What survived, by kind of module: at most ``MOST_KINDS``, those that keep least. With calibration, what survived in the
+    layers' outputs is shown as well."""
     outputs_seen = report.outputs_measured
     predicted = _predicted_name(report.rounding)
-    measured = ("kept", "output kept", "output noise") if outputs_seen else ("kept", "worst rank", "noise")
     title = f"Layer by layer: what survived in {report.recipe['target']} ({report.rounding})"
-    table = make_table(title, ("modules", "n", "delta", predicted, *measured, "codes"))
-    for group in report.groups:
+    # The bar is that of the share before it, which matters most.
+    measured = ("kept", "output kept", "", "output noise") if outputs_seen else ("kept", "", "worst rank", "noise")
+    table = make_table(title, ("modules", "n", "delta", predicted, *measured))
+    groups = _worst_kinds(report)
+    for group in groups:
         table.add_row(safe(group.name), *_survival_cells(group, outputs_seen))
     table.add_section()
     table.add_row("all", *_survival_cells(report.total, outputs_seen), style="bold")
-    shown = [group.values[name] for group in [*report.groups, report.total] for name in SHARES]
+    shown = [group.values[name] for group in [*groups, report.total] for name in SHARES]
     lines = [*above_all_lines(shown), *(f"  {safe(line)}" for line in expert_lines(report))]
+    left_out = len(report.groups) - len(groups)
+    if left_out:
+        lines.insert(0, f"  {left_out} more kinds of modules keep more; qmerge.html has all")
     return with_notes(table, _survival_notes(report, predicted, outputs_seen), lines)
+
+
+def _worst_kinds(report: ReportData) -> list[GroupRecord]:
+    """The kinds of modules in the order of the model; where there are too many, the worst ones, worst first."""
+    if len(report.groups) <= MOST_KINDS:
+        return report.groups
+    return sorted(report.groups, key=_agreement)[:MOST_KINDS]
+
+
+def _agreement(group: GroupRecord) -> float:
+    """1 for a delta that is just as it was; as much less for a share above 1 as for one below."""
+    kept = overall_kept(group.values)
+    return 1.0 if kept is None else min(kept, 2 - kept)
 
 
 def _predicted_name(rounding: str) -> str:
@@ -65,19 +89,24 @@ def _predicted_name(rounding: str) -> str:
     return "predicted" if rounding == "nearest" else "if nearest"
 
 
-def _survival_cells(group: GroupRecord, outputs_seen: bool) -> list[str]:
+def _survival_cells(group: GroupRecord, outputs_seen: bool) -> list[RenderableType]:
     values = group.values
-    cells = [
+    cells: list[RenderableType] = [
         str(group.weights),
         percent_or_dash(values["relative_size"]),
         share_or_dash(values["predicted_kept"]),
         share_or_dash(values["kept"]),
     ]
     if outputs_seen:
-        cells += [share_or_dash(values["output_kept"]), decimal_or_dash(values["output_noise"])]
-    else:
-        cells += [share_or_dash(values["rank_kept_min"]), decimal_or_dash(values["noise"])]
-    return [*cells, percent_or_dash(values["codes_changed"])]
+        share_kept = values["output_kept"]
+        return [*cells, share_or_dash(share_kept), _bar(share_kept), decimal_or_dash(values["output_noise"])]
+    bar = _bar(values["kept"])
+    return [*cells, bar, share_or_dash(values["rank_kept_min"]), decimal_or_dash(values["noise"])]
+
+
+def _bar(share_kept: float | None) -> Bar:
+    """A share from 0 to 1 as a bar; more than all is a full one."""
+    return Bar(size=1.0, begin=0.0, end=min(max(share_kept or 0.0, 0.0), 1.0), width=BAR_WIDTH)
 
 
 def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> list[tuple[str, str]]:
@@ -96,7 +125,7 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
             ("worst rank", "share kept of that rank of the delta which lost most"),
             NOISE_NOTE,
         ]
-    return [*notes, CODES_NOTE]
+    return notes
 
 
 def above_all_lines(shares: Iterable[float | None]) -> list[str]:
@@ -262,9 +291,9 @@ def llama_cpp_line(record: FidelityRecord) -> str:
     )
 
 
-def check_line(check: Check) -> str:
+def check_line(name: str, ok: bool, result: str, *, is_warning: bool = False) -> str:
     """``ok     hashes: 1 file``: one check of ``qmerge verify``."""
     mark = "FAILED"
-    if check.ok:
-        mark = "WARN  " if check.is_warning else "ok    "
-    return printable(f"{mark} {check.name}: {check.found}")
+    if ok:
+        mark = "WARN  " if is_warning else "ok    "
+    return printable(f"{mark} {name}: {result}")
