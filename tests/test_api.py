@@ -131,7 +131,14 @@ def test_verify_is_a_list_with_a_verdict(dense: Path, lora: Path, tmp_path: Path
     out = tmp_path / "out"
     qmerge.merge(base=dense, adapter=lora, target="bf16", out=out, device="cpu", quiet=True)
     checks = qmerge.verify(out, reload=False)
-    assert checks.ok and [check.name for check in checks] == ["hashes", "headers", "finite", "inputs", "reload"]
+    assert checks.ok and [check.name for check in checks] == [
+        "hashes",
+        "headers",
+        "finite",
+        "inputs",
+        "tokenizer",
+        "reload",
+    ]
     (out / "model.safetensors").write_bytes(b"")
     checks = qmerge.verify(str(out), reload=False)
     assert not checks.ok and not checks[0].ok and "model.safetensors" in checks[0].found

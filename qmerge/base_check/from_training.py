@@ -44,6 +44,7 @@ def with_named_base(recipe: Recipe, report: Callable[[str], None]) -> Recipe:
             f"{reference} was trained on top of another adapter ({named}): give both in order, with --combine chain: "
             f"--adapter {named} --adapter {reference}"
         )
+    # A relative path is meant from here, as peft reads it.
     folder = hub.local_path(named)
     if folder is not None and folder.exists():
         report(f"base     {named}: the adapter names it")
@@ -75,6 +76,7 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
         if stored_format_marks(origin_of(text_setting(adapter.config, "base_model_name_or_path"))):
             return recipe, lines
         trainings.append(read_training(source.folder, adapter.config))
+    # No answer of one adapter may hide that another one says nothing.
     answers = {training.quantization for training in trainings}
     # Adapters that were trained on different values of one base: whichever is taken, it is wrong for one of them.
     if len(answers) != 1 or not answers.isdisjoint({None, NOT_QUANTIZED}):

@@ -132,7 +132,7 @@ def find_text(source: str) -> Path:
     if path.is_file():  # a local file wins over a dataset of the same name
         return path
     # data/train.jsonl has the form of a dataset's id, too; no dataset is called so.
-    if not path.exists() and (path.suffix in TEXT_SUFFIXES or path.is_absolute()):
+    if ":" not in source and not path.exists() and (path.suffix in TEXT_SUFFIXES or path.is_absolute()):
         raise RecipeError(
             f"calibration text {source}: no such file. (The recipe of a finished model has only the file's "
             f"name: give the file with --calibration FILE)"

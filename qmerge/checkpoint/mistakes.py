@@ -19,6 +19,7 @@ def missing_config_problem(folder: Path) -> str:
             f"{folder} is an adapter, not a model: give it with --adapter. The base is the model that it was trained on{its_base}; "
             f"without --base, qmerge takes the one that the adapter names"
         )
+    # Folders that hold the model one or two levels below.
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     snapshots = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
     if (folder / "model_index.json").is_file():

@@ -83,6 +83,7 @@ def hint(option: str, known: Collection[str]) -> str:
     advice = ADVICE.get(SAME_ADVICE.get(name.lower(), name.lower()))
     if advice:
         return advice
+    # Some letters mean one thing in capitals and another in small ones (-V, -v).
     ours = _OUR_OPTION.get(name) or _OUR_OPTION.get(name.lower())
     if ours and ours.partition(" ")[0] in known:
         return f"did you mean {ours}?"

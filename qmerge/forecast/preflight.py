@@ -169,6 +169,7 @@ def input_warnings(plan: Plan) -> list[str]:
     tokenizer = folder.tokenizer_warning(files.get("tokenizer.json"), plan.config)
     if tokenizer:
         lines.append(tokenizer)
+    # Merged all the same: a user may add the files later.
     missing = tokenizer_problem(files, plan.config)
     if missing:
         lines.append(

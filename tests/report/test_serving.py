@@ -48,6 +48,18 @@ def test_each_program_has_a_target(program: str, target: str) -> None:
     assert describe_serving(program, candidates(), None)["recommended"] == target == first_choice(program)
 
 
+def test_the_table_in_the_docs() -> None:
+    """docs/choosing-a-target.md says what the command says."""
+    page = (Path(__file__).parents[2] / "docs/choosing-a-target.md").read_text()
+    lines = page.partition("| `--for` |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
+    told = {name: row[1:] for row in rows for name in row[0].split(", ")}
+    assert set(told) == (set(PROGRAMS) - {"gptqmodel"}) | {COLAB}
+    for name, targets in told.items():
+        found = describe_serving(name, candidates(), None)
+        assert targets == [found[key] or "" for key in ("recommended", "8 bits", "16 bits")], name
+
+
 def test_the_base_decides_where_the_program_keeps_loading_its_format() -> None:
     """A GPTQ base stays one, because its scales are kept; an NF4 base does not in vLLM, which may drop the format."""
     assert describe_serving("vllm", candidates("gptq"), None)["recommended"] == "gptq"
@@ -80,7 +92,7 @@ def test_a_target_that_the_program_does_not_load() -> None:
 def test_names_of_programs() -> None:
     assert find_program(COLAB) is PROGRAMS["transformers"] and set(OTHER_NAMES.values()) <= set(PROGRAMS)
     assert "a T4 of Colab" in describe_serving(COLAB, candidates(), None)["remarks"][-1]
-    with pytest.raises(RecipeError, match="no program is called 'vlm'. Did you mean 'vllm'"):
+    with pytest.raises(RecipeError, match=r"no program is called 'vlm'\. Did you mean 'vllm'"):
         find_program("vlm")
 
 

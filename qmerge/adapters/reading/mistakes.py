@@ -38,6 +38,7 @@ def folder_of_file(location: str) -> str:
     path = hub.local_path(location)
     if path is None or not path.is_file() or path.suffix == hub.GGUF:
         return location
+    # Users drag the file of tensors into the terminal, as other tools take it.
     if path.name in OWN_FILES and (path.parent / CONFIG).is_file():
         return str(path.parent)
     if path.suffix in WITHOUT_FOLDER:
@@ -85,6 +86,7 @@ def missing_config_problem(folder: Path) -> str:
             f"{folder} is a model, not an adapter: it has config.json, and no {CONFIG}. Give it with --base, and the adapter with "
             f"--adapter; of a model that an adapter was merged into, or that was trained whole, qmerge extract makes an adapter"
         )
+    # One file is enough to tell: collections of image LoRAs hold hundreds.
     diffusers = folder / DIFFUSERS
     if diffusers.is_file() or any(map(_is_of_diffusers, sorted(folder.glob("*.safetensors"))[:1])):
         return f"{folder}: {OF_DIFFUSERS}"

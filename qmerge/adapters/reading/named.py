@@ -75,6 +75,7 @@ def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -
     # Next to a finished adapter, checkpoints are its earlier states, not other adapters.
     if not folders or (len(in_folder) == 1 and not below):
         return source
+    # States of one training: the last one is the most trained.
     if checkpoints and not in_folder and not below:
         last = max(checkpoints, key=checkpoint_number)
         return replace(source, folder=folders[last], adapter=last, adapters_folder=folders[last].parent)

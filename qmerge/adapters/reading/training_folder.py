@@ -6,7 +6,7 @@
     torchtune      torchtune_config.yaml:             model: {_component_: torchtune.models.llama3.qlora_llama3_8b}
     Unsloth        adapter_config.json:               unsloth_training_method: qlora (Unsloth Studio)
 
-Defaults are those of the tools (Axolotl 0.21 ``_set_quantization_config``; LLaMA-Factory ``QuantizationArguments``; ms-swift
+Defaults are those of the tools (Axolotl ``_set_quantization_config``; LLaMA-Factory ``QuantizationArguments``; ms-swift
 ``QuantizeArguments``). TRL and transformers leave nothing but ``training_args.bin``, a pickle, which is never read. These files
 are a help: one that cannot be read says nothing, and is no error.
 """
@@ -66,6 +66,7 @@ def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
         config: adapter_config.json.
     """
     folders = [folder]
+    # Most tools describe a run once, in its own folder.
     if CHECKPOINT.fullmatch(folder.name):
         folders.append(folder.parent)
     for place in folders:
@@ -87,12 +88,14 @@ def _axolotl(folder: Path) -> Training | None:
     adapter = settings.get("adapter")
     quantization = None
     if adapter == "qlora" and settings.get("load_in_4bit"):
+        # Axolotl's own defaults, which the user's settings override.
         given = settings.get("bnb_config_kwargs")
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options |= given if isinstance(given, dict) else {}
         quantization = _bitsandbytes(4, options["bnb_4bit_quant_type"], options["bnb_4bit_use_double_quant"])
     elif adapter == "lora" and settings.get("load_in_8bit"):
         quantization = "int8"
+    # A base that is stored as GPTQ says so itself.
     elif adapter == "lora" and not settings.get("load_in_4bit") and not settings.get("gptq"):
         quantization = NOT_QUANTIZED
     return Training(source="Axolotl's config in README.md", quantization=quantization)
@@ -105,6 +108,7 @@ def _llama_factory(folder: Path) -> Training | None:
     # Of the methods, only bitsandbytes can be repeated here.
     method = settings.get("quantization_method", "bnb")
     quantization = None
+    # The web interface leaves the option out where it is off.
     if not settings.get("quantization_bit"):
         quantization = NOT_QUANTIZED
     elif method in ("bnb", "bitsandbytes"):
@@ -121,6 +125,7 @@ def _ms_swift(folder: Path) -> Training | None:
     if "quant_method" not in settings or "model" not in settings:
         return None
     quantization = None
+    # quant_bits has a value even where nothing was quantized.
     if settings["quant_method"] is None:
         quantization = NOT_QUANTIZED
     elif settings["quant_method"] == "bnb":

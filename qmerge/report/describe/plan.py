@@ -50,9 +50,9 @@ def describe_plan(recipe: Recipe, target_given: bool, served_with: str | None = 
         inputs = read_inputs(recipe, reader, headers_only=True)
         recipe, notes = with_training(recipe, inputs)
         candidates = all_candidates(recipe, inputs, reader)
-        serve = (
-            describe_serving(served_with, candidates, recipe.target if target_given else None) if served_with else None
-        )
+        serve = None
+        if served_with:
+            serve = describe_serving(served_with, candidates, recipe.target if target_given else None)
         why = None
         if recipe.target == "auto":
             recipe, why = resolve_auto(recipe, inputs, candidates)

@@ -25,8 +25,8 @@ COLAB_REMARK = (
     "a T4 of Colab has 15 GB: in 4 bits that is a model of up to about 20 billion parameters, in 16 bits 6 billion"
 )
 
-BITS_OF_8 = (6.0, 9.0)
-"""Bits per weight of targets that are called 8-bit."""
+BITS_OF_8, BITS_OF_16 = (7.5, 9.0), (15.5, 16.5)
+"""Bits per weight, scales included, of targets that are called 8-bit and 16-bit."""
 
 
 def find_program(name: str) -> Program:
@@ -54,6 +54,7 @@ def describe_serving(name: str, candidates: Sequence[Candidate], target: str | N
         RecipeError: there is no such program.
     """
     program = find_program(name)
+    # In the program's own order, which is that of its users' choices.
     possible = {candidate.target: candidate for candidate in candidates if candidate.impossible is None}
     choices = [possible[known] for known in program.targets if known in possible]
     best = _best(program, choices)
@@ -61,13 +62,14 @@ def describe_serving(name: str, candidates: Sequence[Candidate], target: str | N
     if name.lower() == COLAB:
         remarks.append(COLAB_REMARK)
     if target and target not in program.targets:
+        # The first thing to know, since the user has asked for this target.
         remarks.insert(0, f"{target}: {program.title} does not load it")
     return {
         "program": program.title,
         "targets": [choice.target for choice in choices],
         "recommended": best.target if best else None,
         "8 bits": _first_with(choices, *BITS_OF_8),
-        "16 bits": next((choice.target for choice in choices if get_target(choice.target).info.is_dense), None),
+        "16 bits": _first_with(choices, *BITS_OF_16),
         "command": _command(program),
         "needs": _needs(program, best),
         "remarks": remarks,
@@ -82,6 +84,7 @@ def first_choice(name: str) -> str:
 def _best(program: Program, choices: Sequence[Candidate]) -> Candidate | None:
     """The base's own format, which changes the model least, unless the program may drop it; else the program's first choice."""
     for choice in choices:
+        # A dense base keeps its values in a dense target, but that is no choice of a size.
         info = get_target(choice.target).info
         if choice.keeps_grid and info.is_quantized and choice.target not in program.remarks:
             return choice

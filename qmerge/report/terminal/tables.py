@@ -65,6 +65,7 @@ def survival_table(report: ReportData) -> NotedTable:
     table.add_row("all", *_survival_cells(report.total, outputs_seen), style="bold")
     shown = [group.values[name] for group in [*groups, report.total] for name in SHARES]
     lines = [*above_all_lines(shown), *(f"  {safe(line)}" for line in expert_lines(report))]
+    # Said in words, so that nobody takes the shown kinds for all of them.
     left_out = len(report.groups) - len(groups)
     if left_out:
         lines.insert(0, f"  {left_out} more kinds of modules keep more; qmerge.html has all")
