@@ -13,10 +13,10 @@ from pathlib import Path
 
 from qmerge import hub
 from qmerge.errors import CheckpointError, InputError
-from qmerge.gguf.base import folder_until_exit
 from qmerge.remote.ranges import RemoteFile
 from qmerge.safetensors_io.header import LARGEST_HEADER, LENGTH_BYTES, read_header
 from qmerge.safetensors_io.reader import Reader
+from qmerge.safetensors_io.temporary import folder_until_exit
 from qmerge.types import TensorInfo
 
 THREADS = 16

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from qmerge.cli.habits import hint
 from qmerge.errors import RecipeError
 from qmerge.formats import all_targets, get_target
-from qmerge.hub import from_url
+from qmerge.hub import split_revision
 from qmerge.recipe import make_recipe
 
 from ..conftest import Cli
@@ -189,7 +189,7 @@ def test_every_target_has_its_own_name() -> None:
     ],
 )
 def test_addresses_on_the_hub(address: str, expected: tuple[str, str | None]) -> None:
-    assert from_url(address) == expected
+    assert split_revision(address) == expected
 
 
 def test_addresses_in_a_recipe() -> None:

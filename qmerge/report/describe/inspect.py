@@ -29,7 +29,7 @@ def inspect(
     """
     if base_revision and not base:
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
-    reference, named_revision = hub.from_url(reference)
+    reference, named_revision = hub.split_revision(reference)
     location, name = split_reference(reference)
     source = hub.resolve(folder_of_file(location), revision or named_revision, AdapterError)
     if source.file is None and not is_model(source.folder):
