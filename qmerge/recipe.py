@@ -52,7 +52,7 @@ AUTO_BASE = "auto"
 """The value of ``base`` for the model that the adapter names."""
 
 WITHOUT_EFFECT_ON_WEIGHTS = {
-    "out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify", "push_to_hub", "private",
+    "out", "patch", "workers", "max_memory", "min_kept", "max_kl_ratio", "verify", "continuations", "push_to_hub", "private",
 }  # fmt: skip
 """Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
 
@@ -253,6 +253,12 @@ class Recipe(BaseModel):
     )
     verify: str | None = Field(
         None, description="compare the merged model with the unmerged one on this held-out text: txt or jsonl file"
+    )
+    continuations: int = Field(
+        3,
+        description="quote this many beginnings of the verify text in the report, with what each model writes after them; 0: none",
+        ge=0,
+        le=100,
     )
     min_kept: float | None = Field(
         None,

@@ -161,6 +161,18 @@ class WeightRecord(BaseModel):
     calibration: SeenRecord | None = None
 
 
+class RankRecord(BaseModel):
+    """The k-th rank of the deltas of several weights, the largest first.
+
+    ``size``: its singular value, a share of the weight's largest, mean over the weights; ``kept``: share of it that is in the
+    stored weights, each weight counted by its singular value.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    size: float
+    kept: float
+
+
 class GroupRecord(BaseModel):
     """All merged weights together, or those of one kind (``q_proj``); each weight counts by its ‖delta‖²."""
 
@@ -168,6 +180,8 @@ class GroupRecord(BaseModel):
     name: str
     weights: int
     values: dict[str, float | None]
+    # Added later: reports without them are still read.
+    ranks: list[RankRecord] = []
 
 
 class ModulePairRecord(BaseModel):
@@ -255,6 +269,16 @@ def verdict_of(gain_kept: float | None, kl_ratio: float | None) -> Verdict | Non
     return "damaged" if gain_kept >= LEAST_GAIN["damaged"] else "lost"
 
 
+class ContinuationRecord(BaseModel):
+    """The beginning of a held-out text, and how three models go on with it, each by its likeliest tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str
+    base: str
+    unmerged: str
+    merged: str
+
+
 class FidelityRecord(BaseModel):
     """A whole merged model on inputs that rounding did not see, compared with its base and with the unmerged adapter model.
 
@@ -290,6 +314,7 @@ class FidelityRecord(BaseModel):
     """In words: ``2,048 tokens that the adapter model wrote``."""
     verdict: Verdict | None = None
     judged: Judged = "next tokens"
+    continuations: list[ContinuationRecord] = []
 
     @model_validator(mode="after")
     def _complete(self) -> FidelityRecord:

@@ -64,7 +64,7 @@ def generate_tokens(
     random = torch.Generator().manual_seed(seed)
     writers = [_Writer(mine, starts.turn_end) for mine in starts.for_sequences(count, random)]
     model: _WholeModel | _StreamedModel
-    fits = _fits(layered, memory_limit(plan.recipe.max_memory, layered.device))
+    fits = fits_whole(layered, plan.recipe.max_memory)
     model = _WholeModel(layered, values) if fits else _StreamedModel(layered, values)
     cache = model.new_cache()
     ids = torch.empty(count, length, dtype=torch.int64)
@@ -125,9 +125,13 @@ class _Writer:
         self._is_chat = start.is_chat
 
 
-def _fits(layered: LayeredModel, limit: int) -> bool:
-    """Whether the float32 values of a model fit twice into so many bytes."""
-    return 2 * 4 * _parameter_count(layered) < limit
+def fits_whole(layered: LayeredModel, max_memory: str | None) -> bool:
+    """Whether the float32 values of a model fit twice into memory.
+
+    Args:
+        max_memory: of the recipe; None for what is free.
+    """
+    return 2 * 4 * _parameter_count(layered) < memory_limit(max_memory, layered.device)
 
 
 def _parameter_count(layered: LayeredModel) -> int:

@@ -1,4 +1,4 @@
-"""The commands that look at what is there: inspect, verify, report."""
+"""The commands that look at what is there: inspect, verify, report, compare."""
 
 from __future__ import annotations
 
@@ -150,3 +150,32 @@ def report_command(
     else:
         write_file(html, page)
     typer.echo(str(html or out / NAME))
+
+
+def compare_command(
+    outs: Annotated[list[Path], typer.Argument(help="folders that qmerge wrote, two or more", metavar="DIR...")],
+    html: Annotated[Path, typer.Option(help="write the page to this file", metavar="FILE")] = Path(
+        "qmerge-compare.html"
+    ),
+    json: Json = False,
+) -> None:
+    """Show several merges side by side: a table, and a page.
+
+    The page has the whole models, the kinds of modules and every weight of all merges. With --json, no page is written.
+    """
+    from qmerge.report.html import comparison_page
+    from qmerge.report.terminal.console import stdout
+    from qmerge.report.terminal.tables import measured_table
+    from qmerge.safetensors_io.disk import write_file
+    from qmerge.schema import distinct_names, read_report
+
+    if len(outs) < 2:
+        raise RecipeError(f"compare needs two or more folders, found one: qmerge report {outs[0]} shows one merge")
+    reports = [read_report(out) for out in outs]
+    names = distinct_names([out.resolve().name for out in outs])
+    if json:
+        print_json({name: report.model_dump() for name, report in zip(names, reports, strict=True)})
+        return
+    stdout().print(measured_table(reports, names))
+    write_file(html, comparison_page(reports, names).encode())
+    typer.echo(str(html))

@@ -25,7 +25,7 @@ HELP_PANEL = "Help and output"
 MORE_PANELS = {
     "Inputs": ("revision", "adapter_revision", "allow_pickle", "original", "original_revision", "trained_on"),
     "Several adapters": ("combine", "density"),
-    "Output": ("patch", "max_size", "max_shard_size", "residual", "promote"),
+    "Output": ("patch", "max_size", "max_shard_size", "residual", "promote", "continuations"),
     "Hub": ("push_to_hub", "private"),
     "Merging and rounding": ("merge_onto", "scales", "seed"),
     "Calibration": ("effort", "calibration_tokens", "sequence_length", "sequential"),

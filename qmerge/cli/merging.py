@@ -131,6 +131,9 @@ def measure_command(
         list[str] | None,
         typer.Option(help=f"measure this format; may be repeated (default: {DEFAULT_TARGET})", metavar="FORMAT"),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="also write a page to this file, targets side by side", metavar="FILE")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     help_all: HelpAll = False,
@@ -149,6 +152,8 @@ def measure_command(
     progress = TerminalProgress(quiet)
     recipe = with_named_base(_recipe({**settings, "target": targets[0]}), progress.note)
     reports = run.measure(recipe, targets, progress)
+    if html is not None:
+        _write_page(reports, html)
     if json:
         print_json([report.model_dump() for report in reports])
     elif len(reports) == 1:
@@ -243,6 +248,18 @@ def _closing_lines(recipe: Recipe, seconds: float, patch: Summary | None) -> lis
         return [f"Written to {written} in {seconds:.0f} s. Check it with: qmerge verify {recipe.out}"]
     revision = f" --revision {recipe.revision}" if recipe.revision else ""
     return [*patch.lines(), f"To get the merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"]
+
+
+def _write_page(reports: list[ReportData], file: Path) -> None:
+    """One target as a report, several side by side."""
+    from qmerge.report.html import comparison_page, html_report
+    from qmerge.safetensors_io.disk import write_file
+
+    if len(reports) == 1:
+        page = html_report(reports[0])
+    else:
+        page = comparison_page(reports, [report.recipe["target"] for report in reports])
+    write_file(file, page.encode())
 
 
 def _print_comparison(reports: list[Any]) -> None:

@@ -52,6 +52,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "inspect": checking.inspect_command,
         "verify": checking.verify_command,
         "report": checking.report_command,
+        "compare": checking.compare_command,
         "formats": overview.formats_command,
         "demo": overview.demo_command,
     },

@@ -22,6 +22,7 @@ from qmerge.calibration.scores import Scores, finish_run, score_runs
 from qmerge.calibration.tasks import CAUSAL_LM, task_of
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.evaluation.continuations import continue_texts
 from qmerge.evaluation.inputs import inputs_of_folder, located_recipe
 from qmerge.evaluation.llama_cpp import next_token_logprobs
 from qmerge.evaluation.stored import layered_stored_model, logits_layer_by_layer
@@ -104,6 +105,7 @@ def fidelity(
     device: torch.device,
     tokens: int | None = None,
     length: int = 512,
+    continuations: int = 0,
     report_progress: Callable[[str], None] = _report_to_nobody,
 ) -> FidelityRecord:
     """Fidelity of the model in the folder ``merged``.
@@ -112,6 +114,7 @@ def fidelity(
         recipe: names the base and the adapter, and how the base was quantized in training.
         text: held-out text, plain or JSON lines.
         tokens: how many tokens of it (None: all), in sequences of ``length`` tokens.
+        continuations: how many beginnings of the text the three models go on with, where they predict the next token.
         report_progress: called with one line per decoder layer.
 
     Raises:
@@ -141,8 +144,15 @@ def fidelity(
             vocab_size=texts.vocab_size(plan.config),
         )
         scores = _score_models(plan, merged, context, batches, report_progress=report_progress)
+        continued = []
+        if continuations:
+            stored = _open_merged(merged, plan, reader)
+            continued = continue_texts(
+                plan, stored, context, batches, count=continuations, report_progress=report_progress
+            )
     token_count = sum(batch.numel() for batch in batches)
-    return scores.record(text.name, tokens=token_count, length=batches[0].shape[1])
+    record = scores.record(text.name, tokens=token_count, length=batches[0].shape[1])
+    return record.model_copy(update={"continuations": continued})
 
 
 def _open_merged(folder: Path, plan: Plan, reader: Reader) -> Checkpoint:

@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from qmerge.metrics.base import MergedRows, Metric
-
-NEGLIGIBLE = 1e-6
-"""Singular values below this share of the largest one are rounding errors of the decomposition, not ranks of the delta."""
-
+from qmerge.metrics.base import MergedRows, Metric, ranks_by_size
 
 class RankMetric(Metric):
     """A number made of the survival of every rank. Subclasses define ``value``."""
@@ -21,7 +17,5 @@ class RankMetric(Metric):
 
 
 def rank_survival(sums: Mapping[str, Sequence[float]]) -> list[float]:
-    """landed / meant of every rank whose singular value is not negligible."""
-    pairs = list(zip(sums.get("landed", []), sums.get("meant", []), strict=True))
-    largest = max((meant for _, meant in pairs), default=0.0)
-    return [landed / meant for landed, meant in pairs if meant > NEGLIGIBLE * largest]
+    """landed / meant of every rank."""
+    return [landed / meant for landed, meant in ranks_by_size(sums)]

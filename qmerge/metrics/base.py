@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,9 @@ SAMPLE_ENTRIES = 2**14
 
 SAMPLE_SPACING = 2**22
 """Entries from the start of one sample to the next. (Taken from all entries, some metrics would cost more than the merge.)"""
+
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest one are rounding errors of the decomposition, not ranks of the delta."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,17 @@ def plain(sums_by_metric: Sums) -> Sums:
         for name, value in sums.items():
             result[metric][name] = value.float().tolist() if isinstance(value, torch.Tensor) else float(value)
     return result
+
+
+def ranks_by_size(sums: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    """The ranks of ``MergedRows.rank_sums`` as (landed, meant), the largest first, without negligible ones.
+
+    Args:
+        sums: plain sums over all rows; without ranks, the result is empty.
+    """
+    pairs = zip(sums.get("landed", []), sums.get("meant", []), strict=True)
+    by_size = sorted(pairs, key=lambda pair: -pair[1])
+    return [pair for pair in by_size if pair[1] > NEGLIGIBLE * by_size[0][1]]
 
 
 def values_of(sums_by_metric: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import zip_longest
 
 from qmerge.adapters.combining.interference import PairSums, delta_cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
@@ -14,7 +15,7 @@ from qmerge.forecast.predict import Survival, total_kept
 from qmerge.forecast.preflight import Preflight, input_warnings, warnings_about_original
 from qmerge.forecast.roundings import rounding_names
 from qmerge.forecast.warnings import clipping_warnings, interference_warnings, survival_warnings
-from qmerge.metrics.base import Sums, over_weights, values_of
+from qmerge.metrics.base import Sums, over_weights, ranks_by_size, values_of
 from qmerge.pipeline import Outcome
 from qmerge.planning.plan import Plan
 from qmerge.report.environment import installed_versions
@@ -25,6 +26,7 @@ from qmerge.schema import (
     InputRecord,
     ModulePairRecord,
     PairRecord,
+    RankRecord,
     ReportData,
     SeenRecord,
     WeightRecord,
@@ -39,6 +41,9 @@ VERSIONED = ("qmerge", "torch", "bitsandbytes", "peft", "transformers", "safeten
 
 IDENTITY_PACKAGES = ("qmerge", "torch", "bitsandbytes", "transformers")
 """Packages whose version may change an output byte, so that ``--resume`` needs the same one."""
+
+MOST_RANKS = 256
+"""Ranks that are recorded, the largest: a difference of whole weights has thousands."""
 
 
 def make_report(
@@ -128,7 +133,26 @@ def _group_records(merged: Iterable[Step], sums_of_weight: Mapping[str, Sums]) -
 
 def _group_record(name: str, weight_names: Iterable[str], sums_of_weight: Mapping[str, Sums]) -> GroupRecord:
     sums = [sums_of_weight[weight_name] for weight_name in weight_names]
-    return GroupRecord(name=name, weights=len(sums), values=values_of(over_weights(sums)))
+    ranks = rank_records(of_weight["rank_kept_min"] for of_weight in sums)
+    return GroupRecord(name=name, weights=len(sums), values=values_of(over_weights(sums)), ranks=ranks)
+
+
+def rank_records(sums_of_weights: Iterable[Mapping[str, Sequence[float]]]) -> list[RankRecord]:
+    """The k-th ranks of several weights together, k = 1, 2, …
+
+    Args:
+        sums_of_weights: the sums of a rank metric, of every weight.
+    """
+    by_weight = [ranks_by_size(sums) for sums in sums_of_weights]
+    records = []
+    for of_weights in zip_longest(*by_weight):
+        # A weight whose delta has fewer ranks, or none that can be told apart, has no part in the later ones.
+        present = [(rank, ranks[0]) for rank, ranks in zip(of_weights, by_weight, strict=True) if rank is not None]
+        landed = sum(rank[0] for rank, _ in present)
+        meant = sum(rank[1] for rank, _ in present)
+        size = sum(rank[1] / largest[1] for rank, largest in present) / len(present)
+        records.append(RankRecord(size=float(f"{size:.4g}"), kept=float(f"{landed / meant:.4g}")))
+    return records[:MOST_RANKS]
 
 
 # --- several adapters --------------------------------------------------------------------------------------------------

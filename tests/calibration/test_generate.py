@@ -145,7 +145,7 @@ def test_in_memory_and_streamed_agree(planned: tuple[Any, Any], monkeypatch: pyt
 def test_the_text_does_not_depend_on_free_memory(planned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run can be resumed when the memory that is free has changed."""
     in_memory = written(planned, demo_starts(), tokens=16 * 32)
-    monkeypatch.setattr(generate, "_fits", lambda layered, limit: False)
+    monkeypatch.setattr(generate, "fits_whole", lambda layered, max_memory: False)
     monkeypatch.delattr(generate._WholeModel, "next_logits")
     assert torch.equal(in_memory, written(planned, demo_starts(), tokens=16 * 32))
 

@@ -137,17 +137,22 @@ def above_all_lines(shares: Iterable[float | None]) -> list[str]:
     return [f"  {share(largest)}: moved {largest:.2f} times as far as the adapter moves it; not better than 100 %"]
 
 
-def measured_table(reports: Sequence[ReportData]) -> NotedTable:
-    """Targets side by side, measured; whole models first, where they were measured."""
+def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> NotedTable:
+    """Targets side by side, measured; whole models first, where they were measured.
+
+    Args:
+        names: of merges, one for each report; without, the targets are the names.
+    """
     judged = any(report.fidelity for report in reports)
     first = ("verdict", "gain\nkept", "KL\nratio") if judged else ()
     last = ("kept",) if judged else ("kept", "noise")
-    table = make_table("What survives", ("target", *first, "bits", "size", *last))
+    heading = "merge" if names else "target"
+    table = make_table("What survives", (heading, *first, "bits", "size", *last))
     table.add_column("rounding")
     if judged:
         table.columns[1].no_wrap = True  # two words
-    for report in reports:
-        cells = [report.recipe["target"]]
+    for report, name in zip(reports, names or [report.recipe["target"] for report in reports], strict=True):
+        cells = [safe(name)]
         if judged:
             cells += _fidelity_cells(report.fidelity)
         cells += [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out), share_or_dash(_kept(report))]
@@ -157,7 +162,7 @@ def measured_table(reports: Sequence[ReportData]) -> NotedTable:
     lines = [
         *above_all_lines(map(_kept, reports)),
         *_measured_on_lines(reports),
-        *loader_lines([report.recipe["target"] for report in reports]),
+        *loader_lines(list(dict.fromkeys(report.recipe["target"] for report in reports))),
     ]
     return with_notes(table, _measured_notes(reports, judged), lines)
 

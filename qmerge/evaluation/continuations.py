@@ -1,0 +1,101 @@
+"""How base, unmerged and merged model go on with the beginning of a held-out text: numbers tell how much differs, these what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmerge.calibration.generate import fits_whole
+from qmerge.calibration.layered import LayeredModel, Values
+from qmerge.calibration.texts import load_tokenizer
+from qmerge.calibration.unmerged import unmerged_model
+from qmerge.checkpoint.scan import Checkpoint
+from qmerge.evaluation.stored import layered_stored_model
+from qmerge.planning.plan import Plan
+from qmerge.schema import ContinuationRecord
+from qmerge.weights.context import RunContext
+from qmerge.weights.heap import release_freed_memory
+
+PROMPT_TOKENS = 32
+"""Tokens that are given, at most half of a sequence, …"""
+
+NEW_TOKENS = 40
+"""… and that each model writes."""
+
+ModelAndValues = tuple[LayeredModel, Values]
+
+
+def continue_texts(
+    plan: Plan,
+    merged: Checkpoint,
+    context: RunContext,
+    batches: Sequence[Tensor],
+    *,
+    count: int,
+    report_progress: Callable[[str], None],
+) -> list[ContinuationRecord]:
+    """Let the three models go on with some beginnings, each with its likeliest token at every step.
+
+    Nothing is written where the float32 values of a model do not fit into memory, because it would be read once per token, nor
+    where transformers cannot generate with it.
+
+    Args:
+        merged: the merged model.
+        batches: the held-out text, int64 [sequences, length] each.
+        count: how many beginnings, from sequences all over the text.
+    """
+    prompts_NL = chosen_prompts(batches, count)
+    makers: dict[str, Callable[[], ModelAndValues]] = {
+        "base": lambda: unmerged_model(plan, context, with_delta=False),
+        "unmerged": lambda: unmerged_model(plan, context),
+        "merged": lambda: layered_stored_model(merged, plan.config, context.reader, context.device),
+    }
+    tokenizer = load_tokenizer(plan.inputs.tokenizer_folder)
+    written: dict[str, list[str]] = {}
+    for name, make in makers.items():
+        report_progress(f"continuing {count} texts: {name} model")
+        model, values = make()
+        if not fits_whole(model, plan.recipe.max_memory) or not model.model.can_generate():
+            return []
+        written[name] = _continued(model, values, prompts_NL, tokenizer)
+        del model, values
+        release_freed_memory()
+    prompts = [tokenizer.decode(ids) for ids in prompts_NL]
+    records = []
+    for number, prompt in enumerate(prompts):
+        texts = {name: of_model[number] for name, of_model in written.items()}
+        records.append(ContinuationRecord(prompt=prompt, **texts))
+    return records
+
+
+def chosen_prompts(batches: Sequence[Tensor], count: int) -> Tensor:
+    """Beginnings of ``count`` sequences (or of all, where there are fewer), evenly spaced over the text: int64 [count, length]."""
+    sequences_NL = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
+    count = min(count, len(sequences_NL))
+    chosen = [len(sequences_NL) * number // count for number in range(count)]
+    length = max(1, min(PROMPT_TOKENS, sequences_NL.shape[1] // 2))
+    return sequences_NL[chosen, :length]
+
+
+def _continued(layered: LayeredModel, values: Values, prompts_NL: Tensor, tokenizer: Any) -> list[str]:
+    """What a model writes after each prompt, without the prompt."""
+    model = layered.load_whole(values)
+    prompts_NL = prompts_NL.to(layered.device)
+    with torch.inference_mode():
+        ids_NL = model.generate(
+            input_ids=prompts_NL,
+            attention_mask=torch.ones_like(prompts_NL),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id or 0,
+        )
+    texts = []
+    for ids in ids_NL[:, prompts_NL.shape[1] :].tolist():
+        # After its end, a text is filled up to the length of the longest.
+        end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+        texts.append(tokenizer.decode(ids[:end]))
+    return texts

@@ -1,0 +1,129 @@
+"""Several merges, or several targets of one, side by side on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qmerge.report.html.document import document
+from qmerge.report.html.pictures import KEPT, HeatMap
+from qmerge.report.html.tables import MOST_ROWS, Column, Table, number, text, text_or_dash
+from qmerge.schema import ReportData, distinct_names, overall_kept
+from qmerge.wording import decimal_or_dash, fixed_or_dash, share_or_dash, size_text
+
+
+def comparison_page(reports: Sequence[ReportData], names: Sequence[str]) -> str:
+    """The whole page.
+
+    Args:
+        names: what the merges are called, one for each report.
+    """
+    names = distinct_names(names)
+    return document(
+        "comparison.html",
+        data={},
+        sentence=nearest_sentence(reports, names),
+        texts=dict.fromkeys(report.fidelity.measured_on for report in reports if report.fidelity),
+        count=len(reports),
+        merges=_merges_table(reports, names),
+        kinds=_kinds_map(reports, names),
+        modules=_modules_table(reports, names),
+    )
+
+
+def nearest_sentence(reports: Sequence[ReportData], names: Sequence[str]) -> str:
+    """Which merge is nearest to the adapter model: by the KL ratio where all have one, else by the rounding error."""
+    ratios = [report.fidelity.kl_ratio if report.fidelity else None for report in reports]
+    known = [(ratio, name) for ratio, name in zip(ratios, names, strict=True) if ratio is not None]
+    if len(known) == len(names):
+        least, name = min(known)
+        return f"{name} is nearest to the adapter model: KL ratio {least:.4f}."
+    noises = [report.total.values["noise"] for report in reports]
+    known = [(noise, name) for noise, name in zip(noises, names, strict=True) if noise is not None]
+    if len(known) < len(names):
+        return "No order: not every merge has numbers."
+    least, name = min(known)
+    return f"Not all whole models were measured. In the weights, {name} has the least rounding error: {least:.2f} deltas."
+
+
+def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
+    columns = [
+        Column("merge"),
+        Column("target"),
+        Column("rounding"),
+        Column("verdict"),
+        Column("gain kept", "share of what the adapter improves the loss by; 1 is all"),
+        Column("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base"),
+        Column("kept", "share of the delta that is kept, layer by layer"),
+        Column("noise", "rounding error of the weights; 1 is as large as the delta"),
+        Column("bits", "per weight, scales included"),
+        Column("size"),
+    ]
+    rows = []
+    for report, name in zip(reports, names, strict=True):
+        fidelity = report.fidelity
+        gain = fidelity.gain_kept if fidelity else None
+        ratio = fidelity.kl_ratio if fidelity else None
+        kept, noise = overall_kept(report.total.values), report.total.values["noise"]
+        rows.append(
+            [
+                text(name),
+                text(report.recipe["target"]),
+                text(report.rounding),
+                text(text_or_dash(fidelity.verdict if fidelity else None)),
+                number(gain, fixed_or_dash(gain, 3)),
+                number(ratio, fixed_or_dash(ratio, 4)),
+                number(kept, share_or_dash(kept)),
+                number(noise, decimal_or_dash(noise)),
+                number(report.bits_per_weight, f"{report.bits_per_weight:.3g}"),
+                number(report.bytes_out, size_text(report.bytes_out)),
+            ]
+        )
+    return Table(name="merges", caption="Side by side", columns=columns, rows=rows)
+
+
+def _kinds_map(reports: Sequence[ReportData], names: Sequence[str]) -> HeatMap:
+    """One row per kind of module, one column per merge."""
+    kinds: dict[str, None] = {}  # a set in the order of the checkpoint
+    of_merges: list[Mapping[str, Mapping[str, float | None]]] = []
+    for report in reports:
+        groups = {group.name: group.values for group in [*report.groups, report.total]}
+        kinds |= dict.fromkeys(group.name for group in report.groups)
+        of_merges.append(groups)
+    rows = []
+    for kind in [*kinds, "all"]:
+        values = [overall_kept(groups[kind]) if kind in groups else None for groups in of_merges]
+        rows.append((kind, [KEPT.cell(value) for value in values]))
+    return HeatMap(
+        name="kinds",
+        title="kept",
+        note=KEPT.note,
+        corner="modules",
+        columns=names,
+        rows=rows,
+        legend=KEPT.legend(),
+    )
+
+
+def _modules_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
+    """One row per weight, the one that kept least in any merge first."""
+    of_modules: dict[str, list[float | None]] = {}
+    for position, report in enumerate(reports):
+        for weight in report.weights:
+            shares = of_modules.setdefault(weight.module, [None] * len(reports))
+            shares[position] = overall_kept(weight.values)
+    modules = sorted(of_modules, key=lambda module: _least(of_modules[module]))
+    rows = []
+    for module in modules[:MOST_ROWS]:
+        rows.append([text(module), *(number(kept, share_or_dash(kept)) for kept in of_modules[module])])
+    return Table(
+        name="modules",
+        caption="Kept in every weight, worst first",
+        columns=[Column("module"), *(Column(name, "share of the delta that is kept") for name in names)],
+        rows=rows,
+        left_out=len(modules) - len(rows),
+    )
+
+
+def _least(shares: Sequence[Any]) -> float:
+    return min((share for share in shares if share is not None), default=float("inf"))

@@ -1,0 +1,135 @@
+"""The report of one merge as a page, and its first screen for a notebook cell."""
+
+from __future__ import annotations
+
+import math
+import os.path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from qmerge.report.headline import (
+    TOP_NAMES,
+    expert_lines,
+    fidelity_remarks,
+    kept_of_what,
+    ratio_name,
+    unmeasured_lines,
+    verdict_sentence,
+)
+from qmerge.report.html.document import asset, document, render
+from qmerge.report.html.pictures import heat_maps, rank_data, scatter_data
+from qmerge.report.html.tables import METRICS, SHARES, metric_help, metric_text, weights_table, worst_first
+from qmerge.report.next_steps import merge_command, next_steps
+from qmerge.schema import (
+    ContinuationRecord,
+    ModulePairRecord,
+    ReportData,
+    WeightRecord,
+    adapter_names,
+    overall_kept,
+)
+from qmerge.wording import exceeds_all
+
+NAME = "qmerge.html"
+WORST = 3
+"""Modules that the first screen names."""
+
+SUMMARY_METRICS = METRICS[:6]  # a notebook cell is narrow
+
+MARKS = {"kept": "✓", "mostly kept": "✓", "damaged": "!", "lost": "✗"}
+"""Verdict → a sign, for those who do not see its colour."""
+
+
+def html_report(report: ReportData) -> str:
+    """The whole page."""
+    drawings = {"scatter": scatter_data(report.weights), "ranks": rank_data(report)}
+    return document(
+        "report.html",
+        **_first_words(report),
+        data=drawings,
+        drawings=drawings,
+        kept_of_what=kept_of_what(report),
+        expert_lines=expert_lines(report),
+        has_more_than_all=any(_more_than_all(weight) for weight in report.weights),
+        heat_maps=heat_maps(report.weights),
+        continuations=[_compared(record) for record in report.fidelity.continuations] if report.fidelity else [],
+        table=weights_table(report),
+        metrics={name: metric_help(name) for name in METRICS},
+        most_opposed_first=_most_opposed_first,
+    )
+
+
+def summary(report: ReportData) -> str:
+    """The first screen, and the kinds of modules in a table, for a notebook cell."""
+    return render(
+        "summary.html",
+        **_first_words(report),
+        style=Markup(asset("first_screen.css")),
+        columns=SUMMARY_METRICS,
+        metric_text=metric_text,
+    )
+
+
+def _first_words(report: ReportData) -> dict[str, Any]:
+    """What the first screen says."""
+    fidelity = report.fidelity
+    known = [weight for weight in worst_first(report.weights) if overall_kept(weight.values) is not None]
+    return {
+        "report": report,
+        "adapters": adapter_names(report.inputs),
+        "fidelity": fidelity,
+        "mark": MARKS.get(fidelity.verdict or "", "?") if fidelity else "?",
+        "sentence": verdict_sentence(fidelity) if fidelity else unmeasured_lines(report)[0],
+        "remarks": fidelity_remarks(fidelity) if fidelity else unmeasured_lines(report)[1:2],
+        "ratio_name": ratio_name,
+        "top_names": TOP_NAMES,
+        "overall_kept": overall_kept,
+        "worst": known[:WORST],
+        "steps": next_steps(report),
+        "command": merge_command(report.recipe),
+    }
+
+
+def _more_than_all(weight: WeightRecord) -> bool:
+    """Whether the page shows a share above 100 % of this weight, which it then explains."""
+    return any(exceeds_all(weight.values[name]) for name in SHARES)
+
+
+def _most_opposed_first(modules: Sequence[ModulePairRecord]) -> list[ModulePairRecord]:
+    """Sorted by cosine; weights without one are last."""
+    return sorted(modules, key=lambda module: math.inf if module.cosine is None else module.cosine)
+
+
+# --- continuations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: as the unmerged model, and from the first word that differs."""
+
+    model: str
+    same: str
+    different: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A prompt, and what the three models wrote after it."""
+
+    prompt: str
+    written: Sequence[Written]
+
+
+def _compared(record: ContinuationRecord) -> Compared:
+    models = (("base", record.base), ("adapter, unmerged", record.unmerged), ("merged", record.merged))
+    return Compared(record.prompt, [_written(model, words, record.unmerged) for model, words in models])
+
+
+def _written(model: str, words: str, unmerged: str) -> Written:
+    length = len(os.path.commonprefix([words, unmerged]))
+    if length < len(words):  # from the beginning of the word
+        length = words.rfind(" ", 0, length + 1) + 1
+    return Written(model, words[:length], words[length:])

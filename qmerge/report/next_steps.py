@@ -1,0 +1,105 @@
+"""What to do after a merge, from its report; and the command that makes it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qmerge.formats import get_format
+from qmerge.plugins import names
+from qmerge.recipe import Recipe
+from qmerge.report.headline import OTHER_TEXT
+from qmerge.schema import ReportData, overall_kept
+
+ENOUGH_KEPT = 0.95
+"""Share of the delta above which nothing was lost that calibrated rounding could save, as in ``--rounding auto``."""
+
+PROMOTED = "100MB"
+"""Extra bytes of the command that leaves the worst weights dense."""
+
+INPUTS_OF_PLAN = ("base", "revision", "adapter", "adapter_revision", "trained_on")
+"""Fields of a recipe that ``qmerge plan`` needs to predict all targets."""
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to do, in a sentence, and the command that does it; None where there is none."""
+
+    text: str
+    command: str | None = None
+
+
+def merge_command(recipe: Mapping[str, Any], **changes: Any) -> str:
+    """The command line of a recipe, without options that have their defaults.
+
+    Args:
+        recipe: as ``qmerge.json`` has it; the output folder, which it does not name, is called OUT.
+        changes: values of some fields instead of the recipe's.
+    """
+    settings = {**recipe, "out": "OUT", **changes}
+    words = ["qmerge"]
+    for field, info in Recipe.model_fields.items():
+        value = settings.get(field)
+        if value is None or (not info.is_required() and value == info.default):
+            continue
+        words += _option(field, value)
+    return shlex.join(words)
+
+
+def _option(field: str, value: Any) -> list[str]:
+    flag = field.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    words = []
+    for item in value if isinstance(value, list) else [value]:
+        words += [f"--{flag}", f"{item}"]
+    return words
+
+
+def next_steps(report: ReportData) -> list[NextStep]:
+    """What the report suggests, the most useful step first."""
+    fidelity = report.fidelity
+    if fidelity is None:
+        return _steps_without_verdict(report)
+    if fidelity.verdict in ("damaged", "lost"):
+        return _steps_to_repair(report)
+    steps = []
+    if fidelity.text_kind in OTHER_TEXT:
+        steps.append(NextStep("Measure it on a text of your own task:", "qmerge verify OUT --text FILE"))
+    steps.append(_step_to_use(report))
+    if fidelity.verdict == "mostly kept":
+        steps += _steps_to_repair(report)[:1]
+    return steps
+
+
+def _steps_without_verdict(report: ReportData) -> list[NextStep]:
+    steps = [NextStep("Measure the whole model on a text of your task:", "qmerge verify OUT --text FILE")]
+    kept = overall_kept(report.total.values)
+    if kept is not None and kept < ENOUGH_KEPT:
+        steps += _steps_to_repair(report)[:1]
+    return steps
+
+
+def _step_to_use(report: ReportData) -> NextStep:
+    target = report.recipe["target"]
+    loaders = f" It is loaded by {get_format(target).info.loaders}." if target in names("formats") else ""
+    return NextStep(f"Check the files, then use the model.{loaders}", "qmerge verify OUT")
+
+
+def _steps_to_repair(report: ReportData) -> list[NextStep]:
+    """How to keep more: calibrate on text of the task, or give the worst weights more room; or choose another target."""
+    changes: dict[str, Any] = {"calibration": "TRAINING.jsonl"}
+    if "preserve" not in report.rounding:
+        words = "Merge again with rounding that is calibrated on text like your training data:"
+        changes["rounding"] = "preserve"
+    elif report.calibration is None or not report.calibration.is_users_text:
+        words = "Merge again, calibrated on text like your training data:"
+    else:
+        words = "Merge again, and leave the weights that keep least unquantized:"
+        changes = {"promote": PROMOTED}
+    again = NextStep(words, merge_command(report.recipe, **changes, out="OUT-2"))
+    inputs = {name: report.recipe.get(name) for name in INPUTS_OF_PLAN}
+    plan = merge_command(inputs, out=None).replace("qmerge", "qmerge plan", 1)
+    return [again, NextStep("Or choose another target. This predicts what each would keep:", plan)]
