@@ -588,8 +588,8 @@ def card_facts(text: str, prose: list[str]) -> Facts:
 class Page(html.parser.HTMLParser):
     """qmerge.html: numbers in cells, bold facts and drawings are facts; the rest is prose."""
 
-    FACTS = ("td", "b", "svg")
-    VOID = ("meta", "line", "circle", "br")
+    FACTS = ("td", "b", "script")
+    VOID = ("meta", "input", "br")
 
     def __init__(self) -> None:
         super().__init__()
@@ -857,8 +857,8 @@ DAMAGES = (
     Damage("the model card's table", "int8-nearest", "out/README.md", replaced(r"(\| q\\_proj \| )4", r"\g<1>5")),
     Damage("the model card's metadata", "int8-nearest", "out/README.md", replaced("- qmerge\n", "- merge\n")),
     Damage("the model card's words", "int8-nearest", "out/README.md", replaced("## How it was made", "## Provenance"), noticed=False),
-    Damage("a cell of the HTML page", "bf16", "out/qmerge.html", replaced(r"<td>8</td>", "<td>9</td>")),
-    Damage("a point of the HTML page's plot", "bf16", "out/qmerge.html", replaced(r'cx="(\d+)', r'cx="9\1')),
+    Damage("a cell of the HTML page", "bf16", "out/qmerge.html", replaced(r">8</td>", ">9</td>")),
+    Damage("a point of the HTML page's plot", "bf16", "out/qmerge.html", replaced(r'"steps":\[(\d)', r'"steps":[9\1')),
     Damage("the HTML page's words", "bf16", "out/qmerge.html", replaced("Every weight, worst first", "All weights"), noticed=False),
     Damage("a row of the terminal's table", "nf4-fresh-nearest", "stdout", replaced(r"(│ q_proj +│ +)4", r"\g<1>5")),
     Damage("an exit code", "bad-min-kept", "command.json", replaced('"code": 5', '"code": 0')),

@@ -58,10 +58,12 @@ def continue_texts(
     for name, make in makers.items():
         report_progress(f"continuing {count} texts: {name} model")
         model, values = make()
-        if not fits_whole(model, plan.recipe.max_memory) or not model.model.can_generate():
+        whole: Any = model.model
+        if not fits_whole(model, plan.recipe.max_memory) or not whole.can_generate():
             return []
         written[name] = _continued(model, values, prompts_NL, tokenizer)
-        del model, values
+        # One model at a time: the next one is as large.
+        del model, values, whole
         release_freed_memory()
     prompts = [tokenizer.decode(ids) for ids in prompts_NL]
     records = []
@@ -76,6 +78,7 @@ def chosen_prompts(batches: Sequence[Tensor], count: int) -> Tensor:
     sequences_NL = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
     count = min(count, len(sequences_NL))
     chosen = [len(sequences_NL) * number // count for number in range(count)]
+    # Of short sequences, half: a beginning must not be the whole text.
     length = max(1, min(PROMPT_TOKENS, sequences_NL.shape[1] // 2))
     return sequences_NL[chosen, :length]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qmerge.metrics.base import MergedRows, Metric, ranks_by_size
 
+
 class RankMetric(Metric):
     """A number made of the survival of every rank. Subclasses define ``value``."""
 

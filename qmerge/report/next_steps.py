@@ -52,8 +52,10 @@ def _option(field: str, value: Any) -> list[str]:
     flag = field.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
+    # Several adapters are one option each.
+    values = value if isinstance(value, list) else [value]
     words = []
-    for item in value if isinstance(value, list) else [value]:
+    for item in values:
         words += [f"--{flag}", f"{item}"]
     return words
 
@@ -66,6 +68,7 @@ def next_steps(report: ReportData) -> list[NextStep]:
     if fidelity.verdict in ("damaged", "lost"):
         return _steps_to_repair(report)
     steps = []
+    # A good verdict on text that is not the user's own is no result for the task.
     if fidelity.text_kind in OTHER_TEXT:
         steps.append(NextStep("Measure it on a text of your own task:", "qmerge verify OUT --text FILE"))
     steps.append(_step_to_use(report))
@@ -75,7 +78,12 @@ def next_steps(report: ReportData) -> list[NextStep]:
 
 
 def _steps_without_verdict(report: ReportData) -> list[NextStep]:
-    steps = [NextStep("Measure the whole model on a text of your task:", "qmerge verify OUT --text FILE")]
+    steps = [
+        NextStep(
+            "Measure the whole model on text of your task (or merge again with --verify FILE):",
+            "qmerge verify OUT --text FILE",
+        )
+    ]
     kept = overall_kept(report.total.values)
     if kept is not None and kept < ENOUGH_KEPT:
         steps += _steps_to_repair(report)[:1]

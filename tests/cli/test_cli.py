@@ -21,7 +21,7 @@ from qmerge.recipe import Recipe
 from ..conftest import Cli, snapshot
 
 COMMANDS = (
-    "merge", "run", "plan", "measure", "inspect", "verify", "report", "formats", "demo", "patch", "apply", "unmerge",
+    "merge", "run", "plan", "measure", "inspect", "verify", "report", "compare", "formats", "demo", "patch", "apply", "unmerge",
     "extract", "gguf", "finalize",
 )  # fmt: skip
 WITH_MANY_OPTIONS = ("merge", "run", "plan", "measure")
@@ -387,6 +387,27 @@ def test_report_again(cli: Cli, lossy: list[str], tmp_path: Path) -> None:
     assert page.read_bytes() == first
     assert cli("report", tmp_path / "out", "--html", tmp_path / "page.html").code == 0
     assert (tmp_path / "page.html").read_bytes() == first
+
+
+def test_merges_are_compared(cli: Cli, lossy: list[str], tmp_path: Path) -> None:
+    assert cli(*lossy).code == 0
+    out, page = tmp_path / "out", tmp_path / "compare.html"
+    ran = cli("compare", out, out, "--html", page)
+    assert ran.code == 0 and "out (2)" in ran.out and str(page) in ran.out
+    assert "2 merges side by side" in page.read_text()
+    assert json.loads(cli("compare", out, out, "--json").out).keys() == {"out", "out (2)"}
+    ran = cli("compare", out)
+    assert ran.code == 2 and "two or more folders" in ran.err
+    ran = cli("compare", out, tmp_path, "--html", tmp_path / "none.html")
+    assert ran.code == 3 and "qmerge.json" in ran.err and not (tmp_path / "none.html").exists()
+
+
+def test_measure_writes_a_page(cli: Cli, lossy: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert measured(cli, lossy, "--target", "nf4", "--target", "int8", "--html", page).code == 0
+    assert "2 merges side by side" in page.read_text() and 'data-n="' in page.read_text()
+    assert measured(cli, lossy, "--target", "int8", "--html", page).code == 0
+    assert "stored as int8" in page.read_text()
 
 
 def test_a_report_of_another_schema(cli: Cli, lossy: list[str], tmp_path: Path) -> None:

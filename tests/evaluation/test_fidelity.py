@@ -274,6 +274,7 @@ def test_at_the_end_of_a_merge(tmp_path: Path, cli: Cli) -> None:
     record = json.loads((tmp_path / "out" / "qmerge.json").read_text())["fidelity"]
     assert record["text"] == "heldout.txt" and record["kl_ratio"] > 0.5
     assert "The fine-tuning is " in (tmp_path / "out" / "README.md").read_text()
-    assert "KL ratio" in (tmp_path / "out" / "qmerge.html").read_text()
+    page = (tmp_path / "out" / "qmerge.html").read_text()
+    assert "KL ratio" in page and "What the models write" in page
     ran = cli(*asked, "--out", tmp_path / "other", "--verify", "nowhere.txt")
     assert ran.code == 2 and not (tmp_path / "other").exists(), "said before the work, not after it"

@@ -7,12 +7,14 @@ from typing import Any
 from qmerge import plugins
 from qmerge.schema import (
     CalibrationRecord,
+    ContinuationRecord,
     FidelityRecord,
     FileRecord,
     GroupRecord,
     InputRecord,
     ModulePairRecord,
     PairRecord,
+    RankRecord,
     ReportData,
     ResidualRecord,
     WeightRecord,
@@ -76,6 +78,44 @@ def report(*, output_kept: float | None = None, calibration: str | None = None, 
         "bits_per_weight": 4.52,
     }
     return ReportData(**settings | more)
+
+
+HOSTILE = '"><img src=x onerror="window.ran=1"><script>window.ran=1</script></script>'
+"""A name that becomes a script wherever it is not escaped."""
+
+FORMULA = "=HYPERLINK(1)"
+"""A name that becomes a formula in a spreadsheet."""
+
+
+def full_report(layers: int = 4, **more: Any) -> ReportData:
+    """A report with everything that a page can show. Weights differ; the last two have hostile names."""
+    shown = report(output_kept=0.9, calibration="train.txt")
+    weights = []
+    for layer in range(layers):
+        for kind in KINDS:
+            kept = 0.1 + 0.8 * len(weights) / (2 * layers)
+            weight = shown.weights[0].model_copy(update={"module": f"model.layers.{layer}.{kind}"})
+            sizes = {"relative_size": 0.001 * (layer + 1), "gap_to_delta": 20.0 / (layer + 1), "predicted_kept": 0.01}
+            weights.append(weight.model_copy(update={"values": {**values(kept, kept), **sizes}}))
+    weights[-1] = weights[-1].model_copy(update={"module": HOSTILE})
+    weights[-2] = weights[-2].model_copy(update={"module": FORMULA})
+    ranks = [RankRecord(size=1 / rank, kept=0.9 - 0.1 * rank) for rank in range(1, 5)]
+    groups = [group.model_copy(update={"ranks": ranks}) for group in shown.groups]
+    groups.append(groups[0].model_copy(update={"name": HOSTILE}))
+    written = ContinuationRecord(
+        prompt=f"The log says{HOSTILE}", base=" wind and rain", unmerged=" wind and sun", merged=HOSTILE
+    )
+    settings = {
+        "weights": weights,
+        "groups": groups,
+        "total": shown.total.model_copy(update={"ranks": ranks}),
+        "fidelity": FIDELITY.model_copy(update={"continuations": [written]}),
+        "interference": [PAIR.model_copy(update={"one": HOSTILE})],
+        "warnings": [HOSTILE],
+        "inputs": [record.model_copy(update={"name": HOSTILE}) for record in shown.inputs],
+        "recipe": {"target": "nf4", "base": HOSTILE, "adapter": ["a", HOSTILE], "rounding": "nearest", "sym": False},
+    }
+    return shown.model_copy(update={**settings, **more})
 
 
 PAIR = PairRecord(

@@ -8,10 +8,13 @@ import pytest
 
 from qmerge.report.card import whole_model_lines
 from qmerge.report.headline import kept_of_what, measured_instead
-from qmerge.report.html import heat_map, html_report, scatter_plot, summary
+from qmerge.report.html import comparison_page, html_report, summary
+from qmerge.report.html.comparison import nearest_sentence
+from qmerge.report.html.pictures import heat_maps, rank_data, scatter_data
+from qmerge.report.html.tables import MOST_ROWS, weights_table
 from qmerge.schema import FidelityRecord, ReportData, overall_kept
 
-from .reports import KINDS, PAIR, fidelity, report
+from .reports import HOSTILE, KINDS, PAIR, fidelity, full_report, report
 
 MEASURED_ON = {"train.txt": "the calibration text", "random": "random tokens", "generate": "text that the model wrote"}
 GENERATED = fidelity(0.935, 0.0147, text_kind="generated", measured_on="2,048 tokens that the adapter model wrote")
@@ -19,7 +22,11 @@ GENERATED = fidelity(0.935, 0.0147, text_kind="generated", measured_on="2,048 to
 
 def plain(page: str) -> str:
     """The text of a page as a reader sees it, in one line."""
-    return " ".join(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL).replace("&#39;", "'").split())
+    return " ".join(
+        re.sub(r"<style>.*?</style>|<script.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL)
+        .replace("&#39;", "'")
+        .split()
+    )
 
 
 def all_views(shown: ReportData) -> list[str]:
@@ -70,14 +77,13 @@ def test_more_than_all_is_no_percentage() -> None:
     assert "1.33x" not in html_report(report(output_kept=1.0, calibration="train.txt"))
 
 
-def test_more_than_all_is_not_green() -> None:
-    colours = []
+def test_more_than_all_is_not_bright() -> None:
+    levels = []
     for kept in (1.0, 1.8, 0.2):
-        (cell,) = set(
-            re.findall(r'<td style="background: (hsl\([^)]*\))', html_report(report(output_kept=kept, calibration="t")))
-        )
-        colours.append(cell)
-    assert colours[0] != colours[1] == colours[2]
+        kept_map = heat_maps(report(output_kept=kept, calibration="t").weights)[0]
+        (level,) = {cell.level for _, cells in kept_map.rows for cell in cells if cell}
+        levels.append(level)
+    assert levels[0] > levels[1] == levels[2]
 
 
 @pytest.mark.parametrize(
@@ -88,34 +94,115 @@ def test_more_than_all_is_not_green() -> None:
     ],
 )  # fmt: skip
 def test_every_verdict_has_its_colour(record: FidelityRecord, word: str) -> None:
-    page = html_report(report(fidelity=record))
-    assert f'<div class="verdict {word}">' in page
-    assert f".verdict.{word} {{ --verdict: #" in page
+    for page in (html_report(report(fidelity=record)), summary(report(fidelity=record))):
+        assert f'<div class="verdict {word}">' in page
+        assert f".qmerge .{word} {{ --verdict: #" in page
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
-    page = html_report(report(interference=[PAIR], warnings=["<script>alert(1)</script>"]))
-    assert "<script" not in page and "&lt;script&gt;" in page
-    assert not re.search(r"https?://|src=|@import|url\(", page)
-    assert "prefers-color-scheme: dark" in page and "default-src 'none'" in page
-    assert page.index("model.layers.0.q_proj</td><td>-0.08") < page.index("model.layers.1.q_proj</td><td>–")
+def test_names_from_files_are_text() -> None:
+    """tests/report/test_browser.py opens these pages; here, every view is searched for a tag that came from a name."""
+    for page in (
+        html_report(full_report()),
+        summary(full_report()),
+        comparison_page([full_report()] * 2, [HOSTILE] * 2),
+    ):
+        assert "<img" not in page and "window.ran=1<" not in page
+        assert "&lt;img src=x onerror=&#34;window.ran=1&#34;&gt;" in page
+
+
+def test_the_page_is_one_file() -> None:
+    page = html_report(report(interference=[PAIR]))
+    assert not re.search(r"<(link|img|iframe)|\bsrc=|@import|url\(", page)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and policy[1].startswith("default-src &#39;none&#39;") and "unsafe" not in policy[1]
+    assert "(prefers-color-scheme: dark)" in page
+    cell = "model.layers.%d.q_proj</th><td>%s"
+    assert page.index(cell % (0, "-0.08")) < page.index(cell % (1, "–"))
+
+
+def test_the_page_is_small_with_many_weights() -> None:
+    shown = full_report()
+    weight = shown.weights[0]
+    experts = [
+        weight.model_copy(update={"module": f"model.layers.{layer}.mlp.experts.{expert}.gate_proj"})
+        for layer in range(80)
+        for expert in range(50)
+    ]
+    shown = full_report(weights=experts)
+    page = html_report(shown)
+    assert len(page) < 1.5e6
+    table = weights_table(shown)
+    assert len(table.rows) == MOST_ROWS and table.left_out == 4000 - MOST_ROWS
+    assert f"{table.left_out} more are in" in page
+
+
+def test_the_same_report_gives_the_same_bytes() -> None:
+    assert html_report(full_report()) == html_report(full_report())
+    assert html_report(full_report()) != html_report(full_report(warnings=[]))
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_heat_map_has_layers_and_kinds() -> None:
     weights = report().weights
-    heat = heat_map(weights)
-    assert heat["kinds"] == list(KINDS)
-    assert [row["layer"] for row in heat["rows"]] == [0, 1]
+    kept, size, noise = heat_maps(weights)
+    for heat in (kept, size, noise):
+        assert heat.columns == list(KINDS) and [label for label, _ in heat.rows] == ["0", "1"]
     head = weights[0].model_copy(update={"module": "lm_head"})
-    heat = heat_map([head, *weights])
-    assert heat["kinds"] == ["lm_head", *KINDS] and heat["rows"][0]["layer"] == "–"
-    assert heat["rows"][0]["cells"] == [head, None, None]
+    heat = heat_maps([head, *weights])[0]
+    assert heat.columns == ["lm_head", *KINDS] and heat.rows[0][0] == "–"
+    assert [cell.text if cell else None for cell in heat.rows[0][1]] == ["78 %", None, None]
 
 
-def test_the_plot_has_a_dot_per_weight_inside_its_frame() -> None:
-    weights = report().weights
-    plot = scatter_plot(weights)
-    assert len(plot["points"]) == len(weights)
-    assert all(0 <= x <= plot["width"] and 0 <= y <= plot["height"] for x, y, _ in plot["points"])
-    zero = weights[0].model_copy(update={"values": {**weights[0].values, "kept": None, "relative_size": None}})
-    assert scatter_plot([zero])["points"] == []
+def test_experts_share_a_cell() -> None:
+    weights = []
+    for expert, kept in enumerate((0.1, 0.5, 0.9)):
+        weight = report().weights[0].model_copy(update={"module": f"model.layers.0.experts.{expert}.up_proj"})
+        weights.append(weight.model_copy(update={"values": {**weight.values, "kept": kept}}))
+    ((_, cells),) = heat_maps(weights)[0].rows
+    assert [cell.text for cell in cells if cell] == ["50 %"]
+
+
+def test_the_drawing_has_a_point_per_weight_inside_its_frame() -> None:
+    weights = full_report().weights
+    drawn = scatter_data(weights)
+    assert len(drawn["steps"]) == len(drawn["labels"]) == len(weights)
+    assert drawn["steps"] == tuple(sorted(drawn["steps"])) and drawn["steps"][0] == 0.05
+    far = weights[0].model_copy(update={"values": {**weights[0].values, "kept": 7.0, "output_kept": None}})
+    assert scatter_data([far])["kept"] == (drawn["most"],) and "7.00x" in scatter_data([far])["labels"][0]
+    zero = weights[0].model_copy(update={"values": dict.fromkeys(weights[0].values)})
+    assert scatter_data([zero]) == {}
+
+
+def test_ranks_are_drawn_by_kind() -> None:
+    drawn = rank_data(full_report())
+    assert [line["name"] for line in drawn["lines"]] == [*KINDS, HOSTILE, "all"]
+    assert drawn["sizes"] == [1.0, 1 / 2, 1 / 3, 1 / 4] and drawn["lines"][0]["kept"] == [0.8, 0.7, 0.6, 0.5]
+    assert rank_data(report()) == {}
+
+
+# --- several merges ------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_merge_is_named() -> None:
+    near, far = report(fidelity=fidelity(0.97, 0.01)), report(fidelity=fidelity(0.5, 0.4))
+    assert nearest_sentence([far, near], ["a", "b"]) == "Nearest to the adapter model: b, with KL ratio 0.0100."
+    assert "a and b, with" in nearest_sentence([near, near], ["a", "b"])
+    assert nearest_sentence([far, report()], ["a", "b"]).startswith("Not all whole models were measured.")
+    page = plain(comparison_page([far, near], ["a", "b"]))
+    assert (
+        page.index("Nearest to the adapter model: b")
+        < page.index("0.4000")
+        < page.index("0.0100", page.index("0.4000"))
+    )
+
+
+def test_merges_of_different_modules_are_compared() -> None:
+    """An adapter of attention and one of all weights: where one has no weight, its cell is empty."""
+    one = report()
+    attention = [weight for weight in one.weights if weight.module.endswith("q_proj")]
+    other = report(weights=attention, groups=one.groups[:1])
+    page = comparison_page([one, other], ["all", "attention"])
+    assert re.search(r'down_proj</th><td class="l7">78 %</td><td></td>', page)
+    assert re.search(r'layers.0.down_proj</th><td data-n="0.78">78 %</td><td data-n="">–</td>', page)

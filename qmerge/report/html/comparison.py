@@ -33,17 +33,24 @@ def comparison_page(reports: Sequence[ReportData], names: Sequence[str]) -> str:
 
 def nearest_sentence(reports: Sequence[ReportData], names: Sequence[str]) -> str:
     """Which merge is nearest to the adapter model: by the KL ratio where all have one, else by the rounding error."""
+    # Ratios of some merges only cannot be compared with the rounding errors of the others.
     ratios = [report.fidelity.kl_ratio if report.fidelity else None for report in reports]
-    known = [(ratio, name) for ratio, name in zip(ratios, names, strict=True) if ratio is not None]
-    if len(known) == len(names):
-        least, name = min(known)
-        return f"{name} is nearest to the adapter model: KL ratio {least:.4f}."
+    if None not in ratios:
+        first, least = _first(ratios, names)
+        return f"Nearest to the adapter model: {first}, with KL ratio {least:.4f}."
     noises = [report.total.values["noise"] for report in reports]
-    known = [(noise, name) for noise, name in zip(noises, names, strict=True) if noise is not None]
-    if len(known) < len(names):
-        return "No order: not every merge has numbers."
-    least, name = min(known)
-    return f"Not all whole models were measured. In the weights, {name} has the least rounding error: {least:.2f} deltas."
+    if None not in noises:
+        first, least = _first(noises, names)
+        return f"Not all whole models were measured. Least rounding error in the weights: {first}, {least:.2f} deltas."
+    return "No order: not every merge has numbers."
+
+
+def _first(values: Sequence[float | None], names: Sequence[str]) -> tuple[str, float]:
+    """Names of the merges with the least value, and that value. None of the values is None."""
+    least = min(value for value in values if value is not None)
+    # Differences that the page does not show decide nothing.
+    first = [name for name, value in zip(names, values, strict=True) if f"{value:.4f}" == f"{least:.4f}"]
+    return " and ".join(first), least
 
 
 def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:

@@ -33,6 +33,7 @@ def document(template: str, *, data: dict[str, Any], **content: Any) -> str:
         data: what the script draws. Names in it are text: the script never reads them as HTML.
         content: of the template.
     """
+    # The hashes of the policy are those of exactly these texts.
     styles = [asset(name) for name in STYLES]
     scripts = [asset(name) for name in SCRIPTS]
     return render(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +128,12 @@ def _compared(record: ContinuationRecord) -> Compared:
 
 
 def _written(model: str, words: str, unmerged: str) -> Written:
-    length = len(os.path.commonprefix([words, unmerged]))
-    if length < len(words):  # from the beginning of the word
+    length = 0
+    for own, other in zip(words, unmerged, strict=False):
+        if own != other:
+            break
+        length += 1
+    # A word is marked whole: half of one is hard to read.
+    if length < len(words):
         length = words.rfind(" ", 0, length + 1) + 1
     return Written(model, words[:length], words[length:])

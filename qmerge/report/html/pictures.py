@@ -120,6 +120,7 @@ def layer_map(weights: Sequence[WeightRecord], measure: Measure) -> HeatMap:
     """The heat map of one measure."""
     values: dict[tuple[int, str], list[float]] = defaultdict(list)
     kinds: dict[str, None] = {}  # a set in the order of the checkpoint
+    # A weight without a value has its place all the same: its cell is empty.
     for weight in weights:
         value = measure.value_of(weight.values)
         kinds[_kind_of(weight)] = None
@@ -175,6 +176,7 @@ def scatter_data(weights: Sequence[WeightRecord]) -> dict[str, Any]:
         points.append((_short(1 / gap_to_delta), _drawn(kept), drawn, f"{weight.module}: {share(kept)} kept"))
     if not points:
         return {}
+    # uPlot needs its x values in order; equal ones are ordered by name, so that the same report gives the same bytes.
     points.sort(key=lambda point: (point[0], point[3]))
     steps, kept_shares, predicted_shares, labels = zip(*points, strict=True)
     return {

@@ -88,7 +88,11 @@ def weights_table(report: ReportData) -> Table:
         columns.append(Column(name.replace("_", " "), metric_help(name)))
     rows = []
     for weight in weights[:MOST_ROWS]:
-        cells = [text(weight.module), number(weight.rank, str(weight.rank)), number(weight.scale, f"{weight.scale:.3g}")]
+        cells = [
+            text(weight.module),
+            number(weight.rank, str(weight.rank)),
+            number(weight.scale, f"{weight.scale:.3g}"),
+        ]
         cells += [number(weight.values[name], metric_text(weight.values[name], name)) for name in metrics]
         rows.append(cells)
     return Table(

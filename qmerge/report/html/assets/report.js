@@ -183,7 +183,7 @@
       label: name, width: name === "all" ? 3 : 1.5,
       stroke: name === "all" ? () => css("--text") : COLOURS[position % COLOURS.length],
       dash: name !== "all" && position >= COLOURS.length ? [6, 4] : undefined,
-      points: { show: sizes.length < 40, size: 5 }, value: (plot, value) => (value === null ? "–" : percent(value)),
+      points: { show: false }, value: (plot, value) => (value === null ? "–" : percent(value)),
     }));
     const ofSizes = { label: "size", stroke: () => css("--quiet"), dash: [2, 3], value: (plot, value) => (value === null ? "–" : value.toFixed(2)), points: { show: false } };
     draw("ranks", {

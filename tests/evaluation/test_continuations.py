@@ -1,0 +1,86 @@
+"""What base, unmerged and merged model write after a beginning of a text, against transformers and peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import qmerge.demo
+from qmerge.evaluation import continuations
+from qmerge.evaluation.continuations import NEW_TOKENS, PROMPT_TOKENS, chosen_prompts
+from qmerge.schema import read_report
+
+from ..conftest import Cli
+from .test_fidelity import whole
+
+DEMO = Path(qmerge.demo.__file__).parent
+TEXT = DEMO / "heldout.txt"
+
+
+def test_prompts_are_from_all_over_the_text() -> None:
+    batches = list(torch.arange(9 * 100).view(9, 100).split(4))
+    prompts = chosen_prompts(batches, 3)
+    assert prompts.shape == (3, PROMPT_TOKENS) and prompts[:, 0].tolist() == [0, 300, 600]
+    assert chosen_prompts([torch.arange(8).view(1, 8)], 3).tolist() == [[0, 1, 2, 3]]
+
+
+def written(model: Any, prompt: str) -> str:
+    """By transformers' own pipeline of steps: the likeliest token each time, without a cache."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base-nf4")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return str(tokenizer.decode(ids[0, length:]))
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("continued") / "out"
+    text = out.with_name("text.txt")
+    text.write_text(TEXT.read_text()[:4000])
+    settings = {"base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest"}
+    qmerge.merge(**settings, out=out, verify=text, sequence_length=96, continuations=2, device="cpu", quiet=True)
+    return out
+
+
+def test_each_model_writes_what_transformers_writes(merged: Path, tmp_path: Path) -> None:
+    fidelity = read_report(merged).fidelity
+    assert fidelity is not None and len(fidelity.continuations) == 2
+    settings = {"base": DEMO / "base-nf4", "target": "fp32", "rounding": "nearest", "device": "cpu", "quiet": True}
+    qmerge.merge(**settings, adapter=DEMO / "adapter", out=tmp_path / "unmerged")
+    for record in fidelity.continuations:
+        assert record.prompt in TEXT.read_text()
+        assert record.unmerged == written(whole(tmp_path / "unmerged"), record.prompt)
+        assert record.merged == written(whole(merged), record.prompt)
+        assert record.base == written(whole(DEMO / "base-nf4"), record.prompt)
+    assert any(record.base != record.unmerged for record in fidelity.continuations)
+
+
+def test_none_are_written_where_the_model_is_too_large(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    monkeypatch.setattr(continuations, "fits_whole", lambda layered, max_memory: False)
+    asked = ["--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--target", "bf16", "--rounding", "nearest"]
+    text = merged.with_name("text.txt")
+    ran = cli(*asked, "--out", tmp_path / "out", "--verify", text, "--sequence-length", 96, "--device", "cpu")
+    record = json.loads((tmp_path / "out" / "qmerge.json").read_text())["fidelity"]
+    assert ran.code == 0 and record["kl_ratio"] is not None and record["continuations"] == []
+    assert "What the models write" not in (tmp_path / "out" / "qmerge.html").read_text()
+
+
+def test_a_private_text_is_kept_out(merged: Path, tmp_path: Path, cli: Cli) -> None:
+    secret = "The reactor at Oslo is blue. "
+    (tmp_path / "private.txt").write_text(secret * 60)
+    asked = ["--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--target", "bf16", "--rounding", "nearest"]
+    asked += ["--verify", tmp_path / "private.txt", "--sequence-length", 96, "--device", "cpu"]
+    for count, names in ((0, set()), (1, {"qmerge.json", "qmerge.html"})):
+        out = tmp_path / f"out-{count}"
+        assert cli(*asked, "--out", out, "--continuations", count).code == 0
+        assert {path.name for path in out.iterdir() if "reactor" in path.read_text(errors="replace")} == names

@@ -1,0 +1,104 @@
+"""What a report suggests, and the commands in it: each is read again by the program's own parser."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import typer
+
+from qmerge.cli import app
+from qmerge.recipe import Recipe, make_recipe
+from qmerge.report.next_steps import merge_command, next_steps
+from qmerge.schema import CalibrationRecord, FidelityRecord, ReportData
+
+from .reports import HOSTILE, fidelity, report
+
+SETTINGS = {
+    "base": "owner/base", "adapter": ["one=0.5", "two words"], "target": "gptq", "combine": "ties", "density": 0.3,
+    "bits": 3, "sym": False, "act_order": True, "rounding": "preserve", "calibration": "text.jsonl", "verify": "h.txt",
+    "max_shard_size": "1GB", "sequential": False, "seed": 7,
+}  # fmt: skip
+
+
+def parsed(command: str) -> dict[str, object]:
+    """The options of a command line, as the program reads them."""
+    program, *words = shlex.split(command)
+    assert program == "qmerge"
+    group = typer.main.get_command(app)
+    name = words.pop(0) if words[0] in group.commands else None  # type: ignore[attr-defined]
+    parser = group.commands[name] if name else group  # type: ignore[attr-defined]
+    context = parser.make_context("qmerge", list(words))
+    return {
+        key: value
+        for key, value in context.params.items()
+        if value not in (None, False, (), []) or f"--no-{key}" in words
+    }
+
+
+def test_the_command_makes_the_recipe_again() -> None:
+    recipe = make_recipe({**SETTINGS, "out": "OUT"})
+    command = merge_command(recipe.published().model_dump(exclude_none=True))
+    options = {key: value for key, value in parsed(command).items() if key in Recipe.model_fields}
+    assert make_recipe({**options, "adapter": list(options["adapter"])}) == recipe  # type: ignore[call-overload]
+
+
+def test_names_are_quoted() -> None:
+    command = merge_command({"base": "$(reboot)", "adapter": HOSTILE, "target": "nf4"})
+    assert shlex.split(command) == [
+        "qmerge",
+        "--base",
+        "$(reboot)",
+        "--adapter",
+        HOSTILE,
+        "--target",
+        "nf4",
+        "--out",
+        "OUT",
+    ]
+
+
+def test_defaults_are_left_out() -> None:
+    recipe = make_recipe({"base": "b", "adapter": "a", "target": "nf4", "out": "OUT"})
+    assert merge_command(recipe.model_dump()) == "qmerge --base b --adapter a --target nf4 --out OUT"
+
+
+CALIBRATED = "--rounding preserve --calibration TRAINING.jsonl"
+LOST = fidelity(0.0, 1.0)
+KEPT = fidelity(0.99, 0.001)
+GENERAL = fidelity(0.99, 0.001, text_kind="general")
+USERS_TEXT = CalibrationRecord(source="mine.txt", tokens=16384)
+OF_THE_MODEL = CalibrationRecord(source="generate", tokens=16384)
+# Name → verdict, calibration (None: nearest rounding), and what the commands contain.
+CASES: dict[str, tuple[FidelityRecord | None, CalibrationRecord | None, list[str]]] = {
+    "unmeasured": (None, None, ["verify OUT --text FILE", CALIBRATED]),
+    "kept": (KEPT, None, ["qmerge verify OUT"]),
+    "kept on general text": (GENERAL, None, ["--text FILE", "qmerge verify OUT"]),
+    "mostly kept": (fidelity(0.9, 0.1), None, ["qmerge verify OUT", CALIBRATED]),
+    "lost by nearest": (LOST, None, [CALIBRATED, "qmerge plan --base b"]),
+    "lost on the model's text": (LOST, OF_THE_MODEL, ["--calibration TRAINING.jsonl", "qmerge plan"]),
+    "lost on the user's text": (LOST, USERS_TEXT, ["--promote 100MB", "qmerge plan"]),
+}
+
+
+def shown(case: str) -> tuple[ReportData, list[str]]:
+    judged, calibration, expected = CASES[case]
+    rounding = "preserve" if calibration else "nearest"
+    recipe = {"base": "b", "adapter": "a", "target": "nf4", "rounding": rounding}
+    changes = {"recipe": recipe, "rounding": rounding, "calibration": calibration}
+    return report(fidelity=judged).model_copy(update=changes), expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_commands_that_the_program_reads(case: str) -> None:
+    measured, expected = shown(case)
+    commands = [step.command for step in next_steps(measured) if step.command]
+    assert len(commands) == len(expected)
+    for command, words in zip(commands, expected, strict=True):
+        assert words in command
+        assert parsed(command.replace(" FILE", " f.txt"))
+
+
+def test_steps_do_not_repair_what_is_kept() -> None:
+    (only,) = next_steps(shown("kept")[0])
+    assert only.text.startswith("Check the files, then use the model. It is loaded by transformers")
