@@ -1,6 +1,6 @@
 """Weights of a finished folder, computed again from its base, adapters and recipe, and compared byte for byte.
 
-Weights that ``preserve`` rounded are left to their hashes: a few of their codes depend on the calibration text, on the layers
+Weights that ``preserve`` rounded are left to their hashes: some of their codes depend on the calibration text, on the layers
 before them, on the size of row blocks and on the number of threads.
 """
 
