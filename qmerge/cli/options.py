@@ -168,17 +168,18 @@ def _completer(field: str) -> Callable[[str], list[str]]:
     """What the shell offers for the value of an option; nothing for values without fixed names."""
 
     def complete(incomplete: str) -> list[str]:
-        return [word for word in _known_values(field) if word.startswith(incomplete)]
+        return [word for word in known_values(field) if word.startswith(incomplete)]
 
     return complete
 
 
-def _known_values(field: str) -> list[str]:
+def known_values(field: str) -> list[str]:
+    """Names that the value of a recipe field can have; empty where it has no fixed names."""
     if field == "target":
         # Slow, because it imports torch; but names that cannot be written would mislead.
-        from qmerge.formats import all_targets
+        from qmerge.formats import MIXES, all_targets
 
-        return [*all_targets(), "auto"]
+        return [*all_targets(), *MIXES, "auto"]
     if field == "rounding":
         return [*plugins.names("rounding"), "auto"]
     if field == "combine":

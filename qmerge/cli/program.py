@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qmerge.cli import checking, folders, merging, overview
+from qmerge.cli import checking, folders, merging, overview, recipe_file
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import nothing_to_resume
@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Merge": {
         "merge": merging.merge_command,
         "run": merging.run_command,
+        "recipe": recipe_file.recipe_command,
         "finalize": merging.finalize_command,
         "plan": merging.plan_command,
         "measure": merging.measure_command,
