@@ -41,8 +41,8 @@ def recipe_command(
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe. Editors offer the names of targets, roundings and the like, and accept others, because a
     name may be a file, or belong to a later version."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ADDRESS}
-    schema |= Recipe.model_json_schema()
+    schema: dict[str, Any] = Recipe.model_json_schema()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ADDRESS, **schema}
     for name, field in schema["properties"].items():
         names = known_values(name)
         if names and field.get("type") == "string" and "enum" not in field:
