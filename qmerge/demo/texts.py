@@ -293,3 +293,9 @@ def text_of(document: Callable[[random.Random], str], seed: str, characters: int
         parts.append(document(rng) + "\n\n")
         length += len(parts[-1])
     return "".join(parts)
+
+
+def telegram(rng: random.Random) -> str:
+    """One document for a second adapter: what the base knows, without articles, and with STOP at the end of a sentence."""
+    text = re.sub(r"\b(?:an?|the) ", "", everyday(rng), flags=re.IGNORECASE)
+    return re.sub(r"\.(?=\s|$)", " STOP", text)

@@ -18,16 +18,19 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 
+TIMED_TOKENS = 64
+"""Tokens that are written to measure speed; a prompt and they fit into the context."""
+
 SECONDS_PER_PROMPT, SECONDS_TO_LOAD = 60, 600
 """A process that takes longer hangs."""
 
-PROGRAM = """
+SERVER = """
 import json, os, sys, urllib.request, xllamacpp
-file, port, entries = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+file, port = sys.argv[1], int(sys.argv[2])
 prompts = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path, params.port, params.n_parallel, params.warmup = file, port, 1, False
-params.n_ctx = max(map(len, prompts)) + 8
+params.n_ctx = max(map(len, prompts)) + 256
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
 server = xllamacpp.Server(params)
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever http_proxy says
@@ -35,6 +38,13 @@ def post(path, **body):
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), kind)
     return json.load(opener.open(request))
+"""
+"""Starts llama.cpp's server for a file, and reads prompts from stdin."""
+
+PROGRAM = (
+    SERVER
+    + """
+entries = int(sys.argv[3])
 # The server shows no probabilities for a token without text (an end, a part of a character). So it is made to choose this one;
 # the probabilities are those before the choice.
 letter = post("/tokenize", content="a")["tokens"][-1]
@@ -47,6 +57,17 @@ for prompt in prompts:
     print(json.dumps([[entry["id"], entry["logprob"]] for entry in found]), flush=True)
 os._exit(0)
 """
+)
+
+
+SPEED_PROGRAM = (
+    SERVER
+    + """
+answer = post("/completion", prompt=prompts[0], n_predict=int(sys.argv[3]), ignore_eos=True, temperature=0.0)
+print(answer["timings"]["predicted_per_second"], flush=True)
+os._exit(0)
+"""
+)
 
 
 def has_llama_cpp() -> bool:
@@ -64,9 +85,40 @@ def next_token_logprobs(file: Path, prompts: Sequence[Sequence[int]], vocab_size
         RecipeError: xllamacpp is not installed.
         CheckpointError: llama.cpp does not load the file, or computes something else than numbers.
     """
+    done = _run(PROGRAM, file, prompts, vocab_size)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    if len(lines) != len(prompts):
+        raise CheckpointError(f"llama.cpp does not load {file.name}: {_reason(done)}")
+    result = torch.full((len(prompts), vocab_size), -torch.inf)
+    for row, line in zip(result, lines, strict=True):
+        pairs = json.loads(line)
+        row[[token for token, _ in pairs]] = torch.tensor([value for _, value in pairs])
+    if bool(result.isinf().any() | result.isnan().any()):
+        raise CheckpointError(f"llama.cpp loads {file.name}, but its probabilities hold NaN, or lack tokens")
+    return result
+
+
+def tokens_per_second(file: Path, prompt: Sequence[int], tokens: int = TIMED_TOKENS) -> float:
+    """How fast llama.cpp writes, after the prompt, one token at a time.
+
+    Raises:
+        RecipeError: xllamacpp is not installed.
+        CheckpointError: llama.cpp does not load the file.
+    """
+    lines = _run(SPEED_PROGRAM, file, [prompt], tokens).stdout.split()
+    return float(lines[-1])
+
+
+def _run(program: str, file: Path, prompts: Sequence[Sequence[int]], number: int) -> subprocess.CompletedProcess[str]:
+    """A program with the server, in a process of its own.
+
+    Raises:
+        RecipeError: xllamacpp is not installed.
+        CheckpointError: llama.cpp does not load the file.
+    """
     if not has_llama_cpp():
         raise RecipeError("--loader llama.cpp needs xllamacpp: pip install xllamacpp")
-    command = [sys.executable, "-c", PROGRAM, str(file), str(_free_port()), str(vocab_size)]
+    command = [sys.executable, "-c", program, str(file), str(_free_port()), str(number)]
     try:
         done = subprocess.run(
             command,
@@ -77,18 +129,14 @@ def next_token_logprobs(file: Path, prompts: Sequence[Sequence[int]], vocab_size
         )
     except subprocess.TimeoutExpired as cause:
         raise CheckpointError(f"llama.cpp took longer than {cause.timeout:.0f} seconds for {file.name}") from cause
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[[")]
-    if done.returncode or len(lines) != len(prompts):
-        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        reason = errors[-1] if errors else f"exit status {done.returncode}"
-        raise CheckpointError(f"llama.cpp does not load {file.name}: {reason}")
-    result = torch.full((len(prompts), vocab_size), -torch.inf)
-    for row, line in zip(result, lines, strict=True):
-        pairs = json.loads(line)
-        row[[token for token, _ in pairs]] = torch.tensor([value for _, value in pairs])
-    if bool(result.isinf().any() | result.isnan().any()):
-        raise CheckpointError(f"llama.cpp loads {file.name}, but its probabilities hold NaN, or lack tokens")
-    return result
+    if done.returncode:
+        raise CheckpointError(f"llama.cpp does not load {file.name}: {_reason(done)}")
+    return done
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    return errors[-1] if errors else f"exit status {done.returncode}"
 
 
 def _free_port() -> int:
