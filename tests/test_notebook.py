@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+
+from qmerge.demo import notebook
+from qmerge.demo.training import train_qlora
+from qmerge.errors import RecipeError, RoomError
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -26,7 +32,19 @@ def code(notebook: Any) -> list[Any]:
 
 
 def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+    assert len(NOTEBOOKS) == 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_has_forms_as_colab_reads_them(path: Path) -> None:
+    """Every code cell has a title; every field is a constant with a kind or choices."""
+    for cell in code(read(path)):
+        assert cell.source.startswith("# @title "), cell.source
+        for line in cell.source.splitlines():
+            if "@param" in line:
+                name, field = line.split("# @param ")
+                assert re.fullmatch(r"[A-Z_]+ = \S.*  ", name), line
+                assert re.fullmatch(r"\[.*\]|\{type:\"(string|boolean|number|slider)\".*\}", field), line
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -48,37 +66,121 @@ def test_opens_in_colab(path: Path) -> None:
     assert address in read(path).cells[0].source
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
-def executed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A notebook after *Run all*: on a CPU, without a network, in an empty folder."""
-    folder = tmp_path_factory.mktemp("notebook")
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}.items():
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def execute(path: Path, folder: Path) -> Any:
+    folder.mkdir()
+    notebook = read(path)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """All notebooks after *Run all*: on a CPU, without a network, in empty folders; two at a time."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),
+        "PYTHONPATH": str(NOTEBOOKS[0].parent.parent),  # this checkout, wherever the notebook runs
+    }
+    with pytest.MonkeyPatch.context() as environment, ThreadPoolExecutor(2) as pool:
+        for name, value in settings.items():
             environment.setenv(name, value)
-        environment.setenv("QMERGE_NB_OUT", str(folder / "merged"))
-        notebook = read(request.param)
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-        yield notebook
+        running = {path.stem: pool.submit(execute, path, folder / path.stem) for path in NOTEBOOKS}
+        yield {name: future.result() for name, future in running.items()}
+
+
+def shown(notebook: Any, title: str) -> str:
+    """What the cell with this title shows, as text."""
+    [cell] = [cell for cell in code(notebook) if cell.source.splitlines()[0].startswith(f"# @title {title}")]
+    texts = [
+        output.get("text") or output["data"].get("text/html") or output["data"]["text/plain"] for output in cell.outputs
+    ]
+    return "".join(texts)
 
 
 @pytest.mark.slow
-def test_runs_on_a_cpu_without_network(executed: Any) -> None:
-    shown = "\n".join(str(cell.outputs) for cell in code(executed))
-    assert "s change to the weights" in shown, "the report of measure shows itself"
-    assert "The fine-tuning is" in shown, "the verdict of merge heads its report"
-    assert "s effect on the layers" in shown, "the report of merge shows itself"
-    assert "Check(" in shown
-    assert "ok=False" not in shown, "verify found everything in order"
+def test_first_trains_merges_and_answers(executed: dict[str, Any]) -> None:
+    ran = executed["01-merge-your-qlora"]
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+)", shown(ran, "Train"))]
+    assert losses[-1] < losses[0] - 0.5, losses
+    assert "needed" in shown(ran, "Does it fit?")
+    assert "The fine-tuning is" in shown(ran, "Merge into NF4")
+    assert "&lt;!doctype html&gt;" in shown(ran, "The report")
+    checks = shown(ran, "Check every file")
+    assert "Check(" in checks and "ok=False" not in checks
+    answers = dict(re.findall(r"^(base|unmerged|merged): +(.*)$", shown(ran, "Base, unmerged, merged"), re.MULTILINE))
+    assert all(text.startswith("Log of the") for text in answers.values())
+    assert answers["merged"] == answers["unmerged"] != answers["base"]
+    assert shown(ran, "Upload") == "", "nothing is uploaded without an id"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executed", NOTEBOOKS[:1], indirect=True, ids=lambda path: path.stem)
-def test_the_merged_demo_model_says_what_the_adapter_taught_it(executed: Any) -> None:
-    """The last two cells print what the merged model says, and what the base says."""
-    merged, base = (
-        "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-        for cell in code(executed)[-2:]
-    )
-    assert merged.startswith("Log of the ")
-    assert base.startswith("Log of the ")
-    assert merged != base
+def test_second_shows_what_rounding_does(executed: dict[str, Any]) -> None:
+    ran = executed["02-what-survives"]
+    table = shown(ran, "Side by side")
+    assert table.index("lost") < table.index("nearest") < table.index("preserve")
+    pages = shown(ran, "nearest"), shown(ran, "preserve")
+    assert pages[0] != pages[1]
+    kept = [float(found) for found in re.findall(r"rounding: +([\d.]+)%", shown(ran, "Predict"))]
+    assert len(kept) == 3 and kept == sorted(kept), "a larger delta keeps more"
+
+
+@pytest.mark.slow
+def test_third_has_size_fidelity_and_speed(executed: dict[str, Any]) -> None:
+    ran = executed["03-choose-a-target"]
+    speeds = dict(re.findall(r"(nf4|gptq|q4_0)\W+[\d.]+ MB\W+([\d.]+|–)\W", plain(shown(ran, "Speed"))))
+    assert speeds.keys() == {"nf4", "gptq", "q4_0"}
+    assert float(speeds["nf4"]) > 0 and float(speeds["q4_0"]) > 0
+    assert re.findall(r"^(\w+) \S+ (?:mostly )?kept$", shown(ran, "Results"), re.MULTILINE) == list(speeds)
+
+
+@pytest.mark.slow
+def test_fourth_judges_both_adapters(executed: dict[str, Any]) -> None:
+    ran = executed["04-several-adapters"]
+    assert "cosine" in shown(ran, "Plan")
+    gains = re.findall(r"^(first|second) +gain kept ([\d.]+)", shown(ran, "Judge"), re.MULTILINE)
+    assert [name for name, _ in gains] == ["first", "second"]
+    assert all(float(gain) > 0.8 for _, gain in gains)
+
+
+def plain(table: str) -> str:
+    """A table without tags."""
+    return re.sub(r"<[^>]*>", "", table)
+
+
+# --- what helps them -------------------------------------------------------------------------------------------------
+
+
+def test_half_a_form_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="BASE is empty"):
+        notebook.inputs(adapter="you/your-qlora")
+    with pytest.raises(RecipeError, match="TEXT is empty"):
+        notebook.inputs(base="you/base", adapter="you/your-qlora")
+    given = notebook.inputs(base="you/base", adapter="you/your-qlora", text="train.jsonl", trained_on="nf4-dq")
+    assert given.trained_on == "nf4-dq" and not given.is_demo
+
+
+def test_drive_is_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    with pytest.raises(RecipeError, match="in Colab only"):
+        notebook.output_folder("merged", notebook.DRIVE)
+
+
+def test_room_is_checked_before_the_merge(tmp_path: Path) -> None:
+    plan = {"disk_needed": 1000, "peak_memory": 1000, "calibration_memory": None}
+    assert notebook.room(plan, tmp_path / "not" / "yet").table.row_count == 3
+    with pytest.raises(RoomError, match="are needed on the disk"):
+        notebook.room({**plan, "disk_needed": 10**18}, tmp_path / "not" / "yet")
+
+
+def test_too_little_text_to_train_on(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Log of the brig Heron.")
+    with pytest.raises(RecipeError, match="expected at least 1024 to train on"):
+        train_qlora(notebook.files("qmerge.demo") / "base-nf4", text, tmp_path / "adapter")
