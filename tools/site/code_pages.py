@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from markup import cell, table
 
+import qmerge
 from qmerge import plugins
 from qmerge.formats import all_formats
 from qmerge.formats.base import Format, TargetFormat
@@ -73,8 +74,10 @@ report.verdict, report.gain_kept, report.kl_ratio, report.warnings
       filters: ["Error$"]
 """
 
-FUNCTIONS = ("merge", "measure", "plan", "inspect", "verify", "fidelity")
-RESULTS = ("qmerge.report.result.Report", "qmerge.report.result.Checks", "qmerge.schema.FidelityRecord")
+FIRST = ("merge", "measure", "plan", "inspect", "verify", "fidelity")
+"""The order of the page; further functions follow by name."""
+
+RESULTS = ("Report", "Checks")
 
 
 def recipes() -> str:
@@ -118,6 +121,14 @@ def _code(word: str | None) -> str:
 
 def python() -> str:
     """The public functions and classes, by mkdocstrings."""
-    functions = "\n\n".join(f"::: qmerge.api.{name}" for name in FUNCTIONS)
-    results = "\n\n".join(f"::: {name}\n    options:\n      heading_level: 3" for name in RESULTS)
+    public = [name for name in qmerge.__all__ if name not in (*RESULTS, "__version__")]
+    ordered = [*FIRST, *sorted(set(public) - set(FIRST))]
+    functions = "\n\n".join(f"::: {_defined(name)}" for name in ordered)
+    returned = [*map(_defined, RESULTS), "qmerge.schema.FidelityRecord"]
+    results = "\n\n".join(f"::: {name}\n    options:\n      heading_level: 3" for name in returned)
     return PYTHON_PAGE.format(functions=functions, results=results)
+
+
+def _defined(name: str) -> str:
+    """Where a public name is defined: mkdocstrings reads the code there."""
+    return f"{getattr(qmerge, name).__module__}.{name}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from markup import literal
+from markup import cell, literal
 
 from qmerge import errors as qmerge_errors
 from qmerge.errors import QmergeError
@@ -39,19 +39,6 @@ Exit codes without a message of this kind: 0 (done), 1 (a bug: please report the
 This page is made of the code.
 """
 
-WHAT_TO_DO = {
-    "RecipeError": "The command line or the recipe is wrong. Nothing was read or written.",
-    "InputError": "An input file is wrong.",
-    "CheckpointError": "The base, the original, or a folder that should be checked is wrong.",
-    "TokenizerError": "The tokenizer cannot be loaded, or belongs to another model.",
-    "AdapterError": "The adapter is wrong, or does not fit the base.",
-    "NeedsBaseError": "The adapter can only be read together with its base: give `--base`.",
-    "NumbersError": "There are values that the target cannot store. Another target, such as bf16, often can.",
-    "RoomError": "There is not enough disk space or memory. After making room, the same command with `--resume` goes on.",
-    "DiskError": "The disk failed or refused. After repair, the same command with `--resume` goes on.",
-    "StoppedError": "The run was interrupted. The same command with `--resume` goes on.",
-}
-
 
 @dataclass(frozen=True, order=True)
 class Message:
@@ -72,7 +59,7 @@ def errors() -> str:
         for name in [name for name, error in CLASSES.items() if error.exit_code == code]:
             mine = [message for message in found if message.error == name]
             if mine:
-                parts.append(f"### {name}\n\n{WHAT_TO_DO[name]}\n\n{_listed(mine)}")
+                parts.append(f"### {name}\n\n{cell(CLASSES[name].__doc__ or '')}\n\n{_listed(mine)}")
     return "\n\n".join(parts) + "\n"
 
 
