@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qmerge.formats import get_format
-from qmerge.plugins import names
+from qmerge.formats.serving import programs_for
+from qmerge.gguf.output import FILE
 from qmerge.recipe import Recipe
 from qmerge.report.headline import OTHER_TEXT
 from qmerge.schema import ReportData, overall_kept
@@ -71,7 +71,7 @@ def next_steps(report: ReportData) -> list[NextStep]:
     # A good verdict on text that is not the user's own is no result for the task.
     if fidelity.text_kind in OTHER_TEXT:
         steps.append(NextStep("Measure it on a text of your own task:", "qmerge verify OUT --text FILE"))
-    steps.append(_step_to_use(report))
+    steps += _steps_to_use(report)
     if fidelity.verdict == "mostly kept":
         steps += _steps_to_repair(report)[:1]
     return steps
@@ -90,10 +90,21 @@ def _steps_without_verdict(report: ReportData) -> list[NextStep]:
     return steps
 
 
-def _step_to_use(report: ReportData) -> NextStep:
+def _steps_to_use(report: ReportData) -> list[NextStep]:
+    steps = [NextStep("Check the files:", "qmerge verify OUT")]
     target = report.recipe["target"]
-    loaders = f" It is loaded by {get_format(target).info.loaders}." if target in names("formats") else ""
-    return NextStep(f"Check the files, then use the model.{loaders}", "qmerge verify OUT")
+    programs = programs_for(target)
+    # The commands are those of models that write text.
+    if programs and report.fidelity and report.fidelity.judged == "next tokens":
+        first = programs[0]
+        remark = first.remarks.get(target)
+        note = f" ({remark.replace('`', '')})" if remark else ""
+        others = ", ".join(program.title for program in programs[1:])
+        also = f" {others} can load it, too." if others else ""
+        steps.append(
+            NextStep(f"Use it, here with {first.title}{note}.{also}", first.command("OUT", file=FILE, on_hub=False))
+        )
+    return steps
 
 
 def _steps_to_repair(report: ReportData) -> list[NextStep]:

@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from qmerge.cli import app
+from qmerge.formats.serving import programs_for
 from qmerge.recipe import Recipe, make_recipe
 from qmerge.report.next_steps import merge_command, next_steps
 from qmerge.schema import CalibrationRecord, FidelityRecord, ReportData
@@ -92,13 +93,17 @@ def shown(case: str) -> tuple[ReportData, list[str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_commands_that_the_program_reads(case: str) -> None:
     measured, expected = shown(case)
-    commands = [step.command for step in next_steps(measured) if step.command]
+    commands = [step.command for step in next_steps(measured) if step.command and step.command.startswith("qmerge")]
     assert len(commands) == len(expected)
     for command, words in zip(commands, expected, strict=True):
         assert words in command
         assert parsed(command.replace(" FILE", " f.txt"))
 
 
-def test_steps_do_not_repair_what_is_kept() -> None:
-    (only,) = next_steps(shown("kept")[0])
-    assert only.text.startswith("Check the files, then use the model. It is loaded by transformers")
+def test_what_is_kept_is_used_and_not_repaired() -> None:
+    check, use = next_steps(shown("kept")[0])
+    assert check.command == "qmerge verify OUT"
+    program, *others = programs_for("nf4")
+    assert use.command == program.command("OUT", on_hub=False) and "OUT" in use.command
+    assert program.title in use.text and all(other.title in use.text for other in others)
+    assert len(next_steps(report(recipe={"target": "nowhere"}, fidelity=KEPT))) == 1
