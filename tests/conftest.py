@@ -42,6 +42,15 @@ class FlatKernels:
         )
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """`make coverage` records which test function runs a line, for tools/mutants.py."""
+    if "coverage" not in sys.modules:
+        return
+    measured = sys.modules["coverage"].Coverage.current()
+    if measured is not None:
+        measured.switch_context(nodeid.partition("[")[0])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sound_bitsandbytes() -> None:
     """The oracle must be right on every CPU. With AVX512-BF16, bitsandbytes 0.50 also repacks 4-bit weights in their first

@@ -21,7 +21,7 @@ from .conftest import Cli, snapshot
 
 WITH_SETTINGS = {"merge": qmerge.merge, "plan": qmerge.plan, "measure": qmerge.measure}
 OTHERS = {"inspect": qmerge.inspect, "verify": qmerge.verify, "fidelity": qmerge.fidelity, "push": qmerge.push}
-OF_THEIR_OWN = {"merge": {"resume", "quiet"}, "plan": set(), "measure": {"targets", "quiet"}}
+OF_THEIR_OWN = {"merge": {"resume", "quiet"}, "plan": {"served_with"}, "measure": {"targets", "quiet"}}
 """Arguments that are no settings of a recipe."""
 
 

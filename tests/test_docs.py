@@ -31,7 +31,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 TEXTS = [*PAGES, *sorted((ROOT / "recipes").iterdir()), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
-OF_OTHER_TOOLS = {"migration.md": {"--lora-model-dir", "--model", "--adapter-path", "--save-path"}}
+OF_OTHER_TOOLS = {
+    "migration.md": {"--lora-model-dir", "--model", "--adapter-path", "--save-path"},
+    "CHANGELOG.md": {"--lora", "--model", "--output-dir", "--quantize"},
+}
 """Page → options in the commands of other tools."""
 MODELS = [
     model for model in vars(schema).values()
@@ -182,7 +185,8 @@ def test_table_of_programs_is_the_code() -> None:
 
 def benchmark_options() -> set[str]:
     scripts = [
-        *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "tests/run/faults.py", ROOT / "Makefile",
+        *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "tests/run/faults.py",
+        ROOT / "tests/golden/__main__.py", ROOT / "Makefile",
     ]  # fmt: skip
     of_uvx_and_pipx = {"--from", "--spec"}
     return of_uvx_and_pipx.union(*(re.findall(r"--[a-z-]+", path.read_text()) for path in scripts))
