@@ -6,7 +6,8 @@
     python tools/mutants.py --table                     # counts, and every mutant that survived
 
 The mutants are those of cosmic-ray. A random sample of the same size is drawn from each part in ``PARTS``: first places in the
-code, then one of the changes that are possible there. Changes of annotations and docstrings are left out: nothing can see them.
+code, then one of the changes that are possible there. Changes of annotations, docstrings and decorators (``frozen``, ``cache``)
+are left out, because no result depends on them; so are operators that no programmer would take by mistake (``|`` for a product).
 
 Work is done in a copy of the files that git tracks. One process imports torch and transformers once; each mutant is tested in a
 fork of it, by the tests that run its line, those that run the fewest lines first. At module level, and in compiled kernels, which
@@ -38,6 +39,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from covering_tests import CoveringTests
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "formats": ["qmerge/formats", "qmerge/grids.py"],
@@ -49,21 +52,16 @@ LEFT_OUT = ("qmerge/rounding/_block_kernels.py",)
 """Kernels for a GPU: the fast tests cannot run them."""
 
 PRELOADED = (
-    "torchao",
-    "compressed_tensors",
-    "hqq",
-    "gguf",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "numba",
-    "pytest",
-    "hypothesis",
-    "pydantic",
-    "huggingface_hub",
-)
+    "torch", "torchao", "transformers", "peft", "bitsandbytes", "compressed_tensors", "hqq", "gguf", "numba", "pydantic",
+    "huggingface_hub", "pytest", "hypothesis",
+)  # fmt: skip
 """Imported once, before the forks. Nothing of qmerge may be among them."""
+
+BINARY = frozenset(
+    {"Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_FloorDiv", "Pow_Mul", "LShift_RShift", "RShift_LShift",
+     "BitAnd_BitOr", "BitOr_BitAnd", "BitXor_BitOr"}
+)  # fmt: skip
+"""Replacements of binary operators, of cosmic-ray's 132. The others fail as soon as the line is run on tensors of floats."""
 
 RESULTS = ROOT / "logs" / "mutants.jsonl"
 
@@ -88,7 +86,7 @@ class Mutant:
 
 
 def meaning(source: str) -> str | None:
-    """The syntax tree without what cannot be seen from outside: annotations and docstrings. None: it is no Python.
+    """The syntax tree without annotations, docstrings and decorators. None: it is no Python.
 
     cosmic-ray takes the ``*`` in front of keyword-only parameters for an operator.
     """
@@ -99,6 +97,8 @@ def meaning(source: str) -> str | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.decorator_list = []
         if isinstance(node, ast.arg):
             node.annotation = None
         if isinstance(node, ast.AnnAssign):
@@ -117,6 +117,17 @@ def mutated(source: str, operator: str, occurrence: int) -> str:
     return str(changed)
 
 
+def is_plausible(operator: str) -> bool:
+    """Whether a name of cosmic-ray's is that of a change to try."""
+    kind, _, change = operator.partition("_")
+    if kind == "ReplaceBinaryOperator":
+        return change in BINARY
+    if kind == "ReplaceComparisonOperator":
+        old, new = change.split("_")
+        return ("Is" in old) == ("Is" in new)
+    return operator not in ("NoOp", "RemoveDecorator")
+
+
 def mutants_of(part: str, path: Path) -> Iterator[Mutant]:
     """Every mutant of a file, those of annotations included."""
     from cosmic_ray.ast import ast_nodes, get_ast_from_path
@@ -124,7 +135,7 @@ def mutants_of(part: str, path: Path) -> Iterator[Mutant]:
 
     nodes = list(ast_nodes(get_ast_from_path(path)))
     for name in sorted(operator_names()):
-        if get_operator(name).arguments() or name.endswith("NoOp"):
+        if get_operator(name).arguments() or not is_plausible(name.partition("/")[2]):
             continue
         operator = get_operator(name)()
         positions = [position for node in nodes for position in operator.mutation_positions(node)]
@@ -162,80 +173,6 @@ def draw(count: int, seed: int) -> list[Mutant]:
         chosen.append(of_part)
     # One of each part in turn, so that a run that is stopped early is a sample of all parts, too.
     return [of_part[k] for k in range(max(map(len, chosen))) for of_part in chosen if k < len(of_part)]
-
-
-# --- the tests that run a line ---------------------------------------------------------------------------------------
-
-
-class Tests:
-    """Which test functions run a line, from the data of ``make coverage``."""
-
-    def __init__(self, data: Path) -> None:
-        from coverage import CoverageData
-
-        self._data = CoverageData(str(data))
-        self._data.read()
-        files = sorted(name for name in self._data.measured_files() if name.startswith("qmerge/"))
-        if not files:
-            raise SystemExit(f"{data} holds no measured files: run `make coverage` first")
-        self._by_file = {name: self._data.contexts_by_lineno(name) for name in files}
-        self._breadth: Counter[str] = Counter()
-        for lines in self._by_file.values():
-            for tests in lines.values():
-                self._breadth.update(tests)
-
-    def of(self, mutant: Mutant) -> list[str]:
-        """Test functions that run the statement of a mutant, those that run the fewest lines first."""
-        path = ROOT / mutant.file
-        tests: set[str] = set()
-        statement = statement_in_function(ast.parse(path.read_text()), mutant.line)
-        if statement:
-            tests = self._tests(mutant.file, statement)
-        else:
-            without_kernels = path.with_name(path.name.replace("_kernels", "")).relative_to(ROOT).as_posix()
-            tests = self._tests_of_functions(mutant.file) or self._tests_of_functions(without_kernels)
-        return sorted(tests, key=lambda test: (self._breadth[test], test))
-
-    def _tests(self, file: str, lines: range) -> set[str]:
-        contexts = self._by_file.get(file, {})
-        return {test for line in lines for test in contexts.get(line, ()) if test}
-
-    def _tests_of_functions(self, file: str) -> set[str]:
-        path = ROOT / file
-        if not path.is_file():
-            return set()
-        found: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                found |= self._tests(file, range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1))
-        return found
-
-
-def statement_in_function(tree: ast.Module, line: int) -> range | None:
-    """Lines of the innermost statement at a line (of a compound one: its header); None outside functions, and in compiled
-    ones."""
-    found: range | None = None
-
-    def visit(body: list[ast.stmt], inside: bool) -> None:
-        nonlocal found
-        for node in body:
-            end = node.end_lineno or node.lineno
-            if not node.lineno <= line <= end:
-                continue
-            is_function = isinstance(node, ast.FunctionDef)
-            if is_function and any("jit" in ast.dump(decorator) for decorator in node.decorator_list):
-                return
-            inner = [
-                getattr(node, name) for name in ("body", "orelse", "finalbody", "handlers") if getattr(node, name, None)
-            ]
-            header_end = inner[0][0].lineno - 1 if inner else end
-            if inside:
-                found = range(node.lineno, max(header_end, node.lineno) + 1)
-            for statements in inner:
-                visit(statements, inside or is_function)
-
-    visit(tree.body, False)
-    return found
 
 
 # --- one mutant in a fork --------------------------------------------------------------------------------------------
@@ -315,6 +252,13 @@ def preload() -> None:
     assert "qmerge" not in sys.modules
 
 
+def first_difference(source: str, changed: str) -> tuple[str, str]:
+    """The first lines that differ; an empty one for a line that was removed."""
+    old, new = source.splitlines(), changed.splitlines()
+    k = next(k for k, (before, after) in enumerate(zip(old, new, strict=False)) if before != after)
+    return old[k].strip(), new[k].strip() if len(old) == len(new) else ""
+
+
 def test_mutant(mutant: Mutant, tests: list[str], folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Change the copy, run the tests, and change it back."""
     path, log = folder / mutant.file, folder.parent / "log"
@@ -326,18 +270,17 @@ def test_mutant(mutant: Mutant, tests: list[str], folder: Path, arguments: argpa
         code = in_fork(folder, tests, log, arguments.seconds) if tests else 0
     finally:
         path.write_text(source)
-    line = changed.splitlines()[mutant.line - 1].strip()
+    was, now = first_difference(source, changed)
     outcome = {0: "survived", 1: "killed", None: "killed: time"}.get(code, "killed: does not import")
     if code == 5:  # pytest has found no test: all of them are slow
         outcome = "survived"
-    was = source.splitlines()[mutant.line - 1].strip()
     by = failed_test(log) if outcome == "killed" else ""
     seconds = round(time.monotonic() - begin, 1)
     return {
         **asdict(mutant),
         "outcome": outcome,
         "was": was,
-        "is": line,
+        "is": now,
         "tests": len(tests),
         "by": by,
         "seconds": seconds,
@@ -349,7 +292,7 @@ def test_mutant(mutant: Mutant, tests: list[str], folder: Path, arguments: argpa
 
 def work(arguments: argparse.Namespace) -> None:
     """Test the sample, and then the killers on unchanged code."""
-    tests = Tests(arguments.data)
+    tests = CoveringTests(arguments.data)
     known = {record["key"] for record in read(arguments.results)}
     preload()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +302,7 @@ def work(arguments: argparse.Namespace) -> None:
         for mutant in draw(arguments.sample, arguments.seed):
             if mutant.key in known:
                 continue
-            found = test_mutant(mutant, tests.of(mutant)[: arguments.most], folder, arguments)
+            found = test_mutant(mutant, tests.of(mutant.file, mutant.line)[: arguments.most], folder, arguments)
             with arguments.results.open("a") as file:
                 file.write(json.dumps({"key": mutant.key, **found}) + "\n")
             print(
