@@ -82,7 +82,7 @@ def _whoami(api: HfApi) -> dict[str, Any]:
         raise HubError("the Hub cannot be reached: offline mode is on (HF_HUB_OFFLINE); unset it to upload a model")
     if not get_token():
         raise HubError(f"the Hub needs a token to write: {LOG_IN}")
-    with hub_errors("the token cannot be checked"):
+    with hub_errors("the Hub cannot be asked about the token"):
         user = api.whoami()
     token = (user.get("auth") or {}).get("accessToken") or {}
     # Other roles may write somewhere; where, is asked next.
@@ -180,12 +180,15 @@ def hub_errors(problem: str, advice: str = "") -> Iterator[None]:
 def _reason(error: Any) -> str:
     """An error of the Hub in words: its status, and what the server says."""
     status = error.response.status_code if error.response is not None else None
-    said = str(error.server_message or "").strip() or _first_line(error)
-    meaning = {
+    meanings = {
         401: f"the token is not valid: {LOG_IN}",
         403: f"the token may not do this: {LOG_IN}",
     }
-    return f"{meaning.get(status or 0, 'the Hub refused it')} ({status}: {said})"
+    meaning = meanings.get(status or 0, "the Hub refused it")
+    said = str(error.server_message or "").strip()
+    if not said and status not in meanings:
+        said = _first_line(error)
+    return f"{meaning} (status {status}{', ' if said else ''}{said})"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

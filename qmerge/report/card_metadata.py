@@ -35,6 +35,11 @@ STORAGE_TAGS = frozenset(
 
 MOST_TAGS = 100
 
+ORDER = (
+    "base_model", "datasets", "language", "library_name", *LICENCE_FIELDS, "pipeline_tag", "tags", "base_model_relation",
+)  # fmt: skip
+"""Fields of the card, in the order in which huggingface_hub writes them: so it changes nothing else when it edits the card."""
+
 
 def card_metadata(report: ReportData, plan: Plan) -> str:
     """The metadata as YAML."""
@@ -42,20 +47,19 @@ def card_metadata(report: ReportData, plan: Plan) -> str:
     quant_method = get_format(plan.target).info.quant_method
     # The Hub's button "Use this model" offers the programs that belong to this name.
     own_name = quant_method in ("mlx", "gguf")
-    fields: dict[str, Any] = {}
+    lists = {name: _united(folders, name) for name in MERGED_FIELDS}
+    fields: dict[str, Any] = {
+        "library_name": quant_method if own_name else "transformers",
+        **_licence(folders),
+        **_pipeline_tag(folders[0], plan),
+        **lists,
+        "tags": _tags(lists["tags"], plan.target, quant_method),
+    }
     origins = _origin_ids(report, plan)
     if origins:
-        fields = {"base_model": origins, "base_model_relation": _relation(report, plan)}
-    fields["library_name"] = quant_method if own_name else "transformers"
-    fields |= _licence(folders)
-    fields |= _pipeline_tag(folders[0], plan)
-    for name in MERGED_FIELDS:
-        values = _united(folders, name)
-        if name == "tags":
-            values = _tags(values, plan.target, quant_method)
-        if values:
-            fields[name] = values
-    return yaml.dump(fields, allow_unicode=True, sort_keys=False)
+        fields |= {"base_model": origins, "base_model_relation": _relation(report, plan)}
+    ordered = {name: fields[name] for name in ORDER if fields.get(name)}
+    return yaml.dump(ordered, allow_unicode=True, sort_keys=False)
 
 
 def _origin_ids(report: ReportData, plan: Plan) -> list[str]:

@@ -175,7 +175,7 @@ def test_card_metadata(folders: Folders) -> None:
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "mine", "LICENSE")
     assert {"qmerge", "qlora", "nf4", "bitsandbytes"} <= set(data["tags"])
     assert data["library_name"] == "transformers"
-    assert "language" not in data
+    assert data["language"] == ["de"]
     # As huggingface_hub itself would write it.
     assert (folders.out / "README.md").read_text().startswith(f"---\n{card.data.to_yaml()}\n---\n")
 
