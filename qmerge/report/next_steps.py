@@ -98,12 +98,12 @@ def _steps_to_use(report: ReportData) -> list[NextStep]:
     if programs and report.fidelity and report.fidelity.judged == "next tokens":
         first = programs[0]
         remark = first.remarks.get(target)
-        note = f" ({remark.replace('`', '')})" if remark else ""
-        others = ", ".join(program.title for program in programs[1:])
-        also = f" {others} can load it, too." if others else ""
-        steps.append(
-            NextStep(f"Use it, here with {first.title}{note}.{also}", first.command("OUT", file=FILE, on_hub=False))
-        )
+        sentences = [f"Use it, for example with {first.title}."]
+        if remark:
+            sentences.append(f"{remark.replace('`', '')}.")
+        if len(programs) > 1:
+            sentences.append(f"It can also be loaded by {', '.join(program.title for program in programs[1:])}.")
+        steps.append(NextStep(" ".join(sentences), first.command("OUT", file=FILE, on_hub=False)))
     return steps
 
 
