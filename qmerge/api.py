@@ -67,7 +67,7 @@ def merge(
     residual: int | None = None,
     promote: str | None = None,
     verify: PathLike | None = None,
-    continuations: int = 3,
+    continuations: int | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,
@@ -124,7 +124,7 @@ def merge(
         promote: extra bytes, such as ``"100MB"``, for leaving the weights that keep least unquantized.
         verify: held-out text to compare the merged model with the unmerged one: a txt or jsonl file.
         continuations: how many beginnings of the ``verify`` text the report quotes, with what base, unmerged and merged model
-            write after them; 0 keeps the text out of the report.
+            write after them; 0 keeps the text out of the report. None: 3, or 0 with ``push_to_hub``.
         min_kept: a model whose gain kept is less (where the whole model was not measured: the share of the delta) is not pushed
             to the Hub; on the command line, exit code 5 says so.
         max_kl_ratio: the same for a model whose KL ratio is larger.
@@ -199,7 +199,7 @@ def plan(
     residual: int | None = None,
     promote: str | None = None,
     verify: PathLike | None = None,
-    continuations: int = 3,
+    continuations: int | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,
@@ -275,7 +275,7 @@ def measure(
     residual: int | None = None,
     promote: str | None = None,
     verify: PathLike | None = None,
-    continuations: int = 3,
+    continuations: int | None = None,
     min_kept: float | None = None,
     max_kl_ratio: float | None = None,
     push_to_hub: str | None = None,

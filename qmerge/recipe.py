@@ -56,6 +56,9 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
 }  # fmt: skip
 """Fields that may differ between a run and its --resume, because no output byte of a weight depends on them."""
 
+QUOTED_BEGINNINGS = 3
+"""Beginnings of the held-out text in the report of a model that stays on this machine."""
+
 CHAIN = "chain"
 """The value of ``combine`` for adapters that are applied one after the other. It is not a plug-in like the other ways to
 combine deltas, because the delta of a later adapter may depend on what an earlier one made."""
@@ -254,9 +257,10 @@ class Recipe(BaseModel):
     verify: str | None = Field(
         None, description="compare the merged model with the unmerged one on this held-out text: txt or jsonl file"
     )
-    continuations: int = Field(
-        3,
-        description="quote this many beginnings of the verify text in the report, with what each model writes after them; 0: none",
+    continuations: int | None = Field(
+        None,
+        description="quote this many beginnings of the verify text in the report, with what each model writes after them "
+        "(default: 3; with push_to_hub, which publishes them: 0)",
         ge=0,
         le=100,
     )
@@ -385,6 +389,13 @@ class Recipe(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What must be the same for ``--resume``: everything that can change an output byte of a weight."""
         return self.model_dump(exclude=WITHOUT_EFFECT_ON_WEIGHTS)
+
+    @property
+    def quoted_beginnings(self) -> int:
+        """``continuations``, or its default: nobody's held-out text is published unasked."""
+        if self.continuations is not None:
+            return self.continuations
+        return 0 if self.push_to_hub else QUOTED_BEGINNINGS
 
     def to_yaml(self) -> str:
         """The recipe as ``qmerge run`` reads it, with all defaults, so that a later version makes the same model."""

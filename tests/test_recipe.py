@@ -92,7 +92,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"block-size": 64}, ["unknown key 'block-size'", "Did you mean 'block_size'?"]),
         ({"zzz": 1}, ["unknown key 'zzz'", "There are: base"]),
         ({"target": "nf5"}, ["'nf5'", "Did you mean 'nf4'?"]),
-        ({"target": "NF5"}, ["'nf5'", "nf4"]),
+        ({"target": "NF5"}, ["'NF5'", "Did you mean 'nf4'?"]),
         ({"target": "gptqq"}, ["'gptqq'", "There are:"]),
         ({"rounding": "neerest"}, ["'neerest'", "Did you mean 'nearest'?"]),
         ({"trained_on": "nf4_dq"}, ["trained_on", "nf4-dq", "'nf4_dq'"]),

@@ -49,7 +49,7 @@ def get_target(name: str) -> TargetFormat[Any]:
     fmt = get_format(known) if known else None
     if isinstance(fmt, TargetFormat):
         return fmt
-    help_line = meanings(name) or plugins.suggestion(name, [*all_targets(), *MIXES])
+    help_line = meanings(name) or plugins.suggestion(name.lower(), [*all_targets(), *MIXES])
     raise RecipeError(f"no target is called {name!r}. {help_line}")
 
 

@@ -68,6 +68,11 @@ def push(out: Path, reference: str, *, private: bool | None, quiet: bool, progre
     # What is wrong with the folder is said before the Hub is asked.
     report = _complete_report(out)
     destination = check_destination(reference, private)
+    if report.fidelity and report.fidelity.continuations:
+        progress.warn(
+            f"the report quotes {counted(len(report.fidelity.continuations), 'beginning')} of the text that the model was "
+            "verified on, and is pushed with it; --continuations 0 in the merge leaves them out"
+        )
     # A run that goes on in this folder would change files while they are read.
     with folder.locked(out):
         _name_in_card(out, str(report.recipe["target"]), destination.id)

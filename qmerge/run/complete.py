@@ -93,7 +93,7 @@ def add_fidelity(report: ReportData, run: Run, text: Path) -> ReportData:
             device=run.context.device,
             tokens=JUDGED_TOKENS,
             length=run.recipe.sequence_length,
-            continuations=run.recipe.continuations,
+            continuations=run.recipe.quoted_beginnings,
             report_progress=run.progress.report,
         )
         report = report.model_copy(update={"fidelity": record})
