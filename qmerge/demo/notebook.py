@@ -22,6 +22,8 @@ from qmerge.errors import QmergeError, RecipeError, RoomError
 from qmerge.evaluation import llama_cpp
 from qmerge.recipe import TrainedOn
 from qmerge.report.html import NAME as PAGE_NAME
+from qmerge.report.html import comparison_page
+from qmerge.report.result import Report
 from qmerge.report.terminal.console import NotedTable, make_table, with_notes
 from qmerge.wording import DASH, size_text
 
@@ -162,6 +164,11 @@ class Page:
 def page(out: str | Path) -> Page:
     """The report that a merge wrote, with its pictures."""
     return Page((Path(out) / PAGE_NAME).read_text(encoding="utf-8"))
+
+
+def comparison(reports: Mapping[str, Report]) -> Page:
+    """Several merges on one page, as ``qmerge compare`` writes it."""
+    return Page(comparison_page([report.data for report in reports.values()], list(reports)))
 
 
 def second_task(folder: Path) -> tuple[Path, Path]:
