@@ -74,7 +74,7 @@ def test_sdist_holds_the_project_and_nothing_else(sdist: Path) -> None:
     assert folders == {"qmerge", "tests", "tools", "recipes", "notebooks", "docs", "benchmarks"}
     assert {name for name in names if "/" not in name} == {
         "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "LICENSE", "Makefile",
-        "constraints.txt", "pyproject.toml", "PKG-INFO", ".gitignore",
+        "constraints.txt", "mkdocs.yml", "pyproject.toml", "PKG-INFO", ".gitignore",
     }  # fmt: skip
     assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
     assert sdist.stat().st_size < LARGEST_SDIST
@@ -89,7 +89,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
     packed = {name.removeprefix("qmerge/") for name in names if name.startswith("qmerge/")}
     assert packed == files(ROOT / "qmerge")
-    assert {"demo/base-nf4/model.safetensors", "report/templates/report.html", "py.typed"} <= packed
+    assert {"demo/base-nf4/model.safetensors", "report/html/templates/first_screen.html", "py.typed"} <= packed
     metadata = {name.removeprefix(f"{NAME}.dist-info/") for name in names if not name.startswith("qmerge/")}
     assert metadata == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
