@@ -25,7 +25,7 @@ def inspect_command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Describe an adapter, compare it with its base, or describe a model.
+    """Describe a model, or an adapter and how it fits its base.
 
     For an adapter: kind, ranks, scales, sizes, what it was trained on, and what looks wrong. For a model: how it is stored,
     its fingerprint, and what it was merged from.

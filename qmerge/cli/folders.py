@@ -170,7 +170,7 @@ def push_command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Upload a finished model to the Hub; goes on where an upload was interrupted.
+    """Upload a finished model to the Hub; if interrupted, repeat it.
 
     The token comes from HF_TOKEN or from `hf auth login`.
     """

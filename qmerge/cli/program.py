@@ -80,7 +80,7 @@ def root(
         bool,
         flag(
             "--version",
-            help="show the versions of qmerge and its libraries, and the device",
+            help="show the versions of libraries, and the device",
             rich_help_panel=HELP_PANEL,
         ),
     ] = False,

@@ -31,7 +31,7 @@ EXAMPLES = {
 def recipe_command(
     schema: Annotated[bool, flag("--schema", help="print the JSON schema of a recipe, for editors")] = False,
 ) -> None:
-    """Print a recipe with all options and their defaults, to save and edit."""
+    """Print a recipe with all options and their defaults, to be edited."""
     if schema:
         typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
     else:
