@@ -49,7 +49,7 @@ class Versions:
 
 # gptqmodel and compressed-tensors need newer versions of torch and transformers than qmerge itself.
 SETS = {
-    "lowest": Versions("lowest", uv_options=("--resolution", "lowest-direct")),
+    "lowest": Versions("lowest", extras=("gguf",), uv_options=("--resolution", "lowest-direct")),
     "newest": Versions("newest", extras=("all",)),
 }
 

@@ -197,7 +197,9 @@ def _unsqueeze(tensor: TracedTensor, axis: int) -> TracedTensor:
     return _reshape(tensor, (*tensor.shape[:axis], 1, *tensor.shape[axis:]))
 
 
-def _squeeze(tensor: TracedTensor, axis: int) -> TracedTensor:
+def _squeeze(tensor: TracedTensor, axis: int | None = None) -> TracedTensor:
+    if axis is None:  # transformers up to 5.18 removes all axes of length 1
+        return _reshape(tensor, tuple(size for size in tensor.shape if size != 1))
     axis %= tensor.ndim
     if tensor.shape[axis] != 1:  # as torch: nothing happens
         return tensor

@@ -516,6 +516,8 @@ def values_of(tensor: TracedTensor, sources: Mapping[str, Tensor]) -> Tensor:
     return result
 
 
+EVERY_NAME = [""]
+"""A part of every name: transformers up to 5.18 asks which weights to permute."""
 CASES: dict[str, tuple[ops.ConversionOps, list[list[tuple[int, ...]]], int]] = {
     "chunk": (ops.Chunk(dim=0), [[(6, 4)]], 3),
     "chunk, uneven": (ops.Chunk(dim=1), [[(6, 7)]], 3),
@@ -526,9 +528,9 @@ CASES: dict[str, tuple[ops.ConversionOps, list[list[tuple[int, ...]]], int]] = {
     "stack inside": (ops.MergeModulelist(dim=1), [[(6, 4)] * 5], 1),
     "unstack": (ops.SplitModulelist(dim=0), [[(5, 1, 4)]], 1),
     "transpose": (ops.Transpose(1, 2), [[(2, 3, 4)]], 1),
-    "rope": (ops.PermuteForRope(), [[(16, 5)]], 1),
-    "rope back": (ops.PermuteForRope(inverse=True), [[(16, 5)]], 1),
-    "rope of a bias": (ops.PermuteForRope(), [[(16,)]], 1),
+    "rope": (ops.PermuteForRope(permute_layer_names=EVERY_NAME), [[(16, 5)]], 1),
+    "rope back": (ops.PermuteForRope(permute_layer_names=EVERY_NAME, inverse=True), [[(16, 5)]], 1),
+    "rope of a bias": (ops.PermuteForRope(permute_layer_names=EVERY_NAME), [[(16,)]], 1),
     "convolution": (ops.Conv3dToLinear(3, (1, 2, 2)), [[(4, 3, 1, 2, 2)]], 1),
     "convolution back": (ops.LinearToConv3d(3, (1, 2, 2)), [[(4, 12)]], 1),
     "ernie": (ops.ErnieFuseAndSplitTextVisionExperts(), [[(3, 2)] * 4, [(3, 2)] * 4], 2),

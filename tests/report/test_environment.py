@@ -46,18 +46,16 @@ def test_version_names_libraries_and_device(cli: Cli) -> None:
     assert lines["python"] == platform.python_version()
     for library in ("torch", "transformers", "peft", "bitsandbytes"):
         loaded = __import__(library).__version__
-        assert loaded in (
-            lines[library],
-            f"{lines[library]}+{loaded.partition('+')[2]}",
-        )  # torch from PyPI: 2.15.0+cu132
+        # torch from PyPI calls itself 2.15.0+cu132, and its metadata 2.15.0.
+        assert lines[library] in (loaded, loaded.partition("+")[0])
     assert re.fullmatch(r"(cpu|cuda) \(.+\)", lines["device"])
 
 
 def test_version_imports_no_library_but_torch() -> None:
     code = "import sys; sys.argv = ['qmerge', '--version']\nimport qmerge.cli\ntry: qmerge.cli.main()\nexcept SystemExit: pass\n"
-    check = f"{code}print([name in sys.modules for name in ('torch', 'transformers', 'peft', 'bitsandbytes', 'rich')])"
+    check = f"{code}print([name in sys.modules for name in ('torch', 'transformers', 'peft', 'bitsandbytes')])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[True, False, False, False, False]"
+    assert done.stdout.splitlines()[-1] == "[True, False, False, False]"
 
 
 def test_version_without_a_library(cli: Cli, installed: dict[str, str | None]) -> None:
