@@ -13,6 +13,7 @@ from qmerge.calibration.layered import LayeredModel, Values
 from qmerge.calibration.texts import load_tokenizer
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.checkpoint.scan import Checkpoint
+from qmerge.errors import QmergeError
 from qmerge.evaluation.stored import layered_stored_model
 from qmerge.planning.plan import Plan
 from qmerge.schema import ContinuationRecord
@@ -61,7 +62,12 @@ def continue_texts(
         whole: Any = model.model
         if not fits_whole(model, plan.recipe.max_memory) or not whole.can_generate():
             return []
-        written[name] = _continued(model, values, prompts_NL, tokenizer)
+        try:
+            written[name] = _continued(model, values, prompts_NL, tokenizer)
+        except QmergeError:
+            raise
+        except Exception:  # every architecture's own code may raise something else, and the scores are measured
+            return []
         # One model at a time: the next one is as large.
         del model, values, whole
         release_freed_memory()

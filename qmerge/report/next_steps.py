@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qmerge.formats import get_target
 from qmerge.formats.serving import programs_for
 from qmerge.gguf.output import FILE
 from qmerge.recipe import Recipe
@@ -109,16 +110,18 @@ def _steps_to_use(report: ReportData) -> list[NextStep]:
 
 def _steps_to_repair(report: ReportData) -> list[NextStep]:
     """How to keep more: calibrate on text of the task, or give the worst weights more room; or choose another target."""
+    inputs = {name: report.recipe.get(name) for name in INPUTS_OF_PLAN}
+    plan = merge_command(inputs, out=None).replace("qmerge", "qmerge plan", 1)
+    other = "hoose another target. This predicts what each would keep:"
     changes: dict[str, Any] = {"calibration": "TRAINING.jsonl"}
     if "preserve" not in report.rounding:
         words = "Merge again with rounding that is calibrated on text like your training data:"
         changes["rounding"] = "preserve"
     elif report.calibration is None or not report.calibration.is_users_text:
         words = "Merge again, calibrated on text like your training data:"
+    elif report.recipe.get("promote") or get_target(report.recipe["target"]).info.container:
+        return [NextStep(f"C{other}", plan)]
     else:
         words = "Merge again, and leave the weights that keep least unquantized:"
         changes = {"promote": PROMOTED}
-    again = NextStep(words, merge_command(report.recipe, **changes, out="OUT-2"))
-    inputs = {name: report.recipe.get(name) for name in INPUTS_OF_PLAN}
-    plan = merge_command(inputs, out=None).replace("qmerge", "qmerge plan", 1)
-    return [again, NextStep("Or choose another target. This predicts what each would keep:", plan)]
+    return [NextStep(words, merge_command(report.recipe, **changes, out="OUT-2")), NextStep(f"Or c{other}", plan)]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -19,7 +21,10 @@ from pathlib import Path
 
 from qmerge.safetensors_io.disk import disk_errors
 
-NAME = re.compile(r"qmerge-[0-9a-f]{32}")
+PREFIX = f"qmerge-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+"""Also of this machine: several may share the folder, and locks of one may mean nothing to the others (NFS, Lustre)."""
+
+NAME = re.compile(rf"{PREFIX}[0-9a-f]{{32}}")
 
 
 @contextmanager
@@ -64,8 +69,8 @@ def _folder_of_process() -> Path:
 
 
 def remove_left_folders() -> None:
-    """Remove what killed runs of this user have left: the folders that no process has locked."""
-    for path in Path(tempfile.gettempdir()).glob("qmerge-*"):
+    """Remove what killed runs of this user have left on this machine: the folders that no process has locked."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if not NAME.fullmatch(path.name):
             continue
         with suppress(OSError):  # removed meanwhile, another user's, or in use
@@ -79,7 +84,7 @@ def remove_left_folders() -> None:
 
 
 def _new_path() -> Path:
-    return Path(tempfile.gettempdir()) / f"qmerge-{secrets.token_hex(16)}"
+    return Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(16)}"
 
 
 def _make(folder: Path, lock: list[int]) -> None:

@@ -16,13 +16,18 @@ def started_pool(threads: int, name: str, prepare: Callable[[], object] | None =
 
     Args:
         name: what the names of the threads begin with.
-        prepare: is called in each thread first.
+        prepare: is called in each thread first. What it raises is raised here.
     """
     started = threading.Barrier(threads + 1)
+    failures: list[BaseException] = []
 
     def start() -> None:
-        if prepare:
-            prepare()
+        try:
+            if prepare:
+                prepare()
+        except BaseException as failure:  # raised below: a pool that learns of it may leave a thread waiting
+            failures.append(failure)
+            started.abort()
         with suppress(threading.BrokenBarrierError):
             started.wait()
 
@@ -34,5 +39,7 @@ def started_pool(threads: int, name: str, prepare: Callable[[], object] | None =
     except BaseException:
         started.abort()
         pool.shutdown(wait=False)
+        if failures:
+            raise failures[0] from None
         raise
     return pool

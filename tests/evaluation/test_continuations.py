@@ -84,3 +84,18 @@ def test_a_private_text_is_kept_out(merged: Path, tmp_path: Path, cli: Cli) -> N
         out = tmp_path / f"out-{count}"
         assert cli(*asked, "--out", out, "--continuations", count).code == 0
         assert {path.name for path in out.iterdir() if "reactor" in path.read_text(errors="replace")} == names
+
+
+def test_a_model_that_cannot_write_is_judged_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions may end before the continuation does, and code of an architecture may raise anything."""
+
+    def failing(*_: object) -> list[str]:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(continuations, "_continued", failing)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:4000])
+    settings = {"base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest"}
+    report = qmerge.merge(**settings, out=tmp_path / "out", verify=text, sequence_length=96, device="cpu", quiet=True)
+    assert report.gain_kept is not None and report.data.fidelity is not None
+    assert report.data.fidelity.continuations == []

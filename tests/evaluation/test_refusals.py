@@ -17,6 +17,7 @@ from qmerge.evaluation.loaders import load_with_llama_cpp
 from qmerge.evaluation.media import _pixels, _sound, media_examples, media_files
 from qmerge.evaluation.recompute import _check_versions
 from qmerge.evaluation.stored import outputs_of
+from qmerge.report.make import IDENTITY_PACKAGES
 
 FILE = Path("model.gguf")
 
@@ -120,7 +121,7 @@ def test_a_model_that_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.M
 
 
 def test_weights_that_another_version_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = dict.fromkeys(verify_packages(), "0.0.1")
+    versions = dict.fromkeys(IDENTITY_PACKAGES, "0.0.1")
     with pytest.raises(CheckpointError, match=r"torch 0\.0\.1, not \d"):
         _check_versions(SimpleNamespace(versions=versions))  # type: ignore[arg-type]
 

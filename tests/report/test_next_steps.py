@@ -100,6 +100,16 @@ def test_steps_are_commands_that_the_program_reads(case: str) -> None:
         assert parsed(command.replace(" FILE", " f.txt"))
 
 
+@pytest.mark.parametrize("more", [{"target": "q4_k_m"}, {"promote": "100MB"}])
+def test_dense_weights_are_not_advised_where_they_cannot_be_or_are_already(more: dict[str, str]) -> None:
+    measured, _ = shown("lost on the user's text")
+    steps = next_steps(measured.model_copy(update={"recipe": {**measured.recipe, **more}}))
+    assert "Choose another target. This predicts what each would keep:" in [step.text for step in steps]
+    assert not any(
+        "--promote 100MB --out" in (step.command or "") or "leave the weights" in step.text for step in steps
+    )
+
+
 def test_what_is_kept_is_used_and_not_repaired() -> None:
     check, use = next_steps(shown("kept")[0])
     assert check.command == "qmerge verify OUT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qmerge.safetensors_io.temporary import remove_left_folders, temporary_folder
+from qmerge.safetensors_io.temporary import PREFIX, remove_left_folders, temporary_folder
 
 
 @pytest.fixture
@@ -82,15 +83,28 @@ with temporary_folder():
 def test_the_next_run_removes_what_a_killed_one_has_left(place: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "TMPDIR": str(place)}, check=False)
     assert killed.returncode == -signal.SIGKILL and len(names(place)) == 2
-    for name in ("qmerge-mine", f"qmerge-{'0' * 31}", "other"):
+    of_another_machine = f"qmerge-{'0' * 8}-{'0' * 32}"
+    kept = {"qmerge-mine", f"{PREFIX}{'0' * 31}", of_another_machine, "other"}
+    for name in kept:
         (place / name).mkdir()
-    (place / f"qmerge-{'1' * 32}").symlink_to(place / "other")
-    kept = {"qmerge-mine", f"qmerge-{'0' * 31}", f"qmerge-{'1' * 32}", "other"}
+    (place / f"{PREFIX}{'1' * 32}").symlink_to(place / "other")
+    kept.add(f"{PREFIX}{'1' * 32}")
     with temporary_folder() as folder:
         assert set(names(place)) == {*kept, folder.name}
         remove_left_folders()  # as another run: this one is in use
         assert folder.exists()
     assert set(names(place)) == kept
+
+
+def test_the_folder_of_another_user_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = place / f"{PREFIX}{'2' * 32}"
+    left.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        remove_left_folders()
+    assert left.exists()
+    remove_left_folders()
+    assert not left.exists()
 
 
 def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
@@ -108,3 +122,21 @@ def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
     monkeypatch.setattr(Path, "mkdir", mkdir)
     with temporary_folder() as folder:
         assert folder.is_dir() and len(removed) == 2
+
+
+def test_a_folder_that_is_removed_while_it_is_being_locked_is_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run held the lock, and removes the folder as the last thing it does."""
+    lock = fcntl.flock
+    removed: list[Path] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        lock(descriptor, operation)
+        if not removed:
+            removed.extend(place.iterdir())
+            shutil.rmtree(removed[0])
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with temporary_folder() as folder:
+        assert folder.is_dir() and removed == [folder]

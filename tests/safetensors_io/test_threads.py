@@ -41,6 +41,24 @@ def test_all_threads_run_and_were_prepared() -> None:
     pool.shutdown()
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_prepare_raises_is_raised(number: int) -> None:
+    """In the last thread, too: the others wait for it."""
+    called: list[None] = []
+
+    def prepare() -> None:
+        called.append(None)
+        if len(called) == number:
+            raise MemoryError("no room for a thread")
+
+    with pytest.raises(MemoryError, match="no room for a thread"):
+        started_pool(3, "unprepared", prepare)
+    deadline = time.monotonic() + 10
+    while threads_named("unprepared") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads_named("unprepared")
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_no_thread_is_left_of_a_pool_that_was_interrupted(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
