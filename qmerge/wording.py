@@ -13,7 +13,7 @@ def percent(share: float) -> str:
     """A fraction of 1 as a percentage. ``0.0123`` → ``1.2 %``: two digits below 10 %, whole numbers above."""
     value = 100 * share
     if 0 < abs(value) < 0.01:
-        return "< 0.01 %" if value > 0 else "-0.0 %"
+        return "< 0.01 %" if value > 0 else "> -0.01 %"
     if value == 0 or abs(value) >= 9.95:  # 9.95 would be shown as 10.0, three digits
         return f"{value:.0f} %"
     if abs(value) >= 0.95:

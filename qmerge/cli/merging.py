@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -193,9 +194,10 @@ def run_merge(settings: dict[str, Any], *, resume: bool, shard: str | None, json
         _run_part(recipe, shard, resume=resume, json=json, progress=progress)
         return
     # A run that ends in a patch keeps nothing that --resume could go on with.
+    started = time.monotonic()
     with nothing_to_resume() if recipe.patch else nullcontext():
         report, patch = direct.merge(recipe, resume, progress)
-    _end_merge(report, recipe, patch, json=json, progress=progress)
+    _end_merge(report, recipe, patch, seconds=time.monotonic() - started, json=json, progress=progress)
 
 
 def _run_part(recipe: Recipe, shard: str, *, resume: bool, json: bool, progress: TerminalProgress) -> None:
@@ -214,9 +216,13 @@ def _run_part(recipe: Recipe, shard: str, *, resume: bool, json: bool, progress:
 
 
 def _end_merge(
-    report: ReportData, recipe: Recipe, patch: Summary | None, *, json: bool, progress: TerminalProgress
+    report: ReportData, recipe: Recipe, patch: Summary | None, *, seconds: float, json: bool, progress: TerminalProgress
 ) -> None:
-    """Print what survived, upload the model if the recipe says so, and end with the exit code."""
+    """Print what survived, upload the model if the recipe says so, and end with the exit code.
+
+    Args:
+        seconds: all of the run, the judging of the finished model included.
+    """
     from qmerge import publish
 
     if json:
@@ -224,7 +230,7 @@ def _end_merge(
     else:
         print_report(report)
         progress.warn_again(report.warnings)
-        for line in _closing_lines(recipe, report.seconds, patch):
+        for line in _closing_lines(recipe, report.seconds, seconds, patch):
             typer.echo(line)
     publish.push_merged(report, recipe, quiet=progress.quiet, progress=progress)
     raise typer.Exit(exit_code([report], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
@@ -238,14 +244,15 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
     return make_recipe(settings)
 
 
-def _closing_lines(recipe: Recipe, seconds: float, patch: Summary | None) -> list[str]:
+def _closing_lines(recipe: Recipe, to_write: float, in_all: float, patch: Summary | None) -> list[str]:
     """Where the result is, and what to do with it."""
     if patch is None:
         from qmerge.gguf.output import FILE
 
         file = Path(recipe.out or ".").expanduser() / FILE
         written = file if file.is_file() else recipe.out
-        return [f"Written to {written} in {seconds:.0f} s. Check it with: qmerge verify {recipe.out}"]
+        judged = f", judged in {max(in_all - to_write, 0):.0f} s" if recipe.verify else ""
+        return [f"Written to {written} in {to_write:.0f} s{judged}. Check it with: qmerge verify {recipe.out}"]
     revision = f" --revision {recipe.revision}" if recipe.revision else ""
     return [*patch.lines(), f"To get the merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"]
 

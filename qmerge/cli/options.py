@@ -58,6 +58,9 @@ INTERRUPTED = (
 )
 
 
+STOPPED = "interrupted. There is nothing to go on with: run the same command again."
+
+
 def flag(*names: str, help: str, **more: Any) -> Any:
     """An option without a value; the help shows no placeholder for one."""
     return typer.Option(*names, help=help, metavar="", **more)
@@ -101,7 +104,7 @@ def with_recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable
             try:
                 command(**arguments)
             except KeyboardInterrupt as cause:  # typer would end the process without a word
-                raise StoppedError(INTERRUPTED) from cause
+                raise StoppedError(INTERRUPTED if "resume" in arguments else STOPPED) from cause
 
         call.__doc__ = command.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qmerge.base_check.declared import declared_warnings
@@ -59,14 +59,18 @@ class Preflight:
         lines += warnings_about_original(plan, self.original_gap)
         if self.uncalibrated:
             lines.append(self.uncalibrated)
-        # The predictions are about nearest rounding, or about stochastic where the recipe names it: they mean nothing for other
-        # weights.
-        rounding_of = {step.label: step.rounding for step in plan.merged}
-        told = {"nearest", plan.recipe.rounding} - {"preserve"}
-        others = [survival for survival in self.predicted if rounding_of[survival.module] in told]
-        if others:
-            lines += survival_warnings(others, predicted=True)
-        return lines
+        return [*lines, *predicted_warnings(plan, self.predicted)]
+
+
+def predicted_warnings(plan: Plan, predicted: Sequence[Survival]) -> list[str]:
+    """What the weights will lose, of those whose rounding can be predicted.
+
+    Predictions are about nearest rounding, or about stochastic where the recipe names it: they mean nothing for other weights.
+    """
+    rounding_of = {step.label: step.rounding for step in plan.merged}
+    told = {"nearest", plan.recipe.rounding} - {"preserve"}
+    found = [survival for survival in predicted if rounding_of[survival.module] in told]
+    return survival_warnings(found, predicted=True) if found else []
 
 
 def _show_nothing(_: str) -> None:

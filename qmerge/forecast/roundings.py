@@ -140,7 +140,7 @@ def _reason(need: _Need, predicted: Sequence[Survival]) -> str:
         if predicted and not any(survival.delta_squared for survival in predicted):
             return "the adapter changes nothing, because the delta of every weight is zero"
         return f"nearest rounding keeps {least} or more of every weight's delta (predicted)"
-    reason = f"nearest rounding would keep only {least} of the delta in the worst weight (predicted)"
+    reason = f"nearest rounding would keep {_only(least)} of the delta in the worst weight (predicted)"
     if need.too_coarse and not need.lost:
         worst = percent(max(need.too_coarse.values()))
         reason = f"nearest rounding would change weights by {worst} of their size (predicted)"
@@ -148,6 +148,10 @@ def _reason(need: _Need, predicted: Sequence[Survival]) -> str:
     if others:
         reason += f"; {others} of {len(predicted)} weights keep enough and are rounded to nearest"
     return reason
+
+
+def _only(share: str) -> str:
+    return "nothing" if share == "0 %" else f"only {share}"
 
 
 def _requantized_names(plan: Plan) -> list[str]:

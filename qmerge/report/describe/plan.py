@@ -17,10 +17,10 @@ from qmerge.forecast.calibration import tokens_of_source
 from qmerge.forecast.kinds import predict_kinds
 from qmerge.forecast.original import original_gap
 from qmerge.forecast.predict import Survival
-from qmerge.forecast.preflight import target_warnings, warnings_about_original
-from qmerge.forecast.roundings import choose_roundings
+from qmerge.forecast.preflight import predicted_warnings, target_warnings, warnings_about_original
+from qmerge.forecast.roundings import choose_roundings, rounding_names
 from qmerge.forecast.targets import Candidate, all_candidates, resolve_auto
-from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings, survival_warnings
+from qmerge.forecast.warnings import ANOTHER_MODEL, interference_warnings
 from qmerge.planning.inputs import Inputs, read_inputs
 from qmerge.planning.plan import Plan, make_run_context, plan_from, retargeted
 from qmerge.recipe import Recipe
@@ -83,7 +83,8 @@ def describe_plan(recipe: Recipe, target_given: bool, served_with: str | None = 
             prediction = predict_kinds(plan, context)
             predicted = prediction.survivals
             if recipe.rounding == "auto":
-                plan, _ = choose_roundings(plan, predicted)
+                plan, reason = choose_roundings(plan, predicted)
+                described["notes"].append(f"Rounding {rounding_names(plan)}: {reason}.{_unpredicted(plan)}")
             described |= _describe_work(plan, predicted)
             described["predicted_from"]["weights"] = prediction.read
             relative_sizes = {survival.module: survival.relative_size for survival in predicted}
@@ -91,10 +92,17 @@ def describe_plan(recipe: Recipe, target_given: bool, served_with: str | None = 
             described["warnings"] += delta_size_warnings(plan, relative_sizes)
             gap = original_gap(plan, predicted, context)
             described["warnings"] += warnings_about_original(plan, gap)
-            described["warnings"] += survival_warnings(predicted, predicted=True)
+            described["warnings"] += predicted_warnings(plan, predicted)
         elif recipe.original:
             described["warnings"].append(f"the adapter was trained on the quantized base. {ANOTHER_MODEL}")
         return described
+
+
+def _unpredicted(plan: Plan) -> str:
+    """A sentence about weights of which the numbers say what another rounding would keep."""
+    if not any(step.rounding == "preserve" for step in plan.rounded):
+        return ""
+    return " What preserve keeps is measured in the merge; the numbers here are those of nearest."
 
 
 def _describe_candidate(candidate: Candidate) -> dict[str, Any]:
