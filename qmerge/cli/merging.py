@@ -85,12 +85,13 @@ def finalize_command(
     from qmerge.report.terminal.progress import TerminalProgress
 
     progress = TerminalProgress(quiet)
+    started = time.monotonic()
     try:
         report = run.finalize(out, progress)
     except KeyboardInterrupt as cause:
         raise StoppedError("interrupted. All parts are kept; the same command goes on.") from cause
     recipe = make_recipe({**report.recipe, "out": str(out)})
-    _end_merge(report, recipe, None, json=json, progress=progress)
+    _end_merge(report, recipe, None, seconds=time.monotonic() - started, json=json, progress=progress)
 
 
 @with_recipe_options(*PLAN_FIELDS)
