@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ LFS_FILES = (".safetensors", ".gguf", ".bin")
 
 @dataclass
 class Repo:
-    """A model: its files, and what was committed."""
+    """A model: its files, and what was committed. Of a gated one, only its owner gets files; everybody sees their names."""
 
     files: dict[str, bytes]
     private: bool = False
+    gated: bool = False
     commits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -56,6 +58,9 @@ class HubServer:
         self.requests: list[str] = []
         self.failing_uploads = 0
         self.busy_answers = 0
+        self.silent_seconds = 0.0
+        self.knows_ranges = True
+        self.organizations: list[str] = []
         self.url = ""
 
     def add(self, hub_id: str, folder: Path, **more: bytes) -> Repo:
@@ -118,6 +123,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def open_repo(self, hub_id: str) -> Repo | None:
+        """A repository whose files the user may get."""
+        repo = self.repo(hub_id)
+        if repo is not None and repo.gated and self.user != owner_of(hub_id):
+            self.fail(403, "Access to this model is restricted", "GatedRepo")
+            return None
+        return repo
+
     # --- requests ---
 
     def dispatch(self) -> None:
@@ -137,12 +150,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             return self.fail(401, "Invalid credentials in Authorization header")
         role = "read" if READER in self.headers["authorization"] else "write"
+        organizations = [{"name": name} for name in self.hub.organizations]
         return self.send(
-            {"name": self.user, "orgs": [], "auth": {"type": "access_token", "accessToken": {"role": role}}}
+            {"name": self.user, "orgs": organizations, "auth": {"type": "access_token", "accessToken": {"role": role}}}
         )
 
     def auth_check(self, id: str, write: str | None) -> None:
-        if self.repo(id) is None:
+        if self.open_repo(id) is None:
             return None
         if write and not self.may_write(id):
             return self.fail(403, "You don't have the rights to write")
@@ -180,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send([self.entry(name, repo.files[name]) for name in wanted if name in repo.files])
 
     def resolve(self, id: str, revision: str, file: str) -> None:
-        repo = self.repo(id)
+        repo = self.open_repo(id)
         if repo is None:
             return None
         if file not in repo.files:
@@ -188,6 +202,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.busy_answers and "range" in self.headers:
             self.hub.busy_answers -= 1
             return self.fail(503, "busy")
+        if self.hub.silent_seconds and "range" in self.headers:
+            time.sleep(self.hub.silent_seconds)
+            self.close_connection = True
+            return None
+        if not self.hub.knows_ranges and "range" in self.headers:
+            # A large file, whose content does not arrive.
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", str(2**40))
+            return self.end_headers()
         content = repo.files[file]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         headers = {"ETag": etag, "X_Repo_Commit": repo.commit, "Accept_Ranges": "bytes"}

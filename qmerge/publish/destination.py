@@ -97,12 +97,14 @@ def _files(api: HfApi, hub_id: str) -> frozenset[str] | None:
     Raises:
         HubError: it exists, but the token may not write there.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     with hub_errors(f"{hub_id} cannot be written"):
         try:
             api.auth_check(hub_id, write=True)
             return frozenset(api.list_repo_files(hub_id))
+        except GatedRepoError:  # a kind of RepositoryNotFoundError, but the repository exists
+            raise
         except RepositoryNotFoundError:
             # Also the private model of somebody else: then its owner's name is not the user's, which is checked.
             return None

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
+from qmerge.errors import HubError
 from qmerge.evaluation.verify import verify
-from qmerge.publish import upload
+from qmerge.publish import check_destination, upload
 from qmerge.recipe import make_recipe
 from qmerge.schema import read_report
 
@@ -113,6 +114,15 @@ def test_held_out_text_is_not_published_unasked(
     report = read_report(out).model_copy(update={"fidelity": full_report().fidelity})
     monkeypatch.setattr(upload, "_complete_report", lambda _: report)
     assert "the report quotes 1 beginning of the text" in cli("push", out, ID).err
+
+
+def test_a_gated_model_of_an_organization_is_refused_before_the_merge(hub: HubServer) -> None:
+    """It exists, and the token may not write there, though the user belongs to the organization."""
+    hub.organizations = ["team"]
+    assert check_destination("team/new", None).files is None
+    hub.repos["team/model"] = Repo({}, gated=True)
+    with pytest.raises(HubError, match=r"team/model cannot be written: the token may not do this.*status 403"):
+        check_destination("team/model", None)
 
 
 def test_an_interrupted_upload_goes_on(hub: HubServer, out: Path, cli: Cli) -> None:
