@@ -42,8 +42,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 """Tensors of an adapter, as PEFT and as MLX call the file."""
 
-EARLIER_STATE = re.compile(r"(?:checkpoint-\d+|last-checkpoint)/")
-"""Folders that Trainer leaves below a finished adapter or model."""
+EARLIER_STATE = re.compile(r"(?:(?:checkpoint-|epoch_|step_)\d+|last-checkpoint)/")
+"""Folders that Trainer and torchtune leave below a finished adapter or model."""
 HUB_URL = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#=]+)(?:/(?P<path>[^?#=]*))?)?/?"
@@ -94,12 +94,13 @@ def local_path(reference: str) -> Path | None:
     return path
 
 
-def resolve(reference: str, revision: str | None, error: type[InputError]) -> Source:
+def resolve(reference: str, revision: str | None, error: type[InputError], adapter: str | None = None) -> Source:
     """The local folder of a model or an adapter.
 
     Args:
         reference: a folder, or a Hub id, which is downloaded or taken from the cache; offline mode works.
         revision: branch, tag or commit of a Hub id, which may also be in its name: ``owner/name@revision``.
+        adapter: name of the adapter that is asked for, which may be an earlier state of a finished one.
 
     Raises:
         error: there is no such folder, and no such id on the Hub or in its cache.
@@ -135,7 +136,7 @@ def resolve(reference: str, revision: str | None, error: type[InputError]) -> So
         raise error(f"{reference}: no such file")
     if not HUB_ID.fullmatch(reference):
         raise error(f"{reference}: no such folder, and not a Hub id (owner/name) either")
-    return _download(reference, revision, error)
+    return _download(reference, revision, error, adapter=adapter)
 
 
 def split_revision(reference: str) -> tuple[str, str | None]:
@@ -243,11 +244,16 @@ def _is_local(reference: str) -> bool:
 
 
 def _download(
-    hub_id: str, revision: str | None, error: type[InputError], files: list[str] | None = None
-) -> Source:  # fmt: skip
+    hub_id: str,
+    revision: str | None,
+    error: type[InputError],
+    files: list[str] | None = None,
+    adapter: str | None = None,
+) -> Source:
     """A snapshot of a model in the cache: of these files, or of those that a model needs."""
     import huggingface_hub
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -259,7 +265,7 @@ def _download(
         commit = listing.commit if listing else None
         ignored = [] if files else UNUSED_FILES
         if listing and not files:
-            ignored = [*ignored, *map(glob.escape, _unneeded_weights(listing))]
+            ignored = [*ignored, *map(glob.escape, _unneeded_weights(listing, adapter))]
         folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=commit or revision,
@@ -274,6 +280,11 @@ def _download(
             raise error(
                 f"{hub_id}{at_revision}: no such folder, and it is not in the Hub's cache on this machine, and the Hub cannot be "
                 f"reached (offline): get it where there is a network (hf download {hub_id}), or give a folder that you have"
+            ) from cause
+        if isinstance(cause, GatedRepoError):
+            raise error(
+                f"{hub_id} is gated: ask for access on its page (https://huggingface.co/{hub_id}), and log in with `hf auth login` "
+                f"or set HF_TOKEN"
             ) from cause
         reason = str(cause).strip().splitlines()[0]
         raise error(
@@ -309,19 +320,22 @@ def list_files(hub_id: str, revision: str | None) -> Listing | None:
     return Listing(hub_id, str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or []))
 
 
-def needed_weights(listing: Listing) -> set[str]:
+def needed_weights(listing: Listing, adapter: str | None = None) -> set[str]:
     """The safetensors files that a model, or the adapters in it, consist of.
 
     Other copies of the weights stay on the Hub: earlier states of a training, other dtypes, parts of other pipelines. Where
     nothing says which files belong together, all of them are needed.
+
+    Args:
+        adapter: name of the adapter that is asked for; its folder is needed, even if it is an earlier state.
     """
     names = {name for name in listing.names if name.endswith(".safetensors")}
     folders = {name.removesuffix(ADAPTER_CONFIG) for name in listing.names if name.endswith(ADAPTER_CONFIG)}
     needed: set[str] = set()
     # A repository without a finished adapter may be asked for one of its checkpoints.
     if "" in folders:
-        finished = [folder for folder in folders if not EARLIER_STATE.match(folder)]
-        needed = {f"{folder}{file}" for folder in finished for file in ADAPTER_FILES} & names
+        wanted = [folder for folder in folders if not EARLIER_STATE.match(folder) or folder == f"{adapter}/"]
+        needed = {f"{folder}{file}" for folder in wanted for file in ADAPTER_FILES} & names
     if INDEX in listing.names:
         needed |= _files_in_index(listing) & names
     elif SINGLE in names:
@@ -329,8 +343,8 @@ def needed_weights(listing: Listing) -> set[str]:
     return needed or names
 
 
-def _unneeded_weights(listing: Listing) -> set[str]:
-    return {name for name in listing.names if name.endswith(".safetensors")} - needed_weights(listing)
+def _unneeded_weights(listing: Listing, adapter: str | None) -> set[str]:
+    return {name for name in listing.names if name.endswith(".safetensors")} - needed_weights(listing, adapter)
 
 
 def _files_in_index(listing: Listing) -> set[str]:

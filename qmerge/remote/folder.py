@@ -40,7 +40,7 @@ def open_remote(reference: str, revision: str | None, reader: Reader) -> hub.Sou
 
     Returns:
         None where the model is not read like that: a folder, a GGUF file, a model that is in the cache, one that the Hub does
-        not have, or no connection. ``hub.resolve`` says what is wrong.
+        not have or does not give to this user, or no connection. ``hub.resolve`` says what is wrong.
 
     Raises:
         CheckpointError: the Hub has the model, but stops answering, or a header is damaged.
@@ -49,14 +49,10 @@ def open_remote(reference: str, revision: str | None, reader: Reader) -> hub.Sou
     path = hub.local_path(reference)
     if not hub.HUB_ID.fullmatch(hub_id) or path is None or path.exists():
         return None
-    listing = _listing(hub_id, named_revision or revision)
-    if listing is None or hub.ADAPTER_CONFIG in listing.names:
+    found = _listing_and_folder(hub_id, named_revision or revision)
+    if found is None:
         return None
-    # Of a GGUF file, the header alone does not say enough.
-    weights = sorted(hub.needed_weights(listing))
-    if not weights or _are_cached(listing, weights):
-        return None
-    folder = _small_files(listing)
+    listing, weights, folder = found
     with ThreadPoolExecutor(THREADS) as pool:
         files = list(pool.map(lambda name: _with_header(listing, name, folder / name), weights))
         for name, file in zip(weights, files, strict=True):
@@ -70,12 +66,21 @@ def open_remote(reference: str, revision: str | None, reader: Reader) -> hub.Sou
     return hub.Source(folder, listing.id, listing.commit)
 
 
-def _listing(hub_id: str, revision: str | None) -> hub.Listing | None:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _listing_and_folder(hub_id: str, revision: str | None) -> tuple[hub.Listing, list[str], Path] | None:
+    """The files of a model, the names of those with its weights, and a folder with the small ones; None as ``open_remote``."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return hub.list_files(hub_id, revision)
-    except (HfHubHTTPError, HFValidationError):
+        listing = hub.list_files(hub_id, revision)
+        if listing is None or hub.ADAPTER_CONFIG in listing.names:
+            return None
+        # Everybody may list the files of a gated model; to get one of them needs access.
+        weights = sorted(hub.needed_weights(listing))
+        # Of a GGUF file, the header alone does not say enough.
+        if not weights or _are_cached(listing, weights):
+            return None
+        return listing, weights, _small_files(listing)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
 
 

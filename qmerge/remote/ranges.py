@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from typing import Any
 
 from qmerge.errors import CheckpointError
 
@@ -15,8 +16,8 @@ SECONDS_BETWEEN_TRIES = 1.0
 TEMPORARY = (408, 429, 500, 502, 503, 504)
 """Statuses of a server that may answer the next time."""
 
-TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
-"""``Content-Range`` of a part of a file."""
+CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<total>\d+)")
+"""Header of an answer with a part of a file."""
 
 
 class RemoteFile:
@@ -44,6 +45,8 @@ class RemoteFile:
         Raises:
             CheckpointError: the Hub does not answer with them.
         """
+        if start == stop:  # HTTP has no empty range
+            return b""
         known = self._known(start, stop)
         if known is not None:
             return known
@@ -77,33 +80,49 @@ class RemoteFile:
         raise AssertionError("the loop above returns or raises")
 
     def _ask(self, start: int, stop: int) -> bytes:
-        from huggingface_hub import get_session
+        from huggingface_hub import constants, get_session
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         # Without it, a proxy may compress the answer, and a range of compressed bytes is of no use.
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        # The library's session waits for ever by default.
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            response = get_session().get(self._url, headers=headers)
-            if response.status_code in TEMPORARY:
-                raise _TemporaryError(f"status {response.status_code}")
-            hf_raise_for_status(response)
+            with get_session().stream("GET", self._url, headers=headers, timeout=seconds) as response:
+                if response.status_code in TEMPORARY:
+                    raise _TemporaryError(f"status {response.status_code}")
+                if response.is_error:
+                    response.read()  # what the Hub says is in the body, too
+                hf_raise_for_status(response)
+                return self._content(response, start, stop)
         except HfHubHTTPError as cause:
             raise CheckpointError(f"{self.name}: cannot be read from the Hub: {str(cause).splitlines()[0]}") from cause
         except (_TemporaryError, CheckpointError):
             raise
         except Exception as cause:  # the class depends on the HTTP library that the Hub library uses
             raise _TemporaryError(str(cause) or type(cause).__name__) from cause
-        # A server that does not know ranges answers with the whole file and status 200.
-        total = TOTAL.fullmatch(response.headers.get("Content-Range", ""))
-        content: bytes = response.content
-        if response.status_code != 206 or total is None or len(content) != stop - start:
-            raise CheckpointError(
-                f"{self.name}: the Hub answered with {len(content)} bytes and status {response.status_code}, expected the "
-                f"{stop - start} bytes from {start} on. Download the model first (hf download), and give its folder"
-            )
-        self.size = int(total[1])
+
+    def _content(self, response: Any, start: int, stop: int) -> bytes:
+        """The content of an answer, read only where it is the range that was asked for.
+
+        Raises:
+            CheckpointError: it is not. A server that does not know ranges answers with the whole file and status 200.
+        """
+        part = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if part is None or response.status_code != 206 or (int(part["first"]), int(part["last"])) != (start, stop - 1):
+            raise self._other_answer(f"status {response.status_code}", start, stop)
+        content: bytes = response.read()
+        if len(content) != stop - start:
+            raise self._other_answer(f"{len(content)} bytes", start, stop)
+        self.size = int(part["total"])
         return content
+
+    def _other_answer(self, answer: str, start: int, stop: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: the Hub answered with {answer}, expected the {stop - start} bytes from {start} on. Download the "
+            f"model first (hf download), and give its folder"
+        )
 
 
 class _TemporaryError(Exception):

@@ -14,6 +14,8 @@ from huggingface_hub import constants
 
 import qmerge
 from qmerge import hub as hub_ids
+from qmerge.adapters.reading.named import find_adapter
+from qmerge.adapters.reading.training_folder import CHECKPOINT
 from qmerge.errors import CheckpointError
 from qmerge.forecast import targets
 from qmerge.formats import get_target
@@ -130,6 +132,48 @@ def test_a_busy_server_is_asked_again(
         qmerge.plan(base="someone/base", adapter=lora)
 
 
+def test_a_silent_server_is_not_waited_for(hub: HubServer, nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "TRIES", 1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.add("someone/base", nf4)
+    hub.silent_seconds = 0.5
+    file = ranges.RemoteFile("someone/base", "model.safetensors", "main")
+    with pytest.raises(CheckpointError, match="timed out"):
+        file.read(0, 8)
+
+
+def test_a_whole_file_in_the_place_of_a_range_is_not_read(
+    hub: HubServer, nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "TRIES", 1)
+    hub.add("someone/base", nf4)
+    hub.knows_ranges = False
+    file = ranges.RemoteFile("someone/base", "model.safetensors", "main")
+    with pytest.raises(CheckpointError, match="answered with status 200, expected the 8 bytes from 16 on"):
+        file.read(16, 24)
+
+
+def test_ranges_at_the_ends_of_a_file(hub: HubServer, nf4: Path) -> None:
+    content = (nf4 / "model.safetensors").read_bytes()
+    hub.add("someone/base", nf4)
+    file = ranges.RemoteFile("someone/base", "model.safetensors", "main")
+    assert file.read(8, 8) == b"" and not hub.requests
+    assert file.read(len(content) - 4, len(content)) == content[-4:] and file.size == len(content)
+    with pytest.raises(CheckpointError, match="expected the 8 bytes"):
+        file.read(len(content) - 4, len(content) + 4)
+
+
+@pytest.mark.parametrize("stored", ["nf4", "sharded"])
+def test_a_gated_model(
+    hub: HubServer, request: pytest.FixtureRequest, lora: Path, cli: Cli, stored: str, few_targets: None
+) -> None:
+    """Everybody may list its files; its index or its config is the first one that is refused."""
+    hub.add("someone/base", request.getfixturevalue(stored)).gated = True
+    ran = cli("plan", "--base", "someone/base", "--adapter", lora)
+    assert ran.code == 3 and type(ran.error) is CheckpointError, ran.err
+    assert ran.err.splitlines()[-1].startswith("qmerge: someone/base is gated: ask for access on its page"), ran.err
+
+
 def test_a_file_that_is_no_model(hub: HubServer, nf4: Path, lora: Path, cli: Cli) -> None:
     hub.add("someone/base", nf4, **{"model.safetensors": b"\xff" * 100})
     ran = cli("plan", "--base", "someone/base", "--adapter", lora)
@@ -161,6 +205,23 @@ def test_only_needed_files_are_downloaded(hub: HubServer, sharded: Path, lora: P
     assert [recipe[name] for name in ("base", "revision", "adapter", "adapter_revision")] == [
         "someone/base", hub.repos["someone/base"].commit, "someone/lora=0.5", hub.repos["someone/lora"].commit
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["checkpoint-10", "epoch_0"])
+def test_an_earlier_state_that_is_asked_for(hub: HubServer, lora: Path, cli: Cli, name: str) -> None:
+    """Next to a finished adapter, it is downloaded only then."""
+    earlier = {f"{name}/{path.name}": path.read_bytes() for path in lora.iterdir()}
+    # Other values: of two files with the same content, the cache asks for one.
+    weights = f"{name}/adapter_model.safetensors"
+    earlier[weights] = earlier[weights][:-4] + bytes(4)
+    hub.add("someone/lora", lora, **earlier)
+    weights = f"someone/lora/{weights}"
+    ran = cli("inspect", "someone/lora", "--json")
+    assert ran.code == 0 and not hub.served[weights], ran.err
+    ran = cli("inspect", f"https://huggingface.co/someone/lora/tree/main/{name}", "--json")
+    assert ran.code == 0 and hub.served[weights], ran.err
+    assert find_adapter(f"someone/lora#{name}").folder.name == name
+    assert CHECKPOINT.fullmatch(name)  # locally, too, it is an earlier state
 
 
 def test_revisions_in_names(hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli, few_targets: None) -> None:

@@ -33,7 +33,7 @@ def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
     reference, named_revision = hub.split_revision(reference)
     revision = revision or named_revision
     location, name = split_reference(reference)
-    source = hub.resolve(folder_of_file(location), revision, AdapterError)
+    source = hub.resolve(folder_of_file(location), revision, AdapterError, name)
     return source if source.file else choose_adapter(source, location, name)
 
 

@@ -31,7 +31,7 @@ def inspect(
         raise RecipeError("--base-revision needs --base: the model to compare the adapter with")
     reference, named_revision = hub.split_revision(reference)
     location, name = split_reference(reference)
-    source = hub.resolve(folder_of_file(location), revision or named_revision, AdapterError)
+    source = hub.resolve(folder_of_file(location), revision or named_revision, AdapterError, name)
     if source.file is None and not is_model(source.folder):
         if not any(source.folder.rglob("adapter_config.json")) and not any(source.folder.rglob("*.safetensors")):
             raise AdapterError(
