@@ -10,18 +10,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from qmerge import api, publish
 from qmerge.checkpoint import folder
-from qmerge.errors import NumbersError, QmergeError, RecipeError
+from qmerge.errors import NumbersError, QmergeError, RecipeError, is_out_of_memory, out_of_memory
 from qmerge.recipe import make_recipe
 from qmerge.report.limits import past_limits
 from qmerge.report.result import Report
-from qmerge.training.trained_model import TrainedModel, save_adapter, trained_model
+from qmerge.report.terminal.progress import TerminalProgress
+from qmerge.safetensors_io.disk import disk_error
+from qmerge.training.trained_model import TrainedModel, adapter_folder, save_adapter, trained_model
 
 ADAPTER = "qmerge-adapter"
 """Folder in the trainer's ``output_dir`` that the adapter is saved to."""
+
+REFUSED = {
+    "adapter": "the adapter that was trained is merged",
+    "resume": "every training makes another adapter, so there is no merge to go on with",
+}
+"""Arguments of ``qmerge.merge`` that make no sense here, and why."""
 
 
 class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -40,14 +49,15 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         private: make the model on the Hub private, if it is new there.
         min_kept, max_kl_ratio: limits, as for ``qmerge.merge``.
         quiet: show no progress; warnings are still shown.
-        settings: all other arguments of ``qmerge.merge``.
+        settings: all other arguments of ``qmerge.merge``, except ``adapter`` and ``resume``.
 
     Attributes:
         report: what survived, after the training; None if the merge failed.
         error: why it failed, or why the model was not pushed; None if all went well.
 
     Raises:
-        qmerge.errors.QmergeError: when the training begins: wrong settings, a model without adapter, a token that may not write.
+        qmerge.errors.QmergeError: when the training begins: wrong settings, a model without adapter or with several active ones,
+            a token that may not write.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 "QmergeCallback: with DeepSpeed or FSDP no process has the whole adapter; save it, then merge with the qmerge "
                 "command"
             )
+        for name in REFUSED.keys() & self.settings.keys():
+            raise RecipeError(f"QmergeCallback: {name}: {REFUSED[name]}; leave it out")
         # In every process, so that none of them begins to train.
         trained = trained_model(model)
         if not state.is_world_process_zero:
@@ -101,7 +113,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def _arguments(self, trained: TrainedModel, output_dir: Path) -> dict[str, Any]:
         """The arguments of the merge. Those that the user gave go before those that the model says."""
         known = {"base": trained.base, "revision": trained.revision, "trained_on": trained.trained_on}
-        return {**known, "adapter": str(output_dir / ADAPTER), **self.settings}
+        return {**known, **self.settings, "adapter": str(adapter_folder(trained, output_dir / ADAPTER))}
 
     # --- after it ---
 
@@ -111,38 +123,56 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Save the adapter, merge it, check the result, push it."""
         if not state.is_world_process_zero:
             return
-        trained = trained_model(model)
-        arguments = self._arguments(trained, Path(args.output_dir))
-        save_adapter(trained, Path(arguments["adapter"]), processing_class)
-        _free_gpu_memory()
+        place = "the adapter could not be saved"
+        # The script that trains goes on, whatever happens: it may have more to save.
         try:
-            self.report = self._merge_and_push(arguments)
+            trained = trained_model(model)
+            save_adapter(trained, Path(args.output_dir) / ADAPTER, processing_class)
+            arguments = self._arguments(trained, Path(args.output_dir))
+            place = f"the adapter is in {arguments['adapter']}"
+            _free_gpu_memory()
+            self._merge_and_push(arguments)
         except QmergeError as error:
-            # The script that trains goes on: it may have more to save.
-            self.error = error
-            print(f"qmerge: {error} (the adapter is in {arguments['adapter']})", file=sys.stderr)
+            self._failed(error, place)
+        except (MemoryError, RuntimeError, OSError, SafetensorError) as cause:
+            self._failed(_as_qmerge_error(cause), place)
 
-    def _merge_and_push(self, arguments: dict[str, Any]) -> Report:
+    def _failed(self, error: QmergeError, place: str) -> None:
+        self.error = error
+        print(f"qmerge: {error} ({place})", file=sys.stderr)
+
+    def _merge_and_push(self, arguments: dict[str, Any]) -> None:
         """Merge and check; push only what passes.
 
         Raises:
             QmergeError: the merge failed. A report is kept all the same where only the push was refused.
         """
-        push_to_hub, private = arguments["push_to_hub"], arguments["private"]
-        report = api.merge(**{**arguments, "push_to_hub": None, "private": None, "quiet": self.quiet})
+        recipe = make_recipe(arguments)
+        # The push comes after the checks. That there will be one decides whether the report quotes the held-out text.
+        later = {"push_to_hub": None, "private": None, "continuations": recipe.quoted_beginnings}
+        report = api.merge(**{**arguments, **later, "quiet": self.quiet})
         self.report = report
-        out = Path(arguments["out"])
+        out = Path(recipe.out or "").expanduser()
         # The files alone: to load the model a second time, next to the one that was trained, may take too much memory.
         # Only whole files are published.
         failed = [check for check in api.verify(out, reload=False) if not check.ok]
         problems = [f"{check.name}: {check.found}" for check in failed]
-        problems += past_limits([report.data], min_kept=arguments["min_kept"], max_kl_ratio=arguments["max_kl_ratio"])
+        problems += past_limits([report.data], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio)
         if problems:
             raise NumbersError(f"{out}: {'; '.join(problems)}")
-        if push_to_hub:
-            url = api.push(out, push_to_hub, private=private, quiet=self.quiet)
-            print(f"Pushed to {url}", file=sys.stderr)
-        return report
+        publish.push_merged(report.data, recipe, quiet=self.quiet, progress=TerminalProgress(self.quiet))
+
+
+def _as_qmerge_error(cause: Exception) -> QmergeError:
+    """What torch, the system or safetensors raised, in one line."""
+    if is_out_of_memory(cause):
+        error: QmergeError = out_of_memory(cause)
+    elif isinstance(cause, OSError):
+        error = disk_error(cause, None)
+    else:
+        error = QmergeError(f"{type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def _free_gpu_memory() -> None:

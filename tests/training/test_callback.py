@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import qmerge
-from qmerge.errors import HubError, QmergeError, RecipeError
+import qmerge.demo
+from qmerge import api
+from qmerge.errors import DiskError, HubError, QmergeError, RecipeError, RoomError
 from qmerge.schema import read_report
 
 from .. import models
@@ -87,6 +92,8 @@ def test_errors_before_the_training(hub: HubServer, nf4: Path, dense: Path, tmp_
 
     train(RecipeError, "no target is called", target="nf5")
     train(RecipeError, "unknown key 'typo'", typo=1)
+    train(RecipeError, "adapter: the adapter that was trained is merged", adapter=tmp_path / "mine")
+    train(RecipeError, "resume: every training makes another adapter", resume=True)
     train(RecipeError, "no such file", verify=tmp_path / "missing.txt")
     train(HubError, "may not write there", push_to_hub="carol/merged")
     (tmp_path / "full").mkdir()
@@ -111,3 +118,95 @@ def test_errors_after_the_training_do_not_end_the_script(
     assert callback.report is not None and "--min-kept" in str(callback.error)
     assert "alice/merged" not in hub.repos and (tmp_path / "merged/config.json").is_file()
     assert str(tmp_path / "run/qmerge-adapter") in capsys.readouterr().err
+
+
+# --- without a training: a callback that is called as the trainer calls it ---
+
+DEMO = Path(qmerge.demo.__file__).parent
+STATE = SimpleNamespace(is_world_process_zero=True)
+
+
+def begin_and_end(callback: qmerge.QmergeCallback, model: Any, output_dir: Path) -> None:
+    arguments = SimpleNamespace(deepspeed=None, fsdp="", output_dir=str(output_dir))
+    callback.on_train_begin(arguments, STATE, None, model=model)
+    callback.on_train_end(arguments, STATE, None, model=model)
+
+
+@pytest.fixture
+def two_adapters(nf4: Path) -> PeftModel:
+    """As TRL's DPO has them: one that is trained, and the reference."""
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu")
+    peft_model = get_peft_model(model, config, adapter_name="policy")
+    peft_model.add_adapter("reference", config)
+    return peft_model
+
+
+def test_held_out_text_is_not_published_unasked(hub: HubServer, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "heldout.txt").read_text()[:2000])
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "base-nf4", dtype=torch.bfloat16, device_map="cpu")
+    callback = qmerge.QmergeCallback(
+        base=DEMO / "base-nf4", target="bf16", out=tmp_path / "out", verify=text, push_to_hub="alice/merged", rounding="nearest",
+        sequence_length=96, device="cpu", quiet=True,
+    )  # fmt: skip
+    begin_and_end(callback, PeftModel.from_pretrained(model, DEMO / "adapter"), tmp_path / "run")
+    assert callback.error is None and "qmerge.json" in hub.repos["alice/merged"].files
+    fidelity = read_report(tmp_path / "out").fidelity
+    assert fidelity is not None and fidelity.continuations == []
+
+
+def test_of_two_adapters_the_active_one_is_merged(two_adapters: PeftModel, tmp_path: Path) -> None:
+    callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out", rounding="nearest", device="cpu", quiet=True)
+    begin_and_end(callback, two_adapters, tmp_path / "run")
+    assert callback.error is None and callback.report is not None
+    saved = (tmp_path / "run").rglob("adapter_model.safetensors")
+    assert [path.parent for path in saved] == [tmp_path / "run/qmerge-adapter/policy"]
+
+
+def test_several_active_adapters_are_an_error_before_the_training(two_adapters: PeftModel, tmp_path: Path) -> None:
+    two_adapters.base_model.set_adapter(["policy", "reference"])
+    callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="2 adapters are active"):
+        begin_and_end(callback, two_adapters, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "words"),
+    [
+        (MemoryError(), RoomError, "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RoomError, "out of memory on the GPU"),
+        (RuntimeError("shapes differ"), QmergeError, "RuntimeError: shapes differ"),
+        (OSError(errno.EIO, "Input/output error"), DiskError, "Input/output error"),
+    ],
+)
+def test_no_error_of_the_merge_ends_the_script(
+    two_adapters: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    cause: Exception, error: type[QmergeError], words: str,
+) -> None:  # fmt: skip
+    def merge(**_: Any) -> None:
+        raise cause
+
+    monkeypatch.setattr(api, "merge", merge)
+    callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out", quiet=True)
+    begin_and_end(callback, two_adapters, tmp_path / "run")
+    assert type(callback.error) is error and words in str(callback.error) and callback.error.__cause__ is cause
+    assert f"the adapter is in {tmp_path / 'run/qmerge-adapter/policy'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [(OSError(errno.ENOSPC, "No space left"), RoomError), (SafetensorError("I/O error"), QmergeError)],
+)
+def test_an_adapter_that_cannot_be_saved_does_not_end_the_script(
+    two_adapters: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    cause: Exception, error: type[QmergeError],
+) -> None:  # fmt: skip
+    def save(*_: Any, **__: Any) -> None:
+        raise cause
+
+    monkeypatch.setattr(two_adapters, "save_pretrained", save)
+    callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out", quiet=True)
+    begin_and_end(callback, two_adapters, tmp_path / "run")
+    assert type(callback.error) is error and callback.report is None
+    assert "the adapter could not be saved" in capsys.readouterr().err
