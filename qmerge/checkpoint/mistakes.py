@@ -6,8 +6,7 @@ from pathlib import Path
 
 from qmerge.checkpoint.documents import read_json
 from qmerge.errors import CheckpointError
-
-ADAPTER_CONFIG = "adapter_config.json"
+from qmerge.hub import ADAPTER_CONFIG
 
 
 def missing_config_problem(folder: Path) -> str:

@@ -19,6 +19,7 @@ from qmerge.errors import AdapterError, listed
 from qmerge.formats.gguf import BLOCK_TYPES, in_model_order
 from qmerge.gguf.header import GgufHeader, read_header
 from qmerge.gguf.mapping import Place
+from qmerge.hub import ADAPTER_CONFIG
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.temporary import folder_until_exit
 
@@ -68,7 +69,7 @@ def extracted_adapter(path: Path, places: Mapping[str, Place]) -> Path:
         "alpha_pattern": {} if alpha else others,
         "target_modules": sorted(ranks),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qmerge.hub import ADAPTER_CONFIG
 from qmerge.rounding.base import InputStatistics, make_objective, upper_factor
 from qmerge.safetensors_io.disk import write_file
 from qmerge.schema import ResidualRecord
@@ -152,4 +153,4 @@ def _write_config(folder: Path, residuals: Mapping[str, Residual], rank: int) ->
     # As peft saves it, but whole or not at all.
     # Sets have another order in every process.
     content = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    write_file(folder / "adapter_config.json", json.dumps(content, indent=2, sort_keys=True).encode())
+    write_file(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True).encode())

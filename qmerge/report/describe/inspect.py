@@ -33,7 +33,7 @@ def inspect(
     location, name = split_reference(reference)
     source = hub.resolve(folder_of_file(location), revision or named_revision, AdapterError, name)
     if source.file is None and not is_model(source.folder):
-        if not any(source.folder.rglob("adapter_config.json")) and not any(source.folder.rglob("*.safetensors")):
+        if not any(source.folder.rglob(hub.ADAPTER_CONFIG)) and not any(source.folder.rglob("*.safetensors")):
             raise AdapterError(
                 f"{reference} holds neither an adapter (adapter_config.json) nor a model (config.json and *.safetensors)"
             )
