@@ -109,7 +109,7 @@ def merge(
         original: the 16-bit model that a quantized base was made from: folder or Hub id.
         original_revision: revision of the original on the Hub.
         trained_on: how training quantized a 16-bit base on the fly: ``"nf4"``, ``"nf4-dq"`` (double quantization), ``"fp4"``,
-            ``"fp4-dq"`` or ``"int8"``.
+            ``"fp4-dq"`` or ``"int8"``; ``"none"``: not. None: as the training folder says.
         scales: where the format stays the same, ``"keep"`` the base's scales or compute ``"fresh"`` ones.
         block_size: weights per block of NF4 or FP4; by default the base's, else 64.
         double_quant: whether the scales of NF4 or FP4 are quantized, too; by default as in the base, else no.

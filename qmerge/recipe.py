@@ -14,15 +14,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qmerge import hub, plugins
-from qmerge.checkpoint.plain_yaml import AliasError, PlainLoader
+from qmerge.checkpoint.plain_yaml import UNREADABLE, AliasError, PlainLoader
 from qmerge.errors import RecipeError, listed
 from qmerge.formats import get_target
 
 MergeOnto = Literal["dequantized", "original"]
 EffortName = Literal["fast", "default", "best"]
-TrainedOn = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
+TrainedOn = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "none"]
 Scales = Literal["keep", "fresh"]
 Device = Literal["auto", "cpu", "cuda"]
+
+AS_STORED: Literal["none"] = "none"
+"""The value of ``trained_on`` for a base that training did not quantize in memory. Its files may be quantized."""
 
 TRAINED_ON: dict[TrainedOn, tuple[str, bool | None]] = {
     "nf4": ("nf4", False),
@@ -192,7 +195,8 @@ class Recipe(BaseModel):
     )
     trained_on: TrainedOn | None = Field(
         None,
-        description="quantize a 16-bit base first, as in training: nf4, fp4, int8; nf4-dq, fp4-dq with double quantization",
+        description="quantize a 16-bit base first, as in training: nf4, fp4, int8, nf4-dq, fp4-dq (dq: double "
+        "quantization), or none",
     )
     # --- how the format is stored: None is as in the base where the format stays the same, else the format's default ---
     scales: Scales = Field(
@@ -372,8 +376,8 @@ class Recipe(BaseModel):
 
     @property
     def trained_on_format(self) -> tuple[str, dict[str, Any]] | None:
-        """Format and options that training quantized a dense base with; None where it was not quantized."""
-        if self.trained_on is None:
+        """Format and options that training quantized a dense base with; None where it was not quantized in memory."""
+        if self.trained_on is None or self.trained_on == AS_STORED:
             return None
         name, double_quant = TRAINED_ON[self.trained_on]
         if double_quant is None:
@@ -555,7 +559,7 @@ def _some_adapter(recipe: Recipe) -> str | None:
 
 
 def _trained_on_and_original(recipe: Recipe) -> str | None:
-    if recipe.trained_on and recipe.original:
+    if recipe.trained_on_format and recipe.original:
         return "trained_on is for a dense base, original is for a quantized one: give only one of them"
     return None
 
@@ -675,7 +679,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
     except AliasError as cause:
         raise RecipeError("recipe: YAML aliases (*name) are not allowed: write the value out") from cause
-    except (yaml.YAMLError, ValueError, RecursionError) as cause:  # also of a date or a number that does not exist
+    except UNREADABLE as cause:  # also of a date or a number that does not exist
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(cause).split())}") from cause
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise RecipeError(f"{path}: expected lines like `target: nf4`")

@@ -172,6 +172,14 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
         read_recipe(path)
 
 
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", "!!int ''", "!!float ''"])
+def test_values_that_their_tags_do_not_fit_are_refused(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: a\nadapter: {value}\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_recipe(path)
+
+
 def test_a_recipe_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     with path.open("wb") as file:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder, is_merged
-from qmerge.adapters.reading.training_folder import UNKNOWN_TRAINING, Training, read_training
+from qmerge.adapters.reading.training_folder import Training, read_training
 from qmerge.base_check.model_names import Origin, is_same_model, origin_of
 from qmerge.base_check.peft_options import other_options, release, text_setting
 from qmerge.base_check.targets import target_warning
@@ -32,7 +32,7 @@ from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
 from qmerge.hub import Source
 from qmerge.planning.inputs import Inputs
-from qmerge.recipe import CHAIN, Recipe
+from qmerge.recipe import AS_STORED, CHAIN, Recipe
 from qmerge.schema import merged_adapter_hashes
 
 Verdict = Literal["fits", "differs", "unknown"]
@@ -51,7 +51,7 @@ class GivenBase:
     id               its id, where it comes from the Hub
     commit           its commit on the Hub
     revision         the revision that the recipe asks for
-    training_format  how training quantized it, by the recipe (``--trained-on``)
+    training_format  how training quantized it, by the recipe (``--trained-on``); None where it does not say
     merge_onto       ``dequantized`` or ``original``
     adapters         folders of all adapters of the run
     in_order         each adapter is applied to the result of those before it (``--combine chain``)
@@ -122,18 +122,18 @@ def given_base(source: Source, base: Checkpoint, recipe: Recipe, adapters: Seque
     )
 
 
-def compare(config: Mapping[str, Any], base: GivenBase, training: Training = UNKNOWN_TRAINING) -> list[Remark]:
+def compare(config: Mapping[str, Any], base: GivenBase, training: Training) -> list[Remark]:
     """An adapter against a base: one remark per topic, always the same topics in the same order.
 
     Args:
         config: adapter_config.json.
-        training: what the adapter's folder says besides.
+        training: what the adapter's folder says (``read_training``).
     """
     declared = origin_of(text_setting(config, "base_model_name_or_path"))
     return [
         _compare_adapter_chain(declared, base) or _compare_model(declared, base),
         _compare_revision(declared, text_setting(config, "revision"), base),
-        _compare_quantization(declared_quantization(declared, config, training), base),
+        _compare_quantization(declared_quantization(declared, training), base),
         _compare_architecture(config, base),
         _compare_peft_version(config),
     ]
@@ -235,7 +235,7 @@ def _compare_quantization(training: DeclaredQuantization, base: GivenBase) -> Re
     """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user
     has answered the question."""
     formats = base.formats
-    if not formats and base.training_format:
+    if not formats and base.training_format and base.training_format != AS_STORED:
         formats = frozenset({base.training_format.removesuffix("-dq")})  # -dq: with double quantization
     given = " and ".join(sorted(formats)) or "16- or 32-bit"
     if training.formats is None or base.training_format or base.merge_onto == "original":
@@ -264,8 +264,8 @@ def _open_question(config: Mapping[str, Any], base: GivenBase, training: Trainin
     if base.formats or base.training_format or base.merge_onto == "original":
         return ""
     declared = origin_of(text_setting(config, "base_model_name_or_path"))
-    found = declared_quantization(declared, config, training)
-    return WAS_IT_QUANTIZED if found.formats is None and not found.in_16_bits else ""
+    found = declared_quantization(declared, training)
+    return WAS_IT_QUANTIZED if found.formats is None and not found.as_stored else ""
 
 
 # --- what kind of model, and who saved it ----------------------------------------------------------------------------

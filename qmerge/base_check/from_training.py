@@ -8,13 +8,14 @@ from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder
 from qmerge.adapters.reading.folder import read_config
 from qmerge.adapters.reading.named import find_adapter, split_reference
-from qmerge.adapters.reading.training_folder import CHECKPOINT, NOT_QUANTIZED, read_training
+from qmerge.adapters.reading.training_folder import CHECKPOINT, read_training
 from qmerge.base_check.model_names import origin_of
 from qmerge.base_check.peft_options import text_setting
 from qmerge.base_check.training_quantization import stored_format_marks
 from qmerge.errors import AdapterError, RecipeError
+from qmerge.formats import get_target
 from qmerge.planning.inputs import Inputs
-from qmerge.recipe import AUTO_BASE, Recipe
+from qmerge.recipe import AS_STORED, AUTO_BASE, Recipe
 
 GIVE_BASE = "give the model that it was trained on with --base ID|DIR"
 
@@ -67,8 +68,7 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
         The recipe, and lines that say what was taken from the folders.
     """
     lines = _checkpoint_lines(recipe, inputs)
-    has_answer = recipe.trained_on is not None or recipe.merge_onto == "original" or recipe.original is not None
-    if has_answer or inputs.base.quantization:
+    if not _is_open(recipe, inputs) or not _can_quantize_first(recipe):
         return recipe, lines
     trainings = []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
@@ -79,7 +79,7 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
     # No answer of one adapter may hide that another one says nothing.
     answers = {training.quantization for training in trainings}
     # Adapters that were trained on different values of one base: whichever is taken, it is wrong for one of them.
-    if len(answers) != 1 or not answers.isdisjoint({None, NOT_QUANTIZED}):
+    if len(answers) != 1 or not answers.isdisjoint({None, AS_STORED}):
         return recipe, lines
     trained_on = answers.pop()
     lines.append(
@@ -87,6 +87,26 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
         f"values that training saw (--trained-on {trained_on}); --merge-onto original adds it to the 16-bit weights instead"
     )
     return recipe.model_copy(update={"trained_on": trained_on}), lines
+
+
+def recorded(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """The recipe as an output shows it (``Recipe.published``), with ``trained_on: none`` where ``with_training`` found no answer.
+
+    So it makes the same model wherever it is run, whatever the adapter's folder there says.
+    """
+    published = recipe.published()
+    return published.model_copy(update={"trained_on": AS_STORED}) if _is_open(recipe, inputs) else published
+
+
+def _is_open(recipe: Recipe, inputs: Inputs) -> bool:
+    """Whether the recipe leaves open how training quantized the base in memory."""
+    has_answer = recipe.trained_on is not None or recipe.merge_onto == "original" or recipe.original is not None
+    return not has_answer and not inputs.base.quantization
+
+
+def _can_quantize_first(recipe: Recipe) -> bool:
+    """Whether the target can be made from values that were quantized as in training; of auto, the choice can."""
+    return recipe.target == "auto" or not get_target(recipe.target).info.takes_stacks
 
 
 def _checkpoint_lines(recipe: Recipe, inputs: Inputs) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from qmerge.adapters.reading.training_folder import NOT_QUANTIZED, Training
+from qmerge.adapters.reading.training_folder import Training
 from qmerge.base_check.model_names import Origin, storage_marks
-from qmerge.base_check.peft_options import text_setting
+from qmerge.recipe import AS_STORED
 
 FORMATS_BY_MARK = {
     "bnb-4bit": {"nf4", "fp4"},
@@ -23,7 +21,7 @@ FORMATS_BY_MARK = {
 WAS_IT_QUANTIZED = (
     "nothing tells whether training quantized this 16-bit base in memory (QLoRA, load_in_4bit=True). If it did, add --trained-on "
     "nf4-dq: then the result is the model that was trained, else it is another one (SmolLM2-135M: KL ratio 0.72). If training was "
-    "in 16 bits, the result is right: --merge-onto original confirms that"
+    "in 16 bits, the result is right: --trained-on none confirms that"
 )
 """The question about a base and an adapter that say nothing, with what each answer does to the result."""
 
@@ -32,14 +30,14 @@ WAS_IT_QUANTIZED = (
 class DeclaredQuantization:
     """How the base was quantized in training.
 
-    formats     formats of its weights, empty for a dense base; None where nothing tells
-    source      what tells
-    in_16_bits  it was not quantized in memory: training saw the values of the files
+    formats    formats of its weights, empty for a dense base; None where nothing tells
+    source     what tells
+    as_stored  it was not quantized in memory: training saw the values of the files
     """
 
     formats: frozenset[str] | None
     source: str
-    in_16_bits: bool = False
+    as_stored: bool = False
 
 
 def stored_format_marks(declared: Origin) -> list[str]:
@@ -47,28 +45,23 @@ def stored_format_marks(declared: Origin) -> list[str]:
     return [mark for mark in storage_marks(declared) if mark in FORMATS_BY_MARK]
 
 
-def declared_quantization(declared: Origin, config: Mapping[str, Any], training: Training) -> DeclaredQuantization:
+def declared_quantization(declared: Origin, training: Training) -> DeclaredQuantization:
     """How training quantized the base.
 
     Args:
         declared: the base that adapter_config.json names.
-        config: adapter_config.json.
         training: what the adapter's folder says.
     """
-    method = text_setting(config, "unsloth_training_method").lower()
     marks = stored_format_marks(declared)
-    if marks and method == "lora":
-        contradiction = f"{declared.text}, and unsloth_training_method=lora: they contradict each other"
+    if marks and training.in_16_bits:
+        contradiction = f"{declared.text}, and {training.source}: they contradict each other"
         return DeclaredQuantization(None, contradiction)
     if marks:
         return DeclaredQuantization(frozenset(FORMATS_BY_MARK[marks[0]]), declared.text)
-    # Unsloth trains qlora in 4 bits of bitsandbytes, and lora in 16 bits; other methods (CPT) do not tell.
-    if method == "qlora":
-        return DeclaredQuantization(frozenset(FORMATS_BY_MARK["bnb-4bit"]), "unsloth_training_method=qlora")
-    if method == "lora":
-        return DeclaredQuantization(frozenset(), "unsloth_training_method=lora")
-    if training.quantization == NOT_QUANTIZED:
-        return DeclaredQuantization(None, training.source, in_16_bits=True)
+    if training.in_16_bits:
+        return DeclaredQuantization(frozenset(), training.source, as_stored=True)
+    if training.quantization == AS_STORED:
+        return DeclaredQuantization(None, training.source, as_stored=True)
     if training.quantization is not None:
         return DeclaredQuantization(frozenset({training.quantization.removesuffix("-dq")}), training.source)
     return DeclaredQuantization(None, "nothing")

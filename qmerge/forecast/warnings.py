@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from qmerge.forecast.predict import Survival, total_kept
+from qmerge.recipe import AS_STORED
 from qmerge.schema import ModulePairRecord, PairRecord
 from qmerge.wording import article, module_names, percent, span, times
 
@@ -173,7 +174,7 @@ def original_warnings(
         dense_target: whether the merged weights are stored in 16 or 32 bits.
         trained_on: how training quantized a dense base, which then is the original.
     """
-    if trained_on and merge_onto == "original" and dense_target:
+    if trained_on not in (None, AS_STORED) and merge_onto == "original" and dense_target:
         return [f"the adapter was trained on values that were quantized ({trained_on}). {ANOTHER_MODEL}"]
     if gap is None or gap < NEAR_ORIGINAL:
         return []

@@ -232,7 +232,7 @@ def check_recipe(recipe: Recipe, inputs: Inputs) -> None:
         CheckpointError: the original is quantized.
     """
     base_is_quantized = bool(inputs.base.quantization)
-    if recipe.trained_on and base_is_quantized:
+    if recipe.trained_on_format and base_is_quantized:
         raise RecipeError(
             f"--trained-on {recipe.trained_on} is for a dense base, but this base is quantized: leave --trained-on out; the "
             f"adapter was trained on the base's own codes"

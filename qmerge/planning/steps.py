@@ -42,7 +42,7 @@ class StepMaker:
     def modules(self) -> Modules:
         """What kind of layer each weight belongs to."""
         target = get_target(self.recipe.target)
-        return Modules(self.inputs, target, simulates_training=bool(self.recipe.trained_on))
+        return Modules(self.inputs, target, simulates_training=self.recipe.trained_on_format is not None)
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -270,10 +270,11 @@ class StepMaker:
                 f"no module of the base can be stored as {target.name}: expected {expected}; choose a dense target (bf16)"
             )
         self.modules.check_experts(steps)
-        if target.info.takes_stacks and self.recipe.trained_on:
+        if target.info.takes_stacks and self.recipe.trained_on_format:
             raise RecipeError(
                 f"--trained-on {self.recipe.trained_on}: with --target {target.name} the linear layers stay dense, and their "
-                f"quantization in training is not repeated: use --target bf16"
+                f"quantization in training is not repeated: use --target bf16, or --trained-on none, which merges onto the "
+                f"base as it is stored"
             )
         if self.recipe.residual:
             _check_no_stacks(steps)

@@ -11,6 +11,7 @@ from itertools import zip_longest
 
 from qmerge.adapters.combining.interference import PairSums, delta_cosine, over_modules, sign_conflict
 from qmerge.base_check.deltas import delta_size_warnings
+from qmerge.base_check.from_training import recorded
 from qmerge.forecast.predict import Survival, total_kept
 from qmerge.forecast.preflight import Preflight, input_warnings, warnings_about_original
 from qmerge.forecast.roundings import rounding_names
@@ -73,7 +74,7 @@ def make_report(
     weights = {step.name: _weight_record(step, outcomes[step.name]) for step in plan.merged}
     pairs = _pair_records_of(records, weights, outcomes)
     return ReportData(
-        recipe=plan.recipe.published().model_dump(exclude_none=True),
+        recipe=recorded(plan.recipe, plan.inputs).model_dump(exclude_none=True),
         versions=_versions(plan),
         device=device,
         rounding=rounding_names(plan),

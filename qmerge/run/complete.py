@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qmerge.base_check.from_training import recorded
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.scan import INDEX
 from qmerge.evaluation.fidelity import fidelity
@@ -41,7 +42,7 @@ def complete_model(run: Run, written: Written) -> ReportData:
     if run.recipe.residual and written.residuals:
         report.residual = write_residuals(out, written.residuals, run.recipe.residual)
         names += [path.relative_to(out).as_posix() for path in (out / RESIDUAL_FOLDER).iterdir()]
-    recipe = with_commits(run.recipe, plan.inputs).published().to_yaml()
+    recipe = recorded(with_commits(run.recipe, plan.inputs), plan.inputs).to_yaml()
     contents = {RECIPE_NAME: recipe.encode(), **_pages(report, plan)}
     # Computed before the record, which has their hashes, and written after it.
     configs = {} if plan.is_gguf else config_files(plan)

@@ -44,13 +44,15 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
     with Reader() as reader:
         # The inputs are read and hashed once for all targets.
         inputs = read_inputs(recipe, reader)
-        recipe, notes = with_training(recipe, inputs)
-        for line in notes:
-            progress.note(line)
         records = input_records(inputs, progress)
         reports = []
+        noted: set[str] = set()
         for target in targets:
-            one_target = retargeted(recipe, target)
+            one_target, notes = with_training(retargeted(recipe, target), inputs)
+            for line in notes:
+                if line not in noted:
+                    progress.note(line)
+            noted.update(notes)
             reports.append(measure_target(one_target, inputs, records, reader=reader, progress=progress))
         return reports
 

@@ -74,7 +74,11 @@ def finished_report(recipe: Recipe) -> ReportData | None:
     if recipe.out is None or not (out / REPORT_NAME).is_file() or (out / JOURNAL).exists():
         return None
     report = read_report(out)
-    if _without_revisions(make_recipe(report.recipe)) != _without_revisions(recipe):
+    recorded = make_recipe(report.recipe)
+    # A finished model records what the training folder answered where the recipe left it open.
+    if recipe.trained_on is None:
+        recorded = recorded.model_copy(update={"trained_on": None})
+    if _without_revisions(recorded) != _without_revisions(recipe):
         return None
     folder.remove_lock(out)
     return report

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qmerge.adapters.reading.named import find_adapter
-from qmerge.adapters.reading.training_folder import NOT_QUANTIZED, UNKNOWN_TRAINING, read_training
+from qmerge.adapters.reading.training_folder import AXOLOTL_HEADING, UNKNOWN_TRAINING, read_training
+from qmerge.checkpoint.model_cards import card_fields
+from qmerge.checkpoint.plain_yaml import plain_mapping
 from qmerge.errors import AdapterError
+from qmerge.recipe import AS_STORED
 
 AXOLOTL = """---
 library_name: peft
@@ -52,19 +56,19 @@ def torchtune(component: str) -> dict[str, str]:
         (axolotl(adapter="qlora", load_in_4bit=True), "nf4-dq"),
         (axolotl(adapter="qlora", load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_use_double_quant": False}), "nf4"),
         (axolotl(adapter="lora", load_in_8bit=True), "int8"),
-        (axolotl(adapter="lora", load_in_8bit=False), NOT_QUANTIZED),
+        (axolotl(adapter="lora", load_in_8bit=False), AS_STORED),
         (axolotl(adapter="lora", gptq=True), None),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\nquantization_method: bnb\n"}, "nf4-dq"),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\ndouble_quantization: false\n"}, "nf4"),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\nquantization_method: hqq\n"}, None),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 8\n"}, "int8"),
-        ({"training_args.yaml": LLAMA_FACTORY}, NOT_QUANTIZED),
+        ({"training_args.yaml": LLAMA_FACTORY}, AS_STORED),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), "nf4-dq"),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), "fp4"),
         (swift(quant_method="gptq"), None),
-        (swift(), NOT_QUANTIZED),
+        (swift(), AS_STORED),
         (torchtune("llama3_1.qlora_llama3_1_8b"), "nf4-dq"),
-        (torchtune("llama3_1.lora_llama3_1_8b"), NOT_QUANTIZED),
+        (torchtune("llama3_1.lora_llama3_1_8b"), AS_STORED),
     ],
 )  # fmt: skip
 def test_what_each_tool_says(files: dict[str, str], expected: str | None, tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_what_each_tool_says(files: dict[str, str], expected: str | None, tmp_pa
     assert read_training(tmp_path / "other", {}) == UNKNOWN_TRAINING, "only a checkpoint belongs to the folder above it"
 
 
-@pytest.mark.parametrize(("method", "expected"), [("qlora", "nf4-dq"), ("lora", NOT_QUANTIZED), ("CPT", None)])
+@pytest.mark.parametrize(("method", "expected"), [("qlora", "nf4-dq"), ("lora", AS_STORED), ("CPT", None)])
 def test_unsloth_says_it_in_the_config(method: str, expected: str | None, tmp_path: Path) -> None:
     assert read_training(tmp_path, {"unsloth_training_method": method}).quantization == expected
 
@@ -92,6 +96,25 @@ def test_files_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(AXOLOTL.format(lines="adapter: [" * 1000))
     os.mkfifo(tmp_path / "torchtune_config.yaml")
     assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", "!!int ''", "!!int x", "!!set [a]", "{[]: 1}"])
+def test_values_that_their_tags_do_not_fit_say_nothing(value: str, tmp_path: Path) -> None:
+    """PyYAML raises errors of many kinds on them."""
+    (tmp_path / "training_args.yaml").write_text(f"finetuning_type: lora\nlicense: {value}\n")
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\n")
+    assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
+    assert card_fields(tmp_path, ("license",)) == {}
+
+
+def test_long_files_of_strangers_take_no_time(tmp_path: Path) -> None:
+    """A card of headings without a config, and a number to base 60."""
+    (tmp_path / "README.md").write_text(f"{AXOLOTL_HEADING}\n" * 6000)
+    number = ":".join(["1"] * 60_000)
+    started = time.process_time()
+    assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
+    assert plain_mapping(f"a: {number}\nb: 12\nc: -1.5\n", 2**17) == {"a": number, "b": 12, "c": -1.5}
+    assert time.process_time() - started < 1.5
 
 
 def test_the_last_checkpoint_of_a_run(lora: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, OFTConfig
 from safetensors.torch import load_file, save_file
 
+from qmerge.adapters.reading.training_folder import read_training
 from qmerge.base_check import declared, deltas, peft_options
 from qmerge.base_check.declared import GivenBase, Remark
 from qmerge.base_check.model_names import is_same_model, origin_of, storage_marks
@@ -104,6 +105,7 @@ FINE: dict[str, tuple[dict[str, Any], GivenBase]] = {
     "lora on a 16-bit base": ({**LLAMA_31, **LORA}, ON_HUB),
     "CPT says nothing of bits": ({**LLAMA_31, **CPT}, ON_HUB),
     "qlora, --trained-on": ({**LLAMA_31, **QLORA}, replace(ON_HUB, training_format="nf4-dq")),
+    "qlora, --trained-on none": ({**LLAMA_31, **QLORA}, replace(ON_HUB, training_format="none")),
     "lora, --trained-on": ({**LLAMA_31, **LORA}, replace(ON_HUB, training_format="nf4")),
     "qlora, --merge-onto original": ({**LLAMA_31, **QLORA}, replace(ON_HUB, merge_onto="original")),
     "lora, the original beside": ({**LLAMA_31, **LORA}, replace(SIBLING, merge_onto="original")),
@@ -148,6 +150,9 @@ WARNED: dict[str, tuple[dict[str, Any], GivenBase, str, str]] = {
     ),
     "a 4-bit name, a GPTQ base": (BNB, GPTQ, "quantization", "their quantization errors differ"),
     "qlora, a GPTQ base": ({**LLAMA_31, **QLORA}, GPTQ, "quantization", "their quantization errors differ"),
+    "qlora, an FP4 base": (
+        {**LLAMA_31, **QLORA}, replace(SIBLING, formats=frozenset({"fp4"})), "quantization", "a base in nf4 (unsloth_",
+    ),
     "another architecture": ({"auto_mapping": MISTRAL}, HERE, "architecture", "MistralForCausalLM"),
     "a newer PEFT with a new option": (
         {"peft_type": "LORA", "peft_version": "99.0", "use_new": True}, HERE, "saved by", "use_new=True",
@@ -155,16 +160,21 @@ WARNED: dict[str, tuple[dict[str, Any], GivenBase, str, str]] = {
 }  # fmt: skip
 
 
+def compare(config: dict[str, Any], base: GivenBase) -> list[Remark]:
+    """Of an adapter in a folder that holds nothing else that tells how it was trained."""
+    return declared.compare(config, base, read_training(Path("/models/adapter"), config))
+
+
 @pytest.mark.parametrize("case", FINE)
 def test_no_false_alarm(case: str) -> None:
     config, base = FINE[case]
-    assert [remark.warning for remark in declared.compare(config, base) if remark.warning] == []
+    assert [remark.warning for remark in compare(config, base) if remark.warning] == []
 
 
 @pytest.mark.parametrize("case", WARNED)
 def test_differences_are_warned_about(case: str) -> None:
     config, base, topic, part = WARNED[case]
-    warned = {r.topic: r for r in declared.compare(config, base) if r.warning}
+    warned = {r.topic: r for r in compare(config, base) if r.warning}
     assert list(warned) == [topic]
     assert part in warned[topic].warning and warned[topic].verdict == "differs"
 
@@ -172,7 +182,7 @@ def test_differences_are_warned_about(case: str) -> None:
 def test_way_out_exists() -> None:
     """--trained-on is suggested only for formats that it supports."""
     gptq = {"base_model_name_or_path": "me/Llama-3.1-8B-GPTQ"}
-    assert not any("--trained-on" in remark.warning for remark in declared.compare(gptq, ON_HUB))
+    assert not any("--trained-on" in remark.warning for remark in compare(gptq, ON_HUB))
 
 
 def test_options_are_those_of_peft() -> None:
@@ -186,7 +196,7 @@ def test_options_are_those_of_peft() -> None:
 
 
 def of_chain(config: dict[str, Any], base: GivenBase) -> Remark:
-    return declared.compare(config, base)[0]
+    return compare(config, base)[0]
 
 
 def test_chain(lora: Path, dense: Path, tmp_path: Path) -> None:

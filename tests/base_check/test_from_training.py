@@ -14,12 +14,14 @@ from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.from_training import with_training
 from qmerge.base_check.training_quantization import WAS_IT_QUANTIZED
 from qmerge.planning.inputs import read_inputs
+from qmerge.planning.plan import plan_from
 from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
 
+from .. import models
 from ..conftest import Cli
 from ..models import edit_json
-from ..parity import stock
+from ..parity import bases, stock
 
 QLORA = "finetuning_type: lora\nquantization_bit: 4\nquantization_method: bnb\n"
 
@@ -86,6 +88,52 @@ def test_what_nothing_tells_is_asked(run: Path, dense: Path, nf4: Path) -> None:
     assert warned(run, nf4) == warned(run, dense, trained_on="nf4") == warned(run, dense, merge_onto="original") == []
     (run / "training_args.yaml").write_text("finetuning_type: lora\n")
     assert warned(run, dense) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "told_later"),
+    [("", "none", QLORA), ("finetuning_type: lora\n", "none", QLORA), (QLORA, "nf4-dq", "finetuning_type: lora\n")],
+)
+def test_a_recorded_recipe_makes_the_same_model(
+    told: str, expected: str, told_later: str, cli: Cli, run: Path, dense: Path, tmp_path: Path
+) -> None:
+    """Whatever the training folder says later. Where it said nothing, or that nothing was quantized, that is recorded, too."""
+    (run / "training_args.yaml").write_text(told)
+    out, again = tmp_path / "out", tmp_path / "again"
+    asked = ("--adapter", run, "--target", "bf16", "--device", "cpu", "--out", out)
+    assert cli(*asked).code == 0
+    assert recorded(out)["trained_on"] == expected
+    assert cli(*asked, "--resume").code == 0, "the recipe of the finished run"
+    (run / "training_args.yaml").write_text(told_later)
+    ran = cli("run", out / "qmerge_recipe.yaml", "--base", dense, "--adapter", run, "--out", again)
+    assert ran.code == 0 and "in memory" not in ran.err, ran.err
+    assert not stock.differing(stock.tensors(again), stock.tensors(out))
+    assert recorded(again)["trained_on"] == expected
+
+
+def test_trained_on_none_is_the_base_as_it_is_stored(run: Path, dense: Path, nf4: Path) -> None:
+    """It is an answer like the others, and right for a base that is stored quantized."""
+    assert warned(run, dense, trained_on="none") == []
+    (run / "training_args.yaml").unlink()
+    assert warned(run, dense, trained_on="none") == warned(run, nf4, trained_on="none") == []
+    recipe = make_recipe({"base": str(nf4), "adapter": str(run), "target": "nf4", "trained_on": "none"})
+    with Reader() as reader:
+        assert plan_from(recipe, read_inputs(recipe, reader)).merged
+
+
+def test_a_target_that_cannot_repeat_the_training(cli: Cli, tmp_path: Path) -> None:
+    """Experts in MXFP4 next to dense linear layers: the user, who gave no --trained-on, gets a warning and a model."""
+    base = models.save(bases.gpt_oss(), tmp_path / "base")
+    adapter = models.adapter(bases.gpt_oss(), tmp_path / "adapter", target_modules=["q_proj"])
+    (adapter / "training_args.yaml").write_text(QLORA)
+    common = ("--base", base, "--adapter", adapter)
+    for command in ((), ("measure",)):
+        out = () if command else ("--out", tmp_path / "out")
+        ran = cli(*command, *common, "--target", "mxfp4", "--rounding", "nearest", *out)
+        assert ran.code == 0 and "the adapter was trained on a base in nf4" in ran.err, ran.err
+    assert recorded(tmp_path / "out")["trained_on"] == "none"
+    asked = cli("plan", *common, "--target", "mxfp4", "--trained-on", "nf4")
+    assert asked.code == 2 and "--trained-on none" in asked.err
 
 
 @pytest.mark.parametrize(

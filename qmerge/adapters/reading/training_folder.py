@@ -23,16 +23,17 @@ from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.model_cards import card_text
 from qmerge.checkpoint.plain_yaml import plain_mapping
 from qmerge.errors import AdapterError
-
-NOT_QUANTIZED = "none"
-"""How training quantized the base, where it did not."""
+from qmerge.recipe import AS_STORED, TrainedOn
 
 CHECKPOINT = re.compile(r"(?:checkpoint-|epoch_|step_)(?P<number>\d+)|last-checkpoint")
 """Folders with the states of a run: of Trainer, of torchtune, and of Trainer's pushes to the Hub."""
 
-AXOLOTL_CONFIG = re.compile(r"See axolotl config</summary>.*?^```ya?ml\n(?P<yaml>.*?)^```", re.DOTALL | re.MULTILINE)
+AXOLOTL_HEADING = "See axolotl config</summary>"
+"""Before the config in the card that Axolotl writes."""
 
-LARGEST_YAML = 2**18
+YAML_FENCE = re.compile(r"^```ya?ml\n", re.MULTILINE)
+
+LARGEST_YAML = 2**16
 """Bytes of a config in YAML that are parsed."""
 
 
@@ -41,11 +42,14 @@ class Training:
     """How an adapter was trained, as far as its folder tells.
 
     source        what tells, for messages: ``args.json of ms-swift``; empty where nothing does
-    quantization  how the base was quantized: a value of ``--trained-on``, ``NOT_QUANTIZED``, or None where this is not known
+    quantization  how the base was quantized in memory: a value of ``--trained-on``, or None where this is not known. The stored
+                  base of ``AS_STORED`` may be quantized
+    in_16_bits    the stored base was not quantized either
     """
 
     source: str = ""
-    quantization: str | None = None
+    quantization: TrainedOn | None = None
+    in_16_bits: bool = False
 
 
 UNKNOWN_TRAINING = Training()
@@ -81,12 +85,11 @@ def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
 
 
 def _axolotl(folder: Path) -> Training | None:
-    match = AXOLOTL_CONFIG.search(card_text(folder))
-    settings = plain_mapping(match["yaml"], LARGEST_YAML) if match else {}
+    settings = plain_mapping(_axolotl_yaml(card_text(folder)), LARGEST_YAML)
     if "base_model" not in settings:
         return None
     adapter = settings.get("adapter")
-    quantization = None
+    quantization: TrainedOn | None = None
     if adapter == "qlora" and settings.get("load_in_4bit"):
         # Axolotl's own defaults, which the user's settings override.
         given = settings.get("bnb_config_kwargs")
@@ -97,8 +100,20 @@ def _axolotl(folder: Path) -> Training | None:
         quantization = "int8"
     # A base that is stored as GPTQ says so itself.
     elif adapter == "lora" and not settings.get("load_in_4bit") and not settings.get("gptq"):
-        quantization = NOT_QUANTIZED
+        quantization = AS_STORED
     return Training(source="Axolotl's config in README.md", quantization=quantization)
+
+
+def _axolotl_yaml(card: str) -> str:
+    """The config in a card of Axolotl; empty where there is none. Its time grows with the length of the card alone."""
+    _, _, after_heading = card.partition(AXOLOTL_HEADING)
+    fence = YAML_FENCE.search(after_heading)
+    if fence is None:
+        return ""
+    # The end of an empty block directly follows the line of its beginning.
+    start = fence.end() - 1
+    end = after_heading.find("\n```", start)
+    return after_heading[start:end] if end >= 0 else ""
 
 
 def _llama_factory(folder: Path) -> Training | None:
@@ -107,10 +122,10 @@ def _llama_factory(folder: Path) -> Training | None:
         return None
     # Of the methods, only bitsandbytes can be repeated here.
     method = settings.get("quantization_method", "bnb")
-    quantization = None
+    quantization: TrainedOn | None = None
     # The web interface leaves the option out where it is off.
     if not settings.get("quantization_bit"):
-        quantization = NOT_QUANTIZED
+        quantization = AS_STORED
     elif method in ("bnb", "bitsandbytes"):
         quantization = _bitsandbytes(
             settings["quantization_bit"],
@@ -124,10 +139,10 @@ def _ms_swift(folder: Path) -> Training | None:
     settings = _json(folder / "args.json")
     if "quant_method" not in settings or "model" not in settings:
         return None
-    quantization = None
+    quantization: TrainedOn | None = None
     # quant_bits has a value even where nothing was quantized.
     if settings["quant_method"] is None:
-        quantization = NOT_QUANTIZED
+        quantization = AS_STORED
     elif settings["quant_method"] == "bnb":
         quantization = _bitsandbytes(
             settings.get("quant_bits"),
@@ -145,7 +160,7 @@ def _torchtune(folder: Path) -> Training | None:
         return None
     # torchao's NF4, whose scales are quantized, too. It rounds them in another way than bitsandbytes: values differ a little.
     is_qlora = component.rpartition(".")[2].startswith("qlora_")
-    return Training(source="torchtune_config.yaml", quantization="nf4-dq" if is_qlora else NOT_QUANTIZED)
+    return Training(source="torchtune_config.yaml", quantization="nf4-dq" if is_qlora else AS_STORED)
 
 
 READERS: tuple[Callable[[Path], Training | None], ...] = (_axolotl, _llama_factory, _ms_swift, _torchtune)
@@ -155,18 +170,22 @@ def _unsloth(config: Mapping[str, Any]) -> Training:
     method = str(config.get("unsloth_training_method") or "").lower()
     # Unsloth trains qlora in 4 bits of bitsandbytes with double quantization, and lora in 16 bits; other methods (CPT) do not
     # tell.
-    quantization = {"qlora": "nf4-dq", "lora": NOT_QUANTIZED}.get(method)
-    if quantization is None:
-        return UNKNOWN_TRAINING
-    return Training(source=f"unsloth_training_method={method}", quantization=quantization)
+    source = f"unsloth_training_method={method}"
+    if method == "qlora":
+        return Training(source=source, quantization="nf4-dq")
+    if method == "lora":
+        return Training(source=source, quantization=AS_STORED, in_16_bits=True)
+    return UNKNOWN_TRAINING
 
 
-def _bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> str | None:
+def _bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> TrainedOn | None:
     """The value of ``--trained-on`` for what bitsandbytes did in memory; None where there is none."""
     if bits == 8:
         return "int8"
-    if bits == 4 and quant_type in ("nf4", "fp4"):
-        return f"{quant_type}-dq" if double_quant else str(quant_type)
+    if bits == 4 and quant_type == "nf4":
+        return "nf4-dq" if double_quant else "nf4"
+    if bits == 4 and quant_type == "fp4":
+        return "fp4-dq" if double_quant else "fp4"
     return None
 
 
