@@ -271,7 +271,7 @@ def test_mutant(mutant: Mutant, tests: list[str], folder: Path, arguments: argpa
     finally:
         path.write_text(source)
     was, now = first_difference(source, changed)
-    outcome = {0: "survived", 1: "killed", None: "killed: time"}.get(code, "killed: does not import")
+    outcome = {0: "survived", 1: "killed", None: "killed: time"}.get(code, "killed before any test")
     if code == 5:  # pytest has found no test: all of them are slow
         outcome = "survived"
     by = failed_test(log) if outcome == "killed" else ""

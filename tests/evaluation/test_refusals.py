@@ -15,7 +15,7 @@ from qmerge.evaluation import llama_cpp, verify
 from qmerge.evaluation.llama_cpp import next_token_logprobs
 from qmerge.evaluation.loaders import load_with_llama_cpp
 from qmerge.evaluation.media import _pixels, _sound, media_examples, media_files
-from qmerge.evaluation.recompute import _check_versions
+from qmerge.evaluation.recompute import IDENTITY_PACKAGES, _check_versions
 from qmerge.evaluation.stored import outputs_of
 from qmerge.report.make import IDENTITY_PACKAGES
 
