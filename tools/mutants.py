@@ -86,9 +86,9 @@ class Mutant:
 
 
 def meaning(source: str) -> str | None:
-    """The syntax tree without annotations, docstrings and decorators. None: it is no Python.
+    """The syntax tree without annotations, docstrings, decorators, and the kinds of parameters. None: it is no Python.
 
-    cosmic-ray takes the ``*`` in front of keyword-only parameters for an operator.
+    cosmic-ray takes the ``*`` in front of keyword-only parameters for an operator. As ``/`` it is no mistake in a number.
     """
     try:
         tree = ast.parse(source)
@@ -99,6 +99,11 @@ def meaning(source: str) -> str | None:
             node.returns = None
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             node.decorator_list = []
+        if isinstance(node, ast.arguments):
+            node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+            node.posonlyargs, node.kwonlyargs = [], []
+            node.defaults = [*node.defaults, *(default for default in node.kw_defaults if default)]
+            node.kw_defaults = []
         if isinstance(node, ast.arg):
             node.annotation = None
         if isinstance(node, ast.AnnAssign):

@@ -69,6 +69,17 @@ def test_levels_of_another_format() -> None:
     check.quant_type_and_map(Reader())  # then nothing is wrong
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (4,), (1, 8), (8, 2)])
+def test_scales_of_int8(shape: tuple[int, ...]) -> None:
+    tensors = {"m.weight": info("m.weight", "I8", 8, 32), "m.SCB": info("m.SCB", "F32", *shape)}
+    if shape in ((8,), (8, 1)):
+        (weight,) = get_format("int8").find(tensors, Reader(), {})
+        assert weight.shape == (8, 32)
+    else:
+        with pytest.raises(CheckpointError, match=r"m.SCB has shape \[.*\], expected \[8\], one for every row"):
+            get_format("int8").find(tensors, Reader(), {})
+
+
 # --- HQQ, torchao, AWQ, FP8, compressed-tensors ----------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ class PeftLayerUpdate(Update):
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
     shape: tuple[int, int] = UNKNOWN
-    rank: int = 1
+    rank: int
     part: Literal["weight", "bias"] = "weight"
     biased: bool = False
     embedding: bool = False
