@@ -94,7 +94,7 @@ def contiguous_strides(shape: Sequence[int]) -> Shape:
 
 
 def _unchanged(tensor: TracedTensor, *_: Any) -> TracedTensor:
-    return tensor
+    return TracedTensor(tensor.shape, tensor.pieces)  # torch refuses the tensor itself as its own view
 
 
 def _permute(tensor: TracedTensor, order: Sequence[int]) -> TracedTensor:
@@ -202,7 +202,7 @@ def _squeeze(tensor: TracedTensor, axis: int | None = None) -> TracedTensor:
         return _reshape(tensor, tuple(size for size in tensor.shape if size != 1))
     axis %= tensor.ndim
     if tensor.shape[axis] != 1:  # as torch: nothing happens
-        return tensor
+        return _unchanged(tensor)
     return _reshape(tensor, (*tensor.shape[:axis], *tensor.shape[axis + 1 :]))
 
 
