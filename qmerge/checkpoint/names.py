@@ -209,8 +209,11 @@ class _Tracer:
         if not sources:
             self._check_not_shared(parameter)
             return None
-        is_ambiguous = len(sources) > 1 and self.renamed[sources[0]].pattern is None
-        return None if is_ambiguous else self._disk_blocks(parameter, self._trace(parameter))
+        return None if self._is_on_disk_twice(sources) else self._disk_blocks(parameter, self._trace(parameter))
+
+    def _is_on_disk_twice(self, sources: list[str]) -> bool:
+        """Whether one of several weights is all of the parameter: under another spelling, or as a stack next to its experts."""
+        return len(sources) > 1 and any(self.renamed[name].pattern is None for name in sources)
 
     def _check_not_shared(self, parameter: str) -> None:
         """Raise CheckpointError where a parameter has no weight on disk because transformers gives it another one's values."""
@@ -227,6 +230,8 @@ class _Tracer:
 
         It is a weight on disk, or a part of one: newer files have the experts stacked already.
         """
+        if self._is_on_disk_twice(self._sources_of(renamed.parameter)):
+            return None
         canonical_name = self.conversion.canonical_name(name)
         on_disk = self._by_canonical_name.get(canonical_name, [])
         if len(on_disk) == 1:

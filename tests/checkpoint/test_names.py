@@ -393,6 +393,19 @@ def test_two_weights_for_one_parameter_are_ambiguous() -> None:
     assert names.blocks_of("model.language_model.layers.1.self_attn.q_proj") is not None
 
 
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_that_are_on_disk_twice_are_ambiguous(name: str) -> None:
+    """As a stack and one by one: transformers would load one of the two."""
+    single, stacked = made(name, True), made(name, False)
+    twice = Names(single.config, {**shapes(single.disk), **shapes(stacked.disk)})
+    for part in ("gate_up_proj", "down_proj"):
+        assert twice.blocks_of(f"model.layers.1.mlp.experts.{part}") is None
+        assert stacked.names.blocks_of(f"model.layers.1.mlp.experts.{part}") is not None
+    for weight in set(single.disk) - set(stacked.disk):
+        assert twice.blocks_of(weight.removesuffix(".weight")) is None, weight
+    assert twice.blocks_of("model.layers.1.self_attn.q_proj") is not None
+
+
 def test_an_architecture_that_transformers_does_not_know_goes_by_the_names_on_disk() -> None:
     names = Names({"model_type": "nobody", "architectures": ["NobodyModel"]}, {"a.b.weight": (4, 2), "a.c": (3,)})
     assert [p.weight for key in ("a.b", "a.c") for p in names.blocks_of(key) or ()] == ["a.b.weight", "a.c"]
