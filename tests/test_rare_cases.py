@@ -10,13 +10,12 @@ import pytest
 
 import qmerge
 from qmerge import hub
-from qmerge.cli import output
-from qmerge.cli.output import exit_code
 from qmerge.errors import RecipeError
 from qmerge.forecast.kinds import _interpolated
 from qmerge.forecast.predict import total_noise
 from qmerge.plugins import every
 from qmerge.recipe import make_recipe
+from qmerge.report import limits
 
 INPUTS = {"base": "b", "adapter": "a", "target": "nf4"}
 
@@ -52,7 +51,7 @@ def test_options_that_go_together() -> None:
 
 def test_an_equals_sign_in_the_name_of_a_folder() -> None:
     recipe = make_recipe({**INPUTS, "adapter": ["run=best", "run=0.5", "a=b=2"]})
-    assert recipe.adapters == (("run=best", 1.0), ("run", 0.5), ("a=b", 2.0))
+    assert recipe.adapters == [("run=best", 1.0), ("run", 0.5), ("a=b", 2.0)]
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -66,16 +65,17 @@ def report(kept: float | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kept", "least", "code"),
-    [((0.9,), 0.8, 0), ((0.7,), 0.8, 5), ((1.2,), 0.8, 0), ((1.21,), 0.8, 5), ((9.0,), 0.0, 0), ((0.9, 0.7), 0.8, 5),
-     ((0.9, 1.3), 0.8, 5), ((None,), 0.8, 0), ((None, 0.7), 0.8, 5), ((0.1,), None, 0)],
+    ("kept", "least", "is_past"),
+    [((0.9,), 0.8, False), ((0.7,), 0.8, True), ((1.2,), 0.8, False), ((1.21,), 0.8, True), ((9.0,), 0.0, False), ((0.9, 0.7), 0.8, True),
+     ((0.9, 1.3), 0.8, True), ((None,), 0.8, False), ((None, 0.7), 0.8, True), ((0.1,), None, False)],
 )  # fmt: skip
 def test_min_kept(
-    kept: tuple[float | None, ...], least: float | None, code: int, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[float | None, ...], least: float | None, is_past: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too little, and as far past 1; weights without a delta do not count."""
-    monkeypatch.setattr(output, "overall_kept", lambda values: values.get("kept"))
-    assert exit_code([report(each) for each in kept], min_kept=least, max_kl_ratio=None) == code
+    monkeypatch.setattr(limits, "overall_kept", lambda values: values.get("kept"))
+    lines = limits.past_limits([report(each) for each in kept], min_kept=least, max_kl_ratio=None)
+    assert len(lines) == int(is_past)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from qmerge.checkpoint.config import with_setting
 from qmerge.checkpoint.consistency import config_problem
 from qmerge.checkpoint.folder import LOCK
 from qmerge.checkpoint.journal import STEP_TYPES, Journal
-from qmerge.checkpoint.model_cards import _beginning
+from qmerge.checkpoint.model_cards import card_text
 from qmerge.checkpoint.replication import _default_layer_types, _replicated_config
 from qmerge.checkpoint.traced import TracedTensor, traced_weight
 from qmerge.errors import CheckpointError, RoomError
@@ -70,13 +70,13 @@ def test_a_journal_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_card_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("text")
-    assert _beginning(tmp_path / "README.md") == "text"
+    assert card_text(tmp_path) == "text"
 
     def fails(self: Path, mode: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Path, "open", fails)
-    assert _beginning(tmp_path / "README.md") == ""
+    assert card_text(tmp_path) == ""
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
