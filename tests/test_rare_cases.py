@@ -66,8 +66,8 @@ def report(kept: float | None) -> Any:
 
 @pytest.mark.parametrize(
     ("kept", "least", "is_past"),
-    [((0.9,), 0.8, False), ((0.7,), 0.8, True), ((1.2,), 0.8, False), ((1.21,), 0.8, True), ((9.0,), 0.0, False), ((0.9, 0.7), 0.8, True),
-     ((0.9, 1.3), 0.8, True), ((None,), 0.8, False), ((None, 0.7), 0.8, True), ((0.1,), None, False)],
+    [((0.9,), 0.8, False), ((0.7,), 0.8, True), ((1.2,), 0.8, False), ((1.21,), 0.8, True), ((9.0,), 0.0, False),
+     ((0.9, 0.7), 0.8, True), ((0.9, 1.3), 0.8, True), ((None,), 0.8, False), ((None, 0.7), 0.8, True), ((0.1,), None, False)],
 )  # fmt: skip
 def test_min_kept(
     kept: tuple[float | None, ...], least: float | None, is_past: bool, monkeypatch: pytest.MonkeyPatch

@@ -420,6 +420,19 @@ def test_a_missing_expert_is_an_error() -> None:
         Names(saved.config, disk).blocks_of("model.layers.0.mlp.experts.down_proj")
 
 
+def test_one_expert_is_found_by_its_own_name_alone() -> None:
+    """Whether the others are there or not; but not where it is there in two spellings."""
+    saved = made("mixtral")
+    key = "model.layers.0.block_sparse_moe.experts.5.w2"
+    others = {name: shape for name, shape in shapes(saved.disk).items() if ".experts.3.w2." not in name}
+    (block,) = Names(saved.config, others).blocks_of(key) or ()
+    assert (block.weight, block.shape) == (f"{key}.weight", (32, 48))
+    second = f"{key}.weight".replace(".block_sparse_moe.", ".mlp.")
+    twice = Names(saved.config, {**shapes(saved.disk), second: (32, 48)})
+    assert twice.blocks_of(key) is None and twice.blocks_of(second.removesuffix(".weight")) is None
+    assert twice.blocks_of(key.replace("5", "6")) is not None
+
+
 class Doubled(ops.ConversionOps):
     def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **more: Any) -> Any:
         return {target_patterns[0]: 2 * next(iter(input_dict.values()))[0]}
