@@ -67,6 +67,9 @@ def test_layout_of_stack_update() -> None:
     with pytest.raises(AdapterError, match=r"lora_B_layout='columns'; expected rank_major or expert_major"):
         layout_of("m", B_OR, count=4, rank=2, config={"lora_B_layout": "columns"})
     assert layout_of("m", B_OR, count=4, rank=2, config={"lora_B_layout": "expert_major"}) == "expert_major"
+    for count, rank in ((8, 1), (1, 8)):  # both layouts are the same, whoever made the adapter
+        made_by = {"unsloth_training_method": "qlora"}
+        assert layout_of("m", B_OR, count=count, rank=rank, config=made_by) == "rank_major"
     same = torch.ones(16, 8)
     assert rank_major_lead(same, 4, 2) == 0.0, "all columns are alike: nothing tells"
     assert rank_major_lead(B_OR, 4, 2) != 0.0
