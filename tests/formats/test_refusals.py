@@ -157,3 +157,9 @@ def test_integers_are_copied_only() -> None:
     weight = Weight(module="m", local="weight", format="raw", shape=(4,), parts={"weight": part}, options=None)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"m.weight is stored as I64, which qmerge copies but cannot merge into"):
         get_format("raw").open(weight, Reader(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("name", "axes"), [("mxfp4", 3), ("gptq", 2)])
+def test_shapes_that_a_format_accepts(name: str, axes: int) -> None:
+    shapes = ((64,), (64, 64), (4, 64, 64), (2, 4, 64, 64))
+    assert [shape for shape in shapes if get_target(name).accepts(shape)] == [shapes[axes - 1]]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from qmerge.adapters.updates.experts import StackUpdate
+from qmerge.adapters.updates.lora import LoraUpdate
+from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.formats._affine import AffineGrid, sequential_groups
+from qmerge.pipeline import objective_of_block
 from qmerge.rounding import preserve, stochastic
-from qmerge.rounding.base import EFFORTS, RoundingContext
+from qmerge.rounding._objective import stack_statistics
+from qmerge.rounding.base import EFFORTS, InputStatistics, RoundingContext, make_objective
 from qmerge.types import Rows
 
 
@@ -31,3 +39,40 @@ def test_share_of_a_change_along_the_delta(change: float, share: float) -> None:
 
 def test_texts_of_each_effort_are_those_of_the_documentation() -> None:
     assert {name: effort.tokens for name, effort in EFFORTS.items()} == {"fast": 8192, "default": 16384, "best": 32768}
+
+
+def statistics(seed: int, tokens: int, borrowed: float) -> InputStatistics:
+    inputs_NI = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+    return InputStatistics(inputs_NI.T @ inputs_NI / 64, cross_II=None, tokens=tokens, borrowed=borrowed)
+
+
+def test_statistics_of_a_stack_are_means() -> None:
+    one, other = statistics(0, 10, 0.2), statistics(1, 30, 0.6)
+    found = stack_statistics([one, None, other])
+    torch.testing.assert_close(found.hessian_II, (one.hessian_II + other.hessian_II) / 2)
+    assert (found.tokens, found.borrowed, found.of_matrices) == (40, pytest.approx(0.4), (one, None, other))
+
+
+@pytest.mark.parametrize("keeps_grid", [True, False])
+def test_each_matrix_of_a_stack_has_its_own_objective(keeps_grid: bool) -> None:
+    """Its own inputs; and its own directions, where errors along the delta add up, or nothing else is known."""
+    matrices = [statistics(0, 10, 0.0), None, statistics(1, 30, 0.0)]
+    inputs = stack_statistics(matrices)
+    experts = {
+        number: LoraUpdate(torch.randn(2, 4, generator=torch.Generator().manual_seed(number)), torch.ones(8, 2), 1.0)
+        for number in (0, 2)
+    }
+    update = TransposedStackUpdate(StackUpdate(3, (8, 4), experts), (8, 4))
+    step = SimpleNamespace(source=SimpleNamespace(keeps_grid=keeps_grid), shape=(12, 8))
+    work: Any = SimpleNamespace(
+        objective=object(), update=update, inputs=inputs, step=step, context=SimpleNamespace(device=torch.device("cpu"))
+    )
+    for number, of_matrix in enumerate(matrices):
+        found = objective_of_block(work, Rows(4 * number, 4 * number + 4))
+        directions = update.matrix_directions(number) if keeps_grid else None
+        expected = make_objective(of_matrix or inputs, directions, 8, torch.device("cpu"))
+        assert found is not None and torch.equal(found.K_II, expected.K_II)
+    work.update = None
+    assert objective_of_block(work, Rows(0, 4)) is work.objective, "of a weight that is no stack"
+    work.objective = None
+    assert objective_of_block(work, Rows(0, 4)) is None
