@@ -17,7 +17,6 @@ from qmerge.evaluation.loaders import load_with_llama_cpp
 from qmerge.evaluation.media import _pixels, _sound, media_examples, media_files
 from qmerge.evaluation.recompute import IDENTITY_PACKAGES, _check_versions
 from qmerge.evaluation.stored import outputs_of
-from qmerge.report.make import IDENTITY_PACKAGES
 
 FILE = Path("model.gguf")
 
