@@ -54,8 +54,14 @@ def help_line(kind: str, name: str) -> str:
     return docstring.strip().splitlines()[0]
 
 
+def closest(word: str, known: Sequence[str]) -> str | None:
+    """The known name that an unknown one was probably meant to be; None where none is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
 def suggestion(word: str, known: Sequence[str]) -> str:
     """``Did you mean 'nf4'? There are: …`` for an unknown name."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    guess = f"Did you mean {close[0]!r}? " if close else ""
+    close = closest(word, known)
+    guess = "" if close is None else f"Did you mean {close!r}? "
     return f"{guess}There are: {', '.join(known)}."

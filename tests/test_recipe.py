@@ -93,7 +93,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"zzz": 1}, ["unknown key 'zzz'", "There are: base"]),
         ({"target": "nf5"}, ["'nf5'", "Did you mean 'nf4'?"]),
         ({"target": "NF5"}, ["'NF5'", "Did you mean 'nf4'?"]),
-        ({"target": "gptqq"}, ["'gptqq'", "There are:"]),
+        ({"target": "gptqq"}, ["'gptqq'", "Did you mean 'gptq'", "qmerge formats"]),
         ({"rounding": "neerest"}, ["'neerest'", "Did you mean 'nearest'?"]),
         ({"trained_on": "nf4_dq"}, ["trained_on", "nf4-dq", "'nf4_dq'"]),
         ({"merge_onto": "base"}, ["merge_onto", "'dequantized'", "'original'"]),

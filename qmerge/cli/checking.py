@@ -128,7 +128,7 @@ def verify_command(
         for check in checks:
             typer.echo(check_line(check.name, check.ok, check.found, is_warning=check.is_warning))
         if fidelity:
-            stdout().print(fidelity_table(fidelity))
+            stdout().print(fidelity_table(fidelity, str(out)))
     raise typer.Exit(OK if all_ok else InputError.exit_code)
 
 

@@ -20,13 +20,17 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
-def print_report(report: ReportData) -> None:
+def print_report(report: ReportData, out: str | None = None) -> None:
     """What became of the whole model, then what survived layer by layer, how alike the adapters are, and what was written in
-    addition."""
+    addition.
+
+    Args:
+        out: the merged folder, for the commands that are shown; None where there is none.
+    """
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.tables import extra_lines, report_tables
 
-    for table in report_tables(report):
+    for table in report_tables(report, out):
         stdout().print(table)
     for line in extra_lines(report):
         typer.echo(line)

@@ -49,8 +49,17 @@ def get_target(name: str) -> TargetFormat[Any]:
     fmt = get_format(known) if known else None
     if isinstance(fmt, TargetFormat):
         return fmt
-    help_line = meanings(name) or plugins.suggestion(name.lower(), [*all_targets(), *MIXES])
+    help_line = meanings(name) or _target_help(name.lower())
     raise RecipeError(f"no target is called {name!r}. {help_line}")
+
+
+def _target_help(name: str) -> str:
+    """``Did you mean 'nf4'? …``; all names only where none is close: there are more than 30."""
+    targets = [*all_targets(), *MIXES]
+    close = plugins.closest(name, targets)
+    if close is None:
+        return plugins.suggestion(name, targets)
+    return f"Did you mean {close!r}? All targets: qmerge formats"
 
 
 def all_formats() -> dict[str, Format[Any]]:

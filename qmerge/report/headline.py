@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
 from qmerge.wording import exceeds_all, share, share_or_dash, times
 
@@ -29,6 +31,12 @@ WORTH_SAYING = 0.5
 
 GAIN_ABOVE_ALL = 1.02
 """Above this, gain kept is explained. Equally good merges differ by about 0.01."""
+
+
+HARDLY_KEPT = 0.05
+"""Share of the delta below which the merge holds almost nothing of the adapter."""
+
+ALMOST_BASE = "it holds almost nothing of the adapter"
 
 
 def ratio_name(fidelity: FidelityRecord) -> str:
@@ -68,8 +76,12 @@ def _meaning(verdict: Verdict, gain: float | None) -> str:
     return "the adapter's gain is gone"
 
 
-def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
-    """What to know about the numbers of a whole model, a line each; empty where they speak for themselves."""
+def fidelity_remarks(fidelity: FidelityRecord, out: str | None = None) -> list[str]:
+    """What to know about the numbers of a whole model, a line each; empty where they speak for themselves.
+
+    Args:
+        out: the merged folder; None where it is not known, as in a file that is in it: the folder may be moved.
+    """
     remarks = []
     gain = fidelity.gain_kept
     if losses(fidelity) is None:
@@ -84,7 +96,7 @@ def fidelity_remarks(fidelity: FidelityRecord) -> list[str]:
     if fidelity.judged == "hidden states":
         remarks.append("What a head makes of the hidden states was not judged.")
     if fidelity.text_kind in OTHER_TEXT:
-        remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: qmerge verify OUT --text FILE")
+        remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: {_measuring(out)}")
     return remarks
 
 
@@ -103,13 +115,26 @@ def _gain_above_all(kl_ratio: float | None) -> str:
     return "A gain above 1 is not better than 1: the aim is to be like the adapter model."
 
 
-def unmeasured_lines(report: ReportData) -> list[str]:
+def unmeasured_lines(report: ReportData, out: str | None = None) -> list[str]:
     """The same for a report without numbers of the whole model: what was measured instead, and how to get them."""
+    first = "No verdict: the whole model was not measured."
+    if is_almost_base(report):
+        first = f"The whole model was not measured, but {ALMOST_BASE}."
     return [
-        "No verdict: the whole model was not measured.",
+        first,
         measured_instead(report),
-        "To measure it: qmerge verify OUT --text FILE, or merge with --verify FILE.",
+        f"To measure it: {_measuring(out)}, or merge with --verify FILE.",
     ]
+
+
+def _measuring(out: str | None) -> str:
+    return f"qmerge verify {'OUT' if out is None else shlex.quote(out)} --text FILE"
+
+
+def is_almost_base(report: ReportData) -> bool:
+    """Whether so little of the adapter is in the stored weights that this says enough without a measured whole model."""
+    kept = overall_kept(report.total.values)
+    return report.fidelity is None and kept is not None and abs(kept) < HARDLY_KEPT
 
 
 def measured_instead(report: ReportData) -> str:

@@ -161,7 +161,7 @@ def test_targets_by_the_names_of_other_tools(name: str, target: str) -> None:
     [
         ("4bit", ("nf4", "w4a16", "gptq", "q4_k_m", "mlx")), ("int4", ("nf4", "w4a16")), ("8bit", ("fp8", "int8", "q8_0")),
         ("q4", ("q4_k_m", "q4_0")), ("f16", ("fp16", "gguf_f16")), ("gptq-8bit", ("--bits 8",)), ("vllm", ("w4a16", "fp8")),
-        ("lora", ("unmerged",)), ("nf5", ("Did you mean 'nf4'",)), ("hqq", ("There are:",)),
+        ("lora", ("unmerged",)), ("nf5", ("Did you mean 'nf4'? All targets: qmerge formats",)), ("hqq", ("There are:",)),
     ],
 )  # fmt: skip
 def test_names_that_may_mean_several_targets(name: str, words: tuple[str, ...], cli: Cli) -> None:

@@ -196,6 +196,16 @@ def test_a_phone_does_not_scroll_sideways(open_page: Any, name: str) -> None:
     assert not page.locator(".tools:visible").count() and modules(page, "weights" if name == "report" else "modules")
 
 
+def test_a_phone_shows_what_decides(open_page: Any) -> None:
+    """The verdict, the gain and the KL ratio of each merge, without scrolling to the side."""
+    page = open_page("comparison", viewport=PHONE).page
+    heads = page.locator("[data-table=merges] thead th")
+    edges = {head.inner_text(): head.bounding_box() for head in heads.all()}
+    assert all(
+        edges[name]["x"] + edges[name]["width"] <= PHONE["width"] for name in ("verdict", "gain kept", "KL ratio")
+    )
+
+
 def test_without_scripts_the_numbers_are_there(open_page: Any) -> None:
     page = open_page(java_script_enabled=False).page
     assert page.locator("[data-map]").count() == 3 and len(modules(page)) == 8

@@ -189,13 +189,51 @@ def test_the_nearest_merge_is_named() -> None:
     near, far = report(fidelity=fidelity(0.97, 0.01)), report(fidelity=fidelity(0.5, 0.4))
     assert nearest_sentence([far, near], ["a", "b"]) == "Nearest to the adapter model: b, with KL ratio 0.0100."
     assert "a and b, with" in nearest_sentence([near, near], ["a", "b"])
-    assert nearest_sentence([far, report()], ["a", "b"]).startswith("Not all whole models were measured.")
+    assert nearest_sentence([near, report(), far], ["a", "b", "c"]) == "a: kept, c: damaged. No verdict for b."
+    assert nearest_sentence([report(), report()], ["a", "b"]) == (
+        "No whole model was measured. Rounding error in the weights is least in a and b: 0.10 times the delta."
+    )
     page = plain(comparison_page([far, near], ["a", "b"]))
     assert (
         page.index("Nearest to the adapter model: b")
         < page.index("0.4000")
         < page.index("0.0100", page.index("0.4000"))
     )
+
+
+def test_the_page_says_what_each_number_is_about() -> None:
+    """Which merges were measured as a whole, and that shares of outputs and of weights are not the same quantity."""
+    measured = report(output_kept=1.06, calibration="train.txt", fidelity=fidelity(0.97, 0.01))
+    nearest = with_share(0.0084)
+    page = plain(comparison_page([measured, nearest, report()], ["w7", "w8", "w9"]))
+    header = page[: page.index("Side by side")]
+    assert "Whole model of w7: measured on 20,480 tokens of heldout.txt." in header
+    assert "fitted to (w7), or in the stored weights (w8, w9): do not compare" in header
+    assert "w8: not measured, but it holds almost nothing of the adapter." in header
+    alike = plain(comparison_page([measured, measured], ["a", "b"]))
+    assert "Whole models: measured on 20,480 tokens of heldout.txt." in alike and "do not compare" not in alike
+
+
+def test_a_merge_without_the_adapter_is_not_only_unmeasured() -> None:
+    """As a merge that is rounded back onto the base: the weights alone say that the adapter is lost."""
+    for text in all_views(with_share(0.0004)):
+        assert "The whole model was not measured, but it holds almost nothing of the adapter." in text
+        assert "there is 0.04 % of the adapter's change" in text and "No verdict" not in text
+    assert all("almost nothing" not in text for text in all_views(report(fidelity=fidelity(0.0, 1.0))))
+
+
+def test_the_page_says_what_its_commands_leave_out() -> None:
+    for page in (html_report(report()), summary(report())):
+        assert "OUT is the folder of this model. Other folders and files may be shown by their names only" in plain(
+            page
+        )
+
+
+def with_share(kept: float) -> ReportData:
+    """A merge by nearest rounding with so much of the delta in its weights."""
+    shown = report()
+    shown.total.values["kept"] = kept
+    return shown
 
 
 def test_merges_of_different_modules_are_compared() -> None:

@@ -174,6 +174,13 @@ def test_a_report_without_the_whole_model_says_so() -> None:
     ]
 
 
+def test_commands_name_the_folder() -> None:
+    general = fidelity(0.97, 0.01, text_kind="general")
+    for shown in (report(), report(fidelity=general)):
+        head, _ = report_tables(shown, "my model")
+        assert "qmerge verify 'my model' --text FILE" in " ".join(printed(head).split())
+
+
 def test_a_gain_above_one_is_explained_not_praised() -> None:
     assert "is no success: KL ratio 0.72 shows that it is another model" in printed(
         fidelity_table(fidelity(1.177, 0.724))
@@ -217,8 +224,14 @@ def test_targets_side_by_side_have_verdicts() -> None:
     shown = printed(
         measured_table([report(fidelity=fidelity(0.935, 0.0147)), report(fidelity=fidelity(0.019, 0.975)), report()])
     )
-    assert re.search(r"mostly kept +│ 0.94 │ 0.0147", shown) and re.search(r"lost +│ 0.02 │ 0.9750", shown)
-    assert "Whole models: measured on 20,480 tokens of heldout.txt" in shown
+    assert re.search(r"mostly kept +│ 0.935 │ 0.0147", shown) and re.search(r"lost +│ 0.019 │ 0.9750", shown)
+    assert shown.count("measured on 20,480 tokens of heldout.txt") == 1
+    lost = report()
+    lost.total.values["kept"] = 0.0004
+    names = ["w7", "w8"]
+    shown = printed(measured_table([report(fidelity=fidelity(0.935, 0.0147)), lost], names))
+    assert "Whole model of w7: measured on 20,480 tokens of heldout.txt." in shown
+    assert "w8: not measured, but it holds almost nothing of the adapter." in shown
     assert "The whole models were not measured" in printed(measured_table([report()]))
 
 

@@ -173,5 +173,10 @@ PACKAGES = {
 
 
 def programs_for(target: str) -> list[Program]:
-    """The programs that load a target, in the order of ``PROGRAMS``."""
-    return [program for program in PROGRAMS.values() if target in program.targets]
+    """The programs that load a target, the best choice first: in the order of ``PROGRAMS``, but transformers leads for the
+    formats of bitsandbytes, which vLLM may drop."""
+    found = [program for program in PROGRAMS.values() if target in program.targets]
+    if target in BITSANDBYTES:
+        # A stable sort: the others keep their order.
+        found.sort(key=lambda program: program.name != "transformers")
+    return found

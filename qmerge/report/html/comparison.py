@@ -8,6 +8,7 @@ from typing import Any
 from qmerge.report.html.document import document
 from qmerge.report.html.pictures import KEPT, HeatMap
 from qmerge.report.html.tables import MOST_ROWS, Column, Table, number, text, text_or_dash
+from qmerge.report.side_by_side import almost_base_lines, kept_line, measured_on_lines
 from qmerge.schema import ReportData, distinct_names, overall_kept
 from qmerge.wording import decimal_or_dash, fixed_or_dash, share_or_dash, size_text
 
@@ -23,7 +24,9 @@ def comparison_page(reports: Sequence[ReportData], names: Sequence[str]) -> str:
         "comparison.html",
         data={},
         sentence=nearest_sentence(reports, names),
-        texts=dict.fromkeys(report.fidelity.measured_on for report in reports if report.fidelity),
+        measured_on=measured_on_lines(reports, names),
+        kept_line=kept_line(reports, names),
+        almost_base=almost_base_lines(reports, names),
         count=len(reports),
         merges=_merges_table(reports, names),
         kinds=_kinds_map(reports, names),
@@ -32,16 +35,23 @@ def comparison_page(reports: Sequence[ReportData], names: Sequence[str]) -> str:
 
 
 def nearest_sentence(reports: Sequence[ReportData], names: Sequence[str]) -> str:
-    """Which merge is nearest to the adapter model: by the KL ratio where all have one, else by the rounding error."""
+    """Which merge is nearest to the adapter model: by the KL ratio where all have one. Else the verdicts that
+    are known; where there are none, by the rounding error."""
     # Ratios of some merges only cannot be compared with the rounding errors of the others.
     ratios = [report.fidelity.kl_ratio if report.fidelity else None for report in reports]
     if None not in ratios:
         first, least = _first(ratios, names)
         return f"Nearest to the adapter model: {first}, with KL ratio {least:.4f}."
+    verdicts = [report.fidelity.verdict if report.fidelity else None for report in reports]
+    measured = [f"{name}: {verdict}" for name, verdict in zip(names, verdicts, strict=True) if verdict]
+    if measured:
+        others = [name for name, verdict in zip(names, verdicts, strict=True) if verdict is None]
+        without = f" No verdict for {' and '.join(others)}." if others else ""
+        return f"{', '.join(measured)}.{without}"
     noises = [report.total.values["noise"] for report in reports]
     if None not in noises:
         first, least = _first(noises, names)
-        return f"Not all whole models were measured. Least rounding error in the weights: {first}, {least:.2f} deltas."
+        return f"No whole model was measured. Rounding error in the weights is least in {first}: {least:.2f} times the delta."
     return "No order: not every merge has numbers."
 
 
@@ -56,11 +66,12 @@ def _first(values: Sequence[float | None], names: Sequence[str]) -> tuple[str, f
 def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
     columns = [
         Column("merge"),
-        Column("target"),
-        Column("rounding"),
+        # What decides comes first: a telephone shows four columns.
         Column("verdict"),
         Column("gain kept", "share of what the adapter improves the loss by; 1 is all"),
         Column("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base"),
+        Column("target"),
+        Column("rounding"),
         Column("kept", "share of the delta that is kept, layer by layer"),
         Column("noise", "rounding error of the weights; 1 is as large as the delta"),
         Column("bits", "per weight, scales included"),
@@ -75,11 +86,11 @@ def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
         rows.append(
             [
                 text(name),
-                text(report.recipe["target"]),
-                text(report.rounding),
                 text(text_or_dash(fidelity.verdict if fidelity else None)),
                 number(gain, fixed_or_dash(gain, 3)),
                 number(ratio, fixed_or_dash(ratio, 4)),
+                text(report.recipe["target"]),
+                text(report.rounding),
                 number(kept, share_or_dash(kept)),
                 number(noise, decimal_or_dash(noise)),
                 number(report.bits_per_weight, f"{report.bits_per_weight:.3g}"),
@@ -104,7 +115,7 @@ def _kinds_map(reports: Sequence[ReportData], names: Sequence[str]) -> HeatMap:
     return HeatMap(
         name="kinds",
         title="kept",
-        note=KEPT.note,
+        note=f"{KEPT.note} {kept_line(reports, names)}",
         corner="modules",
         columns=names,
         rows=rows,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qmerge.formats import get_format
 from qmerge.report.headline import TOP_NAMES, expert_lines, fidelity_remarks, unmeasured_lines, verdict_sentence
+from qmerge.report.side_by_side import almost_base_lines, measured_on_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
@@ -40,12 +41,16 @@ SHARES = ("kept", "output_kept", "predicted_kept", "rank_kept_min")
 KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
 
 
-def report_tables(report: ReportData) -> list[RenderableType]:
-    """What became of the whole model, or that this was not measured; then the diagnosis, by kind of module."""
+def report_tables(report: ReportData, out: str | None = None) -> list[RenderableType]:
+    """What became of the whole model, or that this was not measured; then the diagnosis, by kind of module.
+
+    Args:
+        out: the merged folder, for the commands; None where there is none.
+    """
     if report.fidelity is None:
-        head: RenderableType = Text("\n".join(unmeasured_lines(report)))
+        head: RenderableType = Text("\n".join(map(printable, unmeasured_lines(report, out))))
     else:
-        head = fidelity_table(report.fidelity)
+        head = fidelity_table(report.fidelity, out)
     return [head, survival_table(report)]
 
 
@@ -151,7 +156,8 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
     table.add_column("rounding")
     if judged:
         table.columns[1].no_wrap = True  # two words
-    for report, name in zip(reports, names or [report.recipe["target"] for report in reports], strict=True):
+    called = names or [report.recipe["target"] for report in reports]
+    for report, name in zip(reports, called, strict=True):
         cells = [safe(name)]
         if judged:
             cells += _fidelity_cells(report.fidelity)
@@ -161,7 +167,8 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
         table.add_row(*cells, report.rounding)
     lines = [
         *above_all_lines(map(_kept, reports)),
-        *_measured_on_lines(reports),
+        *map(printable, almost_base_lines(reports, called)),
+        *_measured_on_lines(reports, called),
         *loader_lines(list(dict.fromkeys(report.recipe["target"] for report in reports))),
     ]
     return with_notes(table, _measured_notes(reports, judged), lines)
@@ -192,25 +199,23 @@ def _noise(report: ReportData) -> float | None:
     return values["noise"] if values["output_kept"] is None else values["output_noise"]
 
 
-def _measured_on_lines(reports: Sequence[ReportData]) -> list[str]:
-    """What the whole models were measured on, each text once; that they were not measured, where none was."""
-    texts = dict.fromkeys(report.fidelity.measured_on for report in reports if report.fidelity)
-    if not texts:
-        return ["The whole models were not measured: --verify FILE does."]
-    return [f"Whole models: measured on {printable(text)}" for text in texts]
+def _measured_on_lines(reports: Sequence[ReportData], names: Sequence[str]) -> list[str]:
+    """What the whole models were measured on; that they were not measured, where none was."""
+    lines = measured_on_lines(reports, names)
+    return [printable(line) for line in lines] or ["The whole models were not measured: --verify FILE does."]
 
 
 def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
     if fidelity is None:
         return [DASH, DASH, DASH]
-    return [fidelity.verdict or DASH, decimal_or_dash(fidelity.gain_kept), fixed_or_dash(fidelity.kl_ratio, 4)]
+    return [fidelity.verdict or DASH, fixed_or_dash(fidelity.gain_kept, 3), fixed_or_dash(fidelity.kl_ratio, 4)]
 
 
-def fidelity_table(record: FidelityRecord) -> NotedTable:
+def fidelity_table(record: FidelityRecord, out: str | None = None) -> NotedTable:
     """What became of the fine-tuning: the whole model, next to the base and the unmerged adapter model."""
     title = f"{verdict_sentence(record)}\nMeasured on {safe(record.measured_on)}"
     if record.has_distances:
-        return _distance_table(record, title)
+        return _distance_table(record, title, out)
     top = TOP_NAMES[record.judged]
     table = make_table(title, ("", "gain kept", "KL ratio", top, "KL, 99th %", "loss"))
     merged = [
@@ -229,10 +234,10 @@ def fidelity_table(record: FidelityRecord) -> NotedTable:
     for cells in (base, unmerged):
         table.add_row(*cells)
     notes = [GAIN_NOTE, KL_NOTE, (top, "as the unmerged model, share of all positions")]
-    return with_notes(table, notes, fidelity_remarks(record))
+    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, out))))
 
 
-def _distance_table(record: FidelityRecord, title: str) -> NotedTable:
+def _distance_table(record: FidelityRecord, title: str, out: str | None) -> NotedTable:
     """The same for outputs that are no probabilities: how far they are from those of the unmerged model."""
     table = make_table(title, ("", "distance ratio", "distance", "largest 1 %"))
     table.add_row(
@@ -244,7 +249,7 @@ def _distance_table(record: FidelityRecord, title: str) -> NotedTable:
         ("distance ratio", "0: computes like the unmerged adapter model; 1: as far off as the base"),
         ("distance", DISTANCES[record.judged]),
     ]
-    return with_notes(table, notes, fidelity_remarks(record))
+    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, out))))
 
 
 DISTANCES: dict[Judged, str] = {
