@@ -232,18 +232,21 @@ def _compare_revision(declared: Origin, named: str, base: GivenBase) -> Remark:
 
 
 def _compare_quantization(training: DeclaredQuantization, base: GivenBase) -> Remark:
-    """Was the base in training quantized as this one is? With ``--trained-on`` or ``--merge-onto original`` the user
-    has answered the question."""
+    """Was the base in training quantized as this one is, or as it will be first (``--trained-on``)? With this option or
+    ``--merge-onto original`` the user has answered the question, so nothing is warned of."""
     formats = base.formats
+    given = " and ".join(sorted(formats)) or "16- or 32-bit"
     if not formats and base.training_format and base.training_format != AS_STORED:
         formats = frozenset({base.training_format.removesuffix("-dq")})  # -dq: with double quantization
-    given = " and ".join(sorted(formats)) or "16- or 32-bit"
-    if training.formats is None or base.training_format or base.merge_onto == "original":
+        given += f", quantized to {base.training_format} first"
+    if training.formats is None or base.merge_onto == "original":
         return Remark("quantization", training.source, given, "unknown")
     both_dense = not training.formats and not formats
     # One format in common is enough: a name like bnb-4bit may mean nf4 or fp4.
     if both_dense or formats & training.formats:
         return Remark("quantization", training.source, given, "fits")
+    if base.training_format:
+        return Remark("quantization", training.source, given, "unknown")
     kind = "a 16-bit base"
     if training.formats:
         kind = f"a base in {' or '.join(sorted(training.formats, reverse=True))}"

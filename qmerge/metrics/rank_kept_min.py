@@ -1,4 +1,4 @@
-"""rank_kept_min: survival of the delta's worst rank."""
+"""rank_kept_min: survival of the delta's worst rank; below 0, rounding errors outweigh what this rank changes."""
 
 from __future__ import annotations
 

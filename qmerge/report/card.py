@@ -145,12 +145,16 @@ def whole_model_lines(report: ReportData) -> list[str]:
     columns[ratio] = fixed_or_dash(fidelity.kl_ratio, 4)
     if fidelity.top1_agreement is not None:
         columns[TOP_NAMES[fidelity.judged]] = f"{fidelity.top1_agreement:.3g}"
-    columns[f"{'distance' if fidelity.has_distances else 'KL'}, 99th percentile"] = f"{fidelity.kl_p99:.3g}"
+    distance = "distance" if fidelity.has_distances else "KL"
+    columns[f"{distance}, 99th percentile"] = f"{fidelity.kl_p99:.3g}"
     known = losses(fidelity)
     if known:
         for name, loss in zip(("loss of base", "unmerged", "merged"), known, strict=True):
             columns[name] = f"{loss:.4f}"
     explained = [f"- {ratio}: 0 is like the unmerged adapter model, 1 is as far off as the base"]
+    explained.append(
+        f"- {distance}, 99th percentile: at 99 % of all positions, the {distance} to the unmerged model is less"
+    )
     if "gain kept" in columns:
         explained.insert(0, "- gain kept: share of the adapter's improvement of the loss; 1 is all")
     return [

@@ -179,6 +179,17 @@ def test_differences_are_warned_about(case: str) -> None:
     assert part in warned[topic].warning and warned[topic].verdict == "differs"
 
 
+def test_a_base_that_is_quantized_first() -> None:
+    """It fits where it will be what training had, and is the user's own choice where not."""
+    config = {**LLAMA_31, **QLORA}
+    verdicts = {}
+    for name in ("nf4-dq", "int8"):
+        remarks = {remark.topic: remark for remark in declared.compare(config, replace(ON_HUB, training_format=name))}
+        verdicts[name] = remarks["quantization"].verdict
+        assert name in remarks["quantization"].given and not remarks["quantization"].warning
+    assert verdicts == {"nf4-dq": "fits", "int8": "unknown"}
+
+
 def test_way_out_exists() -> None:
     """--trained-on is suggested only for formats that it supports."""
     gptq = {"base_model_name_or_path": "me/Llama-3.1-8B-GPTQ"}
@@ -261,17 +272,21 @@ def test_several_adapters_are_told_apart(cli: Cli, unsloths: Path, lora: Path, d
 
 
 def test_inspect_shows_the_base_of_training(cli: Cli, unsloths: Path, dense: Path) -> None:
-    models.edit_json(unsloths / "adapter_config.json", note={"run": 7}, base_model_name_or_path="me/llama")
+    models.edit_json(unsloths / "adapter_config.json", note={"run": 7})
     found = json.loads(cli("inspect", unsloths, "--json").out)
     assert found["changes"] == {"LoRA": 14} and found["config"]["unsloth_training_method"] == "qlora"
     assert found["other_options"] == {"note": {"run": 7}} and "base" not in found
     shown = cli("inspect", unsloths, "--base", dense)
     assert shown.code == 0 and "other keys of adapter_config.json" in shown.out and "cos(D, W)" in shown.out
-    assert "unsloth_training_method=qlora" in shown.err
+    assert "unsloth/tiny-unsloth-bnb-4bit" in shown.err
     assert max(map(len, shown.out.splitlines())) <= 80
     compared = json.loads(cli("inspect", unsloths, "--base", dense, "--json").out)
     topics = {remark["topic"]: remark["verdict"] for remark in compared["comparison"]}
     assert topics["quantization"] == "differs" and topics["base"] == "unknown"
+    models.edit_json(unsloths / "adapter_config.json", base_model_name_or_path="me/llama")
+    assert cli("inspect", unsloths, "--base", dense).err == "", (
+        "Unsloth quantized it in memory, and a merge does so, too"
+    )
     assert len(compared["alignments"]) == deltas.MODULES and len(compared["base"]["fingerprint"]["id"]) == 16
 
 

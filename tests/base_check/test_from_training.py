@@ -157,6 +157,28 @@ def test_a_base_that_is_not_here(
     assert not [word for word in words if word not in ran.err] and "local_files_only" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("bits", "words", "verdict"), [("4", "nf4-dq", "fits"), ("8", "int8", "fits"), ("", "none", "unknown")]
+)
+def test_inspect_says_what_a_merge_does(bits: str, words: str, verdict: str, cli: Cli, run: Path, dense: Path) -> None:
+    """The base is quantized first where the folder says so: nothing differs, and no option is asked for."""
+    (run / "training_args.yaml").write_text(f"finetuning_type: lora\nquantization_bit: {bits}\n")
+    found = json.loads(cli("inspect", run, "--base", dense, "--json").out)
+    assert found["training"] == {"source": "training_args.yaml of LLaMA-Factory", "quantization": words}
+    (remark,) = [remark for remark in found["comparison"] if remark["topic"] == "quantization"]
+    assert (remark["verdict"], remark["warning"]) == (verdict, "")
+    assert (words in remark["given"]) == bool(bits)
+    shown = cli("inspect", run)
+    assert f"{f'quantized to {words}' if bits else 'not quantized'} (training_args.yaml of LLaMA-Factory)" in shown.out
+
+
+def test_inspect_of_another_quantized_base(cli: Cli, run: Path, nf4: Path) -> None:
+    """A base that is stored in another format than training had it still differs."""
+    (run / "training_args.yaml").write_text("finetuning_type: lora\nquantization_bit: 8\n")
+    ran = cli("inspect", run, "--base", nf4)
+    assert "differs" in ran.out and "their quantization errors differ" in " ".join(ran.err.split())
+
+
 def test_an_adapter_on_an_adapter(cli: Cli, run: Path, lora: Path) -> None:
     edit_base(run, str(lora))
     ran = cli("plan", "--adapter", run)

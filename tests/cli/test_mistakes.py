@@ -147,7 +147,8 @@ def test_a_base_without_tokenizer(cli: Cli, given: Given) -> None:
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("NF4", "nf4"), ("bnb", "nf4"), ("bnb-4bit", "nf4"), ("merged_4bit_forced", "nf4"), ("merged_16bit", "bf16"),
+        ("NF4", "nf4"), ("bnb", "nf4"), ("bnb-4bit", "nf4"), ("merged_4bit_forced", "nf4"), ("merged_4bit", "nf4"),
+        ("merged_16bit", "bf16"),
         ("bfloat16", "bf16"), ("gptq-4bit", "gptq"), ("AWQ_4bit", "awq"), ("Q4_K_M", "q4_k_m"), ("q4km", "q4_k_m"),
         ("gguf-q5_k_m", "q5_k_m"), ("q8", "q8_0"), ("bnb_8bit", "int8"), ("float16", "fp16"),
     ],

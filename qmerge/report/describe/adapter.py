@@ -25,7 +25,8 @@ from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.adapters.updates.variants import ByWidthUpdate
 from qmerge.base_check import declared, deltas, peft_options
-from qmerge.checkpoint.scan import scan
+from qmerge.base_check.from_training import with_training
+from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
 from qmerge.planning.inputs import read_inputs
 from qmerge.planning.plan import make_run_context, plan_from
@@ -95,6 +96,7 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
         "commit": source.commit,
         "config": known,
         "other_options": other,
+        "training": asdict(read_training(source.folder, config)),
         "file": tensors_file(source.folder).name,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
@@ -209,17 +211,19 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
     with Reader() as reader:
         source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
         base = scan(source.folder, reader)
-        given = declared.given_base(source, base, recipe, [adapter])
-        remarks = declared.compare(config, given, read_training(adapter.folder, config))
+        remarks = _compare_declared(recipe, source, base, adapter, config)
         fingerprint = fingerprint_record(base.folder).model_dump()
         described: dict[str, Any] = {
             "base": {**describe_storage(source, base), "fingerprint": fingerprint},
-            "comparison": [asdict(remark) for remark in remarks],
+            "comparison": remarks,
             "alignments": [],
         }
         try:
             inputs = read_inputs(recipe, reader)
             described |= _describe_changes(inputs.adapter, config)
+            # A merge quantizes the base first where the training folder says so: then it is that base which must fit.
+            as_merged, _ = with_training(recipe, inputs)
+            described["comparison"] = _compare_declared(as_merged, source, base, adapter, config)
             plan = plan_from(recipe, inputs)
             (alignments,) = deltas.measure_alignments(plan, make_run_context(plan, reader))
             described["alignments"] = [asdict(alignment) for alignment in alignments]
@@ -227,3 +231,10 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
         except QmergeError as error:  # the adapter does not fit this base: what both declare still helps
             described["problem"] = str(error)
         return described
+
+
+def _compare_declared(
+    recipe: Recipe, source: hub.Source, base: Checkpoint, adapter: hub.Source, config: dict[str, Any]
+) -> list[dict[str, Any]]:
+    given = declared.given_base(source, base, recipe, [adapter])
+    return [asdict(remark) for remark in declared.compare(config, given, read_training(adapter.folder, config))]

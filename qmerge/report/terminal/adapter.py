@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from qmerge.adapters.reading.training_folder import NOT_QUANTIZED
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stderr, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.wording import DASH, fixed_or_dash, size_text
@@ -34,6 +35,9 @@ def show_adapter(described: dict[str, Any]) -> None:
 def _setting_lines(described: dict[str, Any]) -> list[str]:
     """The adapter's config and its size, a line each."""
     lines = [_setting(name, value) for name, value in described["config"].items()]
+    training = described["training"]
+    if training["source"]:
+        lines.append(_setting("base in training", f"{_trained_on(training['quantization'])} ({training['source']})"))
     dtypes = ", ".join(described["dtypes"])
     lines.append(_setting("tensors", f"{described['tensors']} ({dtypes}), {size_text(described['bytes'])}"))
     if described.get("changes"):
@@ -42,6 +46,13 @@ def _setting_lines(described: dict[str, Any]) -> list[str]:
         lines.append("other keys of adapter_config.json (not options of PEFT)")
         lines += [_setting(name, value) for name, value in described["other_options"].items()]
     return lines
+
+
+def _trained_on(quantization: str | None) -> str:
+    """How training quantized the base, in words."""
+    if quantization is None:
+        return "not known"
+    return "not quantized" if quantization == NOT_QUANTIZED else f"quantized to {quantization}"
 
 
 def _setting(name: str, value: Any) -> str:

@@ -31,6 +31,7 @@ DELTA_NOTE = ("delta", "size of the change, relative to the weights")
 KEPT_NOTE = ("kept", "share of the delta that is in the stored weights")
 NOISE_NOTE = ("noise", "rounding error of the weights; 1 is as large as the delta")
 GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
+KL_TAIL_NOTE = ("KL, 99th %", "at 99 % of all positions, KL to the unmerged model is less")
 MOST_KINDS = 9
 """Kinds of modules in a table; one more row is about all of them."""
 
@@ -233,7 +234,7 @@ def fidelity_table(record: FidelityRecord, out: str | None = None) -> NotedTable
     table.add_row(*merged, style="bold")
     for cells in (base, unmerged):
         table.add_row(*cells)
-    notes = [GAIN_NOTE, KL_NOTE, (top, "as the unmerged model, share of all positions")]
+    notes = [GAIN_NOTE, KL_NOTE, (top, "as the unmerged model, share of all positions"), KL_TAIL_NOTE]
     return with_notes(table, notes, list(map(printable, fidelity_remarks(record, out))))
 
 
