@@ -36,7 +36,8 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
+# Without ~user, whose home folder may not exist, and owner/name@revision, which becomes two settings.
+TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="~@"), min_size=1, max_size=20)
 SETTINGS = st.fixed_dictionaries(
     {"base": TEXTS, "adapter": TEXTS, "target": st.sampled_from(["nf4", "fp4", "int8", "fp16", "bf16", "fp32"])},
     optional={

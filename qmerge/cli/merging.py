@@ -229,7 +229,7 @@ def _end_merge(
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:
-        print_report(report)
+        print_report(report, None if patch else recipe.out)
         progress.warn_again(report.warnings)
         for line in _closing_lines(recipe, report.seconds, seconds, patch):
             typer.echo(line)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qmerge.adapters.reading.training_folder import NOT_QUANTIZED
+from qmerge.recipe import AS_STORED
 from qmerge.report.terminal.console import NotedTable, make_table, print_warning, safe, stderr, stdout, with_notes
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.wording import DASH, fixed_or_dash, size_text
@@ -52,7 +52,7 @@ def _trained_on(quantization: str | None) -> str:
     """How training quantized the base, in words."""
     if quantization is None:
         return "not known"
-    return "not quantized" if quantization == NOT_QUANTIZED else f"quantized to {quantization}"
+    return "not quantized" if quantization == AS_STORED else f"quantized to {quantization}"
 
 
 def _setting(name: str, value: Any) -> str:
