@@ -184,7 +184,7 @@ def test_a_base_that_is_quantized_first() -> None:
     config = {**LLAMA_31, **QLORA}
     verdicts = {}
     for name in ("nf4-dq", "int8"):
-        remarks = {remark.topic: remark for remark in declared.compare(config, replace(ON_HUB, training_format=name))}
+        remarks = {remark.topic: remark for remark in compare(config, replace(ON_HUB, training_format=name))}
         verdicts[name] = remarks["quantization"].verdict
         assert name in remarks["quantization"].given and not remarks["quantization"].warning
     assert verdicts == {"nf4-dq": "fits", "int8": "unknown"}

@@ -164,7 +164,7 @@ def test_inspect_says_what_a_merge_does(bits: str, words: str, verdict: str, cli
     """The base is quantized first where the folder says so: nothing differs, and no option is asked for."""
     (run / "training_args.yaml").write_text(f"finetuning_type: lora\nquantization_bit: {bits}\n")
     found = json.loads(cli("inspect", run, "--base", dense, "--json").out)
-    assert found["training"] == {"source": "training_args.yaml of LLaMA-Factory", "quantization": words}
+    assert found["training"]["quantization"] == words
     (remark,) = [remark for remark in found["comparison"] if remark["topic"] == "quantization"]
     assert (remark["verdict"], remark["warning"]) == (verdict, "")
     assert (words in remark["given"]) == bool(bits)

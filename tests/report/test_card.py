@@ -14,9 +14,12 @@ from huggingface_hub import ModelCard
 from qmerge import merge
 from qmerge.formats import MIXES, all_targets
 from qmerge.formats.serving import programs_for
+from qmerge.report.card import whole_model_lines
 from qmerge.report.loading import FOLDER, loading_lines
+from qmerge.schema import Judged
 
 from ..hub_server import HubServer, connected
+from .reports import fidelity, report
 
 BASE_CARD = {
     "license": "other", "license_name": "llama3", "license_link": "https://example.org/licence", "language": "en",
@@ -105,3 +108,12 @@ def test_models_that_write_no_text() -> None:
     assert 'pipeline("text-classification"' in text and "vllm serve" not in text
     text = "\n".join(loading_lines("bf16", {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}))
     assert "AutoModelForSeq2SeqLM" in text
+
+
+@pytest.mark.parametrize(("judged", "name"), [("next tokens", "KL"), ("embeddings", "distance")])
+def test_every_number_of_the_whole_model_is_explained(judged: Judged, name: str) -> None:
+    shown = report(fidelity=fidelity(0.975, 0.0058).model_copy(update={"judged": judged, "top1_agreement": None}))
+    lines = whole_model_lines(shown)
+    (table_head,) = [line for line in lines if line.startswith("| verdict ")]
+    assert f"{name}, 99th percentile" in table_head
+    assert f"- {name}, 99th percentile: at 99 % of all positions, the {name} to the unmerged model is less" in lines
