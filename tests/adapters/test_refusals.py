@@ -62,7 +62,7 @@ def test_one_of_several_adapters_in_a_file() -> None:
 # --- stacks of experts -----------------------------------------------------------------------------------------------
 
 
-def test_layout_of_stack_update() -> None:
+def test_layout_of_stacked_experts() -> None:
     B_OR = gaussian(16, 8)
     with pytest.raises(AdapterError, match=r"lora_B_layout='columns'; expected rank_major or expert_major"):
         layout_of("m", B_OR, count=4, rank=2, config={"lora_B_layout": "columns"})

@@ -126,6 +126,12 @@ def test_compressed_tensors_with_one_scale() -> None:
         group_size_of("m", 128, scheme())
 
 
+@pytest.mark.parametrize("size", [0, -2, "32", None, 24.0])
+def test_compressed_tensors_with_groups_of_no_size(size: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"m: strategy 'group' with group_size .* is not read"):
+        group_size_of("m", 128, scheme(strategy="group", group_size=size))
+
+
 def scheme(**weights: Any) -> Scheme:
     return Scheme(format="pack-quantized", weights={"num_bits": 4, "type": "int", **weights})
 

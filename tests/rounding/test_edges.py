@@ -5,15 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.lora import LoraUpdate
 from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
+from qmerge.errors import NumbersError
 from qmerge.formats._affine import AffineGrid, sequential_groups
-from qmerge.pipeline import objective_of_block
+from qmerge.pipeline import add_delta, objective_of_block
 from qmerge.rounding import preserve, stochastic
+from qmerge.rounding._cpu_kernels import _round_to_levels
 from qmerge.rounding._objective import stack_statistics
 from qmerge.rounding.base import EFFORTS, InputStatistics, RoundingContext, make_objective
 from qmerge.types import Rows
@@ -37,8 +40,19 @@ def test_share_of_a_change_along_the_delta(change: float, share: float) -> None:
     assert preserve.share_along(torch.zeros(1, 2), delta_IO) == 1.0
 
 
-def test_texts_of_each_effort_are_those_of_the_documentation() -> None:
-    assert {name: effort.tokens for name, effort in EFFORTS.items()} == {"fast": 8192, "default": 16384, "best": 32768}
+def test_halves_go_to_the_even_code() -> None:
+    """As ``torch.round`` does: the compiled code has no function for it, and adds a large number instead."""
+    values = np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.5, 9.0], np.float32)
+    one, place = np.ones(1, np.float32), np.zeros(len(values), np.int64)
+    expected = torch.from_numpy(values).round().clamp(-1, 7)
+    level, nothing = np.zeros(len(values), np.int32), np.zeros(0, np.float32)
+    _round_to_levels(values, level, place, one, one, 0 * one, nothing, nothing, np.float32(-1), np.float32(7), 0)
+    assert values.tolist() == expected.tolist() == [-1, 0, 0, 2, 2, 6, 7, 7]
+
+
+def test_efforts_are_those_that_the_numbers_in_the_documentation_were_measured_with() -> None:
+    found = {name: (effort.tokens, effort.orders, effort.sweeps) for name, effort in EFFORTS.items()}
+    assert found == {"fast": (8192, 1, 1), "default": (16384, 2, 3), "best": (32768, 8, 6)}
 
 
 def statistics(seed: int, tokens: int, borrowed: float) -> InputStatistics:
@@ -76,3 +90,20 @@ def test_each_matrix_of_a_stack_has_its_own_objective(keeps_grid: bool) -> None:
     assert objective_of_block(work, Rows(0, 4)) is work.objective, "of a weight that is no stack"
     work.objective = None
     assert objective_of_block(work, Rows(0, 4)) is None
+
+
+@pytest.mark.parametrize(
+    ("local", "target", "updated", "is_checked"),
+    [("weight", "bf16", False, True), ("mask", "bf16", False, False), ("mask", "nf4", False, True),
+     ("gate_up_proj", "bf16", True, True), ("weight", "bf16", True, True)],
+)  # fmt: skip
+def test_values_that_are_checked_after_merging(local: str, target: str, updated: bool, is_checked: bool) -> None:
+    """All but masks that stay dense, which may hold infinity."""
+    base_OI = torch.tensor([[1.0, -torch.inf]])
+    step: Any = SimpleNamespace(target=target, weight=SimpleNamespace(local=local), name="m")
+    update: Any = SimpleNamespace(apply=lambda base_OI, rows: base_OI) if updated else None
+    if is_checked:
+        with pytest.raises(NumbersError, match="m: the base or the merged weight contains NaN or infinity"):
+            add_delta(step, base_OI, update, Rows(0, 1))
+    else:
+        assert add_delta(step, base_OI, update, Rows(0, 1)) is base_OI
