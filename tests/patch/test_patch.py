@@ -10,6 +10,7 @@ import os
 import struct
 import tempfile
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_merge_from_nf4_to_nf4_is_small(rounding: str, tmp_path: Path) -> None:
     merged = merge(DEMO / "base-nf4", DEMO / "adapter", "nf4", tmp_path / "merged", rounding=rounding)
     size = round_trip(DEMO / "base-nf4", merged, tmp_path)
-    largest_share = {"nearest": 0.01, "stochastic": 0.045}[rounding]  # measured: 0.5 % and 4.1 %, with report and card
-    assert size < largest_share * sum(path.stat().st_size for path in merged.iterdir())
+    largest_share = {"nearest": 0.01, "stochastic": 0.045}[rounding]  # measured: 0.5 % and 4.1 %, with the card
+    assert size - page_size(merged) < largest_share * sum(path.stat().st_size for path in merged.iterdir())
+
+
+def page_size(merged: Path) -> int:
+    """Bytes of the report in a patch: it holds a plotting library, and does not grow with the model."""
+    return len(zlib.compress((merged / "qmerge.html").read_bytes(), 9))
 
 
 @pytest.mark.slow
@@ -213,7 +219,7 @@ def test_a_calibrated_merge_is_small(tmp_path: Path) -> None:
     settings = {"calibration": str(DEMO / "calibration.txt"), "calibration_tokens": 8192, "sequence_length": 128}
     merged = merge(DEMO / "base-nf4", DEMO / "adapter", "nf4", tmp_path / "merged", rounding="preserve", **settings)
     size = round_trip(DEMO / "base-nf4", merged, tmp_path)
-    assert size < 0.065 * sum(path.stat().st_size for path in merged.iterdir())  # measured: 5.6 %
+    assert size - page_size(merged) < 0.065 * sum(path.stat().st_size for path in merged.iterdir())  # measured: 5.6 %
 
 
 def test_a_merge_into_another_format_stores_both_sides_or_one(tmp_path: Path) -> None:
