@@ -67,7 +67,7 @@ class PeftLayerUpdate(Update):
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
     shape: tuple[int, int] = UNKNOWN
-    rank: int
+    rank: int = 1  # a value, so that the class is not abstract; always given
     part: Literal["weight", "bias"] = "weight"
     biased: bool = False
     embedding: bool = False
