@@ -39,7 +39,7 @@ test: $(VENV)/installed-dev browser
 	$(BIN)/mypy
 	$(BIN)/python tools/style_report.py --check
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile
-	$(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(JOBS) --dist loadfile
 
 # The HTML report is tested in Chromium. Where it is absent and cannot be installed, those tests are skipped.
 browser:

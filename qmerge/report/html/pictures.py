@@ -102,7 +102,7 @@ def heat_maps(weights: Sequence[WeightRecord]) -> list[HeatMap]:
 
 def _size_measure(weights: Sequence[WeightRecord]) -> Measure:
     """Sizes have no scale of their own: the colours go from the smallest to the largest on the page."""
-    logs = [math.log(size) for size in (weight.values["relative_size"] for weight in weights) if size]
+    logs = [math.log(size) for size in (weight.values["relative_size"] for weight in weights) if size and size > 0]
     low = min(logs, default=0.0)
     span = max(logs, default=0.0) - low or 1.0
     return Measure(
