@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qmerge.adapters.lora import KEY, LoraParts, refuse_options
 from qmerge.adapters.reading.folder import select_adapter
 from qmerge.adapters.reading.placement import _loras_of_block, _summed, _values_of_block
-from qmerge.adapters.updates import shapes
+from qmerge.adapters.updates import layers, shapes, variants
 from qmerge.adapters.updates.expert_layout import layout_of, rank_major_lead
 from qmerge.adapters.updates.experts import stack_update
 from qmerge.adapters.updates.lora import LoraUpdate
@@ -92,6 +93,35 @@ def parameter(*shape: int) -> Any:
 def test_factors_that_do_not_fit_a_stack(A: tuple[int, ...], B: tuple[int, ...], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         stack_update(parameter(4, 5, 6), gaussian(*A), gaussian(*B), rank=2, scale=1.0, config={})
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [(3,), (3, 2), (3, 2, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_hold_the_tensors_that_they_are_given(kernel: tuple[int, ...], groups: int) -> None:
+    weight, bias_O = gaussian(4, 6 // groups, *kernel), gaussian(4)
+    inputs = gaussian(2, 6, *(5 for _ in kernel))
+    layer = layers.convolution(weight, bias_O, groups)
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 1]
+    assert torch.equal(layer(inputs), function(inputs, weight, bias_O, groups=groups))
+    assert layer.weight.data_ptr() == weight.data_ptr()
+    assert layers.convolution(weight, None, groups).bias is None
+
+
+def test_factors_of_a_convolution() -> None:
+    A, B = gaussian(4, 3, 5), gaussian(6, 4, 1)
+    flat_A, flat_B = variants.convolution("m", A, B, 4)
+    assert torch.equal(flat_A, A.view(4, 15)) and torch.equal(flat_B, B.view(6, 4))
+    with pytest.raises(AdapterError, match="is that of a convolution in 2 groups"):
+        variants.convolution("m", A, B[:, :2], 4)
+    assert variants.convolution("m", A, B[:, :3], 4)[1].shape == (6, 3), (
+        "no groups: the pair does not fit, as said later"
+    )
+    for wrong_A, wrong_B in ((A, B[..., 0]), (A, gaussian(6, 4, 2))):
+        with pytest.raises(AdapterError, match="are not the factors of one convolution"):
+            variants.convolution("m", wrong_A, wrong_B, 4)
 
 
 # --- blocks on disk --------------------------------------------------------------------------------------------------

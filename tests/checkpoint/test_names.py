@@ -412,6 +412,8 @@ def test_an_architecture_that_transformers_does_not_know_goes_by_the_names_on_di
     assert names.blocks_of("b") is None and names.parameter_of("a.b.weight") == "a.b.weight"
     assert names.targeted_parameter("a.b.base_layer", ["b.x"]) == "a.b.base_layer"
     assert names.targeted_parameter("a.b", ["b.weight"]) == "a.b.weight"
+    apart = Names(names.config, {"a.a.x": (4, 2), "a.b.x": (4, 2), "a.c.x": (4, 2)})
+    assert apart.targeted_parameter("a.b", ["x"]) == "a.b.x"
     # Which of two was wrapped first, the disk does not say.
     two = Names(names.config, {"a.b.x": (4, 2), "a.b.y": (4, 2)})
     assert two.targeted_parameter("a.b", ["b.x", "b.y"]) == "a.b" and two.targeted_parameter("a.b", ["b.y"]) == "a.b.y"

@@ -13,7 +13,8 @@ from qmerge.formats import get_format, get_target
 from qmerge.formats._bnb4bit_find import QuantState, _Check
 from qmerge.formats._compressed_config import Scheme, group_size_of
 from qmerge.formats._fp8_blocks import block_of
-from qmerge.formats.awq import _group_size
+from qmerge.formats._gptq_find import _bits
+from qmerge.formats.awq import _check_version, _group_size
 from qmerge.formats.hqq import HqqOptions, _check_sizes, _weight
 from qmerge.formats.torchao import _check_groups
 from qmerge.safetensors_io.reader import MemoryReader, Reader
@@ -114,6 +115,27 @@ def test_awq_groups_without_a_group_size() -> None:
     assert (_group_size("m", 128, 4, {}), _group_size("m", 128, 1, {})) == (32, -1)
     with pytest.raises(CheckpointError, match="m: the config says groups of 25, but there are 5 for 128 inputs"):
         _group_size("m", 128, 5, {})
+
+
+def test_layout_of_awq() -> None:
+    for config in ({}, {"version": "GEMM"}, {"format": "gemm"}, {"version": "gemm", "format": "gemv"}):
+        _check_version(config)
+    for config in ({"version": "gemv"}, {"checkpoint_format": "marlin"}, {"version": "gemv", "format": "gemm"}):
+        with pytest.raises(CheckpointError, match="the base is stored in AWQ's layout"):
+            _check_version(config)
+
+
+@pytest.mark.parametrize(
+    ("qweight", "qzeros", "scales"),
+    [((8, 64), (1, 4), (1, 32)), ((8, 16), (1, 4), (1, 32)), ((8, 32), (2, 4), (1, 32)), ((8, 32), (1, 4), (2, 32))],
+)
+def test_gptq_tensors_of_different_sizes(qweight: Any, qzeros: Any, scales: Any) -> None:
+    def parts(**shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
+        return {name: info(name, "I32", *shape) for name, shape in shapes.items()}
+
+    assert _bits("m", parts(qweight=(8, 32), qzeros=(1, 4), scales=(1, 32)), {"bits": 4}) == 4
+    with pytest.raises(CheckpointError, match="do not belong to one GPTQ weight"):
+        _bits("m", parts(qweight=qweight, qzeros=qzeros, scales=scales), {"bits": 4})
 
 
 @pytest.mark.parametrize(("size", "expected"), [(-1, -1), (32, 32)])

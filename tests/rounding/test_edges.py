@@ -15,7 +15,7 @@ from qmerge.adapters.updates.transposed_stack import TransposedStackUpdate
 from qmerge.errors import NumbersError
 from qmerge.formats._affine import AffineGrid, sequential_groups
 from qmerge.pipeline import add_delta, objective_of_block
-from qmerge.rounding import preserve, stochastic
+from qmerge.rounding import _loops, preserve, stochastic
 from qmerge.rounding._cpu_kernels import _round_to_levels
 from qmerge.rounding._objective import stack_statistics
 from qmerge.rounding.base import EFFORTS, InputStatistics, RoundingContext, make_objective
@@ -53,6 +53,14 @@ def test_halves_go_to_the_even_code() -> None:
 def test_efforts_are_those_that_the_numbers_in_the_documentation_were_measured_with() -> None:
     found = {name: (effort.tokens, effort.orders, effort.sweeps) for name, effort in EFFORTS.items()}
     assert found == {"fast": (8192, 1, 1), "default": (16384, 2, 3), "best": (32768, 8, 6)}
+
+
+def test_devices_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_compiled_for = _loops.is_compiled_for.__wrapped__
+    assert is_compiled_for(torch.device("cpu"))
+    assert not is_compiled_for(torch.device("meta"))
+    monkeypatch.setattr(_loops, "find_spec", lambda name: None)
+    assert not is_compiled_for(torch.device("cpu"))
 
 
 def statistics(seed: int, tokens: int, borrowed: float) -> InputStatistics:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from qmerge.adapters.updates.peft_layer import PeftLayerUpdate
 from qmerge.formats._bnb4bit_find import Bnb4bitOptions
+from qmerge.weights.blocks import AMPLE_ENTRIES, CACHED_ENTRIES, entries_per_block
 from qmerge.weights.rows import row_blocks, sampled_rows
 
 SHAPE = (40, 16)
@@ -42,6 +44,21 @@ def test_blocks_of_rows(entries: int) -> None:
 @pytest.mark.parametrize("settings", [{"conv1d": True}, {"whole": True}, {"conv1d": True, "whole": True}])
 def test_weights_in_one_block(settings: dict[str, bool]) -> None:
     assert starts(row_blocks(step(**settings), 1)) == [0]
+
+
+def test_peft_merges_whole_layers() -> None:
+    assert starts(row_blocks(step(whole=PeftLayerUpdate.whole), 1)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"), [(AMPLE_ENTRIES - 1, 1), (AMPLE_ENTRIES, 4), (AMPLE_ENTRIES + 1, 4), (9, 1)]
+)
+def test_blocks_of_preserve_are_larger_where_memory_is_ample(entries: int, expected: int) -> None:
+    context: Any = SimpleNamespace(block_entries=entries, device=SimpleNamespace(type="cpu"))
+    step: Any = SimpleNamespace(rounding="preserve")
+    assert entries_per_block(step, context) == expected * entries
+    step.rounding = "nearest"
+    assert entries_per_block(step, context) == min(entries, CACHED_ENTRIES)
 
 
 def test_a_sample_reaches_from_the_first_row_to_the_last() -> None:
