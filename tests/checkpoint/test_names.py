@@ -480,6 +480,8 @@ def test_a_weight_that_several_layers_share_is_named() -> None:
         CheckpointError, match=rf"layers\.3\.{shared} is stored only once, as model\.layers\.1\.{shared}"
     ):
         names.blocks_of(f"model.layers.3.{shared}")
+    other = Names(names.config, {"model.layers.0.mamba.A_log": (2, 64)})
+    assert other.blocks_of(f"model.layers.3.{shared}") is None, "on this disk, none of the layers has it"
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
