@@ -191,3 +191,4 @@ def test_integers_are_copied_only() -> None:
 def test_shapes_that_a_format_accepts(name: str, axes: int) -> None:
     shapes = ((64,), (64, 64), (4, 64, 64), (2, 4, 64, 64))
     assert [shape for shape in shapes if get_target(name).accepts(shape)] == [shapes[axes - 1]]
+    assert all(get_target("q8_0").accepts(shape) for shape in shapes), "a GGUF file holds every shape"
