@@ -341,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=200, help="mutants, in all parts together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=30, help="test functions for one mutant")
+    parser.add_argument("--most", type=int, default=12, help="test functions for one mutant")
     parser.add_argument("--seconds", type=float, default=300, help="time for one mutant")
     parser.add_argument("--data", type=Path, default=ROOT / ".coverage", help="coverage data, with contexts")
     parser.add_argument("--results", type=Path, default=RESULTS)
