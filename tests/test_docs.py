@@ -38,7 +38,7 @@ OF_OTHER_TOOLS = {
 """Page → options in the commands of other tools."""
 MODELS = [
     model for model in vars(schema).values()
-    if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == schema.__name__
+    if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__.startswith(schema.__name__)
 ]  # fmt: skip
 
 

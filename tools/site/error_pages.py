@@ -21,7 +21,7 @@ CLASSES = {
     if isinstance(value, type) and issubclass(value, QmergeError) and value is not QmergeError
 }  # fmt: skip
 
-RECIPE = PACKAGE / "recipe.py"
+RECIPE = PACKAGE / "recipe"
 """Its functions return what is wrong, and one place raises it."""
 
 FEWEST_WORDS = 3
@@ -85,9 +85,11 @@ def _raised(node: ast.AST, path: Path) -> Iterator[tuple[str, ast.expr]]:
             yield node.func.id, node.args[0]
         elif node.func.id == "error":  # the caller says which class it is
             yield "InputError", node.args[0]
-        elif node.func.id == "ValueError" and path == RECIPE:
+        elif node.func.id == "ValueError" and path.parent == RECIPE:
             yield "RecipeError", node.args[0]
-    elif isinstance(node, ast.Return) and path == RECIPE and isinstance(node.value, ast.JoinedStr | ast.Constant):
+    elif (
+        isinstance(node, ast.Return) and path.parent == RECIPE and isinstance(node.value, ast.JoinedStr | ast.Constant)
+    ):
         yield "RecipeError", node.value
 
 
