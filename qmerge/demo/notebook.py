@@ -241,7 +241,7 @@ def _load(model: str | Path) -> tuple[Any, Any]:
 
 
 def _free() -> None:
-    """Memory of a model that is no longer used."""
+    """Return the memory of a deleted model to the system and the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -35,7 +35,7 @@ LARGEST_RECORD = 2**28
 
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What was uploaded. ``url`` is the model's page; ``removed`` are files of an earlier push that this model has not."""
+    """What was uploaded. ``url`` is the model's page; ``removed``: files of an earlier push, without a successor in this one."""
 
     id: str
     url: str
