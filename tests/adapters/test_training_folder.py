@@ -88,14 +88,16 @@ def test_unsloth_says_it_in_the_config(method: str, expected: str | None, tmp_pa
     assert read_training(tmp_path, {"unsloth_training_method": method}).quantization == expected
 
 
-def test_files_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among them the pickle of transformers, which would run code."""
+    monkeypatch.chdir(tmp_path)  # where the code would leave a file
     (tmp_path / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
     (tmp_path / "args.json").write_text('{"quant_method": ')
     (tmp_path / "training_args.yaml").write_text("finetuning_type: &a [*a]\n")
     (tmp_path / "README.md").write_text(AXOLOTL.format(lines="adapter: [" * 1000))
     os.mkfifo(tmp_path / "torchtune_config.yaml")
     assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", "!!int ''", "!!int x", "!!set [a]", "{[]: 1}"])
