@@ -24,6 +24,7 @@ from hypothesis import settings
 from qmerge.errors import QmergeError
 
 from . import models
+from .hub_server import HubServer, connected
 
 
 class FlatKernels:
@@ -151,6 +152,20 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A stand-in for the Hub, which huggingface_hub uses, without a token."""
+    with connected(monkeypatch, tmp_path / "cache") as hub:
+        yield hub
+
+
+def nearest_merge(base: Path, adapter: Path, out: Path) -> tuple[object, ...]:
+    """Arguments of a quick merge into NF4."""
+    return (
+        "--base", base, "--adapter", adapter, "--target", "nf4", "--rounding", "nearest", "--out", out, "--device", "cpu",
+    )  # fmt: skip
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from qmerge.publish import check_destination, upload
 from qmerge.recipe import make_recipe
 from qmerge.schema import read_report
 
-from ..conftest import Cli, snapshot
-from ..hub_server import READER, STRANGER, WRITER, HubServer, Repo, connected
+from ..conftest import Cli, nearest_merge, snapshot
+from ..hub_server import READER, STRANGER, WRITER, HubServer, Repo
 from ..report.reports import full_report
 
 ID = "alice/merged-nf4"
@@ -24,10 +23,10 @@ SECRETS = (WRITER, READER, STRANGER)
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with connected(monkeypatch, tmp_path / "cache") as hub:
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield hub
+def hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """Logged in."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +45,6 @@ def out(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "merged"))
 
 
-def merge_arguments(nf4: Path, lora: Path, out: Path) -> tuple[object, ...]:
-    return (
-        "--base",
-        nf4,
-        "--adapter",
-        lora,
-        "--target",
-        "nf4",
-        "--rounding",
-        "nearest",
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    )
-
-
 def without_secrets(*texts: str) -> bool:
     return not any(secret in text for secret in SECRETS for text in texts)
 
@@ -70,7 +52,7 @@ def without_secrets(*texts: str) -> bool:
 def test_a_merge_is_pushed(hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
     """The files of the folder arrive, and no others; the card names the model; the folder still verifies."""
     out = tmp_path / "out"
-    ran = cli(*merge_arguments(nf4, lora, out), "--push-to-hub", ID, "--private")
+    ran = cli(*nearest_merge(nf4, lora, out), "--push-to-hub", ID, "--private")
     assert ran.code == 0, ran.err
     repo = hub.repos[ID]
     assert repo.private and len(repo.commits) == 1
@@ -158,7 +140,7 @@ def test_files_of_an_earlier_push_are_removed(
     assert cli("push", out, ID).code == 0
     hub.repos[ID].files["picture.png"] = b"added on the Hub"
     single = tmp_path / "single"
-    ran = cli(*merge_arguments(nf4, lora, single), "--push-to-hub", ID)
+    ran = cli(*nearest_merge(nf4, lora, single), "--push-to-hub", ID)
     assert ran.code == 0, ran.err
     names = hub.repos[ID].files.keys()
     assert "model.safetensors" in names and "picture.png" in names
@@ -166,7 +148,7 @@ def test_files_of_an_earlier_push_are_removed(
 
 
 def test_a_model_past_its_limit_is_not_pushed(hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli) -> None:
-    ran = cli(*merge_arguments(nf4, lora, tmp_path / "out"), "--push-to-hub", ID, "--min-kept", "0.999")
+    ran = cli(*nearest_merge(nf4, lora, tmp_path / "out"), "--push-to-hub", ID, "--min-kept", "0.999")
     assert ran.code == 5 and "not pushed to" in ran.err and ID not in hub.repos
 
 
@@ -192,7 +174,7 @@ def test_what_is_refused_before_the_merge(
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    ran = cli(*merge_arguments(nf4, lora, tmp_path / "out"), "--push-to-hub", hub_id, "--private")
+    ran = cli(*nearest_merge(nf4, lora, tmp_path / "out"), "--push-to-hub", hub_id, "--private")
     assert ran.code == code, ran.err
     assert ran.err.startswith("qmerge: ") and len(ran.err.splitlines()) == 1
     assert not [word for word in words if word not in ran.err], ran.err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,17 @@ from qmerge.remote import ranges
 
 from .. import models
 from ..conftest import NF4, Cli
-from ..hub_server import HubServer, connected
+from ..hub_server import HubServer
 
 LARGER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096}
 """Settings of a model whose weights are much larger than its headers."""
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with connected(monkeypatch, tmp_path / "cache") as hub:
-        monkeypatch.chdir(tmp_path)
-        yield hub
+def hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """In an empty folder: none is there that has the name of a model."""
+    monkeypatch.chdir(tmp_path)
+    return hub
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from qmerge.report.card import whole_model_lines
 from qmerge.report.loading import FOLDER, loading_lines
 from qmerge.schema import Judged
 
-from ..hub_server import HubServer, connected
+from ..hub_server import HubServer
 from .reports import fidelity, report
 
 BASE_CARD = {
@@ -30,12 +29,6 @@ ADAPTER_CARD = {
     "tags": ["lora", "peft", "trl", "sft", "base_model:adapter:someone/base"],
 }  # fmt: skip
 QMERGE = {"rounding": "nearest", "quiet": True, "device": "cpu"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with connected(monkeypatch, tmp_path / "cache") as hub:
-        yield hub
 
 
 def with_card(folder: Path, copy: Path, fields: dict[str, Any]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from qmerge.schema import read_report
 
 from .. import models
 from ..conftest import NF4
-from ..hub_server import WRITER, HubServer, connected
+from ..hub_server import WRITER, HubServer
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +29,10 @@ TOKENS = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i 
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with connected(monkeypatch, tmp_path / "cache") as hub:
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield hub
+def hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """Logged in."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub
 
 
 def trainer_of(base: Path, callback: Any, output_dir: Path, on_the_fly: bool = False) -> Trainer:
