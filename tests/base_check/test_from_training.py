@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -17,6 +18,7 @@ from qmerge.planning.inputs import read_inputs
 from qmerge.planning.plan import plan_from
 from qmerge.recipe import make_recipe
 from qmerge.safetensors_io.reader import Reader
+from qmerge.schema import read_report
 
 from .. import models
 from ..conftest import Cli
@@ -41,9 +43,8 @@ def edit_base(run: Path, name: str, **more: str) -> None:
     edit_json(run / "checkpoint-10/adapter_config.json", base_model_name_or_path=name, **more)
 
 
-def recorded(out: Path) -> dict[str, str]:
-    recipe: dict[str, str] = json.loads((out / "qmerge.json").read_text())["recipe"]
-    return recipe
+def recorded(out: Path) -> dict[str, Any]:
+    return read_report(out).recipe
 
 
 def test_one_command(cli: Cli, run: Path, dense: Path, tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ from .test_fidelity import whole
 
 DEMO = Path(qmerge.demo.__file__).parent
 TEXT = DEMO / "heldout.txt"
+SETTINGS = {
+    "base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest", "device": "cpu",
+    "sequence_length": 96,
+}  # fmt: skip
+ASKED = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_prompts_are_from_all_over_the_text() -> None:
@@ -45,16 +50,14 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("continued") / "out"
     text = out.with_name("text.txt")
     text.write_text(TEXT.read_text()[:4000])
-    settings = {"base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest"}
-    qmerge.merge(**settings, out=out, verify=text, sequence_length=96, continuations=2, device="cpu", quiet=True)
+    qmerge.merge(**SETTINGS, out=out, verify=text, continuations=2, quiet=True)
     return out
 
 
 def test_each_model_writes_what_transformers_writes(merged: Path, tmp_path: Path) -> None:
     fidelity = read_report(merged).fidelity
     assert fidelity is not None and len(fidelity.continuations) == 2
-    settings = {"base": DEMO / "base-nf4", "target": "fp32", "rounding": "nearest", "device": "cpu", "quiet": True}
-    qmerge.merge(**settings, adapter=DEMO / "adapter", out=tmp_path / "unmerged")
+    qmerge.merge(**{**SETTINGS, "target": "fp32"}, out=tmp_path / "unmerged", quiet=True)
     for record in fidelity.continuations:
         assert record.prompt in TEXT.read_text()
         assert record.unmerged == written(whole(tmp_path / "unmerged"), record.prompt)
@@ -67,9 +70,8 @@ def test_none_are_written_where_the_model_is_too_large(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.setattr(continuations, "fits_whole", lambda layered, max_memory: False)
-    asked = ["--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--target", "bf16", "--rounding", "nearest"]
     text = merged.with_name("text.txt")
-    ran = cli(*asked, "--out", tmp_path / "out", "--verify", text, "--sequence-length", 96, "--device", "cpu")
+    ran = cli(*ASKED, "--out", tmp_path / "out", "--verify", text)
     record = json.loads((tmp_path / "out" / "qmerge.json").read_text())["fidelity"]
     assert ran.code == 0 and record["kl_ratio"] is not None and record["continuations"] == []
     assert "What the models write" not in (tmp_path / "out" / "qmerge.html").read_text()
@@ -78,11 +80,9 @@ def test_none_are_written_where_the_model_is_too_large(
 def test_a_private_text_is_kept_out(merged: Path, tmp_path: Path, cli: Cli) -> None:
     secret = "The reactor at Oslo is blue. "
     (tmp_path / "private.txt").write_text(secret * 60)
-    asked = ["--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--target", "bf16", "--rounding", "nearest"]
-    asked += ["--verify", tmp_path / "private.txt", "--sequence-length", 96, "--device", "cpu"]
     for count, names in ((0, set()), (1, {"qmerge.json", "qmerge.html"})):
         out = tmp_path / f"out-{count}"
-        assert cli(*asked, "--out", out, "--continuations", count).code == 0
+        assert cli(*ASKED, "--verify", tmp_path / "private.txt", "--out", out, "--continuations", count).code == 0
         assert {path.name for path in out.iterdir() if "reactor" in path.read_text(errors="replace")} == names
 
 
@@ -95,7 +95,6 @@ def test_a_model_that_cannot_write_is_judged_all_the_same(tmp_path: Path, monkey
     monkeypatch.setattr(continuations, "_continued", failing)
     text = tmp_path / "text.txt"
     text.write_text(TEXT.read_text()[:4000])
-    settings = {"base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest"}
-    report = qmerge.merge(**settings, out=tmp_path / "out", verify=text, sequence_length=96, device="cpu", quiet=True)
+    report = qmerge.merge(**SETTINGS, out=tmp_path / "out", verify=text, quiet=True)
     assert report.gain_kept is not None and report.data.fidelity is not None
     assert report.data.fidelity.continuations == []

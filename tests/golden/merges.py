@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from qmerge import run
 from qmerge.recipe import make_recipe
 
 from .. import models
+from ..conftest import snapshot
 
 DEMO = Path(qmerge.demo.__file__).parent
 HASHES = Path(__file__).parent / "hashes.json"
@@ -29,7 +29,6 @@ CHANGING = ("qmerge.json", "qmerge.html", "qmerge_recipe.yaml", "README.md")
 
 STEP_A, STEP_B = 2.0**-10, 2.0**-14
 """The adapter's values are cut to multiples of these: at most 7 and 6 bits, so that a sum of 8 products has at most 16."""
-
 
 ALPHA = 256
 """Instead of 16, with which ``nearest`` changes no code of the base."""
@@ -46,11 +45,7 @@ def golden_hashes(folder: Path, target: str, rounding: str) -> dict[str, str]:
         "out": str(folder),
     }
     run.merge(make_recipe(settings))
-    found: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name not in CHANGING:
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    return {name: sha256 for name, sha256 in snapshot(folder).items() if name not in CHANGING}
 
 
 def exact_adapter(folder: Path) -> Path:
