@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any
 
 import psutil
 import torch
 
+from qmerge.calibration.room import memory_limit
+from qmerge.checkpoint.folder import free_bytes
 from qmerge.demo.texts import telegram, text_of
 from qmerge.demo.training import Training
 from qmerge.errors import QmergeError, RecipeError, RoomError
@@ -25,6 +26,7 @@ from qmerge.report.html import NAME as PAGE_NAME
 from qmerge.report.html import comparison_page
 from qmerge.report.result import Report
 from qmerge.report.terminal.console import NotedTable, make_table, with_notes
+from qmerge.weights.context import compute_device
 from qmerge.wording import DASH, size_text
 
 DRIVE = "Google Drive"
@@ -118,7 +120,7 @@ def machine(folder: Path) -> NotedTable:
         table.add_row(torch.cuda.get_device_name(), size_text(torch.cuda.mem_get_info()[0]))
         line = "The GPU computes; weights pass through the memory of the process."
     table.add_row("memory", size_text(psutil.virtual_memory().available))
-    table.add_row("disk", size_text(disk_usage(_existing(folder)).free))
+    table.add_row("disk", size_text(free_bytes(folder)))
     return NotedTable(table, (line,))
 
 
@@ -128,26 +130,19 @@ def room(plan: Mapping[str, Any], folder: Path) -> NotedTable:
     Raises:
         RoomError: the disk is too small; the merge would stop before it begins.
     """
-    free = disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     if plan["disk_needed"] > free:
         raise RoomError(
             f"{folder}: {size_text(plan['disk_needed'])} are needed on the disk, {size_text(free)} are free: choose a smaller "
             f"target or another place"
         )
-    free_memory = psutil.virtual_memory().available
-    if torch.cuda.is_available():
-        free_memory = torch.cuda.mem_get_info()[0]
+    free_memory = memory_limit(None, compute_device("auto"))
     table = make_table("What the merge needs", ("", "needed", "free"))
     table.add_row("disk", size_text(plan["disk_needed"]), size_text(free))
     table.add_row("memory for weights", size_text(plan["peak_memory"]), size_text(free_memory))
     calibration = plan["calibration_memory"]
     table.add_row("memory for calibration", size_text(calibration) if calibration else DASH, size_text(free_memory))
     return with_notes(table, [("memory", "of the GPU, if there is one; if less is free, parts take turns")])
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the first one above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 @dataclass(frozen=True)
