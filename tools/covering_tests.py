@@ -1,7 +1,4 @@
-"""Which test functions run a line of qmerge, from the data of ``make coverage``.
-
-``tests/conftest.py`` tells coverage.py which test function is running.
-"""
+"""Tests by the lines of qmerge that they run. ``tests/conftest.py`` tells coverage.py which test function is running."""
 
 from __future__ import annotations
 
@@ -32,7 +29,6 @@ class CoveringTests:
     def of(self, file: str, line: int) -> list[str]:
         """Test functions that run the statement at a line, those that run the fewest lines first."""
         path = ROOT / file
-        tests: set[str] = set()
         statement = statement_in_function(ast.parse(path.read_text()), line)
         if statement:
             tests = self._tests(file, statement)
@@ -70,9 +66,8 @@ def statement_in_function(tree: ast.Module, line: int) -> range | None:
             is_function = isinstance(node, ast.FunctionDef)
             if is_function and any("jit" in ast.dump(decorator) for decorator in node.decorator_list):
                 return
-            inner = [
-                getattr(node, name) for name in ("body", "orelse", "finalbody", "handlers") if getattr(node, name, None)
-            ]
+            parts = (getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers"))
+            inner = [statements for statements in parts if statements]
             header_end = inner[0][0].lineno - 1 if inner else end
             if inside:
                 found = range(node.lineno, max(header_end, node.lineno) + 1)

@@ -276,9 +276,9 @@ def test_mutant(mutant: Mutant, tests: list[str], folder: Path, arguments: argpa
     finally:
         path.write_text(source)
     was, now = first_difference(source, changed)
-    outcome = {0: "survived", 1: "killed", None: "killed: time"}.get(code, "killed before any test")
-    if code == 5:  # pytest has found no test: all of them are slow
-        outcome = "survived"
+    # 5: pytest has found no test, because all of them are slow.
+    outcomes = {0: "survived", 5: "survived", 1: "killed", None: "killed: time"}
+    outcome = outcomes.get(code, "killed before any test")
     by = failed_test(log) if outcome == "killed" else ""
     seconds = round(time.monotonic() - begin, 1)
     return {
@@ -314,11 +314,9 @@ def work(arguments: argparse.Namespace) -> None:
                 f"{found['outcome']:10} {mutant.file}:{mutant.line}  {found['is']}  ({found['seconds']} s)", flush=True
             )
         killers = sorted({record["by"] for record in read(arguments.results) if record["by"]})
-        code = in_fork(folder, killers, Path(place) / "log", 3600) if killers else 0
-        if code != 0:
-            raise SystemExit(
-                f"a test fails on unchanged code, so its kills mean nothing: {failed_test(Path(place) / 'log')}"
-            )
+        log = Path(place) / "log"
+        if killers and in_fork(folder, killers, log, 3600) != 0:
+            raise SystemExit(f"a test fails on unchanged code, so its kills mean nothing: {failed_test(log)}")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
