@@ -137,8 +137,8 @@ def test_formats_page_has_every_format(site: dict[str, Page]) -> None:
 def test_python_page_has_every_public_name(site: dict[str, Page]) -> None:
     import qmerge
 
-    shown = " ".join(site["python/index.html"].ids)
-    assert all(f".{name}" in shown for name in qmerge.__all__ if name != "__version__")
+    shown = {name.rpartition(".")[2] for name in site["python/index.html"].ids if name.startswith("qmerge.")}
+    assert set(qmerge.__all__) - {"__version__"} <= shown
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,15 @@ def test_errors_page_has_messages_that_users_see(
 
 
 def test_errors_page_has_every_class_and_line(site: dict[str, Page]) -> None:
+    """The lines that it links to are those where an error is made."""
     page = site["errors/index.html"]
     raised = {name for name, value in vars(errors).items() if isinstance(value, type)} - {"QmergeError"}
     assert {name.lower() for name in raised} <= page.ids
-    lines = [link for link in page.links if re.search(r"/blob/main/qmerge/.*\.py#L\d+$", link)]
-    assert len(lines) > 400
+    linked = [found for link in page.links if (found := re.search(r"/blob/main/(qmerge/.*\.py)#L(\d+)$", link))]
+    assert len(linked) > 400
+    sources = {path: (ROOT / path).read_text().splitlines() for path in {found[1] for found in linked}}
+    lines = {sources[found[1]][int(found[2]) - 1] for found in linked}
+    assert not [line for line in lines if not re.search(r"Error\(|\berror\(|\breturn\b", line)]
 
 
 def test_configuration_is_read_by_other_tools() -> None:
