@@ -15,8 +15,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from qmerge.demo import notebook
-from qmerge.demo.training import train_qlora
+from qmerge.demo.training import Training, _batches, _rows, train_qlora
 from qmerge.errors import RecipeError, RoomError
+from qmerge.wording import DASH
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -172,11 +173,16 @@ def test_drive_is_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:
         notebook.output_folder("merged", notebook.DRIVE)
 
 
-def test_room_is_checked_before_the_merge(tmp_path: Path) -> None:
-    plan = {"disk_needed": 1000, "peak_memory": 1000, "calibration_memory": None}
+def test_room_is_checked_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"disk_needed": 5000, "peak_memory": 2000, "calibration_memory": None}
     assert notebook.room(plan, tmp_path / "not" / "yet").table.row_count == 3
+    monkeypatch.setattr(notebook, "free_bytes", lambda folder: 5000)
+    monkeypatch.setattr(notebook, "memory_limit", lambda max_memory, device: 7000)
+    _, needed, free = notebook.room(plan, tmp_path).table.columns
+    assert list(needed.cells) == ["5.00 kB", "2.00 kB", DASH]
+    assert list(free.cells) == ["5.00 kB", "7.00 kB", "7.00 kB"]
     with pytest.raises(RoomError, match="are needed on the disk"):
-        notebook.room({**plan, "disk_needed": 10**18}, tmp_path / "not" / "yet")
+        notebook.room({**plan, "disk_needed": 5001}, tmp_path)
 
 
 def test_too_little_text_to_train_on(tmp_path: Path) -> None:
@@ -184,3 +190,14 @@ def test_too_little_text_to_train_on(tmp_path: Path) -> None:
     text.write_text("Log of the brig Heron.")
     with pytest.raises(RecipeError, match="expected at least 1024 to train on"):
         train_qlora(notebook.files("qmerge.demo") / "base-nf4", text, tmp_path / "adapter")
+
+
+def test_one_batch_is_enough_to_train_on() -> None:
+    """Each row is used once before any is used again."""
+    settings = Training(steps=4, sequences=2, sequence_length=3)
+    with pytest.raises(RecipeError, match=r"text.txt: 5 tokens; expected at least 6"):
+        _rows(list(range(5)), settings, "text.txt")
+    assert _rows(list(range(8)), settings, "text.txt").tolist() == [[0, 1, 2], [3, 4, 5]]
+    first, second, third, fourth = _batches(_rows(list(range(12)), settings, "text.txt"), settings)
+    for one, other in ((first, second), (third, fourth)):
+        assert sorted([*one.tolist(), *other.tolist()]) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
