@@ -32,7 +32,6 @@ SHOWN = 100
 HUB_FILE = re.compile(rf"(?P<id>{HUB_ID.pattern}):(?P<file>(?!.*\.\.)[\w./-]+\.gguf)")
 """``owner/name:file.gguf``."""
 
-
 HUB_REVISION = re.compile(rf"(?P<id>{HUB_ID.pattern})@(?P<revision>\w[\w./-]*)(?P<rest>[:#=].*)?")
 """``owner/name@revision``; behind it ``:file.gguf``, ``#NAME`` or ``=WEIGHT``."""
 
@@ -42,8 +41,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 """Tensors of an adapter, as PEFT and as MLX call the file."""
 
-EARLIER_STATE = re.compile(r"(?:(?:checkpoint-|epoch_|step_)\d+|last-checkpoint)/")
-"""Folders that Trainer and torchtune leave below a finished adapter or model."""
+CHECKPOINT = re.compile(r"(?:checkpoint-|epoch_|step_)(?P<number>\d+)|last-checkpoint")
+"""Folders with the states of a run: of Trainer, of torchtune, and of Trainer's pushes to the Hub."""
+
 HUB_URL = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#=]+)(?:/(?P<path>[^?#=]*))?)?/?"
@@ -334,13 +334,18 @@ def needed_weights(listing: Listing, adapter: str | None = None) -> set[str]:
     needed: set[str] = set()
     # A repository without a finished adapter may be asked for one of its checkpoints.
     if "" in folders:
-        wanted = [folder for folder in folders if not EARLIER_STATE.match(folder) or folder == f"{adapter}/"]
+        wanted = [folder for folder in folders if not _is_earlier_state(folder) or folder == f"{adapter}/"]
         needed = {f"{folder}{file}" for folder in wanted for file in ADAPTER_FILES} & names
     if INDEX in listing.names:
         needed |= _files_in_index(listing) & names
     elif SINGLE in names:
         needed.add(SINGLE)
     return needed or names
+
+
+def _is_earlier_state(folder: str) -> bool:
+    """Whether a folder of a repository (``checkpoint-10/``) is in one that a training has left below a finished adapter."""
+    return CHECKPOINT.fullmatch(folder.partition("/")[0]) is not None
 
 
 def _unneeded_weights(listing: Listing, adapter: str | None) -> set[str]:

@@ -8,7 +8,7 @@ from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder
 from qmerge.adapters.reading.folder import read_config
 from qmerge.adapters.reading.named import find_adapter, split_reference
-from qmerge.adapters.reading.training_folder import CHECKPOINT, read_training
+from qmerge.adapters.reading.training_folder import read_training
 from qmerge.base_check.model_names import origin_of
 from qmerge.base_check.peft_options import text_setting
 from qmerge.base_check.training_quantization import stored_format_marks
@@ -116,7 +116,7 @@ def _checkpoint_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
         run = source.adapters_folder
         if run is None or split_reference(reference)[1] is not None:
             continue
-        states = [folder for folder in run.glob("*/") if CHECKPOINT.fullmatch(folder.name)]
+        states = [folder for folder in run.glob("*/") if hub.CHECKPOINT.fullmatch(folder.name)]
         number = f" of {len(states)}" if len(states) > 1 else ""
         lines.append(f"adapter  {source.folder.name} of {run.name}: its last checkpoint{number}")
     return lines

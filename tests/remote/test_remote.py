@@ -14,7 +14,6 @@ from huggingface_hub import constants
 import qmerge
 from qmerge import hub as hub_ids
 from qmerge.adapters.reading.named import find_adapter
-from qmerge.adapters.reading.training_folder import CHECKPOINT
 from qmerge.errors import CheckpointError
 from qmerge.forecast import targets
 from qmerge.formats import get_target
@@ -220,7 +219,7 @@ def test_an_earlier_state_that_is_asked_for(hub: HubServer, lora: Path, cli: Cli
     ran = cli("inspect", f"https://huggingface.co/someone/lora/tree/main/{name}", "--json")
     assert ran.code == 0 and hub.served[weights], ran.err
     assert find_adapter(f"someone/lora#{name}").folder.name == name
-    assert CHECKPOINT.fullmatch(name)  # locally, too, it is an earlier state
+    assert hub_ids.CHECKPOINT.fullmatch(name)  # locally, too, it is an earlier state
 
 
 def test_revisions_in_names(hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli, few_targets: None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qmerge import hub
 from qmerge.adapters import all_kinds, get_kind
 from qmerge.adapters.reading import mlx
 from qmerge.adapters.reading.mistakes import missing_config_problem
@@ -23,7 +24,7 @@ from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
 from qmerge.types import TORCH_DTYPES, Replacement, TensorInfo, Update
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = hub.ADAPTER_CONFIG, "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """Beginning of the names of the tensors of a module."""

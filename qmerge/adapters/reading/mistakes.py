@@ -6,12 +6,11 @@ from pathlib import Path
 
 from qmerge import hub
 from qmerge.errors import AdapterError
+from qmerge.hub import ADAPTER_CONFIG as CONFIG
 from qmerge.safetensors_io.header import read_header
 from qmerge.schema import NAME as REPORT
 
-CONFIG = "adapter_config.json"
-
-OWN_FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+OWN_FILES = (CONFIG, *hub.ADAPTER_FILES, "adapter_model.bin")
 """Files of an adapter folder: each stands for the folder."""
 
 WITHOUT_FOLDER = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".ckpt")

@@ -12,7 +12,7 @@ from pathlib import Path
 from qmerge import hub
 from qmerge.adapters.reading.folder import CONFIG, DEFAULT, adapter_names, tensor_infos, tensors_file
 from qmerge.adapters.reading.mistakes import folder_of_file
-from qmerge.adapters.reading.training_folder import CHECKPOINT, checkpoint_number
+from qmerge.adapters.reading.training_folder import checkpoint_number
 from qmerge.errors import AdapterError, listed
 
 MOST_NAMES = 20
@@ -71,7 +71,7 @@ def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -
     checkpoints: list[str] = []
     for name, folder in folders.items():
         if folder != source.folder:
-            (checkpoints if CHECKPOINT.fullmatch(name) else below).append(name)
+            (checkpoints if hub.CHECKPOINT.fullmatch(name) else below).append(name)
     # Next to a finished adapter, checkpoints are its earlier states, not other adapters.
     if not folders or (len(in_folder) == 1 and not below):
         return source
@@ -114,7 +114,9 @@ def adapters_in(folder: Path) -> dict[str, Path]:
             # The adapter in the folder itself goes before a folder below that is called ``default``.
             adapters.setdefault(config.parent.name, config.parent)
     if not adapters:
-        found = [config.parent for config in folder.glob(f"*/*/{CONFIG}") if CHECKPOINT.fullmatch(config.parent.name)]
+        found = [
+            config.parent for config in folder.glob(f"*/*/{CONFIG}") if hub.CHECKPOINT.fullmatch(config.parent.name)
+        ]
         if len({checkpoint.parent for checkpoint in found}) == 1:
             adapters = {checkpoint.name: checkpoint for checkpoint in sorted(found)}
     return adapters

@@ -23,10 +23,8 @@ from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.model_cards import card_text
 from qmerge.checkpoint.plain_yaml import plain_mapping
 from qmerge.errors import AdapterError
+from qmerge.hub import CHECKPOINT
 from qmerge.recipe import AS_STORED, TrainedOn
-
-CHECKPOINT = re.compile(r"(?:checkpoint-|epoch_|step_)(?P<number>\d+)|last-checkpoint")
-"""Folders with the states of a run: of Trainer, of torchtune, and of Trainer's pushes to the Hub."""
 
 AXOLOTL_HEADING = "See axolotl config</summary>"
 """Before the config in the card that Axolotl writes."""
