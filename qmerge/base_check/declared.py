@@ -32,7 +32,7 @@ from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
 from qmerge.hub import Source
 from qmerge.planning.inputs import Inputs
-from qmerge.recipe import AS_STORED, CHAIN, Recipe
+from qmerge.recipe import AS_STORED, CHAIN, TRAINED_ON, Recipe, TrainedOn
 from qmerge.schema import merged_adapter_hashes
 
 Verdict = Literal["fits", "differs", "unknown"]
@@ -63,7 +63,7 @@ class GivenBase:
     id: str | None = None
     commit: str | None = None
     revision: str | None = None
-    training_format: str | None = None
+    training_format: TrainedOn | None = None
     merge_onto: str = "dequantized"
     adapters: tuple[Path, ...] = ()
     in_order: bool = False
@@ -237,7 +237,7 @@ def _compare_quantization(training: DeclaredQuantization, base: GivenBase) -> Re
     formats = base.formats
     given = " and ".join(sorted(formats)) or "16- or 32-bit"
     if not formats and base.training_format and base.training_format != AS_STORED:
-        formats = frozenset({base.training_format.removesuffix("-dq")})  # -dq: with double quantization
+        formats = frozenset({TRAINED_ON[base.training_format][0]})
         given += f", quantized to {base.training_format} first"
     if training.formats is None or base.merge_onto == "original":
         return Remark("quantization", training.source, given, "unknown")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qmerge.adapters.reading.training_folder import Training
 from qmerge.base_check.model_names import Origin, storage_marks
-from qmerge.recipe import AS_STORED
+from qmerge.recipe import AS_STORED, TRAINED_ON
 
 FORMATS_BY_MARK = {
     "bnb-4bit": {"nf4", "fp4"},
@@ -63,7 +63,7 @@ def declared_quantization(declared: Origin, training: Training) -> DeclaredQuant
     if training.quantization == AS_STORED:
         return DeclaredQuantization(None, training.source, as_stored=True)
     if training.quantization is not None:
-        return DeclaredQuantization(frozenset({training.quantization.removesuffix("-dq")}), training.source)
+        return DeclaredQuantization(frozenset({TRAINED_ON[training.quantization][0]}), training.source)
     return DeclaredQuantization(None, "nothing")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qmerge.adapters.reading.training_folder import quantized_by_bitsandbytes
 from qmerge.errors import RecipeError, listed
 from qmerge.recipe import TrainedOn
 
@@ -69,16 +70,10 @@ def _trained_on(base: Any) -> TrainedOn | None:
         return None
     config = quantizer.quantization_config
     if getattr(config, "load_in_8bit", False):
-        return "int8"
+        return quantized_by_bitsandbytes(8, None, None)
     if not getattr(config, "load_in_4bit", False):
         return None
-    names: dict[tuple[str, bool], TrainedOn] = {
-        ("nf4", False): "nf4",
-        ("nf4", True): "nf4-dq",
-        ("fp4", False): "fp4",
-        ("fp4", True): "fp4-dq",
-    }
-    return names[str(config.bnb_4bit_quant_type), bool(config.bnb_4bit_use_double_quant)]
+    return quantized_by_bitsandbytes(4, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
 
 
 def adapter_folder(trained: TrainedModel, folder: Path) -> Path:

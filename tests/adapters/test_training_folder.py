@@ -65,6 +65,8 @@ def torchtune(component: str) -> dict[str, str]:
         ({"training_args.yaml": LLAMA_FACTORY}, AS_STORED),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), "nf4-dq"),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), "fp4"),
+        (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="fp4"), "fp4-dq"),
+        (swift(quant_method="bnb", quant_bits=3), None),
         (swift(quant_method="gptq"), None),
         (swift(), AS_STORED),
         (torchtune("llama3_1.qlora_llama3_1_8b"), "nf4-dq"),

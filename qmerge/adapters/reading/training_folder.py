@@ -24,7 +24,7 @@ from qmerge.checkpoint.model_cards import card_text
 from qmerge.checkpoint.plain_yaml import plain_mapping
 from qmerge.errors import AdapterError
 from qmerge.hub import CHECKPOINT
-from qmerge.recipe import AS_STORED, TrainedOn
+from qmerge.recipe import AS_STORED, TRAINED_ON, TrainedOn
 
 AXOLOTL_HEADING = "See axolotl config</summary>"
 """Before the config in the card that Axolotl writes."""
@@ -93,7 +93,9 @@ def _axolotl(folder: Path) -> Training | None:
         given = settings.get("bnb_config_kwargs")
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options |= given if isinstance(given, dict) else {}
-        quantization = _bitsandbytes(4, options["bnb_4bit_quant_type"], options["bnb_4bit_use_double_quant"])
+        quantization = quantized_by_bitsandbytes(
+            4, options["bnb_4bit_quant_type"], options["bnb_4bit_use_double_quant"]
+        )
     elif adapter == "lora" and settings.get("load_in_8bit"):
         quantization = "int8"
     # A base that is stored as GPTQ says so itself.
@@ -125,7 +127,7 @@ def _llama_factory(folder: Path) -> Training | None:
     if not settings.get("quantization_bit"):
         quantization = AS_STORED
     elif method in ("bnb", "bitsandbytes"):
-        quantization = _bitsandbytes(
+        quantization = quantized_by_bitsandbytes(
             settings["quantization_bit"],
             settings.get("quantization_type", "nf4"),
             settings.get("double_quantization", True),
@@ -142,7 +144,7 @@ def _ms_swift(folder: Path) -> Training | None:
     if settings["quant_method"] is None:
         quantization = AS_STORED
     elif settings["quant_method"] == "bnb":
-        quantization = _bitsandbytes(
+        quantization = quantized_by_bitsandbytes(
             settings.get("quant_bits"),
             settings.get("bnb_4bit_quant_type", "nf4"),
             settings.get("bnb_4bit_use_double_quant", True),
@@ -176,15 +178,14 @@ def _unsloth(config: Mapping[str, Any]) -> Training:
     return UNKNOWN_TRAINING
 
 
-def _bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> TrainedOn | None:
+def quantized_by_bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> TrainedOn | None:
     """The value of ``--trained-on`` for what bitsandbytes did in memory; None where there is none."""
     if bits == 8:
         return "int8"
-    if bits == 4 and quant_type == "nf4":
-        return "nf4-dq" if double_quant else "nf4"
-    if bits == 4 and quant_type == "fp4":
-        return "fp4-dq" if double_quant else "fp4"
-    return None
+    if bits != 4:
+        return None
+    wanted = (quant_type, bool(double_quant))
+    return next((name for name, quantization in TRAINED_ON.items() if quantization == wanted), None)
 
 
 def _text(path: Path) -> str:
