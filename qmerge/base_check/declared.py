@@ -25,6 +25,7 @@ from qmerge.base_check.targets import target_warning
 from qmerge.base_check.training_quantization import (
     WAS_IT_QUANTIZED,
     DeclaredQuantization,
+    declared_base,
     declared_quantization,
     quantization_consequence,
 )
@@ -129,7 +130,7 @@ def compare(config: Mapping[str, Any], base: GivenBase, training: Training) -> l
         config: adapter_config.json.
         training: what the adapter's folder says (``read_training``).
     """
-    declared = origin_of(text_setting(config, "base_model_name_or_path"))
+    declared = declared_base(config)
     return [
         _compare_adapter_chain(declared, base) or _compare_model(declared, base),
         _compare_revision(declared, text_setting(config, "revision"), base),
@@ -266,8 +267,7 @@ def _open_question(config: Mapping[str, Any], base: GivenBase, training: Trainin
     """The question how training quantized a dense base, where neither the adapter nor the user says it; else empty."""
     if base.formats or base.training_format or base.merge_onto == "original":
         return ""
-    declared = origin_of(text_setting(config, "base_model_name_or_path"))
-    found = declared_quantization(declared, training)
+    found = declared_quantization(declared_base(config), training)
     return WAS_IT_QUANTIZED if found.formats is None and not found.as_stored else ""
 
 

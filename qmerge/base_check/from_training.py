@@ -9,9 +9,8 @@ from qmerge.adapters.combining.chain import adapter_folder
 from qmerge.adapters.reading.folder import read_config
 from qmerge.adapters.reading.named import find_adapter, split_reference
 from qmerge.adapters.reading.training_folder import read_training
-from qmerge.base_check.model_names import origin_of
 from qmerge.base_check.peft_options import text_setting
-from qmerge.base_check.training_quantization import stored_format_marks
+from qmerge.base_check.training_quantization import declared_base, stored_format_marks
 from qmerge.errors import AdapterError, RecipeError
 from qmerge.formats import get_target
 from qmerge.planning.inputs import Inputs
@@ -37,7 +36,8 @@ def with_named_base(recipe: Recipe, report: Callable[[str], None]) -> Recipe:
     if source.file is not None:
         raise RecipeError(f"{source.file.name}: an adapter in a GGUF file does not name its base: {GIVE_BASE}")
     config = read_config(source.folder)
-    named = text_setting(config, "base_model_name_or_path")
+    origin = declared_base(config)
+    named = origin.text
     if not named:
         raise AdapterError(f"{reference}: adapter_config.json names no base: {GIVE_BASE}")
     if adapter_folder(named) is not None:
@@ -50,7 +50,6 @@ def with_named_base(recipe: Recipe, report: Callable[[str], None]) -> Recipe:
     if folder is not None and folder.exists():
         report(f"base     {named}: the adapter names it")
         return recipe.model_copy(update={"base": named})
-    origin = origin_of(named)
     if origin.id is None:
         raise AdapterError(
             f"the adapter names {named} as its base, which is not on this machine: {GIVE_BASE} (where it is here, or its Hub id)"
@@ -73,7 +72,7 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
     trainings = []
     for source, adapter in zip(inputs.adapter_sources, inputs.adapters, strict=True):
         # A checkpoint that is stored quantized was not quantized in memory: its own codes are what training saw.
-        if stored_format_marks(origin_of(text_setting(adapter.config, "base_model_name_or_path"))):
+        if stored_format_marks(declared_base(adapter.config)):
             return recipe, lines
         trainings.append(read_training(source.folder, adapter.config))
     # No answer of one adapter may hide that another one says nothing.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qmerge.adapters.reading.training_folder import Training
-from qmerge.base_check.model_names import Origin, storage_marks
+from qmerge.base_check.model_names import Origin, origin_of, storage_marks
+from qmerge.base_check.peft_options import text_setting
 from qmerge.recipe import AS_STORED, TRAINED_ON
 
 FORMATS_BY_MARK = {
@@ -38,6 +41,11 @@ class DeclaredQuantization:
     formats: frozenset[str] | None
     source: str
     as_stored: bool = False
+
+
+def declared_base(config: Mapping[str, Any]) -> Origin:
+    """The base that adapter_config.json names."""
+    return origin_of(text_setting(config, "base_model_name_or_path"))
 
 
 def stored_format_marks(declared: Origin) -> list[str]:

@@ -84,11 +84,15 @@ def _whoami(api: HfApi) -> dict[str, Any]:
         raise HubError(f"the Hub needs a token to write: {LOG_IN}")
     with hub_errors("the Hub cannot be asked about the token"):
         user = api.whoami()
-    token = (user.get("auth") or {}).get("accessToken") or {}
     # Other roles may write somewhere; where, is asked next.
-    if token.get("role") == "read":
+    if _access_token(user).get("role") == "read":
         raise HubError(f"the token of {user['name']} may only read: {LOG_IN}")
     return user
+
+
+def _access_token(user: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub says about the token: its role and its rights."""
+    return (user.get("auth") or {}).get("accessToken") or {}
 
 
 def _files(api: HfApi, hub_id: str) -> frozenset[str] | None:
@@ -121,7 +125,7 @@ def _check_may_create(user: dict[str, Any], hub_id: str) -> None:
     if owner not in (user["name"], *organizations):
         others = f" and {listed(organizations)}" if organizations else ""
         raise HubError(f"{hub_id}: the token may not write there; it belongs to {user['name']}{others}")
-    token = (user.get("auth") or {}).get("accessToken") or {}
+    token = _access_token(user)
     if token.get("role") == "fineGrained" and not _may_write(token.get("fineGrained") or {}, owner):
         raise HubError(f"{hub_id}: the token may not create models of {owner}: {LOG_IN}")
 

@@ -175,7 +175,7 @@ def _left_over(api: HfApi, destination: Destination, names: list[str]) -> list[s
         earlier = read_report(record.parent)
     except CheckpointError:  # of another version, or edited
         return []
-    written = {file.file for file in [*earlier.files, *earlier.outputs]}
+    written = set(_recorded_files(earlier))
     return sorted(written & destination.files - set(names))
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.errors import CheckpointError, InputError
+from qmerge.errors import CheckpointError
 from qmerge.remote.ranges import RemoteFile
 from qmerge.safetensors_io.header import LARGEST_HEADER, LENGTH_BYTES, read_header
 from qmerge.safetensors_io.reader import Reader
@@ -122,16 +122,12 @@ def _with_header(listing: hub.Listing, name: str, path: Path) -> RemoteFile:
     start = file.read(0, LENGTH_BYTES)
     (length,) = struct.unpack("<Q", start)
     if length > min(LARGEST_HEADER, file.size - LENGTH_BYTES):
-        raise _invalid(name, length)
+        raise CheckpointError(
+            f"{name} on the Hub: not a safetensors file: its first 8 bytes announce a header of {length}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(start + file.read(LENGTH_BYTES, LENGTH_BYTES + length))
     return file
-
-
-def _invalid(name: str, length: int) -> InputError:
-    return CheckpointError(
-        f"{name} on the Hub: not a safetensors file: its first 8 bytes announce a header of {length}"
-    )
 
 
 def _small_ranges(tensors: Iterable[TensorInfo]) -> list[tuple[int, int]]:
