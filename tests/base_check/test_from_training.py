@@ -25,6 +25,8 @@ from ..conftest import Cli
 from ..models import edit_json
 from ..parity import bases, stock
 
+COMMIT = "c" * 40
+
 QLORA = "finetuning_type: lora\nquantization_bit: 4\nquantization_method: bnb\n"
 
 
@@ -89,6 +91,35 @@ def test_what_nothing_tells_is_asked(run: Path, dense: Path, nf4: Path) -> None:
     assert warned(run, nf4) == warned(run, dense, trained_on="nf4") == warned(run, dense, merge_onto="original") == []
     (run / "training_args.yaml").write_text("finetuning_type: lora\n")
     assert warned(run, dense) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (QLORA, QLORA, "nf4-dq"),
+        (QLORA, "", None),
+        ("", QLORA, None),
+        (QLORA, "finetuning_type: lora\n", None),
+        (QLORA, "finetuning_type: lora\nquantization_bit: 8\n", None),
+    ],
+)
+def test_several_adapters_must_agree(first: str, second: str, expected: str | None, run: Path, dense: Path) -> None:
+    adapters = (run / "checkpoint-9", run / "checkpoint-10")
+    (run / "training_args.yaml").unlink()
+    for folder, told in zip(adapters, (first, second), strict=True):
+        (folder / "training_args.yaml").write_text(told)
+    recipe = make_recipe({"base": str(dense), "adapter": [*map(str, adapters)], "target": "bf16"})
+    with Reader() as reader:
+        recipe, lines = with_training(recipe, read_inputs(recipe, reader))
+    assert recipe.trained_on == expected and bool(lines) == bool(expected)
+
+
+def test_a_base_that_is_stored_quantized_was_not_quantized_in_memory(run: Path, dense: Path) -> None:
+    edit_base(run, "someone/base-bnb-4bit")
+    recipe = make_recipe({"base": str(dense), "adapter": str(run / "checkpoint-10"), "target": "bf16"})
+    with Reader() as reader:
+        recipe, _ = with_training(recipe, read_inputs(recipe, reader))
+    assert recipe.trained_on is None
 
 
 @pytest.mark.parametrize(
@@ -186,14 +217,17 @@ def test_an_adapter_on_an_adapter(cli: Cli, run: Path, lora: Path) -> None:
     assert ran.code == 3 and f"--combine chain: --adapter {lora} --adapter {run}" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [("someone/base", COMMIT), (f"/home/bob/.cache/huggingface/hub/models--someone--base/snapshots/{COMMIT}", "main")],
+)
 def test_the_revision_of_training(
-    cli: Cli, run: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, run: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, revision: str
 ) -> None:
-    """From the Hub's cache, at the commit that adapter_config.json names."""
-    commit = "c" * 40
-    shutil.copytree(dense, tmp_path / f"hub/models--someone--base/snapshots/{commit}")
+    """From the Hub's cache, at the commit that adapter_config.json names, or that the path on another machine holds."""
+    shutil.copytree(dense, tmp_path / f"hub/models--someone--base/snapshots/{COMMIT}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    edit_base(run, "someone/base", revision=commit)
+    edit_base(run, name, revision=revision)
     ran = cli("plan", "--adapter", run)
-    assert ran.code == 0 and f"someone/base at {commit[:12]}: the adapter names it" in ran.err, ran.err
+    assert ran.code == 0 and f"someone/base at {COMMIT[:12]}: the adapter names it" in ran.err, ran.err
