@@ -61,6 +61,7 @@ class HubServer:
         self.silent_seconds = 0.0
         self.knows_ranges = True
         self.organizations: list[str] = []
+        self.scopes: list[dict[str, object]] | None = None  # rights of a fine-grained token
         self.url = ""
 
     def add(self, hub_id: str, folder: Path, **more: bytes) -> Repo:
@@ -151,8 +152,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(401, "Invalid credentials in Authorization header")
         role = "read" if READER in self.headers["authorization"] else "write"
         organizations = [{"name": name} for name in self.hub.organizations]
+        token: dict[str, object] = {"role": role}
+        if self.hub.scopes is not None:
+            token = {"role": "fineGrained", "fineGrained": {"scoped": self.hub.scopes}}
         return self.send(
-            {"name": self.user, "orgs": organizations, "auth": {"type": "access_token", "accessToken": {"role": role}}}
+            {"name": self.user, "orgs": organizations, "auth": {"type": "access_token", "accessToken": token}}
         )
 
     def auth_check(self, id: str, write: str | None) -> None:

@@ -107,6 +107,17 @@ def test_a_gated_model_of_an_organization_is_refused_before_the_merge(hub: HubSe
         check_destination("team/model", None)
 
 
+def test_a_fine_grained_token_needs_the_right_to_write_of_the_owner(hub: HubServer) -> None:
+    hub.organizations = ["team"]
+    hub.scopes = [
+        {"entity": {"name": "alice"}, "permissions": ["repo.content.read"]},
+        {"entity": {"name": "team"}, "permissions": ["repo.content.read", "repo.write"]},
+    ]
+    assert check_destination("team/new", None).files is None
+    with pytest.raises(HubError, match="alice/new: the token may not create models of alice: log in with"):
+        check_destination("alice/new", None)
+
+
 def test_an_interrupted_upload_goes_on(hub: HubServer, out: Path, cli: Cli) -> None:
     """One of several files of weights fails: the second push sends that one only."""
     weights = sorted(path.name for path in out.glob("*.safetensors"))
