@@ -7,8 +7,8 @@ import re
 _SPELLINGS = {
     "nf4": "bnb bnb4 bnb-4bit bnb-nf4 nf4-4bit bitsandbytes bitsandbytes-4bit merged-4bit merged-4bit-forced",
     "fp4": "bnb-fp4",
-    "int8": "bnb-8bit bnb8 bitsandbytes-8bit llm-int8 llm.int8",
-    "bf16": "merged-16bit 16bit 16-bit bfloat16 torch.bfloat16",
+    "int8": "bnb-8bit bnb8 bitsandbytes-8bit llm-int8",
+    "bf16": "merged-16bit 16bit bfloat16 torch.bfloat16",
     "fp16": "float16 half torch.float16",
     "fp32": "f32 float32 float 32bit torch.float32",
     "gptq": "gptq4 gptq-4bit gptq-int4 gptq-w4 int4-gptq",
@@ -17,7 +17,6 @@ _SPELLINGS = {
     "fp8": "float8 fp8-block",
     "w8a8": "int8-w8a8 w8a8-int8",
     "mlx": "mlx-4bit mlx-int4 mlx4",
-    "mxfp4a16": "mxfp4-a16",
     "q8_0": "q8 gguf-8bit fast-quantized",
     "q6_k": "q6",
 }  # fmt: skip

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qmerge import plugins
 from qmerge.cli.habits import hint
 from qmerge.errors import RecipeError
-from qmerge.formats import all_targets, get_target
+from qmerge.formats import MIXES, _names, all_targets, get_target
 from qmerge.hub import split_revision
 from qmerge.recipe import make_recipe
 
@@ -155,6 +156,14 @@ def test_a_base_without_tokenizer(cli: Cli, given: Given) -> None:
 )  # fmt: skip
 def test_targets_by_the_names_of_other_tools(name: str, target: str) -> None:
     assert make_recipe({"base": "b", "adapter": "a", "target": name}).target == target
+
+
+def test_every_name_of_another_tool_is_needed_and_leads_to_a_target() -> None:
+    targets = (*MIXES, *plugins.names("formats"))
+    plain = [_names._plain(word) for words in _names._SPELLINGS.values() for word in words.split()]
+    assert set(_names._SPELLINGS) <= {*MIXES, *all_targets()}
+    assert len(set(plain)) == len(plain) and not {_names._plain(target) for target in targets} & {*plain}
+    assert not [name for name in _names._SEVERAL if _names._plain(name) != name or _names.known_target(name, targets)]
 
 
 @pytest.mark.parametrize(
