@@ -36,6 +36,7 @@ def with_named_base(recipe: Recipe, report: Callable[[str], None]) -> Recipe:
     if source.file is not None:
         raise RecipeError(f"{source.file.name}: an adapter in a GGUF file does not name its base: {GIVE_BASE}")
     config = read_config(source.folder)
+    # Its text as it is may be a folder here; an id is taken from it only where it is none.
     origin = declared_base(config)
     named = origin.text
     if not named:

@@ -184,6 +184,7 @@ def quantized_by_bitsandbytes(bits: Any, quant_type: Any, double_quant: Any) -> 
         return "int8"
     if bits != 4:
         return None
+    # A format of 4 bits that is not in the table (another library's) has no value.
     wanted = (quant_type, bool(double_quant))
     return next((name for name, quantization in TRAINED_ON.items() if quantization == wanted), None)
 
