@@ -47,9 +47,7 @@ ADVICE = {
     "token": "the Hub's token comes from HF_TOKEN or from hf auth login: leave it out",
     "overwrite": "an output folder is never overwritten: delete it, or give another --out",
     "verbose": "progress and warnings are shown without it; --quiet shows less",
-    "v": "progress and warnings are shown without it; --quiet shows less",
     "config": "a recipe is run with: qmerge run FILE",
-    "cfg": "a recipe is run with: qmerge run FILE",
     "safe-serialization": "all models are written as safetensors files: leave it out",
     "low-cpu-mem-usage": "weights are read one at a time anyway: leave it out",
     "template": "the chat template of the adapter, else of the base, is kept: leave it out",
@@ -65,9 +63,11 @@ SAME_ADVICE = {
     "yes": "overwrite",
     "overwrite-output-dir": "overwrite",
     "recipe": "config",
+    "cfg": "config",
+    "v": "verbose",
 }
 
-_OUR_OPTION = {f"{name}": ours for ours, names in OURS.items() for name in names.split()}
+_OUR_OPTION = {name: ours for ours, names in OURS.items() for name in names.split()}
 
 
 def hint(option: str, known: Collection[str]) -> str:
@@ -80,12 +80,13 @@ def hint(option: str, known: Collection[str]) -> str:
     name = option.lstrip("-").partition("=")[0].replace("_", "-")
     if f"--{name}" in known:  # --max_memory
         return f"did you mean --{name}?"
-    advice = ADVICE.get(SAME_ADVICE.get(name.lower(), name.lower()))
-    if advice:
-        return advice
-    # Some letters mean one thing in capitals and another in small ones (-V, -v).
-    ours = _OUR_OPTION.get(name) or _OUR_OPTION.get(name.lower())
+    lower = name.lower()
+    # As typed first: some letters mean one thing in capitals and another in small ones (-V, -v).
+    ours = _OUR_OPTION.get(name) or _OUR_OPTION.get(lower)
     if ours and ours.partition(" ")[0] in known:
         return f"did you mean {ours}?"
+    advice = ADVICE.get(SAME_ADVICE.get(lower, lower))
+    if advice:
+        return advice
     close = difflib.get_close_matches(f"--{name}", sorted(known), n=1)
     return f"did you mean {close[0]}?" if close else ""

@@ -117,10 +117,11 @@ def _unknown_options(command: Any, ctx: Any) -> Iterator[None]:
 
 def _no_command(name: str, commands: list[str]) -> str:
     """What is wrong with the first word of a command line, and what to do."""
-    if Path(name).exists() or hub.HUB_ID.fullmatch(name):
-        return f"{name} is not a command: to merge this adapter, qmerge --adapter {name} --target nf4 --out DIR"
+    # First: a recipe's path may exist, or look like an id on the Hub (recipes/my.yaml).
     if Path(name).suffix in (".yaml", ".yml"):
         return f"{name} is not a command: a recipe is run with qmerge run FILE"
+    if Path(name).exists() or hub.HUB_ID.fullmatch(name):
+        return f"{name} is not a command: to merge this adapter, qmerge --adapter {name} --target nf4 --out DIR"
     return f"no command is called {name!r}. {plugins.suggestion(name, commands)}"
 
 

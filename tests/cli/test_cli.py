@@ -22,7 +22,7 @@ from ..conftest import Cli, snapshot
 
 COMMANDS = (
     "merge", "run", "plan", "measure", "inspect", "verify", "report", "compare", "formats", "demo", "patch", "apply", "unmerge",
-    "extract", "gguf", "finalize",
+    "extract", "gguf", "finalize", "recipe", "push",
 )  # fmt: skip
 WITH_MANY_OPTIONS = ("merge", "run", "plan", "measure")
 MOST_LINES = 80

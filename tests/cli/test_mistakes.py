@@ -220,7 +220,7 @@ def test_addresses_in_a_recipe() -> None:
         (("--output", "x"), "--out"), (("--output-dir=x",), "--out"), (("-o", "x"), "--out"), (("--quantize", "x"), "--target"),
         (("plan", "--quantization", "x"), "--target"), (("merge", "--save-method", "x"), "--target"),
         (("measure", "--device-map", "auto"), "--device"), (("run", "--load-in-4bit"), "--trained-on nf4-dq"),
-        (("--max_memory", "3GB"), "--max-memory"), (("verify", "--loadr", "x"), "--loader"),
+        (("--max_memory", "3GB"), "--max-memory"), (("verify", "--loadr", "x"), "--loader"), (("-V",), "--version"),
     ],
 )  # fmt: skip
 def test_options_from_habit(arguments: tuple[str, ...], ours: str, cli: Cli) -> None:
@@ -234,13 +234,25 @@ def test_options_without_a_counterpart(cli: Cli) -> None:
     assert "runs no code of a model" in cli("merge", "--trust-remote-code").err
     assert "qmerge --help-all lists all of them" in cli("--zzzzzz").err
     assert "qmerge inspect --help lists all of them" in cli("inspect", "--lora", "x").err
+    assert "--quiet shows less" in cli("-v").err and "qmerge run FILE" in cli("--cfg", "x").err
     assert hint("--lora", ()) == ""
 
 
 def test_an_adapter_in_place_of_a_command(cli: Cli, lora: Path) -> None:
     ran = cli(lora, "--target", "nf4")
     assert ran.code == 2 and f"to merge this adapter, qmerge --adapter {lora}" in ran.err
-    assert "Did you mean 'measure'?" in cli("mesure").err and "qmerge run FILE" in cli("my.yaml").err
+    assert "Did you mean 'measure'?" in cli("mesure").err
+
+
+@pytest.mark.parametrize("name", ["my.yaml", "recipes/my.yml"])
+def test_a_recipe_in_place_of_a_command(name: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the file is there or not: it is not taken for an adapter."""
+    monkeypatch.chdir(tmp_path)
+    for exists in (False, True):
+        if exists:
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).touch()
+        assert cli(name).err == f"qmerge: {name} is not a command: a recipe is run with qmerge run FILE\n"
 
 
 def test_config_of_an_adapter_with_an_odd_base(cli: Cli, given: Given) -> None:
