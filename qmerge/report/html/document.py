@@ -86,22 +86,8 @@ def environment() -> jinja2.Environment:
         "printable": printable,
         "percent": percent_or_dash,
         "decimal": decimal_or_dash,
-        "signed": _signed,
         "share": share_or_dash,
         "percent_with_tenths": percent_with_tenths,
-        "three_decimals": _three_decimals,
-        "four_decimals": _four_decimals,
+        "fixed": fixed_or_dash,
     }
     return found
-
-
-def _three_decimals(value: float | None) -> str:
-    return fixed_or_dash(value, 3)
-
-
-def _four_decimals(value: float | None) -> str:
-    return fixed_or_dash(value, 4)
-
-
-def _signed(value: float | None) -> str:
-    return fixed_or_dash(value, 2)
