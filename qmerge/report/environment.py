@@ -69,10 +69,10 @@ def device_name(device: torch.device) -> str:
 def _default_device() -> str:
     """The device that ``--device auto`` takes, with its name."""
     try:
-        import torch
+        from qmerge.weights.context import compute_device
     except ImportError as cause:
         return f"unknown: torch cannot be imported ({cause})"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device("auto")
     return f"{device.type} ({device_name(device)})"
 
 

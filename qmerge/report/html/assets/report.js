@@ -116,17 +116,13 @@
     }
   }
 
-  function nearest(plot, lines) {
+  function nearest(plot, line) {
     const { left, top } = plot.cursor;
     let found = null;
     let least = Infinity;
     plot.data[0].forEach((x, index) => {
-      for (const line of lines) {
-        const y = plot.data[line][index];
-        if (y === null) continue;
-        const distance = Math.hypot(plot.valToPos(x, "x") - left, plot.valToPos(y, "y") - top);
-        if (distance < least) [found, least] = [index, distance];
-      }
+      const distance = Math.hypot(plot.valToPos(x, "x") - left, plot.valToPos(plot.data[line][index], "y") - top);
+      if (distance < least) [found, least] = [index, distance];
     });
     return found;
   }
@@ -171,7 +167,7 @@
       hooks: {
         draw: [(plot) => drawHalfStep(plot, half)],
         setCursor: [(plot) => {
-          const index = nearest(plot, [2]);
+          const index = nearest(plot, 2);
           picked.textContent = index === null || plot.cursor.left < 0 ? "" : `${labels[index]}; delta of ${steps[index]} steps`;
         }],
       },
