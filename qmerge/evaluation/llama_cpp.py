@@ -88,7 +88,7 @@ def next_token_logprobs(file: Path, prompts: Sequence[Sequence[int]], vocab_size
     done = _run(PROGRAM, file, prompts, vocab_size)
     lines = [line for line in done.stdout.splitlines() if line.startswith("[[")]
     if len(lines) != len(prompts):
-        raise CheckpointError(f"llama.cpp does not load {file.name}: {_reason(done)}")
+        raise _does_not_load(file, done)
     result = torch.full((len(prompts), vocab_size), -torch.inf)
     for row, line in zip(result, lines, strict=True):
         pairs = json.loads(line)
@@ -105,8 +105,11 @@ def tokens_per_second(file: Path, prompt: Sequence[int], tokens: int = TIMED_TOK
         RecipeError: xllamacpp is not installed.
         CheckpointError: llama.cpp does not load the file.
     """
-    lines = _run(SPEED_PROGRAM, file, [prompt], tokens).stdout.split()
-    return float(lines[-1])
+    done = _run(SPEED_PROGRAM, file, [prompt], tokens)
+    words = done.stdout.split()
+    if not words:
+        raise _does_not_load(file, done)
+    return float(words[-1])
 
 
 def _run(program: str, file: Path, prompts: Sequence[Sequence[int]], number: int) -> subprocess.CompletedProcess[str]:
@@ -130,13 +133,15 @@ def _run(program: str, file: Path, prompts: Sequence[Sequence[int]], number: int
     except subprocess.TimeoutExpired as cause:
         raise CheckpointError(f"llama.cpp took longer than {cause.timeout:.0f} seconds for {file.name}") from cause
     if done.returncode:
-        raise CheckpointError(f"llama.cpp does not load {file.name}: {_reason(done)}")
+        raise _does_not_load(file, done)
     return done
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def _does_not_load(file: Path, done: subprocess.CompletedProcess[str]) -> CheckpointError:
+    """The error of a program that has failed, with its last error message."""
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    return errors[-1] if errors else f"exit status {done.returncode}"
+    reason = errors[-1] if errors else f"exit status {done.returncode}"
+    return CheckpointError(f"llama.cpp does not load {file.name}: {reason}")
 
 
 def _free_port() -> int:

@@ -12,7 +12,7 @@ import torch
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.evaluation import llama_cpp, verify
-from qmerge.evaluation.llama_cpp import next_token_logprobs
+from qmerge.evaluation.llama_cpp import next_token_logprobs, tokens_per_second
 from qmerge.evaluation.loaders import load_with_llama_cpp
 from qmerge.evaluation.media import _pixels, _sound, media_examples, media_files
 from qmerge.evaluation.recompute import IDENTITY_PACKAGES, _check_versions
@@ -64,7 +64,8 @@ def test_a_sound_of_another_rate(tmp_path: Path) -> None:
 def prints(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Run this instead of llama.cpp."""
     monkeypatch.setattr(llama_cpp, "has_llama_cpp", lambda: True)
-    monkeypatch.setattr(llama_cpp, "PROGRAM", program)
+    for name in ("PROGRAM", "SPEED_PROGRAM"):
+        monkeypatch.setattr(llama_cpp, name, program)
 
 
 def test_probabilities_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,14 @@ def test_llama_cpp_that_fails(program: str, message: str, monkeypatch: pytest.Mo
     prints(monkeypatch, program)
     with pytest.raises(CheckpointError, match=f"llama.cpp {message}"):
         next_token_logprobs(FILE, [[7]], 2)
+
+
+def test_speed_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    prints(monkeypatch, "import json, sys; print('noise'); print(json.load(sys.stdin)[0][1] + int(sys.argv[3]))")
+    assert tokens_per_second(FILE, [7, 8], 64) == 72.0
+    prints(monkeypatch, "pass")
+    with pytest.raises(CheckpointError, match=r"does not load model.gguf: exit status 0"):
+        tokens_per_second(FILE, [7])
 
 
 def test_llama_cpp_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
