@@ -12,6 +12,7 @@ from qmerge.report.html import comparison_page, html_report, summary
 from qmerge.report.html.comparison import nearest_sentence
 from qmerge.report.html.pictures import heat_maps, rank_data, scatter_data
 from qmerge.report.html.tables import MOST_ROWS, weights_table
+from qmerge.report.make import MOST_RANKS, rank_records
 from qmerge.schema import FidelityRecord, ReportData, overall_kept
 
 from .reports import HOSTILE, KINDS, PAIR, fidelity, full_report, report
@@ -180,6 +181,18 @@ def test_ranks_are_drawn_by_kind() -> None:
     assert [line["name"] for line in drawn["lines"]] == [*KINDS, HOSTILE, "all"]
     assert drawn["sizes"] == [1.0, 1 / 2, 1 / 3, 1 / 4] and drawn["lines"][0]["kept"] == [0.8, 0.7, 0.6, 0.5]
     assert rank_data(report()) == {}
+
+
+def test_ranks_of_several_weights_are_counted_by_their_size() -> None:
+    """The k-th largest of each; a weight with fewer ranks, or none that counts, has no part in the later ones."""
+    unsorted = {"landed": [0.5, 2.0], "meant": [1.0, 4.0]}
+    one_rank = {"landed": [3.0], "meant": [3.0]}
+    one_negligible = {"landed": [0.9, 0.0], "meant": [1.0, 1e-9]}
+    first, second = rank_records([unsorted, one_rank, one_negligible, {}])
+    assert (first.size, first.kept) == (1.0, 0.7375)  # (2 + 3 + 0.9) / (4 + 3 + 1)
+    assert (second.size, second.kept) == (0.25, 0.5)
+    assert rank_records([{}]) == []
+    assert len(rank_records([{"landed": [1.0] * 300, "meant": [1.0] * 300}])) == MOST_RANKS
 
 
 # --- several merges ------------------------------------------------------------------------------------------------------
