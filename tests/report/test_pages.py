@@ -10,10 +10,10 @@ from qmerge.report.card import whole_model_lines
 from qmerge.report.headline import kept_of_what, measured_instead
 from qmerge.report.html import comparison_page, html_report, summary
 from qmerge.report.html.comparison import nearest_sentence
-from qmerge.report.html.pictures import heat_maps, rank_data, scatter_data
+from qmerge.report.html.pictures import LEVELS, heat_maps, rank_data, scatter_data
 from qmerge.report.html.tables import MOST_ROWS, weights_table
 from qmerge.report.make import MOST_RANKS, rank_records
-from qmerge.schema import FidelityRecord, ReportData, overall_kept
+from qmerge.schema import ContinuationRecord, FidelityRecord, ReportData, overall_kept
 
 from .reports import HOSTILE, KINDS, PAIR, fidelity, full_report, report
 
@@ -154,6 +154,35 @@ def test_the_heat_map_has_layers_and_kinds() -> None:
     heat = heat_maps([head, *weights])[0]
     assert heat.columns == ["lm_head", *KINDS] and heat.rows[0][0] == "–"
     assert [cell.text if cell else None for cell in heat.rows[0][1]] == ["78 %", None, None]
+
+
+def test_the_best_is_bright() -> None:
+    """All of the delta is kept, the delta is large, the rounding error is small."""
+    for heat in heat_maps(full_report().weights):
+        levels = [cell.level for cell in heat.legend]
+        assert levels == sorted(set(levels)) and levels[-1] == LEVELS - 1, heat.name
+    small, large = report().weights[:2]
+    small.values["relative_size"], large.values["relative_size"] = 0.001, 0.1
+    ((_, cells),) = heat_maps([small, large])[1].rows
+    assert [cell.level for cell in cells if cell] == [0, LEVELS - 1]
+
+
+def test_the_worst_weights_come_first_and_those_without_a_delta_last() -> None:
+    none, little, much = (report().weights[0].model_copy(update={"module": name}) for name in ("a", "z", "b"))
+    none.values = dict.fromkeys(none.values)
+    little.values = {**little.values, "kept": 0.1}
+    shown = report(weights=[none, much, little])
+    assert [row[0].text for row in weights_table(shown).rows] == ["z", "b", "a"]
+    rows = comparison_page([shown, shown], ["x", "y"]).partition('data-table="modules"')[2]
+    assert re.findall(r'<th scope="row">(\w+)</th>', rows) == ["z", "b", "a"]
+
+
+def test_what_differs_is_marked_from_the_beginning_of_a_word() -> None:
+    written = ContinuationRecord(prompt="", base=" hot", unmerged=" wind and sun", merged=" wind and sand")
+    page = html_report(report(fidelity=fidelity(0.5, 0.4).model_copy(update={"continuations": [written]})))
+    assert '<p class="text"> <mark>hot</mark></p>' in page
+    assert '<p class="text"> wind and sun</p>' in page
+    assert '<p class="text"> wind and <mark>sand</mark></p>' in page
 
 
 def test_experts_share_a_cell() -> None:
