@@ -88,7 +88,7 @@ class Mutant:
 def meaning(source: str) -> str | None:
     """The syntax tree without annotations, docstrings, decorators, and the kinds of parameters. None: it is no Python.
 
-    cosmic-ray takes the ``*`` in front of keyword-only parameters for an operator. As ``/`` it is no mistake in a number.
+    cosmic-ray takes the ``*`` in front of keyword-only parameters for an operator. As ``/`` it is not a mistake in a number.
     """
     try:
         tree = ast.parse(source)

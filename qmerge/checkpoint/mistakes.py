@@ -10,7 +10,7 @@ from qmerge.hub import ADAPTER_CONFIG
 
 
 def missing_config_problem(folder: Path) -> str:
-    """Why a folder without config.json is no model, and what to do: one line."""
+    """One line: why a folder without config.json is not a model, and how to go on."""
     if (folder / ADAPTER_CONFIG).is_file():
         named = _named_base(folder)
         its_base = f" ({named})" if named else ""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmerge.schema import ReportData
 
 ALL_FIELDS = tuple(Recipe.model_fields)
-WITHOUT_USE_FOR_PLAN = ("verify", "min_kept", "max_kl_ratio", "push_to_hub", "private")
+WITHOUT_USE_FOR_PLAN = ("verify", "continuations", "min_kept", "max_kl_ratio", "push_to_hub", "private")
 PLAN_FIELDS = tuple(name for name in ALL_FIELDS if name not in WITHOUT_USE_FOR_PLAN)
 # measure writes nothing, and takes --target several times.
 WITHOUT_USE_FOR_MEASURE = (

@@ -115,7 +115,7 @@ def _with_header(listing: hub.Listing, name: str, path: Path) -> RemoteFile:
     """Write a file that has the header of a file on the Hub, and nothing else.
 
     Raises:
-        CheckpointError: it is no safetensors file.
+        CheckpointError: it is not a safetensors file.
     """
     file = RemoteFile(listing.id, name, listing.commit)
     # Two requests, since the first bytes say how long the header is: a guess would read parts of weights, or too little.

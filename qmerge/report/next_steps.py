@@ -69,7 +69,7 @@ def next_steps(report: ReportData) -> list[NextStep]:
     if fidelity.verdict in ("damaged", "lost"):
         return _steps_to_repair(report)
     steps = []
-    # A good verdict on text that is not the user's own is no result for the task.
+    # A good verdict on text that is not the user's own does not tell about the task.
     if fidelity.text_kind in OTHER_TEXT:
         steps.append(NextStep("Measure it on a text of your own task:", "qmerge verify OUT --text FILE"))
     steps += _steps_to_use(report)

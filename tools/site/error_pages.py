@@ -29,7 +29,7 @@ FEWEST_WORDS = 3
 
 HEAD = """# Error messages
 
-Every message that qmerge ends with on purpose, by exit code. Search for a part of yours that is no name of yours: words in
+Every message that qmerge ends with on purpose, by exit code. Search for a part of yours without names of your own: words in
 *italics* stand for names, numbers and shapes. Each message leads to the line of the code that knows more. In Python, the
 exception has the name of the heading ([errors](python.md)).
 

@@ -74,7 +74,7 @@ PT_FILE = (
 
 
 def missing_config_problem(folder: Path) -> str:
-    """Why a folder without adapter_config.json is no adapter, and what to do: one line."""
+    """One line: why a folder without adapter_config.json is not an adapter, and how to go on."""
     if (folder / REPORT).is_file():
         return (
             f"{folder} is a model that qmerge wrote: its adapter is merged into it already. Give the folder of the adapter, or to "

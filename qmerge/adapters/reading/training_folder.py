@@ -8,7 +8,7 @@
 
 Defaults are those of the tools (Axolotl ``_set_quantization_config``; LLaMA-Factory ``QuantizationArguments``; ms-swift
 ``QuantizeArguments``). TRL and transformers leave nothing but ``training_args.bin``, a pickle, which is never read. These files
-are a help: one that cannot be read says nothing, and is no error.
+are a help: one that cannot be read is ignored.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def describe_serving(name: str, candidates: Sequence[Candidate], target: str | N
         target: the one that the user asks for; None where none is given.
 
     Raises:
-        RecipeError: there is no such program.
+        RecipeError: the program is unknown.
     """
     program = find_program(name)
     # In the program's own order, which is that of its users' choices.
@@ -84,7 +84,7 @@ def first_choice(name: str) -> str:
 def _best(program: Program, choices: Sequence[Candidate]) -> Candidate | None:
     """The base's own format, which changes the model least, unless the program may drop it; else the program's first choice."""
     for choice in choices:
-        # A dense base keeps its values in a dense target, but that is no choice of a size.
+        # A dense base keeps its values in a dense target, but that does not choose a size.
         info = get_target(choice.target).info
         if choice.keeps_grid and info.is_quantized and choice.target not in program.remarks:
             return choice
