@@ -314,6 +314,16 @@ LOADERS: dict[str, Callable[[Path], str]] = {
 """Name on the command line → loader: folder → one line with the result; CheckpointError where it fails."""
 
 
+def load(folder: Path, loader: str) -> str:
+    """Load ``folder`` with one of ``LOADERS``, without compiling.
+
+    gptqmodel compiles its layers, with transformers too. That takes longer than the one forward pass of this check, and fails
+    where there is no C++ compiler, which would be said of a sound folder.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        return LOADERS[loader](folder)
+
+
 def check_outputs(model: Any, folder: Path, library: str) -> str:
     """Compare a loaded model's outputs for a small input with those of the stored values.
 

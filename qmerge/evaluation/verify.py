@@ -23,7 +23,7 @@ from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.folder import TOOLS_FOLDERS
 from qmerge.checkpoint.scan import Checkpoint, scan
 from qmerge.errors import CheckpointError, QmergeError, RecipeError, listed
-from qmerge.evaluation.loaders import LOADERS, WrongOutputsError, default_loader
+from qmerge.evaluation.loaders import LOADERS, WrongOutputsError, default_loader, load
 from qmerge.evaluation.merged import open_merged
 from qmerge.evaluation.recompute import check_against_inputs
 from qmerge.formats import get_format
@@ -220,7 +220,7 @@ def check_reload(folder: Path, loader: str, report: ReportData) -> str:
     if problem:
         return f"left out: {problem}"
     try:
-        return LOADERS[loader](folder)
+        return load(folder, loader)
     except WrongOutputsError as error:
         base_distance = _distance_of_base(folder, report, loader)
         if base_distance < error.distance / 2:
@@ -251,7 +251,7 @@ def _distance_of_base(folder: Path, report: ReportData, loader: str) -> float:
     if base is None or _too_large(base):
         return 0.0
     try:
-        LOADERS[loader](base)
+        load(base, loader)
     except WrongOutputsError as error:
         return error.distance
     except QmergeError:  # this loader does not read the base's format, which says nothing about the merged model

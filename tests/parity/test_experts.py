@@ -360,6 +360,7 @@ import sys, torch
 from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import save_file
 folder, backend, values = sys.argv[1:]
+torch.compiler.set_stance("force_eager")  # compiling takes longer, and needs a C++ compiler
 model = GPTQModel.load(folder, device="cpu", backend=BACKEND[backend], dtype=torch.float16).model
 state = {}
 for name, layer in model.named_modules():

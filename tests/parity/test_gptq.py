@@ -359,7 +359,8 @@ def test_rules_for_single_modules_survive(ruled: Path, adapter: Path, tmp_path: 
         if hasattr(layer, "qweight"):
             layer.scales = layer.scales.float()
     expected = models.logits(stock.float_model(out, like={**values, **dense}))
-    assert stock.distance(models.logits(model.float()), expected) < 1e-3
+    with torch.compiler.set_stance("force_eager"):
+        assert stock.distance(models.logits(model.float()), expected) < 1e-3
 
 
 # --- labels that lie -------------------------------------------------------------------------------------------------
