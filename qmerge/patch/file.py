@@ -116,7 +116,7 @@ def header_of(metadata: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
 
 def seal(manifest: str, descriptor: int, start: int) -> str:
     """SHA-256 of the manifest, followed by the bytes of an open file from ``start`` on."""
-    digest = hashlib.sha256(manifest.encode())
+    digest = hashlib.sha256(manifest.encode("utf-8", "surrogatepass"))  # a lone surrogate is refused when it is parsed
     position = start
     # pread leaves the position of the file alone, where the next blob goes.
     while data := os.pread(descriptor, COPIED_BYTES, position):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import struct
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -44,22 +44,22 @@ def damaged_bytes(data: bytes, random: Random) -> bytes:
 
 def damaged_document(document: Any, random: Random) -> Any:
     """A copy with one to three values, keys or entries changed."""
-    result = json.loads(json.dumps(document))
+    result = deepcopy(document)
     for _ in range(random.randint(1, 3)):
         containers = _containers(result)
         if not containers:
-            return random.choice(ODD_VALUES)
+            return deepcopy(random.choice(ODD_VALUES))
         container = random.choice(containers)
         key = random.choice(sorted(container) if isinstance(container, dict) else list(range(len(container))))
         kind = random.choice(("value", "value", "value", "remove", "nest", "repeat", "key"))
         if kind == "value":
-            container[key] = random.choice(ODD_VALUES)
+            container[key] = deepcopy(random.choice(ODD_VALUES))  # the next change may be inside it
         elif kind == "remove":
             del container[key]
         elif kind == "nest":
-            container[key] = _nested(container[key], random.choice((1, 49, 400)))
+            container[key] = _nested(container[key], random.choice((1, 49, 200)))
         elif kind == "repeat":
-            container[key] = [container[key]] * random.choice((2, 30))
+            container[key] = [deepcopy(container[key]) for _ in range(random.choice((2, 30)))]
         elif isinstance(container, dict):
             container[random.choice(("", "\ud800", "x" * 2000, "../x", "__metadata__"))] = container.pop(key)
     return result

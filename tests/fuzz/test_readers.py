@@ -25,7 +25,9 @@ MEMORY = 300_000
 """kB that all examples of a reader may add."""
 
 EXAMPLES = 60
-"""Damaged inputs of each reader."""
+"""Damaged inputs of each reader; ``MANY`` in the slow tests."""
+
+MANY = 3000
 
 
 def check(name: str, content: bytes) -> None:
@@ -65,6 +67,12 @@ def test_good_inputs_are_read(name: str) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_inputs(name: str) -> None:
     check_many(name, EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_many_damaged_inputs(name: str) -> None:
+    check_many(name, MANY)
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
