@@ -67,6 +67,12 @@ def share_or_dash(value: float | None) -> str:
     return DASH if value is None else share(value)
 
 
+def kept_beside(noise: float | None, kept: float | None) -> str:
+    """A share kept of the delta, in parentheses where noise is larger than the delta: ``(75 %)``."""
+    text = share_or_dash(kept)
+    return f"({text})" if kept is not None and noise is not None and noise > 1 else text
+
+
 def decimal_or_dash(value: float | None) -> str:
     """As ``decimal``; a dash for None."""
     return DASH if value is None else decimal(value)

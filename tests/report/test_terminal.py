@@ -155,6 +155,14 @@ def test_every_column_is_explained_within_80_columns(table: console.NotedTable) 
     assert all(len(line) <= WIDTH for line in printed(table).splitlines())
 
 
+def test_shares_in_larger_noise_stand_in_parentheses() -> None:
+    """75 % of a delta below 66 times as much rounding error is no better than the 0 % of the unmerged base."""
+    other = {**TARGETS[0], "target": "mxfp4a16", "predicted_kept": 0.75, "predicted_noise": 66.06}
+    lines = printed(targets_table([TARGETS[0], other])).splitlines()
+    assert any("nf4" in line and " 0.05 %" in line and "(" not in line for line in lines)
+    assert any("66.06" in line and "(75 %)" in line for line in lines)
+
+
 def test_the_whole_model_heads_the_report() -> None:
     head, layers = report_tables(report(output_kept=1.0, calibration="train.txt", fidelity=fidelity(0.975, 0.0058)))
     lines = [line.rstrip() for line in printed(head).splitlines()]

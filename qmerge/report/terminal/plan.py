@@ -13,7 +13,7 @@ from qmerge.report.terminal.console import NotedTable, make_table, print_warning
 from qmerge.report.terminal.model import formats_text, name_with_commit
 from qmerge.report.terminal.tables import loader_lines, pair_line
 from qmerge.schema import PairRecord
-from qmerge.wording import DASH, counted, fixed_or_dash, share_or_dash, size_text, times
+from qmerge.wording import DASH, counted, fixed_or_dash, kept_beside, share_or_dash, size_text, times
 
 
 def show_plan(described: dict[str, Any], all_weights: bool) -> None:
@@ -101,13 +101,13 @@ def targets_table(targets: list[dict[str, Any]], *, for_any_program: bool = True
         for_any_program: say which programs load them; otherwise, the user has named one.
     """
     title = "What nearest rounding would keep of the delta (predicted)"
-    table = make_table(title, ("target", "bits", "size", "kept", "noise", "step/delta"))
+    table = make_table(title, ("target", "bits", "size", "noise", "kept", "step/delta"))
     for target in targets:
         table.add_row(target["target"], *_target_cells(target))
     notes = [
         ("bits", "per weight, scales included"),
-        ("kept", "share of the delta (1.33x: the change comes out too large)"),
-        ("noise", "rounding error; 1 is as large as the delta"),
+        ("noise", "rounding error; 1: as large as the delta, no better than the base"),
+        ("kept", "share of the delta; 1.33x: too much; (75 %): the noise is larger"),
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
     names = [target["target"] for target in targets]
@@ -147,7 +147,7 @@ def _target_cells(target: dict[str, Any]) -> list[str]:
     return [
         f"{target['bits_per_weight']:.3g}",
         size_text(target["bytes_out"]),
-        share_or_dash(target["predicted_kept"]),
         fixed_or_dash(target["predicted_noise"], 2),
+        kept_beside(target["predicted_noise"], target["predicted_kept"]),
         DASH if gap is None else times(gap),
     ]

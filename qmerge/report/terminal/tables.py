@@ -18,6 +18,7 @@ from qmerge.wording import (
     decimal_or_dash,
     exceeds_all,
     fixed_or_dash,
+    kept_beside,
     percent,
     percent_or_dash,
     percent_with_tenths,
@@ -151,7 +152,7 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
     """
     judged = any(report.fidelity for report in reports)
     first = ("verdict", "gain\nkept", "KL\nratio") if judged else ()
-    last = ("kept",) if judged else ("kept", "noise")
+    last = ("kept",) if judged else ("noise", "kept")
     heading = "merge" if names else "target"
     table = make_table("What survives", (heading, *first, "bits", "size", *last))
     table.add_column("rounding")
@@ -162,9 +163,11 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
         cells = [safe(name)]
         if judged:
             cells += _fidelity_cells(report.fidelity)
-        cells += [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out), share_or_dash(_kept(report))]
-        if not judged:
-            cells.append(decimal_or_dash(_noise(report)))
+        cells += [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out)]
+        if judged:
+            cells.append(share_or_dash(_kept(report)))
+        else:
+            cells += [decimal_or_dash(_noise(report)), kept_beside(_noise(report), _kept(report))]
         table.add_row(*cells, report.rounding)
     lines = [
         *above_all_lines(map(_kept, reports)),
@@ -176,19 +179,16 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
 
 
 def _measured_notes(reports: Sequence[ReportData], judged: bool) -> list[tuple[str, str]]:
-    notes = [GAIN_NOTE, KL_NOTE, BITS_NOTE] if judged else [BITS_NOTE]
+    kept, noise = [KEPT_NOTE], NOISE_NOTE
     if any(report.outputs_measured for report in reports):
-        notes += [
+        kept = [
             ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
             ("", "where rounding was calibrated (preserve); else in the weights"),
         ]
         noise = ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta")
-    else:
-        notes.append(KEPT_NOTE)
-        noise = NOISE_NOTE
-    if not judged:
-        notes.append(noise)
-    return notes
+    if judged:
+        return [GAIN_NOTE, KL_NOTE, BITS_NOTE, *kept]
+    return [BITS_NOTE, noise, *kept, ("", "(75 %): the noise is larger")]
 
 
 def _kept(report: ReportData) -> float | None:
