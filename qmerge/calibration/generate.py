@@ -20,6 +20,7 @@ from qmerge.calibration.room import memory_limit
 from qmerge.calibration.starts import Start, Starts
 from qmerge.calibration.unmerged import unmerged_model
 from qmerge.planning.plan import Plan
+from qmerge.progress import announced
 from qmerge.weights.context import RunContext
 
 GENERATED_LENGTH = 256
@@ -69,8 +70,7 @@ def generate_tokens(
     cache = model.new_cache()
     ids = torch.empty(count, length, dtype=torch.int64)
     ids[:, 0] = torch.tensor([writer.first() for writer in writers])
-    for position in range(1, length):
-        report_progress(f"generating token {position + 1} of {length}, {count} sequences")
+    for position in announced(range(1, length), f"generating {count} sequences: token", report_progress, first=2):
         sampled = _sample(model.next_logits(ids[:, position - 1 : position], cache), random)
         for number, writer in enumerate(writers):
             ids[number, position] = writer.next(sampled[number])

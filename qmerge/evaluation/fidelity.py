@@ -29,7 +29,7 @@ from qmerge.evaluation.stored import layered_stored_model, logits_layer_by_layer
 from qmerge.evaluation.whole_fidelity import whole_fidelity
 from qmerge.gguf.base import GgufCheckpoint, open_model
 from qmerge.planning.plan import Plan, make_plan
-from qmerge.progress import Progress
+from qmerge.progress import Progress, announced
 from qmerge.recipe import OPTIONS, Recipe, make_recipe
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
@@ -200,15 +200,14 @@ def _score_models(
     with stopping(runs):
         for run in runs:
             run.start()
-        for index in range(last):
-            report_progress(f"measuring fidelity: layer {index + 1} of {len(base_model)}")
-            for run in runs:
-                run.run_layer(index)
-        report_progress(f"measuring fidelity: layer {last + 1} of {len(base_model)}")
         finished = []
-        for run in runs:
-            with run.model.loaded(last, run.values):
-                finished.append(finish_run(run))
+        for index in announced(range(len(base_model)), "measuring fidelity: layer", report_progress):
+            for run in runs:
+                if index < last:
+                    run.run_layer(index)
+                    continue
+                with run.model.loaded(last, run.values):
+                    finished.append(finish_run(run))
     report_progress("measuring fidelity: comparing predictions")
     base, unmerged, merged_run = finished
     return score_runs(base, unmerged, merged_run, batches)

@@ -25,6 +25,7 @@ from qmerge.evaluation.examples import NO_NUMBER, Example, make_examples, read_r
 from qmerge.evaluation.media import media_examples, media_files
 from qmerge.evaluation.stored import check_room, whole_stored_model
 from qmerge.planning.plan import Plan
+from qmerge.progress import announced
 from qmerge.schema import FidelityRecord, Judged
 from qmerge.weights.context import RunContext
 from qmerge.weights.values import unmerged_values
@@ -78,8 +79,7 @@ def whole_fidelity(
     pooling = pooling_of(plan.inputs.base.folder)
     scores = Scores()
     numbers: list[list[Tensor]] = []
-    for number, example in enumerate(examples, start=1):
-        report_progress(f"measuring fidelity: example {number} of {len(examples)}")
+    for example in announced(examples, "measuring fidelity: example", report_progress):
         outputs = [_outputs(model, example, judged, pooling) for model in models]
         if judged == "scores":
             numbers.append([output for (output,) in outputs])

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from qmerge.progress import announced
 from qmerge.report.terminal import console, progress
 from qmerge.report.terminal.plan import targets_table
 from qmerge.report.terminal.progress import TerminalProgress
@@ -77,6 +78,24 @@ def test_parts_that_are_not_counted_in_bytes_are_named(clock: list[float], capsy
     clock[0] = 20.0
     shown.report("calibrating layer 2 of 4")
     assert lines_of(capsys) == ["calibrating layer 2 of 4"]
+
+
+def test_parts_of_counted_work_have_the_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = TerminalProgress()
+    shown.stage("merging", 1000)
+    shown.advance(250)
+    clock[0] = 20.0
+    shown.report("calibrating layer 2 of 4")
+    assert lines_of(capsys) == ["calibrating layer 2 of 4, 60 s left"]
+
+
+def test_steps_of_equal_length_have_the_time_left(clock: list[float]) -> None:
+    lines: list[str] = []
+    for _ in announced(range(3), "measuring fidelity: layer", lines.append):
+        clock[0] += 30
+    assert lines == [
+        f"measuring fidelity: layer {step}" for step in ("1 of 3", "2 of 3, 60 s left", "3 of 3, 30 s left")
+    ]
 
 
 def test_quiet_shows_warnings_only(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
