@@ -48,13 +48,13 @@ def continue_texts(
         batches: the held-out text, int64 [sequences, length] each.
         count: how many beginnings, from sequences all over the text.
     """
-    prompts_NL = chosen_prompts(batches, count)
+    tokenizer = load_tokenizer(plan.inputs.tokenizer_folder)
+    prompts_NL = chosen_prompts(batches, count, tokenizer)
     makers: dict[str, Callable[[], ModelAndValues]] = {
         "base": lambda: unmerged_model(plan, context, with_delta=False),
         "unmerged": lambda: unmerged_model(plan, context),
         "merged": lambda: layered_stored_model(merged, plan.config, context.reader, context.device),
     }
-    tokenizer = load_tokenizer(plan.inputs.tokenizer_folder)
     written: dict[str, list[str]] = {}
     for name, make in makers.items():
         report_progress(f"continuing {count} texts: {name} model")
@@ -79,14 +79,38 @@ def continue_texts(
     return records
 
 
-def chosen_prompts(batches: Sequence[Tensor], count: int) -> Tensor:
-    """Beginnings of ``count`` sequences (or of all, where there are fewer), evenly spaced over the text: int64 [count, length]."""
+def chosen_prompts(batches: Sequence[Tensor], count: int, tokenizer: Any) -> Tensor:
+    """Beginnings from ``count`` sequences (or from all, where there are fewer), evenly spaced over the text.
+
+    In each sequence, where a document begins, else a paragraph, else a line, else the sequence itself.
+
+    Returns:
+        int64 [count, length].
+    """
     sequences_NL = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
     count = min(count, len(sequences_NL))
-    chosen = [len(sequences_NL) * number // count for number in range(count)]
     # Of short sequences, half: a beginning must not be the whole text.
     length = max(1, min(PROMPT_TOKENS, sequences_NL.shape[1] // 2))
-    return sequences_NL[chosen, :length]
+    prompts = []
+    for number in range(count):
+        ids_L = sequences_NL[len(sequences_NL) * number // count]
+        start = _start(ids_L[:-length].tolist(), tokenizer)
+        prompts.append(ids_L[start : start + length])
+    return torch.stack(prompts)
+
+
+def _start(ids: list[int], tokenizer: Any) -> int:
+    """The position after the first end-of-text token, else after the first blank line, else after the first line, else 0."""
+    if tokenizer.eos_token_id in ids:
+        return ids.index(tokenizer.eos_token_id) + 1
+    ends = [
+        tokenizer.decode(ids[max(0, end - 3) : end]) for end in range(1, len(ids) + 1)
+    ]  # a line break may be two tokens
+    for line_break in ("\n\n", "\n"):
+        for end, text in enumerate(ends, start=1):
+            if text.endswith(line_break):
+                return end
+    return 0
 
 
 def _continued(layered: LayeredModel, values: Values, prompts_NL: Tensor, tokenizer: Any) -> list[str]:

@@ -22,16 +22,37 @@ DEMO = Path(qmerge.demo.__file__).parent
 TEXT = DEMO / "heldout.txt"
 SETTINGS = {
     "base": DEMO / "base-nf4", "adapter": DEMO / "adapter", "target": "bf16", "rounding": "nearest", "device": "cpu",
-    "sequence_length": 96,
+    "sequence_length": 256,
 }  # fmt: skip
 ASKED = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
+class Digits:
+    """A tokenizer: token 7 ends a text, token 5 a line."""
+
+    eos_token_id = 7
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join("\n" if token == 5 else "x" for token in ids)
+
+
 def test_prompts_are_from_all_over_the_text() -> None:
-    batches = list(torch.arange(9 * 100).view(9, 100).split(4))
-    prompts = chosen_prompts(batches, 3)
-    assert prompts.shape == (3, PROMPT_TOKENS) and prompts[:, 0].tolist() == [0, 300, 600]
-    assert chosen_prompts([torch.arange(8).view(1, 8)], 3).tolist() == [[0, 1, 2, 3]]
+    batches = list(torch.arange(9 * 100).add(100).view(9, 100).split(4))
+    prompts = chosen_prompts(batches, 3, Digits())
+    assert prompts.shape == (3, PROMPT_TOKENS) and prompts[:, 0].tolist() == [100, 400, 700]
+    assert chosen_prompts([torch.arange(10, 18).view(1, 8)], 3, Digits()).tolist() == [[10, 11, 12, 13]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        ([1, 5, 5, 7, 3, 4, 5, 6], 4), ([5, 2, 5, 5, 3, 4, 5, 6], 4), ([1, 5, 2, 3, 3, 4, 5, 6], 2),
+        ([1, 2, 3, 4, 7, 5, 1, 1], 0),
+    ],
+    ids=["document", "paragraph", "line", "none with room after it"],
+)  # fmt: skip
+def test_prompts_begin_where_a_part_of_the_text_begins(ids: list[int], start: int) -> None:
+    assert chosen_prompts([torch.tensor([ids])], 1, Digits()).tolist() == [ids[start : start + 4]]
 
 
 def written(model: Any, prompt: str) -> str:
@@ -50,13 +71,13 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("continued") / "out"
     text = out.with_name("text.txt")
     text.write_text(TEXT.read_text()[:4000])
-    qmerge.merge(**SETTINGS, out=out, verify=text, continuations=2, quiet=True)
+    qmerge.merge(**SETTINGS, out=out, verify=text, continuations=3, quiet=True)
     return out
 
 
 def test_each_model_writes_what_transformers_writes(merged: Path, tmp_path: Path) -> None:
     fidelity = read_report(merged).fidelity
-    assert fidelity is not None and len(fidelity.continuations) == 2
+    assert fidelity is not None and len(fidelity.continuations) == 3
     qmerge.merge(**{**SETTINGS, "target": "fp32"}, out=tmp_path / "unmerged", quiet=True)
     for record in fidelity.continuations:
         assert record.prompt in TEXT.read_text()

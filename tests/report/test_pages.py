@@ -177,12 +177,26 @@ def test_the_worst_weights_come_first_and_those_without_a_delta_last() -> None:
     assert re.findall(r'<th scope="row">(\w+)</th>', rows) == ["z", "b", "a"]
 
 
-def test_what_differs_is_marked_from_the_beginning_of_a_word() -> None:
-    written = ContinuationRecord(prompt="", base=" hot", unmerged=" wind and sun", merged=" wind and sand")
+def test_the_first_word_that_differs_is_marked() -> None:
+    written = ContinuationRecord(prompt="", base=" hot and", unmerged=" wind and sun", merged=" wind and sand and sea")
     page = html_report(report(fidelity=fidelity(0.5, 0.4).model_copy(update={"continuations": [written]})))
-    assert '<p class="text"> <mark>hot</mark></p>' in page
-    assert '<p class="text"> wind and sun</p>' in page
-    assert '<p class="text"> wind and <mark>sand</mark></p>' in page
+    assert '<p class="quiet">differs from the first word on</p><p class="text"> <mark>hot</mark> and</p>' in page
+    assert '<h3>adapter, unmerged</h3><p class="text"> wind and sun</p>' in page
+    assert '<p class="quiet">the same for 2 words</p><p class="text"> wind and <mark>sand</mark> and sea</p>' in page
+
+
+@pytest.mark.parametrize(
+    ("merged", "words", "text"),
+    [
+        (" wind and sun", "the same, word for word", " wind and sun"),
+        (" wind and", "the same for 2 words", " wind and"),
+        (" wind\nand sun", "the same for 1 word", " wind<mark>\nand</mark> sun"),
+    ],
+)
+def test_texts_that_hardly_differ(merged: str, words: str, text: str) -> None:
+    written = ContinuationRecord(prompt="", base="", unmerged=" wind and sun", merged=merged)
+    page = html_report(report(fidelity=fidelity(0.5, 0.4).model_copy(update={"continuations": [written]})))
+    assert f'<h3>merged</h3><p class="quiet">{words}</p><p class="text">{text}</p>' in page
 
 
 def test_experts_share_a_cell() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from qmerge.schema import (
     adapter_names,
     overall_kept,
 )
-from qmerge.wording import exceeds_all
+from qmerge.wording import counted, exceeds_all
 
 NAME = "qmerge.html"
 WORST = 3
@@ -107,11 +108,19 @@ def _most_opposed_first(modules: Sequence[ModulePairRecord]) -> list[ModulePairR
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote: as the unmerged model, and from the first word that differs."""
+    """What a model wrote.
+
+    same       as the unmerged adapter model
+    different  the first word that differs; what comes after it follows from it
+    rest       what comes after it
+    agreement  for how long it is the same, in words; empty for the unmerged model itself
+    """
 
     model: str
     same: str
-    different: str
+    different: str = ""
+    rest: str = ""
+    agreement: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,17 +132,26 @@ class Compared:
 
 
 def _compared(record: ContinuationRecord) -> Compared:
-    models = (("base", record.base), ("adapter, unmerged", record.unmerged), ("merged", record.merged))
-    return Compared(record.prompt, [_written(model, words, record.unmerged) for model, words in models])
+    return Compared(
+        record.prompt,
+        [
+            _written("base", record.base, record.unmerged),
+            Written("adapter, unmerged", record.unmerged),
+            _written("merged", record.merged, record.unmerged),
+        ],
+    )
 
 
-def _written(model: str, words: str, unmerged: str) -> Written:
-    length = 0
-    for own, other in zip(words, unmerged, strict=False):
-        if own != other:
-            break
-        length += 1
-    # A word is marked whole: half of one is hard to read.
-    if length < len(words):
-        length = words.rfind(" ", 0, length + 1) + 1
-    return Written(model, words[:length], words[length:])
+def _written(model: str, text: str, unmerged: str) -> Written:
+    if text == unmerged:
+        return Written(model, text, agreement="the same, word for word")
+    own, other = (re.findall(r"\s+|\S+", words) for words in (text, unmerged))
+    same = 0
+    while same < min(len(own), len(other)) and own[same] == other[same]:
+        same += 1
+    # A space that differs is seen only with the word after it.
+    end = same + 2 if own[same : same + 1] and own[same].isspace() else same + 1
+    alike = "".join(own[:same])
+    words = counted(len(alike.split()), "word")
+    agreement = f"the same for {words}" if alike.strip() else "differs from the first word on"
+    return Written(model, alike, "".join(own[same:end]), "".join(own[end:]), agreement)
