@@ -63,6 +63,8 @@ def torchtune(component: str) -> dict[str, str]:
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\nquantization_method: hqq\n"}, None),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 8\n"}, "int8"),
         ({"training_args.yaml": LLAMA_FACTORY}, AS_STORED),
+        ({"training_args.yaml": "stage: sft\nmodel_name_or_path: Qwen/Qwen3-4B\n"}, AS_STORED),
+        ({"training_args.yaml": "model_name_or_path: Qwen/Qwen3-4B\nquantization_bit: 4\n"}, "nf4-dq"),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), "nf4-dq"),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), "fp4"),
         (swift(quant_method="bnb", quant_bits=4, bnb_4bit_quant_type="fp4"), "fp4-dq"),
@@ -83,6 +85,12 @@ def test_what_each_tool_says(files: dict[str, str], expected: str | None, tmp_pa
     assert read_training(checkpoint, {}) == training
     (tmp_path / "other").mkdir()
     assert read_training(tmp_path / "other", {}) == UNKNOWN_TRAINING, "only a checkpoint belongs to the folder above it"
+
+
+def test_training_args_of_another_tool_say_nothing(tmp_path: Path) -> None:
+    """TRL's options, written to a file of LLaMA-Factory's name: the base was quantized, though there is no quantization_bit."""
+    (tmp_path / "training_args.yaml").write_text("model_name_or_path: Qwen/Qwen3-4B\nload_in_4bit: true\n")
+    assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
 
 
 @pytest.mark.parametrize(("method", "expected"), [("qlora", "nf4-dq"), ("lora", AS_STORED), ("CPT", None)])

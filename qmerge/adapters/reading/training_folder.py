@@ -31,6 +31,9 @@ AXOLOTL_HEADING = "See axolotl config</summary>"
 
 YAML_FENCE = re.compile(r"^```ya?ml\n", re.MULTILINE)
 
+LLAMA_FACTORY_NAMES = ("finetuning_type", "stage", "quantization_bit")
+"""Settings of LLaMA-Factory alone. All have a default (lora, sft, none), so any of them may be missing."""
+
 LARGEST_YAML = 2**16
 """Bytes of a config in YAML that are parsed."""
 
@@ -118,7 +121,8 @@ def _axolotl_yaml(card: str) -> str:
 
 def _llama_factory(folder: Path) -> Training | None:
     settings = plain_mapping(_text(folder / "training_args.yaml"), LARGEST_YAML)
-    if "finetuning_type" not in settings:
+    # Other tools' files of this name have other settings for quantization (load_in_4bit): nothing may be concluded from them.
+    if settings.keys().isdisjoint(LLAMA_FACTORY_NAMES):
         return None
     # Of the methods, only bitsandbytes can be repeated here.
     method = settings.get("quantization_method", "bnb")
