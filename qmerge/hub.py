@@ -7,6 +7,9 @@ import glob
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,6 +82,19 @@ class Source:
         if self.adapter and model_name != self.adapter:
             return f"{model_name}#{self.adapter}"
         return model_name
+
+
+_DOWNLOADED: ContextVar[dict[tuple[object, ...], Source] | None] = ContextVar("downloaded", default=None)
+
+
+@contextmanager
+def one_commit_each() -> Iterator[None]:
+    """Inside, the Hub is asked once about each id, and an id means one commit all the time, whoever pushes meanwhile."""
+    token = _DOWNLOADED.set({})
+    try:
+        yield
+    finally:
+        _DOWNLOADED.reset(token)
 
 
 def local_path(reference: str) -> Path | None:
@@ -250,7 +266,18 @@ def _download(
     files: list[str] | None = None,
     adapter: str | None = None,
 ) -> Source:
-    """A snapshot of a model in the cache: of these files, or of those that a model needs."""
+    """A snapshot of a model in the cache: of these files, or of those that a model needs. See ``one_commit_each``."""
+    downloaded = _DOWNLOADED.get()
+    key = (hub_id, revision, tuple(files or ()), adapter)
+    source = (downloaded or {}).get(key) or _snapshot(hub_id, revision, error, files, adapter)
+    if downloaded is not None:
+        downloaded[key] = source
+    return source
+
+
+def _snapshot(
+    hub_id: str, revision: str | None, error: type[InputError], files: list[str] | None, adapter: str | None
+) -> Source:
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,

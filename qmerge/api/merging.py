@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qmerge import hub
 from qmerge.progress import NoProgress, Progress
 from qmerge.recipe import (
     AUTO_BASE,
@@ -25,6 +26,7 @@ PathLike = str | Path
 """A folder or file; where the argument says so, also an id on the Hub (``owner/name``)."""
 
 
+@hub.one_commit_each()
 def merge(
     *,
     adapter: PathLike | Sequence[PathLike],
@@ -157,6 +159,7 @@ def merge(
     return Report(data)
 
 
+@hub.one_commit_each()
 def plan(
     *,
     adapter: PathLike | Sequence[PathLike],
@@ -231,6 +234,7 @@ def plan(
     return describe_plan(_recipe(settings, NoProgress()), target_given=target is not None, served_with=served_with)
 
 
+@hub.one_commit_each()
 def measure(
     *,
     adapter: PathLike | Sequence[PathLike],

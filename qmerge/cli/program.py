@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from qmerge import hub
 from qmerge.cli import checking, folders, merging, overview, recipe_file
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
@@ -131,7 +132,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         # Ctrl-C before a command begins. Commands handle it themselves.
-        with nothing_to_resume():
+        with hub.one_commit_each(), nothing_to_resume():
             app(prog_name="qmerge")  # also for python -m qmerge
     except QmergeError as error:
         _end_with(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -220,6 +221,35 @@ def test_an_earlier_state_that_is_asked_for(hub: HubServer, lora: Path, cli: Cli
     assert ran.code == 0 and hub.served[weights], ran.err
     assert find_adapter(f"someone/lora#{name}").folder.name == name
     assert hub_ids.CHECKPOINT.fullmatch(name)  # locally, too, it is an earlier state
+
+
+def test_the_hub_is_asked_once_about_an_adapter(
+    hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Though its base is read from it, its tensors are, and ``--patch`` must not overwrite it."""
+    named = tmp_path / "named"
+    shutil.copytree(lora, named)
+    models.edit_json(named / "adapter_config.json", base_model_name_or_path=str(nf4))
+    hub.add("someone/lora", named)
+    settings = {"adapter": "someone/lora", "target": "nf4", "rounding": "nearest", "device": "cpu"}
+    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    ran = cli(*options, "--patch", tmp_path / "patch")
+    assert ran.code == 0 and "the adapter names it" in ran.err, ran.err
+    question = "GET /api/models/someone/lora"
+    assert hub.requests.count(question) == 1
+    qmerge.merge(**settings, out=tmp_path / "out", quiet=True)
+    assert hub.requests.count(question) == 2, "another call asks again"
+
+
+def test_an_id_is_one_commit_in_a_command(hub: HubServer, lora: Path) -> None:
+    """Somebody may push while it runs; the next command takes what was pushed."""
+    repo = hub.add("someone/lora", lora)
+    old = repo.commit
+    with hub_ids.one_commit_each():
+        assert find_adapter("someone/lora").commit == old
+        repo.files["adapter_config.json"] += b"\n"
+        assert find_adapter("someone/lora").commit == old != repo.commit
+    assert find_adapter("someone/lora").commit == repo.commit
 
 
 def test_revisions_in_names(hub: HubServer, nf4: Path, lora: Path, tmp_path: Path, cli: Cli, few_targets: None) -> None:
