@@ -19,10 +19,10 @@ from qmerge.cli import checking, folders, merging, overview, recipe_file
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import nothing_to_resume
-from qmerge.errors import QmergeError, RecipeError, is_out_of_memory, out_of_memory
+from qmerge.errors import QmergeError, RecipeError
 from qmerge.recipe import Recipe
 from qmerge.report.environment import check_environment, version_lines
-from qmerge.safetensors_io.disk import disk_error
+from qmerge.safetensors_io.disk import failure_of_machine
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug; 2 command line or recipe; 3 input files; 4 numbers that the target cannot hold; "
@@ -136,12 +136,11 @@ def main() -> None:
             app(prog_name="qmerge")  # also for python -m qmerge
     except QmergeError as error:
         _end_with(error)
-    except OSError as cause:
-        _end_with(disk_error(cause, None))
-    except (MemoryError, RuntimeError) as cause:
-        if not is_out_of_memory(cause):
+    except (OSError, MemoryError, RuntimeError) as cause:
+        failure = failure_of_machine(cause)
+        if failure is None:
             raise
-        _end_with(out_of_memory(cause))
+        _end_with(failure)
 
 
 def _replace_closed_streams() -> None:

@@ -62,6 +62,13 @@ def disk_error(cause: OSError, folder: Path | None) -> QmergeError:
     return DiskError(f"{place}: {cause.strerror or cause}. When the disk can be written again, {RUN_AGAIN}")
 
 
+def failure_of_machine(cause: BaseException) -> QmergeError | None:
+    """An error of memory or disk, wherever it was raised, in one line; None for any other error, which may be a bug."""
+    if is_out_of_memory(cause):
+        return out_of_memory(cause)
+    return disk_error(cause, None) if isinstance(cause, OSError) else None
+
+
 def reserve(descriptor: int, size: int) -> None:
     """Reserve space on the disk now, so that a full disk is noticed before the work; some file systems only set the size."""
     try:

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from qmerge import api, publish
 from qmerge.checkpoint import folder
-from qmerge.errors import NumbersError, QmergeError, RecipeError, is_out_of_memory, out_of_memory
+from qmerge.errors import NumbersError, QmergeError, RecipeError
 from qmerge.recipe import make_recipe
 from qmerge.report.limits import past_limits
 from qmerge.report.result import Report
 from qmerge.report.terminal.progress import TerminalProgress
-from qmerge.safetensors_io.disk import disk_error
+from qmerge.safetensors_io.disk import failure_of_machine
 from qmerge.training.trained_model import TrainedModel, adapter_folder, save_adapter, trained_model
 
 ADAPTER = "qmerge-adapter"
@@ -165,12 +165,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
 def _as_qmerge_error(cause: Exception) -> QmergeError:
     """What torch, the system or safetensors raised, in one line."""
-    if is_out_of_memory(cause):
-        error: QmergeError = out_of_memory(cause)
-    elif isinstance(cause, OSError):
-        error = disk_error(cause, None)
-    else:
-        error = QmergeError(f"{type(cause).__name__}: {cause}")
+    error = failure_of_machine(cause) or QmergeError(f"{type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
 
