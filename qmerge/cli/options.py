@@ -58,9 +58,6 @@ INTERRUPTED = (
 )
 
 
-STOPPED = "interrupted. There is nothing to go on with: run the same command again."
-
-
 def flag(*names: str, help: str, **more: Any) -> Any:
     """An option without a value; the help shows no placeholder for one."""
     return typer.Option(*names, help=help, metavar="", **more)
@@ -103,8 +100,10 @@ def with_recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable
             arguments.pop("help_all", None)  # its callback has ended the program
             try:
                 command(**arguments)
-            except KeyboardInterrupt as cause:  # typer would end the process without a word
-                raise StoppedError(INTERRUPTED if "resume" in arguments else STOPPED) from cause
+            except KeyboardInterrupt as cause:
+                if "resume" not in arguments:  # see nothing_to_resume
+                    raise
+                raise StoppedError(INTERRUPTED) from cause
 
         call.__doc__ = command.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -50,4 +50,4 @@ def nothing_to_resume() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as cause:
-        raise StoppedError("interrupted. Nothing was left behind; the same command starts again.") from cause
+        raise StoppedError("interrupted. Nothing was left behind: run the same command again.") from cause
