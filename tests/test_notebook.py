@@ -11,6 +11,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
@@ -201,3 +202,10 @@ def test_one_batch_is_enough_to_train_on() -> None:
     first, second, third, fourth = _batches(_rows(list(range(12)), settings, "text.txt"), settings)
     for one, other in ((first, second), (third, fourth)):
         assert sorted([*one.tolist(), *other.tolist()]) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+
+
+def test_rows_that_fill_no_batch_are_trained_on() -> None:
+    """Five rows in batches of two: the fifth row begins the third batch."""
+    rows = torch.arange(5).view(5, 1)
+    used = torch.cat(list(_batches(rows, Training(steps=5, sequences=2)))).flatten().tolist()
+    assert sorted(used[:5]) == sorted(used[5:]) == [0, 1, 2, 3, 4]

@@ -127,10 +127,10 @@ def _train(model: Any, rows: Tensor, settings: Training, report: Callable[[str],
 
 
 def _batches(rows: Tensor, settings: Training) -> Iterator[Tensor]:
-    """One batch for each step; the rows get a new random order whenever all have been used."""
+    """One batch for each step: all rows in a random order, then all of them in another one. A batch may have rows of both."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(settings.steps):
         if len(order) < settings.sequences:
-            order = torch.randperm(len(rows))
+            order = torch.cat([order, torch.randperm(len(rows))])
         yield rows[order[: settings.sequences]]
         order = order[settings.sequences :]
