@@ -1,6 +1,6 @@
 """Many merges in one process: memory, open files, threads and temporary files after each, and what grows.
 
-python -m tests.run.soak                  200 merges; prints the slope of memory, and what else is left
+python -m tests.run.soak                  200 merges; prints the slope of memory, and what else is left; exit code 1 on a leak
 python -m tests.run.soak --merges 50
 """
 
@@ -155,8 +155,11 @@ def main() -> None:
         f"per merge (95 %), from {first.memory / 1e6:.1f} to {last.memory / 1e6:.1f} MB; open files {first.files} → "
         f"{last.files}, threads {first.threads} → {last.threads}, temporary files {len(last.temporary)}"
     )
-    for problem in problems(first, samples[warm:]):
-        print(f"a leak: {problem}")
+    leaks = problems(first, samples[warm:])
+    for leak in leaks:
+        print(f"a leak: {leak}")
+    if leaks:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from .soak import WORK, Sample, Site, problems, slope
+from .soak import WORK, Sample, Site, main, problems, slope
 
 WARM = Sample(memory=500_000_000, files=9, threads=4, temporary=())
 
@@ -20,6 +21,18 @@ def test_leaks_are_found() -> None:
     assert problems(WARM, [replace(WARM, files=10)]) == ["1 more open files"]
     assert problems(WARM, [replace(WARM, threads=6)]) == ["2 more threads"]
     assert "left" in problems(WARM, [replace(WARM, temporary=("left",))])[0]
+
+
+@pytest.mark.parametrize("leaked", [0, 1])
+def test_exit_code(leaked: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 where each merge leaves a file open."""
+    samples = [replace(WARM, files=WARM.files + leaked * number) for number in range(4 * len(WORK))]
+    monkeypatch.setattr(Site, "build", lambda _: None)
+    monkeypatch.setattr(Site, "samples", lambda _, merges: samples[:merges])
+    monkeypatch.setattr("sys.argv", ["soak", "--merges", str(len(samples))])
+    with pytest.raises(SystemExit, match=r"^1$") if leaked else nullcontext():
+        main()
+    assert ("a leak: 16 more open files" in capsys.readouterr().out) == bool(leaked)
 
 
 def test_slope_is_that_of_a_leak() -> None:
