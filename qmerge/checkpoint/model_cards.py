@@ -25,16 +25,22 @@ FIELD = re.compile(r"([\w-]+)\s*:")
 
 
 def card_fields(folder: Path, wanted: tuple[str, ...]) -> dict[str, str | list[str]]:
-    """Some fields of the metadata of a folder's README.md.
+    """Some fields of the metadata of a folder's README.md, as ``fields_of_card``."""
+    return fields_of_card(card_text(folder), wanted)
+
+
+def fields_of_card(card: str, wanted: tuple[str, ...]) -> dict[str, str | list[str]]:
+    """Some fields of a card's metadata. Fields that are asked for together are missing together where one is no YAML.
 
     Args:
+        card: from ``card_text``.
         wanted: names of fields, in the order of the result.
 
     Returns:
         Name → a text, or a list of texts. Fields that are missing or hold anything else are left out: nobody has checked what
         strangers write there.
     """
-    content = plain_mapping(_fields_as_text(card_text(folder), wanted), LARGEST_FIELDS)
+    content = plain_mapping(_fields_as_text(card, wanted), LARGEST_FIELDS)
     # In the order asked for, not in that of the card: outputs depend on it.
     fields: dict[str, str | list[str]] = {}
     for name in wanted:

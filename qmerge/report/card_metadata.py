@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from qmerge import hub, plugins
-from qmerge.checkpoint.model_cards import card_fields
+from qmerge.checkpoint.model_cards import card_text, fields_of_card
 from qmerge.formats import MIXES, get_format
 from qmerge.planning.plan import Plan
 from qmerge.report.loading import pipeline_tag
@@ -44,14 +44,15 @@ ORDER = (
 def card_metadata(report: ReportData, plan: Plan) -> str:
     """The metadata as YAML."""
     folders = [plan.inputs.base.folder, *(adapter.folder for adapter in plan.inputs.adapters)]
+    cards = [card_text(folder) for folder in folders]
     quant_method = get_format(plan.target).info.quant_method
     # The Hub's button "Use this model" offers the programs that belong to this name.
     own_name = quant_method in ("mlx", "gguf")
-    lists = {name: _united(folders, name) for name in MERGED_FIELDS}
+    lists = {name: _united(cards, name) for name in MERGED_FIELDS}
     fields: dict[str, Any] = {
         "library_name": quant_method if own_name else "transformers",
-        **_licence(folders),
-        **_pipeline_tag(folders[0], plan),
+        **_licence(cards),
+        **_pipeline_tag(cards[0], plan),
         **lists,
         "tags": _tags(lists["tags"], plan.target, quant_method),
     }
@@ -92,23 +93,23 @@ def _is_16_bit(target: str) -> bool:
     return target in ("gguf_f16", "gguf_bf16")
 
 
-def _licence(folders: Iterable[Path]) -> dict[str, Any]:
+def _licence(cards: Iterable[str]) -> dict[str, Any]:
     """The base's licence, which holds for everything that is made of it; without one, that of an adapter."""
-    return next(filter(None, (card_fields(folder, LICENCE_FIELDS) for folder in folders)), {})
+    return next(filter(None, (fields_of_card(card, LICENCE_FIELDS) for card in cards)), {})
 
 
-def _pipeline_tag(base: Path, plan: Plan) -> dict[str, str]:
+def _pipeline_tag(base_card: str, plan: Plan) -> dict[str, str]:
     # The base's authors know better than its config, which is silent about translation or reasoning.
-    declared = card_fields(base, ("pipeline_tag",)).get("pipeline_tag")
+    declared = fields_of_card(base_card, ("pipeline_tag",)).get("pipeline_tag")
     tag = declared if isinstance(declared, str) else pipeline_tag(plan.config)
     return {"pipeline_tag": tag} if tag else {}
 
 
-def _united(folders: Iterable[Path], name: str) -> list[str]:
+def _united(cards: Iterable[str], name: str) -> list[str]:
     """The values of a field in several cards, each once."""
     values: dict[str, None] = {}
-    for folder in folders:
-        value = card_fields(folder, (name,)).get(name, [])
+    for card in cards:
+        value = fields_of_card(card, (name,)).get(name, [])
         values |= dict.fromkeys([value] if isinstance(value, str) else value)
     return list(values)
 

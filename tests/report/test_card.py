@@ -11,8 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qmerge import merge
+from qmerge.checkpoint.model_cards import card_text
 from qmerge.formats import MIXES, all_targets
 from qmerge.formats.serving import programs_for
+from qmerge.report import card_metadata
 from qmerge.report.card import whole_model_lines
 from qmerge.report.loading import FOLDER, loading_lines
 from qmerge.schema import Judged
@@ -54,6 +56,27 @@ def test_what_is_carried_over(hub: HubServer, nf4: Path, lora: Path, tmp_path: P
     assert data["tags"] == ["qmerge", "qlora", "nf4", "bitsandbytes", "llama", "trl", "sft"]
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert "inference" not in data
+
+
+def test_cards_are_read_once_for_the_metadata(
+    nf4: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And damaged tags of the base hide neither its licence nor the adapter's tags."""
+    base = with_card(nf4, tmp_path / "base", BASE_CARD)
+    card = base / "README.md"
+    card.write_text(card.read_text().replace("tags:", "tags: ]"))
+    adapter = with_card(lora, tmp_path / "lora", ADAPTER_CARD)
+    read: list[Path] = []
+
+    def counted(folder: Path) -> str:
+        read.append(folder)
+        return card_text(folder)
+
+    monkeypatch.setattr(card_metadata, "card_text", counted)
+    merge(base=base, adapter=adapter, target="nf4", out=tmp_path / "out", **QMERGE)
+    assert read == [base, adapter]
+    data = ModelCard.load(tmp_path / "out/README.md").data
+    assert data.license == "other" and data.tags[-2:] == ["trl", "sft"] and "llama" not in data.tags
 
 
 @pytest.mark.parametrize(
