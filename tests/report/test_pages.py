@@ -88,16 +88,18 @@ def test_more_than_all_is_not_bright() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "word"),
+    ("record", "word", "mark"),
     [
-        (fidelity(0.975, 0.0058), "kept"), (fidelity(0.935, 0.0147), "mostly-kept"), (fidelity(1.177, 0.724), "damaged"),
-        (fidelity(0.019, 0.975), "lost"), (fidelity(None, None), "none"),
+        (fidelity(0.975, 0.0058), "kept", "✓"), (fidelity(0.935, 0.0147), "mostly-kept", "✓"),
+        (fidelity(1.177, 0.724), "damaged", "!"), (fidelity(0.019, 0.975), "lost", "✗"),
+        (fidelity(None, None), "none", "?"), (None, "none", "?"),
     ],
 )  # fmt: skip
-def test_every_verdict_has_its_colour(record: FidelityRecord, word: str) -> None:
+def test_every_verdict_has_its_colour_and_its_sign(record: FidelityRecord | None, word: str, mark: str) -> None:
     for page in (html_report(report(fidelity=record)), summary(report(fidelity=record))):
         assert f'<div class="verdict {word}">' in page
         assert f".qmerge .{word} {{ --verdict: #" in page
+        assert re.findall(r'class="mark"[^>]*>([^<]*)<', page) == [mark]
 
 
 def test_names_from_files_are_text() -> None:
