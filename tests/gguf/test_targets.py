@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -31,11 +32,13 @@ from qmerge.gguf.output import types_of
 from qmerge.gguf.tokenizer_file import read_tokenizer
 from qmerge.recipe import make_recipe
 from qmerge.report.describe.inspect import inspect
+from qmerge.report.loading import FOLDER, name_model
 from qmerge.run.merge_model import merge
 from qmerge.safetensors_io.reader import Reader
 from qmerge.weights.values import dense_values
 
 from .. import models
+from ..hub_server import HubServer
 from .test_gguf import DEMO, KINDS, LLAMA3, distance, logits, make, stored
 from .test_vocabulary import PRE, byte_level
 
@@ -372,6 +375,26 @@ def test_inspect_describes_a_file_from_its_header(llama: tuple[Path, Path], tmp_
         assert described["formats"] == {"Q8_0": 16, "F32": 5}
         assert described["made_of"]["base"]["name"] == "model"
     assert "library_name: gguf" in (file.parent / "README.md").read_text()
+
+
+def test_the_card_of_a_dense_file_says_how_to_load_it(hub: HubServer, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """The programs for GGUF alone, with names of files that are there; the model is a merge, and not quantized."""
+    folder, adapter = llama
+    hub.add("someone/base", folder)
+    hub.add("someone/lora", adapter)
+    file = merged(Path("someone/base"), Path("someone/lora"), tmp_path / "out", "gguf_f16")
+    card = (file.parent / "README.md").read_text()
+    assert "library_name: gguf" in card and "\n- gguf_f16\n" in card and "base_model_relation: merge" in card
+    here = re.findall(r"^\*\*(.+)\*\*:\n\n```sh\n([^`]+)\n```", card, re.MULTILINE)
+    assert here == [
+        ("Ollama", f"cd {FOLDER}\nollama create my-model -f Modelfile\nollama run my-model"),
+        ("llama.cpp", f"llama-server -m {FOLDER}/model.gguf"),
+        ("LM Studio", f"lms import {FOLDER}/model.gguf"),
+    ]
+    assert (file.parent / "Modelfile").read_text().startswith("FROM ./model.gguf\n") and "transformers" not in card
+    on_hub = name_model(card, file.parent, "gguf_f16", "someone/model")
+    assert "ollama run hf.co/someone/model\n" in on_hub and FOLDER not in on_hub
+    assert "llama-server --hf-repo someone/model --hf-file model.gguf\n" in on_hub
 
 
 def test_code_that_a_base_names_is_not_run(tmp_path: Path) -> None:
