@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmerge.cli.options import Json, MergedFolder, Quiet, flag
+from qmerge.cli.options import Device, Json, MergedFolder, Quiet, flag
 from qmerge.cli.output import print_json
 from qmerge.errors import OK, InputError, RecipeError
 from qmerge.recipe import JUDGED_TOKENS
@@ -73,7 +73,7 @@ def verify_command(
     sequence_length: Annotated[
         int, typer.Option(help="cut the text into sequences of this many tokens", min=2, metavar="N")
     ] = 512,
-    device: Annotated[str, typer.Option(help="compute on this device: auto, cpu or cuda", metavar="NAME")] = "auto",
+    device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmerge.cli.options import Json, Quiet, flag
+from qmerge.cli.options import Device, Json, Quiet, flag
 from qmerge.cli.output import print_json
 from qmerge.wording import size_text
 
 if TYPE_CHECKING:
     from qmerge.patch.restore import Restored
 
+BaseRevision = Annotated[str | None, typer.Option(help="use this revision of the base on the Hub", metavar="REV")]
 PatchFile = Annotated[Path, typer.Argument(help="a file that qmerge patch wrote")]
 NewFolder = Annotated[Path, typer.Option(help="write to this folder, which must be new or empty", metavar="DIR")]
 
@@ -22,9 +23,7 @@ def patch_command(
     base: Annotated[str, typer.Argument(help="the base: folder or Hub id")],
     merged: Annotated[Path, typer.Argument(help="a merged folder that was made from it")],
     out: Annotated[Path, typer.Option(help="write the patch to this file", metavar="FILE")],
-    revision: Annotated[
-        str | None, typer.Option(help="use this revision of the base on the Hub", metavar="REV")
-    ] = None,
+    revision: BaseRevision = None,
     one_way: Annotated[bool, flag("--one-way", help="leave out what only unmerge needs")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -48,9 +47,7 @@ def apply_command(
     base: Annotated[str, typer.Argument(help="the base: folder or Hub id")],
     patch: PatchFile,
     out: NewFolder,
-    revision: Annotated[
-        str | None, typer.Option(help="use this revision of the base on the Hub", metavar="REV")
-    ] = None,
+    revision: BaseRevision = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -102,7 +99,7 @@ def extract_command(
         bool,
         flag("--save-modules", help="also store differences outside linear layers (norms, embeddings, …)"),
     ] = False,
-    device: Annotated[str, typer.Option(help="compute on this device: auto, cpu or cuda", metavar="NAME")] = "auto",
+    device: Device = "auto",
     revision: Annotated[str | None, typer.Option(help="use this revision of BASE on the Hub", metavar="REV")] = None,
     merged_revision: Annotated[
         str | None, typer.Option(help="use this revision of MERGED on the Hub", metavar="REV")

@@ -58,12 +58,8 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; the rarely used options only with --help-all."""
-        hidden = _hide(self.get_params(ctx), ctx)
-        try:
+        with _rare_options_hidden(self, ctx):
             super().format_help(ctx, formatter)
-        finally:
-            _show(hidden)
-        _name_help_all(hidden, ctx)
 
 
 class Group(TyperGroup):
@@ -87,12 +83,8 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; the rarely used options only with --help-all."""
-        hidden = _hide(self.get_params(ctx), ctx)
-        try:
+        with _rare_options_hidden(self, ctx):
             super().format_help(ctx, formatter)
-        finally:
-            _show(hidden)
-        _name_help_all(hidden, ctx)
 
 
 @contextmanager
@@ -113,6 +105,19 @@ def _unknown_options(command: Any, ctx: Any) -> Iterator[None]:
         lists_all = f"{ctx.command_path} {'--help-all' if '--help-all' in known else '--help'} lists all of them"
         advice = hint(name, {option for option in known if option.startswith("--")})
         raise RecipeError(f"no such option {name}: {advice or lists_all}") from cause
+
+
+@contextmanager
+def _rare_options_hidden(command: Any, ctx: Any) -> Iterator[None]:
+    """Inside, a help text leaves out the rarely used options, unless all are wanted; a line below it says how many they are."""
+    hidden = _hide(command.get_params(ctx), ctx)
+    try:
+        yield
+    finally:
+        for param in hidden:
+            param.hidden = False
+    if hidden:
+        typer.echo(f" {len(hidden)} more options: {ctx.command_path} --help-all\n")
 
 
 def _no_command(name: str, commands: list[str]) -> str:
@@ -159,13 +164,3 @@ def _is_rare(param: Any) -> bool:
     if getattr(param, "hidden", False):
         return False
     return param.name in COMPLETION_OPTIONS or getattr(param, "rich_help_panel", None) in MORE_PANELS
-
-
-def _show(params: list[Any]) -> None:
-    for param in params:
-        param.hidden = False
-
-
-def _name_help_all(hidden: list[Any], ctx: Any) -> None:
-    if hidden:
-        typer.echo(f" {len(hidden)} more options: {ctx.command_path} --help-all\n")

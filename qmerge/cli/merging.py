@@ -114,12 +114,11 @@ def plan_command(
     Writes nothing. Reads headers, the adapter, and a few rows of some adapted weights. With --target, it also describes every
     weight and what is done to it.
     """
-    from qmerge.base_check.from_training import with_named_base
     from qmerge.report.describe.plan import describe_plan
     from qmerge.report.terminal.plan import show_plan
     from qmerge.report.terminal.progress import TerminalProgress
 
-    recipe = with_named_base(_recipe({"target": DEFAULT_TARGET, **settings}), TerminalProgress().note)
+    recipe = _recipe({"target": DEFAULT_TARGET, **settings}, TerminalProgress())
     described = describe_plan(recipe, target_given="target" in settings, served_with=served_with)
     if json:
         print_json(described)
@@ -146,13 +145,12 @@ def measure_command(
     With --verify FILE, whole models are compared: each is written to a temporary folder, and deleted.
     """
     from qmerge import run
-    from qmerge.base_check.from_training import with_named_base
     from qmerge.report.terminal.progress import TerminalProgress
 
     targets = target or [DEFAULT_TARGET]
     run.check_targets(targets)
     progress = TerminalProgress(quiet)
-    recipe = with_named_base(_recipe({**settings, "target": targets[0]}), progress.note)
+    recipe = _recipe({**settings, "target": targets[0]}, progress)
     reports = run.measure(recipe, targets, progress)
     if html is not None:
         _write_page(reports, html)
@@ -179,12 +177,11 @@ def run_merge(settings: dict[str, Any], *, resume: bool, shard: str | None, json
         quiet: show no progress.
     """
     from qmerge import publish
-    from qmerge.base_check.from_training import with_named_base
     from qmerge.patch import direct
     from qmerge.report.terminal.progress import TerminalProgress
 
     progress = TerminalProgress(quiet)
-    recipe = with_named_base(_recipe(settings), progress.note)
+    recipe = _recipe(settings, progress)
     if recipe.push_to_hub and shard is not None:
         raise RecipeError(
             "--push-to-hub: one part of a model is none; after qmerge finalize OUT use: qmerge push OUT ID"
@@ -237,12 +234,14 @@ def _end_merge(
     raise typer.Exit(exit_code([report], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 
-def _recipe(settings: dict[str, Any]) -> Recipe:
-    """The settings as a checked recipe; a single adapter is stored as a text, not as a list."""
+def _recipe(settings: dict[str, Any], progress: TerminalProgress) -> Recipe:
+    """The settings as a checked recipe, with the base that the adapter names; a single adapter is a text, not a list."""
+    from qmerge.base_check.from_training import with_named_base
+
     adapters = settings.get("adapter")
     if isinstance(adapters, (list, tuple)) and len(adapters) == 1:
         settings = {**settings, "adapter": adapters[0]}
-    return make_recipe(settings)
+    return with_named_base(make_recipe(settings), progress.note)
 
 
 def _closing_lines(recipe: Recipe, to_write: float, in_all: float, patch: Summary | None) -> list[str]:

@@ -79,6 +79,7 @@ Quiet = Annotated[
 HelpAll = Annotated[
     bool, flag("--help-all", help="show all options", callback=help_all, is_eager=True, rich_help_panel=HELP_PANEL)
 ]
+Device = Annotated[str, typer.Option(help="compute on this device: auto, cpu or cuda", metavar="NAME")]
 MergedFolder = Annotated[Path, typer.Argument(help="a folder that qmerge wrote", metavar="DIR")]
 
 
