@@ -125,6 +125,12 @@ def out_of_memory(cause: BaseException) -> RoomError:
     )
 
 
+def first_line(cause: BaseException) -> str:
+    """The first line of what another library's error says; the name of its class where it says nothing."""
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__
+
+
 def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
     """Names for an error line: ``a, b, c and 4 more``. It may leave out names, but not how many there are."""
     shown = ", ".join(names[:most])

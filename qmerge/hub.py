@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmerge.errors import InputError
+from qmerge.errors import InputError, first_line
 
 MODEL_FILES = [
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
@@ -313,9 +313,9 @@ def _snapshot(
                 f"{hub_id} is gated: ask for access on its page (https://huggingface.co/{hub_id}), and log in with `hf auth login` "
                 f"or set HF_TOKEN"
             ) from cause
-        reason = str(cause).strip().splitlines()[0]
         raise error(
-            f"{hub_id}{at_revision}: no such folder, and it cannot be loaded from the Hub (or from its cache, offline): {reason}"
+            f"{hub_id}{at_revision}: no such folder, and it cannot be loaded from the Hub (or from its cache, offline): "
+            f"{first_line(cause)}"
         ) from cause
     return Source(Path(folder), hub_id, commit or Path(folder).name)  # in the cache, a folder is named after its commit
 

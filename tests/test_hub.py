@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard, constants
 
@@ -55,6 +56,17 @@ def test_a_revision_chooses(cache: Path, nf4: Path) -> None:
     cached(cache, BASE, "c" * 40, nf4, revision="better")
     assert hub.resolve(BASE, "better", CheckpointError).commit == "c" * 40
     assert hub.resolve(BASE, None, CheckpointError).commit == COMMITS[BASE]
+
+
+def test_an_error_without_words_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's errors need not have a message."""
+
+    def silent(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", silent)
+    with pytest.raises(CheckpointError, match=r"it cannot be loaded from the Hub .*: TimeoutError$"):
+        hub.resolve(BASE, None, CheckpointError)
 
 
 def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qmerge import hub
-from qmerge.errors import HubError, QmergeError, RecipeError, listed
+from qmerge.errors import HubError, QmergeError, RecipeError, first_line, listed
 from qmerge.schema import NAME
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def hub_errors(problem: str, advice: str = "") -> Iterator[None]:
     except Exception as cause:  # no connection: the class depends on the HTTP library that the Hub library uses
         # Parallel uploads wrap the Hub's answer in an error of their own.
         answer = next((error for error in _causes(cause) if isinstance(error, HfHubHTTPError)), None)
-        reason = _first_line(cause) if answer is None else _reason(answer)
+        reason = _innermost_line(cause) if answer is None else _reason(answer)
         raise HubError(f"{problem}: {reason}{advice}") from cause
 
 
@@ -193,7 +193,7 @@ def _reason(error: Any) -> str:
     meaning = meanings.get(status or 0, "the Hub refused it")
     said = str(error.server_message or "").strip()
     if not said and status not in meanings:
-        said = _first_line(error)
+        said = _innermost_line(error)
     return f"{meaning} (status {status}{', ' if said else ''}{said})"
 
 
@@ -205,8 +205,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _first_line(error: BaseException) -> str:
+def _innermost_line(error: BaseException) -> str:
     """The innermost cause in one line."""
     *_, innermost = _causes(error)
-    lines = str(innermost).strip().splitlines()
-    return lines[0] if lines else type(innermost).__name__
+    return first_line(innermost)

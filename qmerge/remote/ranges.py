@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from qmerge.errors import CheckpointError
+from qmerge.errors import CheckpointError, first_line
 
 TRIES = 4
 SECONDS_BETWEEN_TRIES = 1.0
@@ -97,7 +97,7 @@ class RemoteFile:
                 hf_raise_for_status(response)
                 return self._content(response, start, stop)
         except HfHubHTTPError as cause:
-            raise CheckpointError(f"{self.name}: cannot be read from the Hub: {str(cause).splitlines()[0]}") from cause
+            raise CheckpointError(f"{self.name}: cannot be read from the Hub: {first_line(cause)}") from cause
         except (_TemporaryError, CheckpointError):
             raise
         except Exception as cause:  # the class depends on the HTTP library that the Hub library uses
