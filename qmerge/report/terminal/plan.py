@@ -111,7 +111,12 @@ def targets_table(targets: list[dict[str, Any]], *, for_any_program: bool = True
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
     names = [target["target"] for target in targets]
-    lines = [*loader_lines(names), *bitsandbytes_lines(names)] if for_any_program else []
+    lines = [
+        "Where nearest loses much, the default rounds with preserve, which keeps more:",
+        "a merge, or `qmerge measure`, says how much.",
+    ]
+    if for_any_program:
+        lines += [*loader_lines(names), *bitsandbytes_lines(names), *gguf_lines(names)]
     return with_notes(table, notes, [*lines, *activation_lines(names)])
 
 
@@ -130,6 +135,13 @@ def bitsandbytes_lines(targets: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [f"{', '.join(names)}: {BITSANDBYTES_IN_VLLM.partition(';')[0]}"]
+
+
+def gguf_lines(targets: Sequence[str]) -> list[str]:
+    """How to see GGUF files, which are predicted only when asked for: llama.cpp's converter takes seconds."""
+    if any(get_format(target).info.container for target in targets):
+        return []
+    return ["GGUF files for llama.cpp, Ollama, LM Studio: --for ollama, or --target q4_k_m"]
 
 
 def activation_lines(targets: Sequence[str]) -> list[str]:
