@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +17,13 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+from qmerge.calibration.texts import read_texts
 from qmerge.demo import notebook
 from qmerge.demo.training import Training, _batches, _rows, train_qlora
 from qmerge.errors import RecipeError, RoomError
 from qmerge.wording import DASH
+
+from . import models
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -160,12 +165,32 @@ def plain(table: str) -> str:
 
 def test_half_a_form_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="BASE is empty"):
-        notebook.inputs(adapter="you/your-qlora")
+    with pytest.raises(RecipeError, match="ADAPTER is empty"):
+        notebook.inputs(base="you/base", text="train.jsonl")
+    with pytest.raises(RecipeError, match="ADAPTER is empty"):
+        notebook.inputs(text="train.jsonl", trains=True)
     with pytest.raises(RecipeError, match="TEXT is empty"):
         notebook.inputs(base="you/base", adapter="you/your-qlora")
     given = notebook.inputs(base="you/base", adapter="you/your-qlora", text="train.jsonl", trained_on="nf4-dq")
     assert given.trained_on == "nf4-dq" and not given.is_demo
+    assert notebook.inputs(base="you/base", text="train.jsonl", trains=True).adapter == ""
+
+
+def test_an_empty_base_is_the_one_that_the_adapter_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = Path(str(notebook.files("qmerge.demo")))
+    adapter = shutil.copytree(demo / "adapter", tmp_path / "adapter")
+    models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(demo / "base-nf4"))
+    assert notebook.inputs(adapter=str(adapter), text="train.jsonl").base == str(demo / "base-nf4")
+    assert "the adapter names it" in capsys.readouterr().out
+
+
+def test_texts_of_two_tasks_are_joined(tmp_path: Path) -> None:
+    """Whatever their form; of each, not more than is needed."""
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    (tmp_path / "plain.txt").write_text("x" * 100_000)
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 2))
+    joined = notebook.joined_texts([tmp_path / "plain.txt", tmp_path / "chats.jsonl"], tmp_path / "new" / "both.jsonl")
+    assert read_texts(joined) == ["x" * notebook.JOINED_CHARACTERS, chat, chat]
 
 
 def test_drive_is_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import html
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 import psutil
 import torch
 
+from qmerge.base_check.from_training import with_named_base
 from qmerge.calibration.room import memory_limit
+from qmerge.calibration.texts import find_text, read_texts
 from qmerge.checkpoint.folder import free_bytes
 from qmerge.demo.texts import telegram, text_of
 from qmerge.demo.training import Training
 from qmerge.errors import QmergeError, RecipeError, RoomError
 from qmerge.evaluation import llama_cpp
-from qmerge.recipe import TrainedOn
+from qmerge.recipe import TrainedOn, make_recipe
 from qmerge.report.html import NAME as PAGE_NAME
 from qmerge.report.html import comparison_page
 from qmerge.report.result import Report
@@ -36,6 +39,9 @@ DEMO_TRAINING = Training(steps=20, rate=5e-4, rank=8, sequences=8, sequence_leng
 """A few seconds on a CPU."""
 
 SECOND_TASK_CHARACTERS = 60_000
+
+JOINED_CHARACTERS = 40_000
+"""Of each text; the last chat is whole."""
 
 JUDGED_CHARACTERS = 12_000
 """Of the demo's held-out text, to be quick: 5,000 tokens."""
@@ -64,36 +70,56 @@ class Inputs:
     is_demo: bool
 
 
-def inputs(*, base: str = "", adapter: str = "", text: str = "", heldout: str = "", trained_on: str = "") -> Inputs:
-    """What a form says. An empty form means the demo model, its adapter and its texts.
+def inputs(
+    *,
+    base: str = "",
+    adapter: str = "",
+    text: str = "",
+    heldout: str = "",
+    trained_on: str = "",
+    trains: bool = False,
+) -> Inputs:
+    """What a form says. An empty form means the demo model, its adapter and its texts; an empty base, the one that the adapter
+    names.
+
+    Args:
+        trains: the notebook trains an adapter where none is given.
 
     Raises:
         RecipeError: a form that is filled in half.
+        AdapterError: the adapter names no base.
     """
-    if not base:
-        if adapter or text:
-            raise RecipeError(
-                "BASE is empty, but ADAPTER or TEXT is not: fill in BASE, or empty the whole form for the demo"
-            )
-        demo = Path(str(files("qmerge.demo")))
-        heldout_part = Path.cwd() / "demo-heldout.txt"
-        heldout_part.write_text(
-            (demo / "heldout.txt").read_text(encoding="utf-8")[:JUDGED_CHARACTERS], encoding="utf-8"
-        )
-        return Inputs(
-            base=str(demo / "base-nf4"),
-            adapter=str(demo / "adapter"),
-            text=str(demo / "calibration.txt"),
-            heldout=str(heldout_part),
-            trained_on=None,
-            is_demo=True,
+    if not (base or adapter or text):
+        return _demo_inputs()
+    if not adapter and not (trains and base):
+        raise RecipeError(
+            "ADAPTER is empty, but other fields are not: fill it in, or empty the whole form for the demo"
         )
     if not text:
         raise RecipeError("TEXT is empty: give a .txt or .jsonl file, or a dataset on the Hub, of the adapter's task")
     return Inputs(
-        base=base, adapter=adapter, text=text, heldout=heldout,
+        base=base or _named_base(adapter), adapter=adapter, text=text, heldout=heldout,
         trained_on=trained_on or None, is_demo=False,  # type: ignore[arg-type]  # the recipe checks it
     )  # fmt: skip
+
+
+def _demo_inputs() -> Inputs:
+    demo = Path(str(files("qmerge.demo")))
+    heldout_part = Path.cwd() / "demo-heldout.txt"
+    heldout_part.write_text((demo / "heldout.txt").read_text(encoding="utf-8")[:JUDGED_CHARACTERS], encoding="utf-8")
+    return Inputs(
+        base=str(demo / "base-nf4"),
+        adapter=str(demo / "adapter"),
+        text=str(demo / "calibration.txt"),
+        heldout=str(heldout_part),
+        trained_on=None,
+        is_demo=True,
+    )
+
+
+def _named_base(adapter: str) -> str:
+    recipe = with_named_base(make_recipe({"adapter": adapter, "target": "nf4"}), print)
+    return f"{recipe.base}@{recipe.revision}" if recipe.revision else recipe.base
 
 
 def output_folder(name: str, place: str = SESSION) -> Path:
@@ -173,6 +199,20 @@ def second_task(folder: Path) -> tuple[Path, Path]:
     for path in paths:
         path.write_text(text_of(telegram, path.stem, SECOND_TASK_CHARACTERS), encoding="utf-8")
     return paths
+
+
+def joined_texts(sources: Sequence[str | Path], file: Path) -> Path:
+    """Some text of each source (a file, or a dataset on the Hub), as JSON lines to calibrate on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as joined:
+        for source in sources:
+            left = JOINED_CHARACTERS
+            for document in read_texts(find_text(str(source))):
+                record = {"text": document[:left]} if isinstance(document, str) else {"messages": document}
+                left -= joined.write(json.dumps(record) + "\n")
+                if left <= 0:
+                    break
+    return file
 
 
 def answer(model: str | Path, prompt: str, adapter: str | Path | None = None, tokens: int = 40) -> str:
