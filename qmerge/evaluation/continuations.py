@@ -57,7 +57,7 @@ def continue_texts(
     }
     written: dict[str, list[str]] = {}
     for name, make in makers.items():
-        report_progress(f"continuing {count} texts: {name} model")
+        report_progress(f"writing {count} continuations with the {name} model")
         model, values = make()
         whole: Any = model.model
         if not fits_whole(model, plan.recipe.max_memory) or not whole.can_generate():

@@ -139,11 +139,12 @@ def _reason(need: _Need, predicted: Sequence[Survival]) -> str:
     if not need.modules:
         if predicted and not any(survival.delta_squared for survival in predicted):
             return "the adapter changes nothing, because the delta of every weight is zero"
-        return f"nearest rounding keeps {least} or more of every weight's delta (predicted)"
-    reason = f"nearest rounding would keep {_only(least)} of the delta in the worst weight (predicted)"
+        kept = "all" if least == "100 %" else f"{least} or more"
+        return f"nearest rounding is predicted to keep {kept} of every weight's delta"
+    reason = f"nearest rounding is predicted to keep {_only(least)} of the delta in the worst weight"
     if need.too_coarse and not need.lost:
         worst = percent(max(need.too_coarse.values()))
-        reason = f"nearest rounding would change weights by {worst} of their size (predicted)"
+        reason = f"nearest rounding is predicted to change weights by {worst} of their size"
     others = len(predicted) - len(need.modules)
     if others:
         reason += f"; {others} of {len(predicted)} weights keep enough and are rounded to nearest"
