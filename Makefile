@@ -40,6 +40,7 @@ test: $(VENV)/installed-dev browser
 	$(BIN)/python tools/style_report.py --check
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) --dist loadfile
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(JOBS) --dist loadfile
+	! command -v nvidia-smi >/dev/null || QMERGE_TEST_GPU=1 $(PYTEST) tests/rounding/test_gpu.py
 
 # The HTML report is tested in Chromium. Where it is absent and cannot be installed, those tests are skipped.
 browser:

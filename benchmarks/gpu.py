@@ -319,7 +319,8 @@ def tests(sizes: Sizes, rates: Rates) -> None:
     """The kernels against torch, and a control that must differ."""
     options = ["-q", "-rA", "--no-header", "--durations=3", "-p", "no:cacheprovider", "-k", "kernels or comparison"]
     command = [sys.executable, "-m", "pytest", "tests/rounding/test_gpu.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    environment = {**os.environ, "QMERGE_TEST_GPU": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
     say(f"```\n{(done.stdout + done.stderr)[-6000:]}\n```")
 
 

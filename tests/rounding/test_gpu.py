@@ -1,4 +1,7 @@
-"""On a GPU: the compiled kernels against torch, and merges on CUDA against merges on the CPU. Skipped without CUDA."""
+"""On a GPU: the compiled kernels against torch, and merges on CUDA against merges on the CPU.
+
+Skipped without a CUDA device and QMERGE_TEST_GPU=1.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ BIG = [
     Case("gptq", (300, 1024), shuffled=True, options={"group_size": 64}),
     Case("int8", (300, 512)),
 ]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and QMERGE_TEST_GPU=1")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
