@@ -66,7 +66,7 @@ def check_against_inputs(folder: Path, report: ReportData, *, every: bool) -> st
             f"{listed(different)}: computed again from base, adapter and recipe, {counted(len(different), 'weight')} of "
             f"{len(names)} have other bytes than the file"
         )
-    return _result(names, plan, every=every)
+    return _result(names, plan, report, every=every)
 
 
 def _chosen(shard: Shard, report: ReportData, *, every: bool) -> list[Step]:
@@ -80,14 +80,14 @@ def _chosen(shard: Shard, report: ReportData, *, every: bool) -> list[Step]:
     return [random.Random(f"{SEED} {shard.file}").choice(merged or steps)]
 
 
-def _result(names: list[str], plan: Plan, *, every: bool) -> str:
+def _result(names: list[str], plan: Plan, report: ReportData, *, every: bool) -> str:
+    preserved = sum(not _can_be_recomputed(step, report) for step in plan.steps)
     if not names:
         return "left out: preserve rounded all weights, so only their hashes are compared"
-    if not every:
-        return f"computed again, same bytes: {listed(names)} (1 of each file, seed {SEED})"
-    found = f"{len(names)} of {len(plan.steps)} weights computed again, same bytes"
-    left = len(plan.steps) - len(names)
-    return f"{found}; preserve rounded {left}, so only their hashes are compared" if left else found
+    found = f"computed again, same bytes: {listed(names)} (1 of each file, seed {SEED})"
+    if every:
+        found = f"{len(names)} of {len(plan.steps)} weights computed again, same bytes"
+    return f"{found}; preserve rounded {preserved}, so only their hashes are compared" if preserved else found
 
 
 def _planned(folder: Path, report: ReportData, reader: Reader, *, may_download: bool) -> tuple[Plan, RunContext]:
