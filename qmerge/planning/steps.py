@@ -146,7 +146,7 @@ class StepMaker:
 
     def _replacement_step(self, weight: Weight, change: Replacement) -> Step:
         """The adapter's own values, in the dtype of the base's (in a dense target's dtype)."""
-        target = self.targets.format_of(weight, merged=True)
+        target = self.targets.format_of_replacement(weight)
         # The shape is the adapter's: an embedding may have more or fewer tokens than that of the base.
         shape = tuple(change.values.shape)
         options: Options = NoOptions()

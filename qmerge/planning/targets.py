@@ -88,6 +88,20 @@ class TargetChooser:
             return self.format
         return get_target(weight.format)
 
+    def format_of_replacement(self, weight: Weight) -> TargetFormat[Any]:
+        """The format that the adapter's own values are written in.
+
+        Raises:
+            RecipeError: the weight has a dtype that is only copied.
+        """
+        fmt = self.format_of(weight, merged=True)
+        if self.gguf is not None or not fmt.info.is_quantized:
+            return fmt
+        # An embedding with another number of tokens, in a format that quantizes embeddings (MLX): its rows were never rounded,
+        # and the loader takes a dense embedding, too.
+        stored = get_format(weight.format).info
+        return self._dense_format if stored.is_quantized else get_target(weight.format)
+
     @property
     def _dense_format(self) -> TargetFormat[Any]:
         # In the dtype of the model: transformers does not cast the tensors of a quantized checkpoint.

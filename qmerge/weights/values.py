@@ -12,7 +12,7 @@ from torch import Tensor
 from qmerge.formats import get_format, get_target
 from qmerge.formats.base import OnTheFly, Stored, Transposed
 from qmerge.safetensors_io.reader import MemoryReader, Reader
-from qmerge.types import Rows, Step, TensorInfo, Weight
+from qmerge.types import Replacement, Rows, Step, TensorInfo, Weight
 from qmerge.weights.context import RunContext
 from qmerge.weights.rows import row_blocks
 
@@ -101,7 +101,10 @@ def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_
         return step.replacement.values.to(context.device)
     # These weights are not worked on as [O, I]: their values are those on disk.
     if step.action in ("copy", "replace"):
-        return dense_values(step.weight, context.reader, context.device, conv1d)
+        values = dense_values(step.weight, context.reader, context.device, conv1d)
+        if step.replacement is None:
+            return values
+        return _with_rows_of(step.replacement, values)
     values_OI = merged_values(step, context) if with_delta else base_values(step, context)
     if step.source.transposed_stack:
         return in_dense_shape(values_OI, step)
@@ -109,6 +112,16 @@ def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_
     if conv1d and is_OI:
         return values_OI.T.contiguous()
     return values_OI.view(step.weight.shape)
+
+
+def _with_rows_of(replacement: Replacement, values: Tensor) -> Tensor:
+    """The base's values with as many rows as those that replace them: an adapter may resize the vocabulary.
+
+    Rows that the base does not have are the adapter's own. So base and adapter model read and predict the same tokens, and
+    differ in what the base has.
+    """
+    shared = min(len(values), len(replacement.values))
+    return torch.cat([values[:shared], replacement.values[shared:].to(values)])
 
 
 def in_dense_shape(values_OI: Tensor, step: Step) -> Tensor:

@@ -60,6 +60,11 @@ KINDS = {
     "tokens by name": Kind({"trainable_token_indices": {"embed_tokens": [0, 7]}}),
     "resized": Kind({"modules_to_save": ["embed_tokens", "lm_head"]}, resize=5),
     "resized without asking": Kind({}, resize=5),
+    # TRL's SFTTrainer trains the new tokens of a chat template so.
+    "resized, rows trained": Kind(
+        {"trainable_token_indices": {"embed_tokens": [96, 97, 100]}, "modules_to_save": ["lm_head"]}, resize=5
+    ),
+    "resized, rows trained, kept tied": Kind({"trainable_token_indices": [96, 97, 100]}, TIED, resize=5),
 }  # fmt: skip
 
 Made = Callable[[str], tuple[Path, Path, torch.Tensor, torch.Tensor]]
@@ -158,6 +163,45 @@ def test_calibrated_in_the_unmerged_model(
     h = (torch.nn.functional.silu(gate.gate_proj(x)) * gate.up_proj(x)).detach()
     expected = h.T @ h
     assert stock.distance(found.hessian_II, expected / expected.diagonal().mean()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resized", "resized, rows trained"])
+def test_the_base_next_to_a_resized_vocabulary(made: Made, name: str) -> None:
+    """To be compared with the adapter model, the base gets the rows that it does not have, and no other, from the adapter."""
+    from qmerge.calibration.unmerged import unmerged_model
+    from qmerge.evaluation.stored import logits_layer_by_layer
+    from qmerge.planning.plan import make_plan, make_run_context
+    from qmerge.safetensors_io.reader import Reader
+
+    base, adapter, expected, _ = made(name)
+    settings = {"base": str(base), "adapter": str(adapter), "target": "nf4", "out": "out", "device": "cpu"}
+    with Reader() as reader:
+        plan = make_plan(make_recipe({**settings, "rounding": "preserve"}), reader)
+        context = make_run_context(plan, reader)
+        found = logits_layer_by_layer(
+            *unmerged_model(plan, context, with_delta=False), torch.arange(32).view(2, 16) % 96
+        )
+    with_delta, without = unmerged(base, adapter, KINDS[name].resize), reload(base)
+    with torch.no_grad():
+        with_delta.merge_and_unload()
+        without.resize_token_embeddings(96 + KINDS[name].resize)
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            trained_rows = getattr(with_delta.base_model.model, get)().weight[96:]
+            getattr(without, get)().weight[96:] = trained_rows
+    assert stock.distance(found, models.logits(without)) < 1e-5
+    assert stock.distance(found, expected) > 1e-3, "the control"
+
+
+@pytest.mark.parametrize("name", ["resized", "resized, rows trained"])
+def test_a_resized_vocabulary_stays_dense_where_embeddings_are_quantized(made: Made, tmp_path: Path, name: str) -> None:
+    base, adapter, _, _ = made(name)
+    out = stock.merged(tmp_path / "out", base, adapter, "mlx", group_size=32)
+    written = stock.tensors(out)
+    assert written["lm_head.weight"].shape == written["model.embed_tokens.weight"].shape == (101, 64)
+    assert torch.equal(
+        written["lm_head.weight"], load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    )
+    assert "lm_head.scales" not in written and "model.layers.0.mlp.up_proj.scales" in written
 
 
 def keep(step: Any, sink: Any, context: Any, inputs: Any, seen: dict[str, Any]) -> Any:

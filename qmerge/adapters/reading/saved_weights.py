@@ -12,12 +12,15 @@ from qmerge.adapters.base import Changes, add_change
 from qmerge.adapters.updates.lora import AddUpdate, OwnBaseUpdate, TokenRowsUpdate
 from qmerge.checkpoint.names import Names
 from qmerge.errors import AdapterError, listed
-from qmerge.types import Replacement, Update
+from qmerge.types import Replacement, Rows, Update
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "wpe")
 """Last parts of the names of embedding modules."""
 
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
+ALL_ROWS = ".token_adapter.base_layer.weight"
+"""All rows of an embedding that was resized before some of its rows were trained (TRL adds the tokens of a chat template so)."""
 
 BASE_LAYER_WEIGHT = ".base_layer.weight"
 """How peft names the weight below an adapter layer."""
@@ -41,7 +44,9 @@ def add_saved_weights(
         weight = name.replace(".base_layer.", ".")
         if name.endswith(TOKEN_ROWS):
             module = name.removesuffix(TOKEN_ROWS)
-            add_change(changes, f"{module}.weight", TokenRowsUpdate(token_indices(module, config), values), copies)
+            _add_token_rows(changes, module, TokenRowsUpdate(token_indices(module, config), values), copies, tensors)
+        elif name.endswith(ALL_ROWS) and name.replace(ALL_ROWS, TOKEN_ROWS) in tensors:
+            continue  # added with the rows that were trained
         elif name.endswith(BASE_LAYER_WEIGHT) and weight in changes:
             # An embedding whose size changed before LoRA was added to it: the base's values are not the ones it was trained on.
             update, update_tensors = changes.pop(weight)
@@ -54,6 +59,19 @@ def add_saved_weights(
                 f"adapter tensor {name!r} is not lora_A or lora_B of a linear layer or embedding, and adapter_config.json names it "
                 f"neither in modules_to_save nor by its bias option: this version cannot merge it"
             )
+
+
+def _add_token_rows(
+    changes: Changes, module: str, rows: TokenRowsUpdate, copies: list[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Add the trained rows of an embedding; where the adapter brings all of its rows, the whole embedding."""
+    all_OI = tensors.get(module + ALL_ROWS)
+    if all_OI is None:
+        add_change(changes, f"{module}.weight", rows, copies)
+        return
+    count, width = all_OI.shape
+    trained_OI = rows.fitted((count, width)).apply(all_OI, Rows(0, count))
+    add_change(changes, f"{module}.weight", Replacement(trained_OI), [*copies, module + ALL_ROWS])
 
 
 def copies_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -114,8 +132,13 @@ def check_saved_weights(changes: Changes, config: Mapping[str, Any], names: Name
     Raises:
         AdapterError: biases, token rows or a module are missing.
     """
-    for option, kind in (("lora_bias", AddUpdate), ("trainable_token_indices", TokenRowsUpdate)):
-        if config.get(option) and not any(isinstance(change, kind) for change, _ in changes.values()):
+    tensor_names = [name for _, of_change in changes.values() for name in of_change]
+    present = {
+        "lora_bias": any(isinstance(change, AddUpdate) for change, _ in changes.values()),
+        "trainable_token_indices": any(name.endswith(TOKEN_ROWS) for name in tensor_names),
+    }
+    for option, is_present in present.items():
+        if config.get(option) and not is_present:
             raise AdapterError(
                 f"adapter_config.json has {option}={config[option]!r}, but the file contains no tensor of it: "
                 f"the adapter is incomplete"
