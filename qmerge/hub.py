@@ -47,6 +47,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 CHECKPOINT = re.compile(r"(?:checkpoint-|epoch_|step_)(?P<number>\d+)|last-checkpoint")
 """Folders with the states of a run: of Trainer, of torchtune, and of Trainer's pushes to the Hub."""
 
+SAVED_BY_CALLBACK = "qmerge-adapter"
+"""Folder in the trainer's ``output_dir`` that ``QmergeCallback`` saves the adapter to."""
+
 HUB_URL = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#=]+)(?:/(?P<path>[^?#=]*))?)?/?"
@@ -372,7 +375,12 @@ def needed_weights(listing: Listing, adapter: str | None = None) -> set[str]:
 
 def _is_earlier_state(folder: str) -> bool:
     """Whether a folder of a repository (``checkpoint-10/``) is in one that a training has left below a finished adapter."""
-    return CHECKPOINT.fullmatch(folder.partition("/")[0]) is not None
+    return is_state_of_run(folder.partition("/")[0])
+
+
+def is_state_of_run(name: str) -> bool:
+    """Whether a folder of this name, in that of a training run, has a state of the adapter of the run, not another adapter."""
+    return name == SAVED_BY_CALLBACK or CHECKPOINT.fullmatch(name) is not None
 
 
 def _unneeded_weights(listing: Listing, adapter: str | None) -> set[str]:

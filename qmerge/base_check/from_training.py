@@ -67,7 +67,7 @@ def with_training(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, list[str]]:
     Returns:
         The recipe, and lines that say what was taken from the folders.
     """
-    lines = _checkpoint_lines(recipe, inputs)
+    lines = _state_lines(recipe, inputs)
     if not _is_open(recipe, inputs) or not _can_quantize_first(recipe):
         return recipe, lines
     trainings = []
@@ -109,12 +109,17 @@ def _can_quantize_first(recipe: Recipe) -> bool:
     return recipe.target == "auto" or not get_target(recipe.target).info.takes_stacks
 
 
-def _checkpoint_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
-    """Which checkpoint of a training folder was taken, a line for each adapter of which the user named none."""
+def _state_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Which state of a training was taken from its folder, a line for each adapter of which the user named none."""
     lines = []
     for (reference, _), source in zip(recipe.adapters, inputs.adapter_sources, strict=True):
         run = source.adapters_folder
         if run is None or split_reference(reference)[1] is not None:
+            continue
+        if source.folder.name == hub.SAVED_BY_CALLBACK:
+            lines.append(
+                f"adapter  {source.folder.name} of {run.name}: QmergeCallback saved it at the end of the training"
+            )
             continue
         states = [folder for folder in run.glob("*/") if hub.CHECKPOINT.fullmatch(folder.name)]
         number = f" of {len(states)}" if len(states) > 1 else ""

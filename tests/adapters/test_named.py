@@ -166,7 +166,11 @@ def test_checkpoints_of_training_are_no_other_adapters(made: tuple[PeftModel, Pa
         shutil.copytree(folder / "two/math", place / below, dirs_exist_ok=True)
     assert find_adapter(str(place)).folder == place
     assert find_adapter(f"{place}#checkpoint-10").folder == place / "checkpoint-10"
+    shutil.copytree(folder / "two/math", place / "qmerge-adapter")  # by QmergeCallback, when the training ended
+    assert find_adapter(str(place)).folder == place
     (place / CONFIG).unlink()
+    assert find_adapter(str(place)).folder == place / "qmerge-adapter"
+    shutil.rmtree(place / "qmerge-adapter")
     assert find_adapter(str(place)).folder == place / "checkpoint-200"
     shutil.copytree(folder / "two/math", place / "math")  # an adapter of its own: none is guessed
     with pytest.raises(AdapterError, match="contains the adapters: math, checkpoint-10, checkpoint-200"):

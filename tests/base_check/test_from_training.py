@@ -75,6 +75,16 @@ def test_plan_and_python_do_the_same(cli: Cli, run: Path, tmp_path: Path) -> Non
     assert report.data.recipe["trained_on"] == "nf4-dq"
 
 
+def test_what_the_callback_saved(cli: Cli, run: Path, lora: Path, dense: Path) -> None:
+    """It goes before the checkpoints, and the run above it tells how it was trained, as for a checkpoint."""
+    saved = shutil.copytree(lora, run / "qmerge-adapter")
+    edit_json(saved / "adapter_config.json", base_model_name_or_path=str(dense))
+    ran = cli("plan", "--adapter", run, "--target", "bf16")
+    assert ran.code == 0, ran.err
+    assert "adapter  qmerge-adapter of my-run: QmergeCallback saved it at the end of the training" in ran.out
+    assert "training nf4-dq" in ran.out
+
+
 def warned(run: Path, base: Path, **settings: str) -> list[str]:
     recipe = make_recipe({"base": str(base), "adapter": str(run), "target": "bf16", **settings})
     with Reader() as reader:

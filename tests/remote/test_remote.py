@@ -206,7 +206,7 @@ def test_only_needed_files_are_downloaded(hub: HubServer, sharded: Path, lora: P
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["checkpoint-10", "epoch_0"])
+@pytest.mark.parametrize("name", ["checkpoint-10", "epoch_0", "qmerge-adapter"])
 def test_an_earlier_state_that_is_asked_for(hub: HubServer, lora: Path, cli: Cli, name: str) -> None:
     """Next to a finished adapter, it is downloaded only then."""
     earlier = {f"{name}/{path.name}": path.read_bytes() for path in lora.iterdir()}
@@ -220,7 +220,7 @@ def test_an_earlier_state_that_is_asked_for(hub: HubServer, lora: Path, cli: Cli
     ran = cli("inspect", f"https://huggingface.co/someone/lora/tree/main/{name}", "--json")
     assert ran.code == 0 and hub.served[weights], ran.err
     assert find_adapter(f"someone/lora#{name}").folder.name == name
-    assert hub_ids.CHECKPOINT.fullmatch(name)  # locally, too, it is an earlier state
+    assert hub_ids.is_state_of_run(name)  # locally, too, it is an earlier state
 
 
 def test_the_hub_is_asked_once_about_an_adapter(

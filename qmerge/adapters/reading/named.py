@@ -24,7 +24,7 @@ def find_adapter(reference: str, revision: str | None = None) -> hub.Source:
 
     Args:
         reference: folder, file or Hub id, with ``#NAME`` where it contains several adapters. A folder of a training run that
-            has no finished adapter stands for its last checkpoint.
+            has no finished adapter stands for what ``QmergeCallback`` saved there, else for its last checkpoint.
         revision: on the Hub.
 
     Raises:
@@ -64,24 +64,29 @@ def choose_adapter(source: hub.Source, location: str, name: str | None) -> hub.S
 
 
 def _only_adapter(source: hub.Source, location: str, folders: dict[str, Path]) -> hub.Source:
-    """The source as it is, or the last checkpoint of a training run, where there is nothing to choose. Without any adapter,
+    """The source as it is, or the last state of a training run, where there is nothing to choose. Without any adapter,
     reading it will raise the error."""
     in_folder = [name for name, folder in folders.items() if folder == source.folder]
     below: list[str] = []
-    checkpoints: list[str] = []
+    states: list[str] = []
     for name, folder in folders.items():
         if folder != source.folder:
-            (checkpoints if hub.CHECKPOINT.fullmatch(name) else below).append(name)
-    # Next to a finished adapter, checkpoints are its earlier states, not other adapters.
+            (states if hub.is_state_of_run(name) else below).append(name)
+    # Next to a finished adapter, these are its earlier states, or copies of it, not other adapters.
     if not folders or (len(in_folder) == 1 and not below):
         return source
     # States of one training: the last one is the most trained.
-    if checkpoints and not in_folder and not below:
-        last = max(checkpoints, key=checkpoint_number)
+    if states and not in_folder and not below:
+        last = _last_state(states)
         return replace(source, folder=folders[last], adapter=last, adapters_folder=folders[last].parent)
     if not in_folder:
-        below += checkpoints
+        below += states
     raise AdapterError(f"{location} contains the adapters: {_choices(location, [*in_folder, *below])}")
+
+
+def _last_state(names: list[str]) -> str:
+    """``QmergeCallback`` saves when the training ends, after the last checkpoint, and of several checkpoints the best one."""
+    return hub.SAVED_BY_CALLBACK if hub.SAVED_BY_CALLBACK in names else max(names, key=checkpoint_number)
 
 
 def _choices(location: str, names: list[str]) -> str:
@@ -114,9 +119,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
             # The adapter in the folder itself goes before a folder below that is called ``default``.
             adapters.setdefault(config.parent.name, config.parent)
     if not adapters:
-        found = [
-            config.parent for config in folder.glob(f"*/*/{CONFIG}") if hub.CHECKPOINT.fullmatch(config.parent.name)
-        ]
+        found = [config.parent for config in folder.glob(f"*/*/{CONFIG}") if hub.is_state_of_run(config.parent.name)]
         if len({checkpoint.parent for checkpoint in found}) == 1:
             adapters = {checkpoint.name: checkpoint for checkpoint in sorted(found)}
     return adapters

@@ -23,7 +23,7 @@ from qmerge.checkpoint.documents import read_json
 from qmerge.checkpoint.model_cards import card_text
 from qmerge.checkpoint.plain_yaml import plain_mapping
 from qmerge.errors import AdapterError
-from qmerge.hub import CHECKPOINT
+from qmerge.hub import CHECKPOINT, is_state_of_run
 from qmerge.recipe import AS_STORED, TRAINED_ON, TrainedOn
 
 AXOLOTL_HEADING = "See axolotl config</summary>"
@@ -67,12 +67,12 @@ def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
     """How the adapter in a folder was trained.
 
     Args:
-        folder: the adapter's own; of a checkpoint, the folder of the run above it is read, too.
+        folder: the adapter's own; of a state of a run, the folder of the run above it is read, too.
         config: adapter_config.json.
     """
     folders = [folder]
     # Most tools describe a run once, in its own folder.
-    if CHECKPOINT.fullmatch(folder.name):
+    if is_state_of_run(folder.name):
         folders.append(folder.parent)
     for place in folders:
         for read in READERS:
