@@ -7,24 +7,27 @@ the user's script: the adapter is saved first, and the merge can be repeated.
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from qmerge import api, publish
+from qmerge.base_check.from_training import with_named_base
 from qmerge.checkpoint import folder
 from qmerge.errors import NumbersError, QmergeError, RecipeError
-from qmerge.recipe import make_recipe
+from qmerge.hub import SAVED_BY_CALLBACK
+from qmerge.patch import direct
+from qmerge.recipe import Recipe, make_recipe
+from qmerge.report.environment import check_environment
 from qmerge.report.limits import past_limits
 from qmerge.report.result import Report
+from qmerge.report.terminal.console import stdout
 from qmerge.report.terminal.progress import TerminalProgress
+from qmerge.report.terminal.tables import report_tables
 from qmerge.safetensors_io.disk import failure_of_machine
 from qmerge.training.trained_model import TrainedModel, adapter_folder, save_adapter, trained_model
-
-ADAPTER = "qmerge-adapter"
-"""Folder in the trainer's ``output_dir`` that the adapter is saved to."""
 
 REFUSED = {
     "adapter": "the adapter that was trained is merged",
@@ -48,7 +51,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         push_to_hub: id of a model on the Hub to upload to, if all checks pass and the model is past no limit.
         private: make the model on the Hub private, if it is new there.
         min_kept, max_kl_ratio: limits, as for ``qmerge.merge``.
-        quiet: show no progress; warnings are still shown.
+        quiet: show neither progress nor the result; warnings are still shown.
         settings: all other arguments of ``qmerge.merge``, except ``adapter`` and ``resume``.
 
     Attributes:
@@ -91,6 +94,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check everything that would fail after hours of training."""
+        check_environment()
         if args.deepspeed or args.fsdp:
             raise RecipeError(
                 "QmergeCallback: with DeepSpeed or FSDP no process has the whole adapter; save it, then merge with the qmerge "
@@ -113,7 +117,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def _arguments(self, trained: TrainedModel, output_dir: Path) -> dict[str, Any]:
         """The arguments of the merge. Those that the user gave go before those that the model says."""
         known = {"base": trained.base, "revision": trained.revision, "trained_on": trained.trained_on}
-        return {**known, **self.settings, "adapter": str(adapter_folder(trained, output_dir / ADAPTER))}
+        return {**known, **self.settings, "adapter": str(adapter_folder(trained, output_dir / SAVED_BY_CALLBACK))}
 
     # --- after it ---
 
@@ -127,19 +131,27 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         # The script that trains goes on, whatever happens: it may have more to save.
         try:
             trained = trained_model(model)
-            save_adapter(trained, Path(args.output_dir) / ADAPTER, processing_class)
+            save_adapter(trained, Path(args.output_dir) / SAVED_BY_CALLBACK, processing_class)
             arguments = self._arguments(trained, Path(args.output_dir))
-            place = f"the adapter is in {arguments['adapter']}"
+            place = _where_the_adapter_is(arguments)
             _free_gpu_memory()
             self._merge_and_push(arguments)
         except QmergeError as error:
             self._failed(error, place)
-        except (MemoryError, RuntimeError, OSError, SafetensorError) as cause:
+        except Exception as cause:
             self._failed(_as_qmerge_error(cause), place)
 
     def _failed(self, error: QmergeError, place: str) -> None:
         self.error = error
         print(f"qmerge: {error} ({place})", file=sys.stderr)
+
+    def _show(self, recipe: Recipe, progress: TerminalProgress) -> None:
+        """What became of the whole model, as the command prints it, and the warnings that the merge has found."""
+        assert self.report is not None
+        if not self.quiet:
+            # Layer by layer is a diagnosis: the report in the folder has it.
+            stdout().print(report_tables(self.report.data, recipe.out)[0])
+        progress.warn_again(self.report.data.warnings)
 
     def _merge_and_push(self, arguments: dict[str, Any]) -> None:
         """Merge and check; push only what passes.
@@ -147,25 +159,39 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         Raises:
             QmergeError: the merge failed. A report is kept all the same where only the push was refused.
         """
-        recipe = make_recipe(arguments)
+        progress = TerminalProgress(self.quiet)
+        recipe = with_named_base(make_recipe(arguments), progress.note)
         # The push comes after the checks. That there will be one decides whether the report quotes the held-out text.
         later = {"push_to_hub": None, "private": None, "continuations": recipe.quoted_beginnings}
-        report = api.merge(**{**arguments, **later, "quiet": self.quiet})
-        self.report = report
+        data, _ = direct.merge(recipe.model_copy(update=later), False, progress)
+        self.report = Report(data)
+        self._show(recipe, progress)
         out = Path(recipe.out or "").expanduser()
         # The files alone: to load the model a second time, next to the one that was trained, may take too much memory.
         # Only whole files are published.
         failed = [check for check in api.verify(out, reload=False) if not check.ok]
         problems = [f"{check.name}: {check.found}" for check in failed]
-        problems += past_limits([report.data], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio)
+        problems += past_limits([data], min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio)
         if problems:
             raise NumbersError(f"{out}: {'; '.join(problems)}")
-        publish.push_merged(report.data, recipe, quiet=self.quiet, progress=TerminalProgress(self.quiet))
+        progress.note(f"Written to {out}, and its files checked; the adapter is in {arguments['adapter']}")
+        publish.push_merged(data, recipe, quiet=self.quiet, progress=progress)
+
+
+def _where_the_adapter_is(arguments: dict[str, Any]) -> str:
+    """For messages; with what a repeated merge must be told, because no file says it."""
+    place = f"the adapter is in {arguments['adapter']}"
+    if arguments["trained_on"] is None:
+        return place
+    return f"{place}; to merge it, give --trained-on {arguments['trained_on']}"
 
 
 def _as_qmerge_error(cause: Exception) -> QmergeError:
-    """What torch, the system or safetensors raised, in one line."""
-    error = failure_of_machine(cause) or QmergeError(f"{type(cause).__name__}: {cause}")
+    """Any other error in one line; what may be a bug is also shown in full, so that it can be reported."""
+    error = failure_of_machine(cause)
+    if error is None:
+        traceback.print_exception(cause)
+        error = QmergeError(f"{type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
 

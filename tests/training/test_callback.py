@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 import qmerge
 import qmerge.demo
-from qmerge import api
+from qmerge.adapters.reading.named import find_adapter
 from qmerge.errors import DiskError, HubError, QmergeError, RecipeError, RoomError
+from qmerge.patch import direct
 from qmerge.schema import read_report
 
 from .. import models
@@ -57,14 +58,19 @@ def test_merged_checked_and_pushed(hub: HubServer, nf4: Path, tmp_path: Path) ->
     trainer = trainer_of(nf4, callback, tmp_path / "run")
     trainer.train()
     assert callback.error is None and callback.report is not None
-    assert (tmp_path / "run/qmerge-adapter/adapter_model.safetensors").is_file()
+    # The folder of the run is enough for `qmerge --adapter`, whether the script saves the model once more or not.
+    assert find_adapter(str(tmp_path / "run")).folder == tmp_path / "run/qmerge-adapter"
+    trainer.save_model()
+    assert find_adapter(str(tmp_path / "run")).folder == tmp_path / "run"
     assert qmerge.verify(out, reload=False).ok
     assert hub.repos["alice/merged"].private and "model.safetensors" in hub.repos["alice/merged"].files
     # The base's files are quantized already.
     assert "trained_on" not in read_report(out).recipe
 
 
-def test_a_base_that_was_quantized_while_it_was_loaded(dense: Path, tmp_path: Path) -> None:
+def test_a_base_that_was_quantized_while_it_was_loaded(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The merge quantizes the 16-bit base as the training did."""
     callback = qmerge.QmergeCallback(
         target="bf16", out=tmp_path / "merged", rounding="nearest", device="cpu", quiet=True
@@ -73,6 +79,9 @@ def test_a_base_that_was_quantized_while_it_was_loaded(dense: Path, tmp_path: Pa
     trainer.train()
     assert callback.error is None and callback.report is not None
     assert read_report(tmp_path / "merged").recipe["trained_on"] == "nf4-dq"
+    # No file tells it, so that a merge that has failed and is repeated must be told.
+    callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert callback.error is not None and "to merge it, give --trained-on nf4-dq" in capsys.readouterr().err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.tensor([[1, 5, 9, 12]])
     with torch.no_grad():
@@ -141,15 +150,40 @@ def two_adapters(nf4: Path) -> PeftModel:
     return peft_model
 
 
+def demo_model() -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "base-nf4", dtype=torch.bfloat16, device_map="cpu")
+    return PeftModel.from_pretrained(model, DEMO / "adapter")
+
+
+def test_the_result_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict on stdout as the command prints it, warnings on stderr; with quiet, warnings only."""
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "heldout.txt").read_text()[:2000])
+    settings = {
+        "base": DEMO / "base-nf4",
+        "target": "nf4",
+        "rounding": "nearest",
+        "device": "cpu",
+        "sequence_length": 96,
+    }
+    out = tmp_path / "out"
+    begin_and_end(qmerge.QmergeCallback(**settings, out=out, verify=text), demo_model(), tmp_path / "run")
+    shown = capsys.readouterr()
+    assert "The fine-tuning is lost" in shown.out and "weights lose more than half of their delta" in shown.err
+    assert f"Written to {out}" in shown.err and f"the adapter is in {tmp_path / 'run/qmerge-adapter'}" in shown.err
+    begin_and_end(qmerge.QmergeCallback(**settings, out=tmp_path / "2", quiet=True), demo_model(), tmp_path / "run")
+    quiet = capsys.readouterr()
+    assert not quiet.out and "Written" not in quiet.err and "weights lose more than half of their delta" in quiet.err
+
+
 def test_held_out_text_is_not_published_unasked(hub: HubServer, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((DEMO / "heldout.txt").read_text()[:2000])
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "base-nf4", dtype=torch.bfloat16, device_map="cpu")
     callback = qmerge.QmergeCallback(
         base=DEMO / "base-nf4", target="bf16", out=tmp_path / "out", verify=text, push_to_hub="alice/merged", rounding="nearest",
         sequence_length=96, device="cpu", quiet=True,
     )  # fmt: skip
-    begin_and_end(callback, PeftModel.from_pretrained(model, DEMO / "adapter"), tmp_path / "run")
+    begin_and_end(callback, demo_model(), tmp_path / "run")
     assert callback.error is None and "qmerge.json" in hub.repos["alice/merged"].files
     fidelity = read_report(tmp_path / "out").fidelity
     assert fidelity is not None and fidelity.continuations == []
@@ -173,6 +207,7 @@ def test_several_active_adapters_are_an_error_before_the_training(two_adapters: 
 @pytest.mark.parametrize(
     ("cause", "error", "words"),
     [
+        (KeyError("a bug"), QmergeError, "KeyError: 'a bug'"),
         (MemoryError(), RoomError, "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RoomError, "out of memory on the GPU"),
         (RuntimeError("shapes differ"), QmergeError, "RuntimeError: shapes differ"),
@@ -183,14 +218,16 @@ def test_no_error_of_the_merge_ends_the_script(
     two_adapters: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     cause: Exception, error: type[QmergeError], words: str,
 ) -> None:  # fmt: skip
-    def merge(**_: Any) -> None:
+    def merge(*_: Any) -> None:
         raise cause
 
-    monkeypatch.setattr(api, "merge", merge)
+    monkeypatch.setattr(direct, "merge", merge)
     callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out", quiet=True)
     begin_and_end(callback, two_adapters, tmp_path / "run")
     assert type(callback.error) is error and words in str(callback.error) and callback.error.__cause__ is cause
-    assert f"the adapter is in {tmp_path / 'run/qmerge-adapter/policy'}" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"the adapter is in {tmp_path / 'run/qmerge-adapter/policy'}" in shown
+    assert ("Traceback" in shown) == (error is QmergeError)  # what may be a bug is to be reported
 
 
 @pytest.mark.parametrize(
