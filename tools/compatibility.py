@@ -40,16 +40,24 @@ TESTS = (
 
 @dataclass(frozen=True)
 class Versions:
-    """A choice of versions. ``extras``: of pyproject.toml. ``uv_options``: how uv resolves."""
+    """A choice of versions. ``extras``: of pyproject.toml. ``uv_options``: how uv resolves. ``left_out``: tests that cannot
+    pass with them, whatever qmerge does."""
 
     name: str
     extras: tuple[str, ...] = ()
     uv_options: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 # gptqmodel and compressed-tensors need newer versions of torch and transformers than qmerge itself.
 SETS = {
-    "lowest": Versions("lowest", extras=("gguf",), uv_options=("--resolution", "lowest-direct")),
+    "lowest": Versions(
+        "lowest",
+        extras=("gguf",),
+        uv_options=("--resolution", "lowest-direct"),
+        # huggingface_hub 1.5 asks huggingface.co whether a card is valid, even where another Hub is set (HF_ENDPOINT).
+        left_out=("tests/report/test_card.py::test_what_is_carried_over",),
+    ),
     "newest": Versions("newest", extras=("all",)),
 }
 
@@ -133,9 +141,10 @@ def tried(versions: Versions, environment: Environment) -> Result:
     if not result.demo.startswith("kept"):
         result.problems.append("demo")
 
+    left_out = [f"--deselect={test}" for test in versions.left_out]
     tests = environment.run(
-        "tests", environment.interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS
-    )
+        "tests", environment.interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS, *left_out
+    )  # fmt: skip
     result.tests = counts(tests.stdout) or f"fail: {last_line(tests.stdout + tests.stderr)}"
     if tests.returncode != 0:
         result.problems.append("tests")

@@ -140,7 +140,7 @@ def measure_command(
     help_all: HelpAll = False,
     **settings: Any,
 ) -> None:
-    """Do the whole merge without writing the model; report what is kept.
+    """Do the merge without writing the model; report what is kept.
 
     With --verify FILE, whole models are compared: each is written to a temporary folder, and deleted.
     """
