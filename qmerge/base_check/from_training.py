@@ -8,7 +8,7 @@ from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder
 from qmerge.adapters.reading.folder import read_config
 from qmerge.adapters.reading.named import find_adapter, split_reference
-from qmerge.adapters.reading.training_folder import read_training
+from qmerge.adapters.reading.training_folder import best_checkpoint, read_training
 from qmerge.base_check.peft_options import text_setting
 from qmerge.base_check.training_quantization import declared_base, stored_format_marks
 from qmerge.errors import AdapterError, RecipeError
@@ -123,5 +123,9 @@ def _state_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
             continue
         states = [folder for folder in run.glob("*/") if hub.CHECKPOINT.fullmatch(folder.name)]
         number = f" of {len(states)}" if len(states) > 1 else ""
-        lines.append(f"adapter  {source.folder.name} of {run.name}: its last checkpoint{number}")
+        line = f"adapter  {source.folder.name} of {run.name}: its last checkpoint{number}"
+        best = best_checkpoint(source.folder)
+        if best:
+            line += f". By its evaluation, {best} is better: --adapter {reference}#{best}"
+        lines.append(line)
     return lines

@@ -75,6 +75,23 @@ def test_plan_and_python_do_the_same(cli: Cli, run: Path, tmp_path: Path) -> Non
     assert report.data.recipe["trained_on"] == "nf4-dq"
 
 
+def test_a_better_checkpoint_is_named(run: Path, dense: Path) -> None:
+    """As Trainer notes it; no other text in its place, and no checkpoint that is gone."""
+    state = run / "checkpoint-10/trainer_state.json"
+
+    def planned(best: object) -> list[str]:
+        state.write_text(json.dumps({"best_model_checkpoint": best}))
+        recipe = make_recipe({"base": str(dense), "adapter": str(run), "target": "bf16"})
+        with Reader() as reader:
+            return with_training(recipe, read_inputs(recipe, reader))[1]
+
+    line = "adapter  checkpoint-10 of my-run: its last checkpoint of 2"
+    better = f"{line}. By its evaluation, checkpoint-9 is better: --adapter {run}#checkpoint-9"
+    assert better in planned("elsewhere/my-run/checkpoint-9") and better in planned("my-run\\checkpoint-9")
+    for other in (None, 9, "my-run/checkpoint-10", "my-run/checkpoint-8", "my-run/other"):
+        assert line in planned(other)
+
+
 def test_what_the_callback_saved(cli: Cli, run: Path, lora: Path, dense: Path) -> None:
     """It goes before the checkpoints, and the run above it tells how it was trained, as for a checkpoint."""
     saved = shutil.copytree(lora, run / "qmerge-adapter")

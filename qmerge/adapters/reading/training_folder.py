@@ -63,6 +63,18 @@ def checkpoint_number(name: str) -> float:
     return float(match["number"]) if match and match["number"] else float("inf")
 
 
+def best_checkpoint(checkpoint: Path) -> str:
+    """Name of the checkpoint that did best on the evaluation set, as Trainer has noted in another one of the same run.
+
+    Empty where this is not known, where it is this checkpoint itself, and where it was deleted.
+    """
+    best = _json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+    name = re.split(r"[/\\]", best)[-1] if isinstance(best, str) else ""
+    if not CHECKPOINT.fullmatch(name) or name == checkpoint.name:
+        return ""
+    return name if (checkpoint.parent / name).is_dir() else ""
+
+
 def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
     """How the adapter in a folder was trained.
 
