@@ -94,6 +94,8 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check everything that would fail after hours of training."""
+        # Of an earlier training with the same callback.
+        self.report = self.error = None
         check_environment()
         if args.deepspeed or args.fsdp:
             raise RecipeError(

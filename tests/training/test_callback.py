@@ -230,6 +230,24 @@ def test_no_error_of_the_merge_ends_the_script(
     assert ("Traceback" in shown) == (error is QmergeError)  # what may be a bug is to be reported
 
 
+def test_a_second_training_forgets_the_first(
+    two_adapters: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge(*_: Any) -> None:
+        raise RuntimeError("a full GPU")
+
+    callback = qmerge.QmergeCallback(target="nf4", out=tmp_path / "out", rounding="nearest", device="cpu", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "merge", merge)
+        begin_and_end(callback, two_adapters, tmp_path / "run")
+    assert callback.error is not None and callback.report is None
+    begin_and_end(callback, two_adapters, tmp_path / "run")
+    assert callback.error is None and callback.report is not None
+    # What it has written is not overwritten, and nothing is trained for nothing.
+    with pytest.raises(RecipeError, match="expected a folder that is new or empty"):
+        begin_and_end(callback, two_adapters, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("cause", "error"),
     [(OSError(errno.ENOSPC, "No space left"), RoomError), (SafetensorError("I/O error"), QmergeError)],
