@@ -153,7 +153,7 @@ def tried(versions: Versions, environment: Environment) -> Result:
 
 def counts(output: str) -> str:
     """pytest's last line without warnings and time: ``2 failed, 310 passed, 4 skipped``; empty where there is none."""
-    parts = re.findall(r"\d+ (?:failed|passed|skipped|errors?)", last_line(output))
+    parts = re.findall(r"\d+ (?:failed|passed|skipped|deselected|errors?)", last_line(output))
     return ", ".join(parts)
 
 
