@@ -319,6 +319,7 @@ def test_trained_embeddings_are_in_the_file(rows: int, tmp_path: Path) -> None:
             tensors[name] += 0.1
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     found = values_of(merged(folder, adapter, tmp_path / "out", "gguf_f16"))
+    assert all(check.ok for check in verify(tmp_path / "out", reload=False))
     for name, tensor in {"lm_head": "output.weight", "embed_tokens": "token_embd.weight"}.items():
         (expected,) = [values for key, values in tensors.items() if key.endswith(f"{name}.weight")]
         assert np.array_equal(found[tensor], expected.half().float().numpy())
