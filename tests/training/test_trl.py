@@ -1,4 +1,4 @@
-"""QmergeCallback in TRL's SFTTrainer, where TRL is installed (1.16 was tried): `pip install trl datasets`."""
+"""QmergeCallback in TRL's SFTTrainer."""
 
 from __future__ import annotations
 
