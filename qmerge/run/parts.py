@@ -248,9 +248,9 @@ def _parts_in(out: Path) -> list[Part]:
     """
     is_complete = (out / "config.json").exists()
     begun = parts_begun(out) if out.is_dir() else []
-    # Interrupted after the last journal was removed, and before the last lock.
-    if is_complete and not begun:
-        begun = parts_begun(out, folder.LOCK)
+    # Journals are removed before locks: an earlier call may have been interrupted between any two of them.
+    if is_complete:
+        begun = sorted({*begun, *parts_begun(out, folder.LOCK)}, key=lambda part: part.number)
     if not begun:
         raise RecipeError(
             f"{out} holds no run in parts; finalize is for a folder that runs with --shard i/n have written to"
