@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.texts import Document
+from qmerge.calibration.documents import Document, read_texts
 from qmerge.errors import RecipeError
 
 FOLDER = Path(__file__).parent / "general_text"
@@ -27,7 +27,7 @@ def general_documents() -> Mapping[str, list[Document]]:
     """Part → its documents."""
     documents = {}
     for path in sorted(FOLDER.glob("*.jsonl")):
-        documents[path.stem] = texts.read_texts(path)
+        documents[path.stem] = read_texts(path)
     return documents
 
 

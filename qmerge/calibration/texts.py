@@ -1,13 +1,11 @@
 """Text → batches of token ids, to calibrate on and to measure fidelity on.
 
-Plain text, or one JSON object per line with a ``text``, or with chat ``messages``. Chats become text by the tokenizer's chat
-template, in transformers' own sandboxed renderer.
+Chats become text by the tokenizer's chat template, in transformers' own sandboxed renderer.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qmerge import hub
+from qmerge.calibration.documents import JSON_SUFFIXES, Document, Exchange, read_texts
 from qmerge.checkpoint.documents import LARGEST_JSON
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.errors import CheckpointError, RecipeError, TokenizerError
@@ -37,16 +36,10 @@ MOST_HELD_OUT_TOKENS = 2048
 FEWEST_SEQUENCES = 4
 """Of a text with fewer sequences, nothing is held out: rounding needs them all."""
 
-CHAT_FIELDS = ("messages", "conversations")
-TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+TEXT_SUFFIXES = (*JSON_SUFFIXES, ".txt")
 
 LONGEST_QUOTE = 200
 """Characters of another library's message that an error line repeats."""
-
-Document = str | list[dict[str, Any]]
-"""A text, or the messages of a chat (``role`` and ``content``)."""
 
 POSITIONS_AFTER_PADDING = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -168,72 +161,6 @@ def _training_file(files: Sequence[str]) -> str:
     return min(training_files or text_files, default="")
 
 
-def read_texts(path: Path) -> list[Document]:
-    """The documents of a file: all of a plain text, or one per line of JSON.
-
-    Raises:
-        RecipeError: it cannot be read, is not text, or a line has neither a text nor a chat.
-    """
-    content = read_file(path)
-    if path.suffix not in (".jsonl", ".json"):
-        return [content]
-    documents: list[Document] = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            documents.append(_document(line, where=f"{path.name}, line {number}"))
-    return documents
-
-
-def read_file(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        RecipeError: it cannot be read, or is not text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as cause:
-        raise RecipeError(f"{path}: cannot be read: {cause.strerror}") from cause
-    except UnicodeDecodeError as cause:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {cause.start}); expected plain text or JSON lines") from cause
-
-
-def json_object(line: str, where: str) -> dict[str, Any]:
-    """A line of a .jsonl file.
-
-    Raises:
-        RecipeError: it is not a JSON object.
-    """
-    try:
-        record = json.loads(line)
-    except ValueError as cause:
-        raise RecipeError(f"{where}: expected one JSON object per line: {cause}") from cause
-    if not isinstance(record, dict):
-        raise RecipeError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    return record
-
-
-def _document(line: str, where: str) -> Document:
-    record = json_object(line, where)
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    # A field of that name with other content is passed over; the error below lists all fields.
-    for field in CHAT_FIELDS:
-        chat = record.get(field)
-        if isinstance(chat, list) and chat and all(isinstance(message, dict) for message in chat):
-            return [_message(message, where) for message in chat]
-    raise RecipeError(f"{where}: expected a field `text` or `messages`, found {', '.join(record)[:80]}")
-
-
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message as chat templates expect it. ShareGPT's spelling (``from``, ``value``) is accepted too."""
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str) or content is None:
-        raise RecipeError(f"{where}: a message needs `role` and `content`, found {', '.join(message)[:80]}")
-    return {**message, "role": SHAREGPT_ROLES.get(role, role), "content": content}
-
-
 def token_batches(
     source: Path, tokenizer_folder: Path, *, tokens: int | None, length: int, vocab_size: int
 ) -> list[Tensor]:
@@ -303,6 +230,8 @@ def tokenize_with(tokenizer: Any, documents: Sequence[Document]) -> list[int]:
     for document in documents:
         if ids and tokenizer.eos_token_id is not None:  # between documents, not before the first one
             ids.append(tokenizer.eos_token_id)
+        if isinstance(document, Exchange):
+            document = document.messages if tokenizer.chat_template else document.text
         if isinstance(document, str):
             ids += tokenizer(document)["input_ids"]
         else:

@@ -61,7 +61,7 @@ def verify_command(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="compare it with the unmerged model on this held-out text: txt or jsonl (images, speech: a folder)",
+            help="compare it with the unmerged model on this held-out text: txt, jsonl or json (images, speech: a folder)",
             metavar="FILE",
         ),
     ] = None,

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qmerge.calibration.texts import find_text, read_texts, tokenize_with
+from qmerge.calibration.documents import read_texts
+from qmerge.calibration.texts import find_text, tokenize_with
 from qmerge.errors import RecipeError
 from qmerge.recipe import MOST_TOKENS, TrainedOn
 

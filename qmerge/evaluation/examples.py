@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
+from qmerge.calibration.documents import JSON_SUFFIXES, json_rows, read_file
 from qmerge.calibration.tasks import Task, shifted_right, without_start
 from qmerge.errors import RecipeError, TokenizerError
 
@@ -51,23 +52,25 @@ def read_records(path: Path, task: Task) -> list[dict[str, Any]]:
     """
     if not task.text:
         raise RecipeError(f"{path}: a model for {task.name} is compared on a folder of {task.media}")
-    is_json = path.suffix in (".jsonl", ".json")
+    is_json = path.suffix in JSON_SUFFIXES
     if not is_json and not task.plain:
         raise RecipeError(f"{path}: for {task.name}, expected a .jsonl file with lines like {task.text}")
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(texts.read_file(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        record = texts.json_object(line, where=f"{path.name}, line {number}") if is_json else {"text": line}
+    rows = json_rows(path) if is_json else _text_lines(path)
+    for where, record in rows:
         missing = [field for field in FIELDS[task.judged] if not isinstance(record.get(field), str)]
         if missing:
-            raise RecipeError(
-                f"{path.name}, line {number}: for {task.name}, expected {task.text}, found {', '.join(record)[:80]}"
-            )
+            raise RecipeError(f"{where}: for {task.name}, expected {task.text}, found {', '.join(record)[:80]}")
         records.append(record)
     if not records:
         raise RecipeError(f"{path}: no examples; expected lines like {task.text}")
     return records
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
+        if line.strip():
+            yield f"{path.name}, line {number}", {"text": line}
 
 
 FIELDS: dict[str, tuple[str, ...]] = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
+from qmerge.calibration.documents import read_file
 from qmerge.calibration.tasks import Task, shifted_right, without_start
 from qmerge.errors import RecipeError
 from qmerge.evaluation.examples import NO_NUMBER, Example, class_of
@@ -105,6 +106,6 @@ def _sound(path: Path, processor: Any) -> dict[str, Tensor]:
 
 def _said(path: Path, tokenizer_folder: Path) -> Tensor:
     """Token ids of the text next to a sound file, int64 [L]."""
-    text = texts.read_file(path.with_suffix(".txt")).strip()
+    text = read_file(path.with_suffix(".txt")).strip()
     ids: Tensor = texts.load_tokenizer(tokenizer_folder)(text_target=text, return_tensors="pt")["input_ids"]
     return ids[0]

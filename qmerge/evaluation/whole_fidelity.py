@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
+from qmerge.calibration.documents import read_texts
 from qmerge.calibration.scores import Scores
 from qmerge.calibration.tasks import CAUSAL_LM, Task, takes_text
 from qmerge.calibration.unmerged import steps_with_values
@@ -107,7 +108,7 @@ def check_text(path: Path, task: Task) -> None:
         RecipeError: it cannot be read, or has another form.
     """
     if task is CAUSAL_LM:
-        texts.read_texts(path)
+        read_texts(path)
     elif path.is_dir():
         media_files(path, task)
     else:

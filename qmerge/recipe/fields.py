@@ -90,7 +90,7 @@ class RecipeFields(BaseModel):
     )
     calibration: str | None = Field(
         None,
-        description="calibrate preserve rounding on this: text or jsonl file, Hub dataset, generate, general, random "
+        description="calibrate preserve rounding on this: txt, jsonl or json file, Hub dataset, generate, general, random "
         "or none (default: generate)",
     )
     calibration_tokens: int | None = Field(
@@ -182,7 +182,8 @@ class RecipeFields(BaseModel):
         description="leave the weights that keep least unquantized, for this many extra bytes: 100MB (takes two passes)",
     )
     verify: str | None = Field(
-        None, description="compare the merged model with the unmerged one on this held-out text: txt or jsonl file"
+        None,
+        description="compare the merged model with the unmerged one on this held-out text: txt, jsonl or json file",
     )
     continuations: int | None = Field(
         None,

@@ -11,6 +11,7 @@ import torch
 
 import qmerge.demo
 from qmerge.calibration import texts
+from qmerge.calibration.documents import Exchange, read_texts
 from qmerge.errors import CheckpointError, QmergeError, RecipeError
 
 FOLDER = Path(qmerge.demo.__file__).parent / "base-nf4"
@@ -49,7 +50,40 @@ def test_a_text_shorter_than_a_sequence_is_taken_whole(tmp_path: Path) -> None:
 
 def test_jsonl_of_texts(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"text": "first", "id": 1}, {"text": "second"})
-    assert texts.read_texts(path) == ["first", "second"]
+    assert read_texts(path) == ["first", "second"]
+
+
+ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def test_rows_of_prompts_and_completions(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"prompt": "hi ", "completion": "ho"},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    )
+    assert read_texts(path) == ["hi ho", MESSAGES]
+
+
+@pytest.mark.parametrize("content", [[ALPACA, {"text": "second"}], [ALPACA | {"input": ""}, {"text": "second"}]])
+def test_a_json_array_of_rows(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content, indent=1))
+    first, second = read_texts(path)
+    addition = "\n\n1 + 1" if content[0]["input"] else ""
+    assert isinstance(first, Exchange) and first.text == f"Add.{addition}\n\n2"
+    assert second == "second"
+
+
+def test_a_question_with_its_answer_is_a_chat_where_there_is_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = Exchange("one two", "three")
+    assert texts.tokenize([exchange], FOLDER) == ids_of("one two\n\nthree")
+    tokenizer = texts.load_tokenizer(FOLDER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
+    monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
+    found = texts.tokenize([exchange], FOLDER)
+    assert found == tokenizer("user: one two; assistant: three; ", add_special_tokens=False)["input_ids"]
 
 
 def test_documents_are_separated_by_the_end_of_text_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +106,7 @@ def test_chats_go_through_the_template_of_the_tokenizer(
     tokenizer = texts.load_tokenizer(FOLDER)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
     monkeypatch.setattr(texts, "load_tokenizer", lambda folder: tokenizer)
-    found = texts.tokenize(texts.read_texts(lines(tmp_path / "a.jsonl", record)), FOLDER)
+    found = texts.tokenize(read_texts(lines(tmp_path / "a.jsonl", record)), FOLDER)
     assert found == tokenizer("user: hi; assistant: ho; ", add_special_tokens=False)["input_ids"]
 
 
@@ -89,11 +123,14 @@ BAD: dict[str, tuple[str, bytes, type[QmergeError], str]] = {
     "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text"\n', RecipeError, "line 2: expected one JSON object"),
     "another field": (
         "a.jsonl",
-        b'{"prompt": "a"}\n',
+        b'{"question": "a", "answer": "b"}\n',
         RecipeError,
-        "line 1: expected a field `text` or `messages`, found prompt",
+        "`conversations`, `prompt` and `completion`, `instruction` and `output`; found question, answer",
     ),
-    "a list": ("a.jsonl", b"[1]\n", RecipeError, "line 1: expected a JSON object, found list"),
+    "another content": ("a.jsonl", b'{"text": 1}\n', RecipeError, "line 1: expected the fields"),
+    "half a pair": ("a.jsonl", b'{"prompt": "a", "completion": []}\n', RecipeError, "found prompt, completion"),
+    "a list": ("a.jsonl", b"[1]\n", RecipeError, "row 1: expected a JSON object, found int"),
+    "half an array": ("a.json", b'[{"text": "a"},', RecipeError, "a.json: not a JSON array"),
     "half a message": ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', RecipeError, "line 1: a message needs"),
     "empty": ("a.txt", b"", RecipeError, "0 tokens"),
     "no template": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', RecipeError, "no chat template"),
@@ -141,7 +178,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     files = ["README.md", "data/test.jsonl", "data/train.jsonl", "images.zip"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert texts.read_texts(texts.find_text("someone/chats")) == ["from the hub"]
+    assert read_texts(texts.find_text("someone/chats")) == ["from the hub"]
     texts.find_text("someone/chats:data/test.jsonl")
     assert asked == ["data/train.jsonl", "data/test.jsonl"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: ["a.parquet"])
