@@ -121,22 +121,35 @@ def find_text(source: str) -> Path:
     Raises:
         RecipeError: there is no such file, or the dataset has no file that can be read.
     """
+    check_source(source)
     path = Path(source).expanduser()
     if path.is_file():  # a local file wins over a dataset of the same name
         return path
+    name, _, file_in_dataset = source.partition(":")
+    return _download_text(name, file_in_dataset)
+
+
+def is_of_user(source: str | None) -> bool:
+    """Whether a source of the recipe is a text of the user: a file or a dataset."""
+    return source not in (None, "default", "none", *TEXT_KINDS)
+
+
+def check_source(source: str) -> None:
+    """Refuse a text that is neither a file nor can be a dataset on the Hub.
+
+    Raises:
+        RecipeError: there is no such file, or no dataset can have this name.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return
     # data/train.jsonl has the form of a dataset's id, too; no dataset is called so.
     if ":" not in source and not path.exists() and (path.suffix in TEXT_SUFFIXES or path.is_absolute()):
+        raise RecipeError(f"calibration text {source}: no such file; give its path with --calibration FILE")
+    if path.exists() or not hub.HUB_ID.fullmatch(source.partition(":")[0]):
         raise RecipeError(
-            f"calibration text {source}: no such file. (The recipe of a finished model has only the file's "
-            f"name: give the file with --calibration FILE)"
+            f"calibration text {source}: expected a .txt, .jsonl or .json file, or a dataset on the Hub: --calibration FILE"
         )
-    name, _, file_in_dataset = source.partition(":")
-    if path.exists() or not hub.HUB_ID.fullmatch(name):
-        raise RecipeError(
-            f"calibration text {source}: expected a .txt or .jsonl file, or a dataset on the Hub. (The recipe of a finished model "
-            f"has only the file's name: give the file with --calibration FILE)"
-        )
-    return _download_text(name, file_in_dataset)
 
 
 def _download_text(name: str, file: str) -> Path:
@@ -265,6 +278,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as cause:  # transformers passes on whatever a tokenizer's file or class raises
+        if not any((folder / name).is_file() for name in TOKENIZER):
+            raise TokenizerError(
+                f"no tokenizer in {folder}, so no text can be read: copy the tokenizer files of the model on the Hub into it"
+            ) from cause
         raise TokenizerError(
             f"{folder}: no tokenizer that transformers can load, so no text can be read: {_quoted(cause)}"
         ) from cause

@@ -10,6 +10,7 @@ this needs no more memory than the merge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ def fidelity(
         RecipeError, CheckpointError, AdapterError: an input cannot be read, or transformers cannot run the model.
     """
     with Reader() as reader:
-        # The plan gives the values of base and adapter; none of its steps is done.
-        plan = make_plan(_without_target_options(recipe), reader)
+        plan = _plan_of(recipe, merged, reader)
         context = RunContext(reader, device, 0, plan.block_entries)
         task = task_of(plan.config)
         if task is not CAUSAL_LM:
@@ -153,6 +153,12 @@ def fidelity(
     token_count = sum(batch.numel() for batch in batches)
     record = scores.record(text.name, tokens=token_count, length=batches[0].shape[1])
     return record.model_copy(update={"continuations": continued})
+
+
+def _plan_of(recipe: Recipe, merged: Path, reader: Reader) -> Plan:
+    """A plan for the values of base and adapter: none of its steps is done. The merged model may bring the tokenizer."""
+    plan = make_plan(_without_target_options(recipe), reader)
+    return replace(plan, inputs=replace(plan.inputs, other_tokenizer=merged))
 
 
 def _open_merged(folder: Path, plan: Plan, reader: Reader) -> Checkpoint:
@@ -227,7 +233,7 @@ def llama_cpp_fidelity(file: Path, text: Path, against: tuple[str, str] | None) 
     """
     recipe = _recipe_of_folder(file.parent, against, "cpu")
     with Reader() as reader:
-        plan = make_plan(_without_target_options(recipe), reader)
+        plan = _plan_of(recipe, file.parent, reader)
         vocab_size = texts.vocab_size(plan.config)
         (ids_1L, *_) = texts.token_batches(
             text, plan.inputs.tokenizer_folder, tokens=LLAMA_CPP_TOKENS, length=LLAMA_CPP_TOKENS, vocab_size=vocab_size

@@ -45,6 +45,7 @@ class Inputs:
     adapter          what all adapters do together
     original_source  where the 16-bit original of the base comes from
     original         the original's config and headers
+    other_tokenizer  folder with a tokenizer for a base and an adapter that have none; None where there is none either
     head_note        that the adapter brings the head of another class of models, in one line; empty where it does not
     """
 
@@ -56,6 +57,7 @@ class Inputs:
     adapters: tuple[Adapter, ...]
     original_source: hub.Source | None = None
     original: Checkpoint | None = None
+    other_tokenizer: Path | None = None
     head_note: str = ""
 
     @property
@@ -65,10 +67,12 @@ class Inputs:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Folder of the tokenizer: the adapter's where it brings one, else the base's."""
+        """Folder of the tokenizer: the adapter's where it brings one, else the base's, else ``other_tokenizer``."""
         # Training may have added tokens to it.
         if _has_any(self.adapter_files_folder, OWN_TOKENIZER):
             return self.adapter_files_folder
+        if self.other_tokenizer is not None and not _has_any(self.base.folder, TOKENIZER):
+            return self.other_tokenizer
         return self.base.folder
 
     @property

@@ -18,6 +18,7 @@ from qmerge.report.make import make_report
 from qmerge.report.records import input_records
 from qmerge.run.destinations import MeasureOnly
 from qmerge.run.merge_model import merge
+from qmerge.run.texts import check_files, check_texts
 from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
 from qmerge.safetensors_io.temporary import temporary_folder
@@ -39,6 +40,7 @@ def measure(recipe: Recipe, targets: Sequence[str] = (), progress: Progress | No
     progress = progress or NoProgress()
     targets = list(targets) or [recipe.target]
     check_options(recipe, targets)
+    check_files(recipe)
     if recipe.verify:
         return [merge_and_judge(recipe, target, progress) for target in targets]
     with Reader() as reader:
@@ -79,6 +81,7 @@ def measure_target(
     """Run every step that changes or rounds something, and measure it."""
     started = time.monotonic()
     plan = plan_from(recipe, inputs)
+    check_texts(plan)
     context = make_run_context(plan, reader)
     # Its warnings are in the report, next to those about what was measured.
     plan, preflight = run_preflight(plan, context, rounding=recipe.rounding)

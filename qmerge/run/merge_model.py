@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.base_check.from_training import with_training
-from qmerge.calibration.tasks import task_of
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.journal import NAME as JOURNAL
 from qmerge.checkpoint.journal import Journal
 from qmerge.checkpoint.parts import Part
 from qmerge.errors import InputError, NumbersError, RecipeError
-from qmerge.evaluation.whole_fidelity import check_text
 from qmerge.forecast.preflight import Preflight, run_preflight
 from qmerge.forecast.targets import all_candidates, resolve_auto
 from qmerge.planning.inputs import Inputs, read_inputs
@@ -30,6 +28,7 @@ from qmerge.run.complete import add_fidelity, complete_model
 from qmerge.run.destinations import OutputFolder
 from qmerge.run.promote import plan_with_promoted
 from qmerge.run.state import Run, Written, shards_of_part
+from qmerge.run.texts import check_files, check_texts
 from qmerge.run.walk import run_steps
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME as REPORT_NAME
@@ -117,6 +116,7 @@ def prepare(
     if recipe.out is None:
         raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
     out = Path(recipe.out).expanduser()
+    check_files(recipe)
     inputs = read_inputs(recipe, reader)
     recipe, notes = with_training(recipe, inputs)
     for line in notes:
@@ -131,15 +131,7 @@ def prepare(
         folder.check_content_for_part(out, part, resume)
     elif not in_parts:
         folder.check_content(out, resume)
-    if recipe.verify:
-        # It is needed last, but an unreadable text should be an error first.
-        text = Path(recipe.verify).expanduser()
-        if not text.exists():
-            raise RecipeError(
-                f"verify: {text}: no such file. (The recipe of a finished model has only the file's name: give the file with "
-                f"--verify FILE)"
-            )
-        check_text(text, task_of(plan.config))
+    check_texts(plan)
     if recipe.promote:
         plan = plan_with_promoted(recipe, plan, context, progress)
     shards = shards_of_part(plan, part)

@@ -123,9 +123,14 @@ def test_in_place_of_an_adapter(mistake: str, cli: Cli, given: Given) -> None:
 
 @pytest.mark.parametrize("text", ["data/train.jsonl", "train.txt", "/no/such/train.jsonl"])
 def test_a_calibration_file_that_is_not_there(text: str, cli: Cli, given: Given) -> None:
+    """The file is looked for before the inputs are read, also where the rounding is chosen later."""
     asked = ("--base", given.base, "--adapter", given.adapter, "--target", "nf4", "--out", given.tmp / "out")
-    ran = cli(*asked, "--rounding", "preserve", "--calibration", text, "--device", "cpu")
-    assert ran.code == 2 and f"calibration text {text}: no such file" in ran.err and not (given.tmp / "out").exists()
+    ran = cli(*asked, "--calibration", text, "--device", "cpu")
+    assert (
+        ran.code == 2
+        and ran.err == f"qmerge: calibration text {text}: no such file; give its path with --calibration FILE\n"
+    )
+    assert not (given.tmp / "out").exists()
 
 
 def test_a_base_without_tokenizer(cli: Cli, given: Given) -> None:
@@ -140,6 +145,33 @@ def test_a_base_without_tokenizer(cli: Cli, given: Given) -> None:
     ran = cli("--base", base, *asked, "--out", given.tmp / "with")
     assert ran.code == 0 and "tokenizer" not in ran.err
     assert "tokenizer:" not in cli("verify", given.tmp / "with", "--no-reload").out
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--verify"])
+def test_a_text_without_a_tokenizer_is_refused_before_the_work(option: str, cli: Cli, given: Given) -> None:
+    text = given.tmp / "text.txt"
+    text.write_text("a few words")
+    asked = ("--base", given.base, "--adapter", given.adapter, "--target", "nf4", "--out", given.tmp / "out")
+    ran = cli(*asked, option, text, "--device", "cpu")
+    assert ran.code == 3 and f"qmerge: no tokenizer in {given.base}, so no text can be read: copy" in ran.err
+    assert "predicted" not in ran.err and not (given.tmp / "out").exists()
+
+
+def test_a_calibration_text_of_another_form_is_refused_before_the_work(cli: Cli, given: Given) -> None:
+    text = given.tmp / "text.jsonl"
+    text.write_text('{"question": "a", "answer": "b"}')
+    asked = ("--base", given.base, "--adapter", given.adapter, "--target", "nf4", "--out", given.tmp / "out")
+    ran = cli(*asked, "--rounding", "auto", "--calibration", text, "--device", "cpu")
+    assert ran.code == 2 and "text.jsonl, line 1: expected the fields of one of" in ran.err
+
+
+def test_verify_names_the_folder_that_lacks_a_tokenizer(cli: Cli, given: Given) -> None:
+    out, text = given.tmp / "out", given.tmp / "text.txt"
+    text.write_text("a few words")
+    asked = ("--base", given.base, "--adapter", given.adapter, "--target", "bf16", "--merge-onto", "original")
+    assert cli(*asked, "--out", out, "--device", "cpu").code == 0
+    ran = cli("verify", out, "--text", text, "--no-reload", "--against", given.base, given.adapter)
+    assert ran.code == 3 and f"no tokenizer in {out}" in ran.out + ran.err
 
 
 # --- names -------------------------------------------------------------------------------------------------------------

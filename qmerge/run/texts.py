@@ -1,0 +1,51 @@
+"""The user's texts, checked before the work: calibration reads them after the predictions, and verify after the merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qmerge.calibration.documents import read_texts
+from qmerge.calibration.tasks import task_of
+from qmerge.calibration.texts import check_source, is_of_user, load_tokenizer
+from qmerge.errors import RecipeError
+from qmerge.evaluation.whole_fidelity import check_text
+from qmerge.formats import get_target
+from qmerge.planning.plan import Plan
+from qmerge.recipe import Recipe
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse a text that is not there, before the inputs are read.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    if recipe.verify and not Path(recipe.verify).expanduser().exists():
+        raise RecipeError(f"verify: {recipe.verify}: no such file; give its path with --verify FILE")
+    if _calibrates_on_text(recipe):
+        check_source(str(recipe.calibration))
+
+
+def check_texts(plan: Plan) -> None:
+    """Refuse texts of another form, and a model without the tokenizer that they need.
+
+    Raises:
+        RecipeError: a text cannot be read, or has another form.
+        TokenizerError: the tokenizer cannot be loaded.
+    """
+    task = task_of(plan.config)
+    recipe = plan.recipe
+    if recipe.verify:
+        check_text(Path(recipe.verify).expanduser(), task)
+    if _calibrates_on_text(recipe):
+        file = Path(str(recipe.calibration)).expanduser()
+        if file.is_file():  # a dataset is downloaded when it is needed
+            read_texts(file)
+    if _calibrates_on_text(recipe) or (recipe.verify and task.text):
+        load_tokenizer(plan.inputs.tokenizer_folder)
+
+
+def _calibrates_on_text(recipe: Recipe) -> bool:
+    """Whether the recipe asks for calibration on a text of the user, and the target may need it."""
+    may_calibrate = recipe.target == "auto" or not get_target(recipe.target).info.is_dense
+    return may_calibrate and is_of_user(recipe.calibration)
