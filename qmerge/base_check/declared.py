@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from qmerge.base_check.training_quantization import (
     declared_base,
     declared_quantization,
     quantization_consequence,
+    was_dense,
 )
 from qmerge.checkpoint.scan import Checkpoint
 from qmerge.formats import get_format
@@ -236,6 +237,8 @@ def _compare_quantization(training: DeclaredQuantization, base: GivenBase) -> Re
     """Was the base in training quantized as this one is, or as it will be first (``--trained-on``)? With this option or
     ``--merge-onto original`` the user has answered the question, so nothing is warned of."""
     formats = base.formats
+    if was_dense(training, base.id, formats):
+        training = replace(training, formats=frozenset())
     given = " and ".join(sorted(formats)) or "16- or 32-bit"
     if not formats and base.training_format and base.training_format != AS_STORED:
         formats = frozenset({TRAINED_ON[base.training_format][0]})

@@ -21,6 +21,12 @@ FORMATS_BY_MARK = {
 }
 """End of a checkpoint's name → formats that its weights are stored in."""
 
+DENSE_MARKS = frozenset({"bf16", "fp16", "fp32", "bfloat16", "float16", "16bit", "unsloth"})
+"""Ends of a checkpoint's name that do not mean that it is quantized."""
+
+IN_MEMORY_FORMATS = frozenset({"nf4", "fp4", "int8"})
+"""Formats of bitsandbytes. Models are published in others, too, without a mark in their name (gpt-oss, DeepSeek-V3)."""
+
 WAS_IT_QUANTIZED = (
     "nothing tells whether training quantized this 16-bit base in memory (QLoRA, load_in_4bit=True). If it did, add --trained-on "
     "nf4-dq: then the result is the model that was trained, else it is another one (SmolLM2-135M: KL ratio 0.72). If training was "
@@ -36,11 +42,13 @@ class DeclaredQuantization:
     formats    formats of its weights, empty for a dense base; None where nothing tells
     source     what tells
     as_stored  it was not quantized in memory: training saw the values of the files
+    id         id on the Hub of the base that training loaded as it is stored, where its name does not say that it is quantized
     """
 
     formats: frozenset[str] | None
     source: str
     as_stored: bool = False
+    id: str | None = None
 
 
 def declared_base(config: Mapping[str, Any]) -> Origin:
@@ -69,10 +77,23 @@ def declared_quantization(declared: Origin, training: Training) -> DeclaredQuant
     if training.in_16_bits:
         return DeclaredQuantization(frozenset(), training.source, as_stored=True)
     if training.quantization == AS_STORED:
-        return DeclaredQuantization(None, training.source, as_stored=True)
+        plain_id = declared.id if DENSE_MARKS.issuperset(storage_marks(declared)) else None
+        return DeclaredQuantization(None, training.source, as_stored=True, id=plain_id)
     if training.quantization is not None:
         return DeclaredQuantization(frozenset({TRAINED_ON[training.quantization][0]}), training.source)
     return DeclaredQuantization(None, "nothing")
+
+
+def was_dense(training: DeclaredQuantization, base_id: str | None, formats: frozenset[str]) -> bool:
+    """Whether training loaded a 16-bit base where a quantized copy of it is given now.
+
+    Args:
+        base_id: id on the Hub of the base that is given; None for a folder.
+        formats: quantized formats of its weights.
+    """
+    if not training.as_stored or training.id is None or training.id == base_id:
+        return False
+    return bool(formats) and formats <= IN_MEMORY_FORMATS
 
 
 def quantization_consequence(training_formats: frozenset[str], formats: frozenset[str]) -> str:

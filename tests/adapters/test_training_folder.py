@@ -58,6 +58,13 @@ def torchtune(component: str) -> dict[str, str]:
         (axolotl(adapter="lora", load_in_8bit=True), "int8"),
         (axolotl(adapter="lora", load_in_8bit=False), AS_STORED),
         (axolotl(adapter="lora", gptq=True), None),
+        (axolotl(adapter="lora", load_in_4bit=True), None),
+        ({"my-run.yml": "base_model: NousResearch/Llama-3.2-1B\nadapter: qlora\nload_in_4bit: true\n"}, "nf4-dq"),
+        ({"a.yaml": "a: 1\n", "config.yaml": "base_model: a/b\nadapter: lora\n"}, AS_STORED),
+        ({"llamaboard_config.yaml": "top.finetuning_type: lora\ntop.quantization_bit: '4'\n"}, "nf4-dq"),
+        ({"llamaboard_config.yaml": "top.quantization_bit: '8'\ntop.quantization_method: bnb\n"}, "int8"),
+        ({"llamaboard_config.yaml": "top.quantization_bit: '4'\ntop.quantization_method: hqq\n"}, None),
+        ({"llamaboard_config.yaml": "top.quantization_bit: none\n"}, AS_STORED),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\nquantization_method: bnb\n"}, "nf4-dq"),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\ndouble_quantization: false\n"}, "nf4"),
         ({"training_args.yaml": f"{LLAMA_FACTORY}quantization_bit: 4\nquantization_method: hqq\n"}, None),
@@ -90,6 +97,12 @@ def test_what_each_tool_says(files: dict[str, str], expected: str | None, tmp_pa
 def test_training_args_of_another_tool_say_nothing(tmp_path: Path) -> None:
     """TRL's options, written to a file of LLaMA-Factory's name: the base was quantized, though there is no quantization_bit."""
     (tmp_path / "training_args.yaml").write_text("model_name_or_path: Qwen/Qwen3-4B\nload_in_4bit: true\n")
+    assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
+
+
+def test_a_yaml_file_of_another_tool_says_nothing(tmp_path: Path) -> None:
+    """mergekit's config has a base_model, too."""
+    (tmp_path / "merge.yml").write_text("base_model: a/b\nmerge_method: ties\nload_in_4bit: true\n")
     assert read_training(tmp_path, {}) == UNKNOWN_TRAINING
 
 

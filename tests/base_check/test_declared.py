@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, OFTConfig
 from safetensors.torch import load_file, save_file
 
-from qmerge.adapters.reading.training_folder import read_training
+from qmerge.adapters.reading.training_folder import Training, read_training
 from qmerge.base_check import declared, deltas, peft_options
 from qmerge.base_check.declared import GivenBase, Remark
 from qmerge.base_check.model_names import is_same_model, origin_of, storage_marks
@@ -177,6 +177,29 @@ def test_differences_are_warned_about(case: str) -> None:
     warned = {r.topic: r for r in compare(config, base) if r.warning}
     assert list(warned) == [topic]
     assert part in warned[topic].warning and warned[topic].verdict == "differs"
+
+
+STORED = Training(source="Axolotl's config.yml", quantization="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "is_warned"),
+    [
+        ("meta-llama/Llama-3.1-8B", SIBLING, True),
+        ("meta-llama/Llama-3.1-8B", replace(SIBLING, id=None), True),
+        ("meta-llama/Llama-3.1-8B", ON_HUB, False),
+        ("me/llama-in-my-4-bits", replace(SIBLING, id="me/llama-in-my-4-bits"), False),
+        ("me/llama-hqq", SIBLING, False),
+        ("/data/llama", SIBLING, False),
+        ("openai/gpt-oss-20b", replace(SIBLING, id=None, formats=frozenset({"mxfp4"})), False),
+    ],
+)
+def test_training_without_quantization_and_a_quantized_base(name: str, base: GivenBase, is_warned: bool) -> None:
+    """Only where the base's name allows the conclusion that training loaded 16 bits."""
+    remarks = {remark.topic: remark for remark in declared.compare({"base_model_name_or_path": name}, base, STORED)}
+    warning = remarks["quantization"].warning
+    assert bool(warning) == is_warned
+    assert not is_warned or "trained on a 16-bit base (Axolotl's config.yml), but this one is nf4" in warning
 
 
 def test_a_base_that_is_quantized_first() -> None:

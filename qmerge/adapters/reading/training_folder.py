@@ -1,7 +1,8 @@
 """What a training folder says about how its adapter was trained: which tool, and how the base was quantized.
 
-    Axolotl        README.md holds the user's YAML:   adapter: qlora, load_in_4bit: true
+    Axolotl        README.md holds the user's YAML:   adapter: qlora, load_in_4bit: true (or a .yml file of any name has it)
     LLaMA-Factory  training_args.yaml:                quantization_bit: 4 (written by its web interface)
+                   llamaboard_config.yaml:            top.quantization_bit: '4' (the same)
     ms-swift       args.json:                         quant_method: bnb, quant_bits: 4
     torchtune      torchtune_config.yaml:             model: {_component_: torchtune.models.llama3.qlora_llama3_8b}
     Unsloth        adapter_config.json:               unsloth_training_method: qlora (Unsloth Studio)
@@ -36,6 +37,9 @@ LLAMA_FACTORY_NAMES = ("finetuning_type", "stage", "quantization_bit")
 
 LARGEST_YAML = 2**16
 """Bytes of a config in YAML that are parsed."""
+
+MOST_YAML_FILES = 20
+"""Files of a folder in which a config of Axolotl is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +101,24 @@ def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
 # --- one tool each: None where the folder is not of this tool ----------------------------------------------------------
 
 
-def _axolotl(folder: Path) -> Training | None:
+def _axolotl_card(folder: Path) -> Training | None:
     settings = plain_mapping(_axolotl_yaml(card_text(folder)), LARGEST_YAML)
     if "base_model" not in settings:
         return None
+    return _axolotl(settings, "Axolotl's config in README.md")
+
+
+def _axolotl_file(folder: Path) -> Training | None:
+    """The user's own config, which may have any name."""
+    files = sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")])
+    for file in files[:MOST_YAML_FILES]:
+        settings = plain_mapping(_text(file), LARGEST_YAML)
+        if "base_model" in settings and "adapter" in settings:
+            return _axolotl(settings, f"Axolotl's {file.name}")
+    return None
+
+
+def _axolotl(settings: Mapping[str, Any], source: str) -> Training:
     adapter = settings.get("adapter")
     quantization: TrainedOn | None = None
     if adapter == "qlora" and settings.get("load_in_4bit"):
@@ -113,10 +131,10 @@ def _axolotl(folder: Path) -> Training | None:
         )
     elif adapter == "lora" and settings.get("load_in_8bit"):
         quantization = "int8"
-    # A base that is stored as GPTQ says so itself.
+    # A base that is stored as GPTQ says so itself. With lora, load_in_4bit meant fp4 in older versions, and newer ones ignore it.
     elif adapter == "lora" and not settings.get("load_in_4bit") and not settings.get("gptq"):
         quantization = AS_STORED
-    return Training(source="Axolotl's config in README.md", quantization=quantization)
+    return Training(source=source, quantization=quantization)
 
 
 def _axolotl_yaml(card: str) -> str:
@@ -131,11 +149,28 @@ def _axolotl_yaml(card: str) -> str:
     return after_heading[start:end] if end >= 0 else ""
 
 
-def _llama_factory(folder: Path) -> Training | None:
+def _llama_factory_arguments(folder: Path) -> Training | None:
     settings = plain_mapping(_text(folder / "training_args.yaml"), LARGEST_YAML)
     # Other tools' files of this name have other settings for quantization (load_in_4bit): nothing may be concluded from them.
     if settings.keys().isdisjoint(LLAMA_FACTORY_NAMES):
         return None
+    return _llama_factory(settings, "training_args.yaml of LLaMA-Factory")
+
+
+def _llama_factory_board(folder: Path) -> Training | None:
+    """The state of its web interface: ``top.quantization_bit`` is a text, ``none`` where the option is off."""
+    state = plain_mapping(_text(folder / "llamaboard_config.yaml"), LARGEST_YAML)
+    bits = str(state.get("top.quantization_bit"))
+    if "top.quantization_bit" not in state:
+        return None
+    settings = {
+        "quantization_bit": int(bits) if bits.isdecimal() else None,
+        "quantization_method": state.get("top.quantization_method", "bnb"),
+    }
+    return _llama_factory(settings, "llamaboard_config.yaml of LLaMA-Factory")
+
+
+def _llama_factory(settings: Mapping[str, Any], source: str) -> Training:
     # Of the methods, only bitsandbytes can be repeated here.
     method = settings.get("quantization_method", "bnb")
     quantization: TrainedOn | None = None
@@ -148,7 +183,7 @@ def _llama_factory(folder: Path) -> Training | None:
             settings.get("quantization_type", "nf4"),
             settings.get("double_quantization", True),
         )
-    return Training(source="training_args.yaml of LLaMA-Factory", quantization=quantization)
+    return Training(source=source, quantization=quantization)
 
 
 def _ms_swift(folder: Path) -> Training | None:
@@ -179,7 +214,10 @@ def _torchtune(folder: Path) -> Training | None:
     return Training(source="torchtune_config.yaml", quantization="nf4-dq" if is_qlora else AS_STORED)
 
 
-READERS: tuple[Callable[[Path], Training | None], ...] = (_axolotl, _llama_factory, _ms_swift, _torchtune)
+READERS: tuple[Callable[[Path], Training | None], ...] = (
+    _axolotl_card, _llama_factory_arguments, _llama_factory_board, _ms_swift, _torchtune, _axolotl_file,
+)  # fmt: skip
+"""In this order: files whose names tell the tool come before those of any name."""
 
 
 def _unsloth(config: Mapping[str, Any]) -> Training:
