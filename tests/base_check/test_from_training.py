@@ -68,6 +68,15 @@ def test_one_command(cli: Cli, run: Path, dense: Path, tmp_path: Path) -> None:
     assert stock.differing(stock.tensors(tmp_path / "16"), stock.tensors(tmp_path / "long")), "the control"
 
 
+def test_checkpoints_without_an_adapter_are_named(cli: Cli, run: Path) -> None:
+    """Training was stopped while it wrote the last ones."""
+    for name in ("checkpoint-100", "checkpoint-30"):
+        (run / name).mkdir()
+        (run / name / "optimizer.pt").write_bytes(b"")
+    found = cli("plan", "--adapter", run, "--target", "bf16").out
+    assert "checkpoint-30, checkpoint-100 have no adapter; checkpoint-10 is taken" in " ".join(found.split())
+
+
 def test_plan_and_python_do_the_same(cli: Cli, run: Path, tmp_path: Path) -> None:
     ran = cli("plan", "--adapter", run, "--target", "bf16")
     assert ran.code == 0 and "training nf4-dq" in ran.out and "the adapter names it" in ran.err

@@ -92,6 +92,18 @@ ADAPTERS: dict[str, tuple[Callable[[Given], object], tuple[str, ...]]] = {
     ),
     "old MLX": (lambda given: given.folder("mlx", adapters_npz={}), ("old mlx_lm", "mlx_lm.fuse")),
     "torchtune's .pt": (lambda given: given.folder("tune", adapter_0_pt={}), (".pt file", "save_adapter_weights_only")),
+    "torchtune's model as .pt": (
+        lambda given: given.folder("tune", hf_model_0001_0_pt={}),
+        ("is a pickle, which is not opened", "safe_serialization: True"),
+    ),
+    "a training of the whole model": (
+        lambda given: shutil.copytree(given.base, given.tmp / "run/checkpoint-30").parent,
+        ("checkpoint-30 in it is a whole model", "run/checkpoint-30 BASE --out DIR"),
+    ),
+    "Trainer's state without adapter": (
+        lambda given: given.folder("state", optimizer_pt={}),
+        ("no adapter_config.json", "training folder"),
+    ),
     "a folder of nothing": (lambda given: given.folder("nothing"), ("no adapter_config.json", "training folder")),
     "a text": (lambda given: given.folder("text", notes_txt={}) / "notes.txt", ("is a file", "adapter folder")),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qmerge import hub
+from qmerge.adapters.reading.training_folder import checkpoint_number
 from qmerge.errors import AdapterError
 from qmerge.hub import ADAPTER_CONFIG as CONFIG
 from qmerge.safetensors_io.header import read_header
@@ -15,6 +16,9 @@ OWN_FILES = (CONFIG, *hub.ADAPTER_FILES, "adapter_model.bin")
 
 WITHOUT_FOLDER = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".ckpt")
 """Endings of files with tensors, which a folder and a config must describe."""
+
+PT_FILES = ("adapter*.pt", "*model*.pt", "*/adapter*.pt", "*/*model*.pt")
+"""Of torchtune, in its folder or in that of an epoch. Trainer's optimizer.pt is none."""
 
 MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -68,8 +72,8 @@ OLD_MLX = (
     "that writes adapters.safetensors and adapter_config.json"
 )
 PT_FILE = (
-    "tensors in a .pt file are a pickle with torchtune's or Meta's names, which are not read: let torchtune save PEFT's files "
-    "(save_adapter_weights_only: True, and the FullModelHFCheckpointer with safe_serialization: True), and give that folder"
+    "a .pt file is a pickle, which is not opened: let torchtune save PEFT's files as safetensors (save_adapter_weights_only: True, "
+    "and the FullModelHFCheckpointer with safe_serialization: True), and give that folder"
 )
 
 
@@ -80,10 +84,17 @@ def missing_config_problem(folder: Path) -> str:
             f"{folder} is a model that qmerge wrote: its adapter is merged into it already. Give the folder of the adapter, or to "
             f"merge another adapter into this model, give it with --base"
         )
-    if (folder / "config.json").is_file() and any(next(folder.glob(pattern), None) for pattern in MODEL_FILES):
+    if _is_model(folder):
         return (
             f"{folder} is a model, not an adapter: it has config.json, and no {CONFIG}. Give it with --base, and the adapter with "
             f"--adapter; of a model that an adapter was merged into, or that was trained whole, qmerge extract makes an adapter"
+        )
+    trained_whole = [below for below in folder.glob("*/") if hub.CHECKPOINT.fullmatch(below.name) and _is_model(below)]
+    if trained_whole:
+        last = max(trained_whole, key=lambda below: checkpoint_number(below.name))
+        return (
+            f"{folder} has no adapter: {last.name} in it is a whole model. If that was trained whole, qmerge extract makes an "
+            f"adapter of it: qmerge extract {last} BASE --out DIR"
         )
     # One file is enough to tell: collections of image LoRAs hold hundreds.
     diffusers = folder / DIFFUSERS
@@ -91,7 +102,7 @@ def missing_config_problem(folder: Path) -> str:
         return f"{folder}: {OF_DIFFUSERS}"
     if (folder / "adapters.npz").is_file():
         return f"{folder}: {OLD_MLX}"
-    if next(folder.glob("adapter*.pt"), None):
+    if any(next(folder.glob(pattern), None) for pattern in PT_FILES):
         return f"{folder}: {PT_FILE}"
     if (folder / "adapters.safetensors").is_file():
         return (
@@ -99,6 +110,10 @@ def missing_config_problem(folder: Path) -> str:
             f"give that folder"
         )
     return f"{folder} has no {CONFIG}: expected an adapter folder as PEFT saves it, or a training folder with one in it"
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(next(folder.glob(pattern), None) for pattern in MODEL_FILES)
 
 
 def _is_of_diffusers(file: Path) -> bool:
