@@ -24,8 +24,10 @@ OURS = {
     "--calibration-tokens": "num-calibration-samples num-samples nsamples",
     "--sequence-length": "max-seq-length max-seq-len seqlen max-length",
     "--combine": "merge-method method merge-type combination-type",
-    "--trained-on nf4-dq": "load-in-4bit use-4bit quantization-bit quant-bits",
-    "--trained-on int8": "load-in-8bit",
+    "--trained-on nf4-dq (if training loaded the base in 4 bits) or --target nf4 (for a 4-bit model)": (
+        "load-in-4bit use-4bit quantization-bit quant-bits"
+    ),
+    "--trained-on int8 (if training loaded the base in 8 bits) or --target int8 (for an 8-bit model)": "load-in-8bit",
     "--device": "device-map gpu cuda cpu export-device",
     "--workers": "num-workers threads num-threads jobs j nproc num-proc",
     "--max-shard-size": "shard-size out-shard-size export-size",
@@ -68,6 +70,16 @@ SAME_ADVICE = {
 }
 
 _OUR_OPTION = {name: ours for ours, names in OURS.items() for name in names.split()}
+
+
+PLACES = ("--adapter", "--base", "--out")
+"""Options for a folder, which other commands take without an option."""
+
+
+def names_a_folder(option: str) -> bool:
+    """Whether an option, of ours or of another tool, names a folder."""
+    name = option.lstrip("-").partition("=")[0].replace("_", "-").lower()
+    return _OUR_OPTION.get(name, f"--{name}") in PLACES
 
 
 def hint(option: str, known: Collection[str]) -> str:

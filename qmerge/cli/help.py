@@ -15,10 +15,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qmerge import hub, plugins
-from qmerge.cli.habits import hint
+from qmerge.cli.habits import hint, names_a_folder
 from qmerge.cli.output import nothing_to_resume
 from qmerge.errors import RecipeError
 from qmerge.report.environment import check_environment
+from qmerge.schema import NAME as REPORT_NAME
 
 HELP_PANEL = "Help and output"
 # Panel of --help-all → its options. Every other option of a recipe is in the first panel of --help.
@@ -47,7 +48,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options. Options of other tools lead to ours."""
-        with _unknown_options(self, ctx):
+        with _unknown_options(self, ctx, tuple(args)):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -67,7 +68,7 @@ class Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options. Options of other tools lead to ours."""
-        with _unknown_options(self, ctx):
+        with _unknown_options(self, ctx, tuple(args)):
             return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -88,8 +89,11 @@ class Group(TyperGroup):
 
 
 @contextmanager
-def _unknown_options(command: Any, ctx: Any) -> Iterator[None]:
+def _unknown_options(command: Any, ctx: Any, args: tuple[str, ...]) -> Iterator[None]:
     """Inside, an option that the command does not have is an error of one line, with a hint.
+
+    Args:
+        args: as typed: the parser takes them away from its list.
 
     Raises:
         RecipeError: there is such an option.
@@ -103,8 +107,22 @@ def _unknown_options(command: Any, ctx: Any) -> Iterator[None]:
         known = {name for param in command.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
         name = str(getattr(cause, "option_name", ""))
         lists_all = f"{ctx.command_path} {'--help-all' if '--help-all' in known else '--help'} lists all of them"
-        advice = hint(name, {option for option in known if option.startswith("--")})
+        advice = _without_option(command, ctx, name, args)
+        advice = advice or hint(name, {option for option in known if option.startswith("--")})
         raise RecipeError(f"no such option {name}: {advice or lists_all}") from cause
+
+
+def _without_option(command: Any, ctx: Any, name: str, args: tuple[str, ...]) -> str:
+    """How to give a folder to a command that takes it without an option; empty for other commands and options."""
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    if not arguments or not names_a_folder(name):
+        return ""
+    values = [" ".join((param.metavar or param.name).upper() for param in arguments)]
+    after = args[args.index(name) + 1 :] if name in args else ()
+    # One folder was typed, and one is expected: it is shown in its place.
+    if len(arguments) == 1 and after and not after[0].startswith("-"):
+        values = [after[0]]
+    return f"give it without an option: {ctx.command_path} {' '.join(values)}"
 
 
 @contextmanager
@@ -125,7 +143,15 @@ def _no_command(name: str, commands: list[str]) -> str:
     # First: a recipe's path may exist, or look like an id on the Hub (recipes/my.yaml).
     if Path(name).suffix in (".yaml", ".yml"):
         return f"{name} is not a command: a recipe is run with qmerge run FILE"
-    if Path(name).exists() or hub.HUB_ID.fullmatch(name):
+    folder = Path(name)
+    if (folder / REPORT_NAME).is_file():
+        return f"{name} is not a command: to check this merged model, qmerge verify {name}"
+    if (folder / "config.json").is_file() and not (folder / hub.ADAPTER_CONFIG).is_file():
+        return (
+            f"{name} is not a command: to merge an adapter into this model, "
+            f"qmerge --base {name} --adapter DIR --target nf4 --out DIR"
+        )
+    if folder.exists() or hub.HUB_ID.fullmatch(name):
         return f"{name} is not a command: to merge this adapter, qmerge --adapter {name} --target nf4 --out DIR"
     return f"no command is called {name!r}. {plugins.suggestion(name, commands)}"
 

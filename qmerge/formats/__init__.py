@@ -53,6 +53,11 @@ def get_target(name: str) -> TargetFormat[Any]:
     raise RecipeError(f"no target is called {name!r}. {help_line}")
 
 
+def targets_of_bits(bits: object) -> str:
+    """The targets that users mean by a number of bits, as a sentence; empty where they mean none."""
+    return meanings(str(bits))
+
+
 def _target_help(name: str) -> str:
     """``Did you mean 'nf4'? …``; all names only where none is close: there are more than 30."""
     targets = [*all_targets(), *MIXES]

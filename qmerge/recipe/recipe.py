@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from qmerge import hub, plugins
 from qmerge.errors import RecipeError
+from qmerge.formats import targets_of_bits
 from qmerge.recipe.choices import INPUTS, WITHOUT_EFFECT_ON_WEIGHTS
 from qmerge.recipe.consistency import CONSISTENCY_CHECKS
 from qmerge.recipe.fields import RecipeFields
@@ -69,16 +70,21 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**settings)
     except ValidationError as cause:
-        raise RecipeError(_explain(cause)) from cause
+        raise RecipeError(_explain(cause, settings)) from cause
 
 
-def _explain(problem: ValidationError) -> str:
+def _explain(problem: ValidationError, settings: dict[str, Any]) -> str:
     """One line about the first error. An unknown key comes first: it is often the reason why another one is missing."""
     # False sorts before True; among equals, min takes the first.
     first = min(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"recipe: unknown key {name!r}. {plugins.suggestion(name, list(Recipe.model_fields))}"
+    bits_alone = targets_of_bits(settings.get("bits"))
+    if first["type"] == "missing" and name == "target" and bits_alone:
+        return (
+            f"target is needed (--target NAME): bits (--bits) do not name it. {bits_alone} Only gptq and mlx take bits"
+        )
     if first["type"] == "missing":
         return f"{name} is needed (--{name.replace('_', '-')}): {Recipe.model_fields[name].description}"
     return f"{name}: {first['msg'].removeprefix('Value error, ')}, found {str(first.get('input'))[:80]!r}"

@@ -257,13 +257,16 @@ def test_addresses_in_a_recipe() -> None:
 # --- options -----------------------------------------------------------------------------------------------------------
 
 
+FOUR_BITS = "--trained-on nf4-dq (if training loaded the base in 4 bits) or --target nf4 (for a 4-bit model)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "ours"),
     [
         (("--lora", "x"), "--adapter"), (("--model", "x"), "--base"), (("--model_name_or_path", "x"), "--base"),
         (("--output", "x"), "--out"), (("--output-dir=x",), "--out"), (("-o", "x"), "--out"), (("--quantize", "x"), "--target"),
         (("plan", "--quantization", "x"), "--target"), (("merge", "--save-method", "x"), "--target"),
-        (("measure", "--device-map", "auto"), "--device"), (("run", "--load-in-4bit"), "--trained-on nf4-dq"),
+        (("measure", "--device-map", "auto"), "--device"), (("run", "--load-in-4bit"), FOUR_BITS),
         (("--max_memory", "3GB"), "--max-memory"), (("verify", "--loadr", "x"), "--loader"), (("-V",), "--version"),
     ],
 )  # fmt: skip
@@ -274,10 +277,30 @@ def test_options_from_habit(arguments: tuple[str, ...], ours: str, cli: Cli) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        (("inspect", "--adapter", "my-run"), "qmerge inspect my-run"),
+        (("verify", "--out", "merged", "--text", "a.txt"), "qmerge verify merged"),
+        (("verify", "--model-path=merged"), "qmerge verify DIR"),
+        (("push", "--out", "merged", "me/model"), "qmerge push OUT ID"),
+    ],
+)
+def test_folders_that_need_no_option(arguments: tuple[str, ...], ours: str, cli: Cli) -> None:
+    ran = cli(*arguments)
+    assert ran.code == 2 and ran.err.endswith(f": give it without an option: {ours}\n")
+
+
+def test_a_number_of_bits_without_a_target(cli: Cli) -> None:
+    ran = cli("--adapter", "a", "--bits", "4", "--out", "o")
+    assert ran.code == 2 and len(ran.err.splitlines()) == 1
+    assert not [word for word in ("--target", "nf4", "w4a16", "q4_k_m") if word not in ran.err]
+
+
 def test_options_without_a_counterpart(cli: Cli) -> None:
     assert "runs no code of a model" in cli("merge", "--trust-remote-code").err
     assert "qmerge --help-all lists all of them" in cli("--zzzzzz").err
-    assert "qmerge inspect --help lists all of them" in cli("inspect", "--lora", "x").err
+    assert "qmerge inspect --help lists all of them" in cli("inspect", "--zzzzzz", "x").err
     assert "--quiet shows less" in cli("-v").err and "qmerge run FILE" in cli("--cfg", "x").err
     assert hint("--lora", ()) == ""
 
@@ -286,6 +309,12 @@ def test_an_adapter_in_place_of_a_command(cli: Cli, lora: Path) -> None:
     ran = cli(lora, "--target", "nf4")
     assert ran.code == 2 and f"to merge this adapter, qmerge --adapter {lora}" in ran.err
     assert "Did you mean 'measure'?" in cli("mesure").err
+
+
+def test_a_model_in_place_of_a_command(cli: Cli, given: Given) -> None:
+    assert f"into this model, qmerge --base {given.base} --adapter DIR" in cli(given.base, given.adapter, "out").err
+    folder = merged(given)
+    assert cli(folder).err.endswith(f"to check this merged model, qmerge verify {folder}\n")
 
 
 @pytest.mark.parametrize("name", ["my.yaml", "recipes/my.yml"])
