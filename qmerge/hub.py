@@ -51,7 +51,7 @@ SAVED_BY_CALLBACK = "qmerge-adapter"
 """Folder in the trainer's ``output_dir`` that ``QmergeCallback`` saves the adapter to."""
 
 HUB_URL = re.compile(
-    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{HUB_ID.pattern}?)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#=]+)(?:/(?P<path>[^?#=]*))?)?/?"
     r"(?:\?(?:[^#=]|=(?![\d.]+$))*)?(?P<rest>[#=].*)?"
 )
@@ -173,12 +173,12 @@ def split_revision(reference: str) -> tuple[str, str | None]:
 def _without_url(reference: str) -> str:
     """The id, and the revision, that an address on the Hub stands for; any other text as it is.
 
-    ``https://huggingface.co/owner/name/tree/v2`` → ``owner/name@v2``. Of a path in it, a GGUF file stays
-    (``owner/name:file.gguf``), and a folder becomes the name of an adapter (``owner/name#folder``).
+    ``https://huggingface.co/owner/name/tree/v2`` → ``owner/name@v2``, with or without ``https://``; also ``hf://owner/name@v2``. Of a
+    path in it, a GGUF file stays (``owner/name:file.gguf``), and a folder becomes the name of an adapter (``owner/name#folder``).
     """
     match = HUB_URL.fullmatch(reference.strip())
-    if match is None:
-        return reference
+    if match is None or _is_local(reference):
+        return reference.removeprefix("hf://")
     name, path, rest = match["id"], (match["path"] or "").rstrip("/"), match["rest"] or ""
     if match["revision"] not in (None, "main"):
         name = f"{name}@{match['revision']}"
@@ -259,7 +259,8 @@ def may_exist(reference: str) -> bool:
 def _is_local(reference: str) -> bool:
     """Whether a folder or file has this name, or the part of it before ``=`` or ``#``."""
     names = (reference, reference.rpartition("=")[0], re.split("[=#]", reference)[0])
-    return any(name and Path(name).expanduser().exists() for name in names)
+    paths = [local_path(name) for name in names if name]
+    return any(path is not None and path.exists() for path in paths)
 
 
 def _download(
@@ -295,7 +296,8 @@ def _snapshot(
         commit = listing.commit if listing else None
         ignored = [] if files else UNUSED_FILES
         if listing and not files:
-            ignored = [*ignored, *map(glob.escape, _unneeded_weights(listing, adapter))]
+            weights = {name for name in listing.names if name.endswith(".safetensors")}
+            ignored = [*ignored, *map(glob.escape, weights - needed_weights(listing, adapter))]
         folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=commit or revision,
@@ -307,9 +309,13 @@ def _snapshot(
         at_revision = f" at revision {revision}" if revision else ""
         if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
             # The library's advice is about its own arguments, which are not options here.
+            is_asked_for = huggingface_hub.constants.is_offline_mode()
+            reason = (
+                "is not asked (offline, by HF_HUB_OFFLINE: unset it)" if is_asked_for else "cannot be reached (offline)"
+            )
             raise error(
-                f"{hub_id}{at_revision}: no such folder, and it is not in the Hub's cache on this machine, and the Hub cannot be "
-                f"reached (offline): get it where there is a network (hf download {hub_id}), or give a folder that you have"
+                f"{hub_id}{at_revision}: no such folder, and it is not in the Hub's cache on this machine, and the Hub {reason}: "
+                f"get it where there is a network (hf download {hub_id}), or give a folder that you have"
             ) from cause
         if isinstance(cause, GatedRepoError):
             raise error(
@@ -381,10 +387,6 @@ def _is_earlier_state(folder: str) -> bool:
 def is_state_of_run(name: str) -> bool:
     """Whether a folder of this name, in that of a training run, has a state of the adapter of the run, not another adapter."""
     return name == SAVED_BY_CALLBACK or CHECKPOINT.fullmatch(name) is not None
-
-
-def _unneeded_weights(listing: Listing, adapter: str | None) -> set[str]:
-    return {name for name in listing.names if name.endswith(".safetensors")} - needed_weights(listing, adapter)
 
 
 def _files_in_index(listing: Listing) -> set[str]:

@@ -238,12 +238,23 @@ def test_every_target_has_its_own_name() -> None:
         ("https://huggingface.co/o/n/resolve/abc/adapter_model.safetensors?download=true", ("o/n", "abc")),
         ("https://huggingface.co/o/n?library=peft=0.5", ("o/n=0.5", None)),
         ("https://huggingface.co/owner/name#math", ("owner/name#math", None)),
+        ("huggingface.co/owner/name", ("owner/name", None)),
+        ("hf.co/owner/name/tree/v2", ("owner/name", "v2")),
+        ("hf://owner/name", ("owner/name", None)),
+        ("hf://owner/name@v2", ("owner/name", "v2")),
         ("https://example.com/owner/name", ("https://example.com/owner/name", None)),
         ("./name", ("./name", None)),
+        (f"hf.co/{'a' * 300}/b", (f"{'a' * 300}/b", None)),
     ],
 )
 def test_addresses_on_the_hub(address: str, expected: tuple[str, str | None]) -> None:
     assert split_revision(address) == expected
+
+
+def test_a_folder_with_the_name_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf.co/owner/name").mkdir(parents=True)
+    assert split_revision("hf.co/owner/name") == ("hf.co/owner/name", None)
 
 
 def test_addresses_in_a_recipe() -> None:
