@@ -173,7 +173,7 @@ def split_revision(reference: str) -> tuple[str, str | None]:
 def _without_url(reference: str) -> str:
     """The id, and the revision, that an address on the Hub stands for; any other text as it is.
 
-    ``https://huggingface.co/owner/name/tree/v2`` → ``owner/name@v2``, with or without ``https://``; also ``hf://owner/name@v2``. Of a
+    ``https://huggingface.co/owner/name/tree/v2`` → ``owner/name@v2``, also without ``https://``; ``hf://owner/name@v2``. Of a
     path in it, a GGUF file stays (``owner/name:file.gguf``), and a folder becomes the name of an adapter (``owner/name#folder``).
     """
     match = HUB_URL.fullmatch(reference.strip())

@@ -8,7 +8,7 @@ from qmerge import hub
 from qmerge.adapters.combining.chain import adapter_folder
 from qmerge.adapters.reading.folder import read_config
 from qmerge.adapters.reading.named import find_adapter, split_reference
-from qmerge.adapters.reading.training_folder import best_checkpoint, checkpoint_number, read_training
+from qmerge.adapters.reading.training_folder import best_checkpoint, checkpoint_number, checkpoints_of, read_training
 from qmerge.base_check.peft_options import text_setting
 from qmerge.base_check.training_quantization import declared_base, stored_format_marks
 from qmerge.errors import AdapterError, RecipeError, listed
@@ -120,14 +120,13 @@ def _state_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
         if taken == hub.SAVED_BY_CALLBACK:
             lines.append(f"adapter  {taken} of {run.name}: QmergeCallback saved it at the end of the training")
             continue
-        states = [folder.name for folder in run.glob("*/") if hub.CHECKPOINT.fullmatch(folder.name)]
+        states = checkpoints_of(run)
         later = [name for name in states if checkpoint_number(name) > checkpoint_number(taken)]
         number = f" of {len(states)}" if len(states) > 1 else ""
         line = f"adapter  {taken} of {run.name}: its last checkpoint{number}"
         if later:
             verb = "has" if len(later) == 1 else "have"
-            names = listed(sorted(later, key=checkpoint_number))
-            line = f"adapter  {run.name}: {names} {verb} no adapter; {taken} is taken"
+            line = f"adapter  {run.name}: {listed(later)} {verb} no adapter; {taken} is taken"
         best = best_checkpoint(source.folder)
         if best:
             line += f". By its evaluation, {best} is better: --adapter {reference}#{best}"

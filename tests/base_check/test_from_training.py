@@ -68,6 +68,15 @@ def test_one_command(cli: Cli, run: Path, dense: Path, tmp_path: Path) -> None:
     assert stock.differing(stock.tensors(tmp_path / "16"), stock.tensors(tmp_path / "long")), "the control"
 
 
+def test_inspect_names_run_and_checkpoint(cli: Cli, run: Path, lora: Path) -> None:
+    for reference in (run, run / "checkpoint-10"):
+        shown = cli("inspect", reference).out
+        assert shown.startswith("my-run: checkpoint-10, checkpoint 2 of 2\n")
+    (run / "training_args.yaml").unlink()
+    assert "  base in training           not known\n" in cli("inspect", run).out
+    assert cli("inspect", lora).out.startswith(f"{lora.name}\n"), "a finished adapter is no checkpoint"
+
+
 def test_checkpoints_without_an_adapter_are_named(cli: Cli, run: Path) -> None:
     """Training was stopped while it wrote the last ones."""
     for name in ("checkpoint-100", "checkpoint-30"):

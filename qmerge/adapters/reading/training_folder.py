@@ -79,6 +79,12 @@ def best_checkpoint(checkpoint: Path) -> str:
     return name if (checkpoint.parent / name).is_dir() else ""
 
 
+def checkpoints_of(run: Path) -> list[str]:
+    """Names of the checkpoints in the folder of a training run, the first one first; also of those without an adapter."""
+    names = [folder.name for folder in run.glob("*/") if CHECKPOINT.fullmatch(folder.name)]
+    return sorted(names, key=checkpoint_number)
+
+
 def read_training(folder: Path, config: Mapping[str, Any]) -> Training:
     """How the adapter in a folder was trained.
 

@@ -19,7 +19,7 @@ from qmerge.adapters.reading.folder import (
     tensors_file,
 )
 from qmerge.adapters.reading.saved_weights import is_embedding
-from qmerge.adapters.reading.training_folder import read_training
+from qmerge.adapters.reading.training_folder import checkpoints_of, read_training
 from qmerge.adapters.updates.experts import StackUpdate
 from qmerge.adapters.updates.initializations import ChangedBaseUpdate
 from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnBaseUpdate, TokenRowsUpdate
@@ -94,6 +94,7 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
     return {
         "name": source.name,
         "commit": source.commit,
+        "checkpoint": _describe_checkpoint(source),
         "config": known,
         "other_options": other,
         "training": asdict(read_training(source.folder, config)),
@@ -105,6 +106,15 @@ def _describe_files(source: hub.Source, config: dict[str, Any]) -> dict[str, Any
         "modules": [],
         "suspicious": [],
     }
+
+
+def _describe_checkpoint(source: hub.Source) -> dict[str, Any] | None:
+    """The run of a checkpoint, and which of the run's checkpoints it is, counted from 1; None for a finished adapter."""
+    states = checkpoints_of(source.folder.parent)
+    if source.folder.name not in states:
+        return None
+    run = source.id or source.folder.parent.name
+    return {"run": run, "number": states.index(source.folder.name) + 1, "of": len(states)}
 
 
 def _describe_changes(adapter: Adapter, config: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qmerge.wording import DASH, fixed_or_dash, size_text
 def show_adapter(described: dict[str, Any]) -> None:
     """What ``describe_adapter`` found: results on stdout, warnings and the reason why it cannot be merged on stderr."""
     console = stdout()
-    console.print(f"[bold]{safe(described['name'])}[/bold]")
+    console.print(f"[bold]{safe(_heading(described))}[/bold]")
     for line in _setting_lines(described):
         console.print(safe(line))
     if described["modules"]:
@@ -32,12 +32,22 @@ def show_adapter(described: dict[str, Any]) -> None:
         stderr().print(f"[red]cannot be merged:[/red] {safe(described['problem'])}")
 
 
+def _heading(described: dict[str, Any]) -> str:
+    """The adapter's name; of a checkpoint, the run's name, too, and which of its checkpoints it is."""
+    checkpoint = described["checkpoint"]
+    if checkpoint is None:
+        return str(described["name"])
+    # Of a Hub id, the name has that of the run before #.
+    name = described["name"].rpartition("#")[2]
+    return f"{checkpoint['run']}: {name}, checkpoint {checkpoint['number']} of {checkpoint['of']}"
+
+
 def _setting_lines(described: dict[str, Any]) -> list[str]:
     """The adapter's config and its size, a line each."""
     lines = [_setting(name, value) for name, value in described["config"].items()]
     training = described["training"]
-    if training["source"]:
-        lines.append(_setting("base in training", f"{_trained_on(training['quantization'])} ({training['source']})"))
+    source = f" ({training['source']})" if training["source"] else ""
+    lines.append(_setting("base in training", f"{_trained_on(training['quantization'])}{source}"))
     dtypes = ", ".join(described["dtypes"])
     lines.append(_setting("tensors", f"{described['tensors']} ({dtypes}), {size_text(described['bytes'])}"))
     if described.get("changes"):
