@@ -44,7 +44,8 @@ VOCABULARIES = (
 
 
 def tokenizer_problem(files: Collection[str], config: Mapping[str, Any]) -> str | None:
-    """That a model that takes tokens has no tokenizer, in words; None where it has one or needs none.
+    """The files that a model without a tokenizer lacks, and the consequence, as the end of a sentence that says of what; None
+    where it has one or needs none.
 
     Args:
         files: names of the files in the model's folder.
@@ -54,8 +55,8 @@ def tokenizer_problem(files: Collection[str], config: Mapping[str, Any]) -> str 
     if not vocab_size or any(name in files for name in VOCABULARIES):
         return None
     return (
-        f"no tokenizer (none of {', '.join(VOCABULARIES[:3])}, …): programs that serve the model refuse it, and no text was or "
-        f"can be used to calibrate and judge it. Copy the tokenizer files of the model on the Hub"
+        f"none of {', '.join(VOCABULARIES[:3])}, …: programs that serve the model refuse it, and no text can be used to calibrate "
+        f"and judge it. Copy the tokenizer files of the model on the Hub"
     )
 
 

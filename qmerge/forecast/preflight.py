@@ -177,7 +177,7 @@ def input_warnings(plan: Plan) -> list[str]:
     missing = tokenizer_problem(files, plan.config)
     if missing:
         lines.append(
-            f"neither the base nor the adapter has a tokenizer: {missing} into the base's folder, and merge again"
+            f"neither the base nor the adapter has a tokenizer, {missing} into the base's folder, and merge again"
         )
     problem = config_problem(base.config, base.weights)
     if problem is not None:
