@@ -91,6 +91,7 @@ def was_dense(training: DeclaredQuantization, base_id: str | None, formats: froz
         base_id: id on the Hub of the base that is given; None for a folder.
         formats: quantized formats of its weights.
     """
+    # The very base that training loaded fits, however it is stored.
     if not training.as_stored or training.id is None or training.id == base_id:
         return False
     return bool(formats) and formats <= IN_MEMORY_FORMATS

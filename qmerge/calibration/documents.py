@@ -73,6 +73,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         RecipeError: it cannot be read, or holds something else.
     """
     content = read_file(path)
+    # No line of JSON lines may begin so: each is an object.
     if content.lstrip().startswith("["):
         for number, row in enumerate(_parsed(content, f"{path.name}: not a JSON array"), start=1):
             yield _checked_row(f"{path.name}, row {number}", row)
@@ -136,6 +137,7 @@ def _completed_prompt(row: dict[str, Any], where: str, *fields: str) -> Document
 def _exchange(row: dict[str, Any], _: str, *fields: str) -> Exchange | None:
     """Alpaca's row: the input, which may be missing, completes the instruction."""
     instruction, answer = (row[field] for field in fields)
+    # Alpaca's data has an empty text where there is no input, other data null.
     addition = row.get("input") or ""
     if not all(isinstance(text, str) for text in (instruction, addition, answer)):
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmerge.calibration import texts
-from qmerge.calibration.documents import Document, read_texts
+from qmerge.calibration.documents import Document, Exchange, read_texts
 from qmerge.errors import RecipeError
 
 FOLDER = Path(__file__).parent / "general_text"
@@ -70,4 +70,6 @@ def plain_text(document: Document) -> str:
     """A document as text: of a chat, one paragraph per message."""
     if isinstance(document, str):
         return document
+    if isinstance(document, Exchange):
+        return document.text
     return "\n\n".join(str(message["content"]) for message in document)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from qmerge.calibration import texts
+from qmerge.calibration.documents import Document
 from qmerge.calibration.general import general_documents
-from qmerge.calibration.texts import Document
 
 START_SHARES: Mapping[str, float] = {
     "nothing": 0.25,  # the start-of-text token alone
@@ -108,7 +108,7 @@ def find_starts(tokenizer_folder: Path, *, vocab_size: int, seed: int) -> Starts
 
 
 def _questions(documents: Sequence[Document]) -> list[str]:
-    return [str(document[0]["content"]) for document in documents if not isinstance(document, str)]
+    return [str(document[0]["content"]) for document in documents if isinstance(document, list)]
 
 
 def _beginnings(tokenizer: Any, documents: Sequence[Document], seed: int) -> list[Start]:

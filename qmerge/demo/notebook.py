@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from qmerge.base_check.from_training import with_named_base
+from qmerge.calibration.documents import Document, Exchange, read_texts
 from qmerge.calibration.room import memory_limit
-from qmerge.calibration.texts import find_text, read_texts
+from qmerge.calibration.texts import find_text
 from qmerge.checkpoint.folder import free_bytes
 from qmerge.demo.texts import telegram, text_of
 from qmerge.demo.training import Training
@@ -208,11 +209,19 @@ def joined_texts(sources: Sequence[str | Path], file: Path) -> Path:
         for source in sources:
             left = JOINED_CHARACTERS
             for document in read_texts(find_text(str(source))):
-                record = {"text": document[:left]} if isinstance(document, str) else {"messages": document}
-                left -= joined.write(json.dumps(record) + "\n")
+                left -= joined.write(json.dumps(_row(document, left)) + "\n")
                 if left <= 0:
                     break
     return file
+
+
+def _row(document: Document, left: int) -> dict[str, Any]:
+    """A document as a row of JSON lines; of a text, the first characters."""
+    if isinstance(document, str):
+        return {"text": document[:left]}
+    if isinstance(document, Exchange):
+        return {"instruction": document.question, "output": document.answer}
+    return {"messages": document}
 
 
 def answer(model: str | Path, prompt: str, adapter: str | Path | None = None, tokens: int = 40) -> str:

@@ -71,6 +71,7 @@ class Inputs:
         # Training may have added tokens to it.
         if _has_any(self.adapter_files_folder, OWN_TOKENIZER):
             return self.adapter_files_folder
+        # A merged folder, whose user may have added the missing files to it.
         if self.other_tokenizer is not None and not _has_any(self.base.folder, TOKENIZER):
             return self.other_tokenizer
         return self.base.folder

@@ -47,5 +47,6 @@ def check_texts(plan: Plan) -> None:
 
 def _calibrates_on_text(recipe: Recipe) -> bool:
     """Whether the recipe asks for calibration on a text of the user, and the target may need it."""
+    # A dense target is rounded to nearest, and recipes of finished models keep a text that was not needed.
     may_calibrate = recipe.target == "auto" or not get_target(recipe.target).info.is_dense
     return may_calibrate and is_of_user(recipe.calibration)

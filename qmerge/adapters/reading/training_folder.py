@@ -166,9 +166,9 @@ def _llama_factory_arguments(folder: Path) -> Training | None:
 def _llama_factory_board(folder: Path) -> Training | None:
     """The state of its web interface: ``top.quantization_bit`` is a text, ``none`` where the option is off."""
     state = plain_mapping(_text(folder / "llamaboard_config.yaml"), LARGEST_YAML)
-    bits = str(state.get("top.quantization_bit"))
     if "top.quantization_bit" not in state:
         return None
+    bits = str(state["top.quantization_bit"])
     settings = {
         "quantization_bit": int(bits) if bits.isdecimal() else None,
         "quantization_method": state.get("top.quantization_method", "bnb"),

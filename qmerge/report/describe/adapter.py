@@ -113,6 +113,7 @@ def _describe_checkpoint(source: hub.Source) -> dict[str, Any] | None:
     states = checkpoints_of(source.folder.parent)
     if source.folder.name not in states:
         return None
+    # In the Hub's cache, the folder of the run is named after a commit.
     run = source.id or source.folder.parent.name
     return {"run": run, "number": states.index(source.folder.name) + 1, "of": len(states)}
 
