@@ -311,7 +311,9 @@ def _snapshot(
             # The library's advice is about its own arguments, which are not options here.
             is_asked_for = huggingface_hub.constants.is_offline_mode()
             reason = (
-                "is not asked (offline, because HF_HUB_OFFLINE is set)" if is_asked_for else "cannot be reached (offline)"
+                "is not asked (offline, because HF_HUB_OFFLINE is set)"
+                if is_asked_for
+                else "cannot be reached (offline)"
             )
             raise error(
                 f"{hub_id}{at_revision}: no such folder, and it is not in the Hub's cache on this machine, and the Hub {reason}: "

@@ -99,7 +99,11 @@ def test_a_merge_of_ids(cache: Path, tmp_path: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (("--base", "nobody/nothing", "--adapter", ADAPTER), CheckpointError, ("nobody/nothing", "because HF_HUB_OFFLINE is set")),
+        (
+            ("--base", "nobody/nothing", "--adapter", ADAPTER),
+            CheckpointError,
+            ("nobody/nothing", "because HF_HUB_OFFLINE is set"),
+        ),
         (("--base", BASE, "--adapter", "nobody/nothing"), AdapterError, ("nobody/nothing", "offline")),
         (("--base", BASE, "--adapter", ADAPTER, "--revision", "v9"), CheckpointError, (BASE, "v9", "offline")),
         (("--base", BASE, "--adapter", ADAPTER, "--adapter-revision", "v9"), AdapterError, (ADAPTER, "v9")),

@@ -159,7 +159,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_neither_a_file_nor_a_dataset(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no such thing\.txt: no such file\."):
+    with pytest.raises(RecipeError, match=r"no such thing\.txt: no such file;"):
         texts.find_text("no such thing.txt")
     with pytest.raises(RecipeError, match="expected a"):
         texts.find_text(str(tmp_path))

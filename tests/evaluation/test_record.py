@@ -17,6 +17,7 @@ from qmerge.patch import direct
 from qmerge.progress import NoProgress
 from qmerge.recipe import make_recipe
 from qmerge.run import complete
+from qmerge.run import texts as run_texts
 from qmerge.schema import NAME, FidelityRecord, read_report
 
 from ..conftest import Cli, snapshot
@@ -158,6 +159,7 @@ def test_reports_that_are_written_again_are_recorded(
         kl_merged=0, kl_ratio=0, top1_agreement=1, kl_p99=0,
     )  # fmt: skip
     monkeypatch.setattr(complete, "fidelity", lambda *_, **__: judged)
+    monkeypatch.setattr(run_texts, "load_tokenizer", lambda folder: None)  # that of SIDE_FILES is none
     out = merged(base, lora, tmp_path / "out", verify=text)
     report = read_report(out)
     assert report.fidelity == judged and is_sound(out)

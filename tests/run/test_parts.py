@@ -19,6 +19,7 @@ from qmerge.checkpoint.parts import Part, name_of_part, part_of_name, read_part
 from qmerge.errors import InputError, RecipeError
 from qmerge.recipe import make_recipe
 from qmerge.run import complete
+from qmerge.run import texts as run_texts
 
 from .. import models
 from ..conftest import Cli, snapshot, timeless
@@ -238,8 +239,9 @@ def test_parts_of_different_runs(settings: dict[str, Any], tmp_path: Path, cli: 
 
 
 @pytest.fixture
-def judged_parts(settings: dict[str, Any], tmp_path: Path) -> Path:
+def judged_parts(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output folder with all parts of a run that ends with judging the model."""
+    monkeypatch.setattr(run_texts, "load_tokenizer", lambda folder: None)  # the base has none
     text = tmp_path / "text.txt"
     text.write_text("some text")
     out = tmp_path / "out"

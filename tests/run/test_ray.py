@@ -21,6 +21,7 @@ from qmerge.patch import direct
 from qmerge.progress import NoProgress
 from qmerge.recipe import make_recipe
 from qmerge.run import complete, ray_tasks
+from qmerge.run import texts as run_texts
 from qmerge.run.parts import merge_part
 from qmerge.run.state import Run
 from qmerge.schema import ReportData
@@ -83,6 +84,7 @@ def test_an_error_in_judging_discards_no_weight(
     monkeypatch.setattr(ray_tasks, "connected", lambda ray: nullcontext())
     monkeypatch.setattr(ray_tasks, "run_tasks", run_tasks)
     monkeypatch.setattr(complete, "fidelity", failing)
+    monkeypatch.setattr(run_texts, "load_tokenizer", lambda folder: None)  # the base has none
     text = tmp_path / "text.txt"
     text.write_text("some text")
     with pytest.raises(InputError, match="no words"):
