@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmerge.calibration.documents import read_texts
-from qmerge.calibration.tasks import task_of
-from qmerge.calibration.texts import check_source, is_of_user, load_tokenizer
+from qmerge.calibration.documents import Document, read_texts
+from qmerge.calibration.tasks import CAUSAL_LM, task_of
+from qmerge.calibration.texts import check_source, is_of_user, load_tokenizer, tokenize_with
 from qmerge.errors import RecipeError
 from qmerge.evaluation.whole_fidelity import check_text
 from qmerge.formats import get_target
@@ -30,19 +30,26 @@ def check_texts(plan: Plan) -> None:
     """Refuse texts of another form, and a model without the tokenizer that they need.
 
     Raises:
-        RecipeError: a text cannot be read, or has another form.
+        RecipeError: a text cannot be read, or has another form; it holds chats, but there is no chat template.
         TokenizerError: the tokenizer cannot be loaded.
     """
     task = task_of(plan.config)
     recipe = plan.recipe
+    documents: list[Document] = []
     if recipe.verify:
-        check_text(Path(recipe.verify).expanduser(), task)
+        text = Path(recipe.verify).expanduser()
+        check_text(text, task)
+        if task is CAUSAL_LM:
+            documents += read_texts(text)
     if _calibrates_on_text(recipe):
         file = Path(str(recipe.calibration)).expanduser()
         if file.is_file():  # a dataset is downloaded when it is needed
-            read_texts(file)
+            documents += read_texts(file)
     if _calibrates_on_text(recipe) or (recipe.verify and task.text):
-        load_tokenizer(plan.inputs.tokenizer_folder)
+        tokenizer = load_tokenizer(plan.inputs.tokenizer_folder)
+        # One chat shows whether there is a template that takes it; to tokenize all texts would take too long.
+        chats = [document for document in documents if isinstance(document, list)]
+        tokenize_with(tokenizer, chats[:1])
 
 
 def _calibrates_on_text(recipe: Recipe) -> bool:

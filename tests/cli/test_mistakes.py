@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import qmerge.demo
 from qmerge import plugins
 from qmerge.cli.habits import hint
 from qmerge.errors import RecipeError
@@ -23,6 +24,7 @@ from ..conftest import Cli
 from ..models import edit_json
 
 TEXT = "a calibration text"
+DEMO = Path(qmerge.demo.__file__).parent
 
 
 class Given(NamedTuple):
@@ -178,6 +180,15 @@ def test_a_calibration_text_of_another_form_is_refused_before_the_work(cli: Cli,
     asked = ("--base", given.base, "--adapter", given.adapter, "--target", "nf4", "--out", given.tmp / "out")
     ran = cli(*asked, "--rounding", "auto", "--calibration", text, "--device", "cpu")
     assert ran.code == 2 and "text.jsonl, line 1: expected the fields of one of" in ran.err
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--verify"])
+def test_chats_without_a_template_are_refused_before_the_work(option: str, cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "chats.jsonl"
+    text.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    asked = ("--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--target", "nf4", "--out", tmp_path / "out")
+    ran = cli(*asked, option, text, "--device", "cpu")
+    assert ran.code == 2 and "the tokenizer has no chat template" in ran.err and not (tmp_path / "out").exists()
 
 
 def test_verify_names_the_folder_that_lacks_a_tokenizer(cli: Cli, given: Given) -> None:
