@@ -42,7 +42,7 @@ def run_demo(keep: Path | None) -> None:
         for rounding in ROUNDINGS:
             merged = Path(folder) / f"nf4-{rounding}"
             report = _merge(demo, inputs, rounding, merged)
-            fidelity_of_rounding[rounding] = _fidelity(merged, demo / "heldout.txt")
+            fidelity_of_rounding[rounding] = _fidelity(merged, demo)
         typer.echo("")
         stdout().print(_fidelity_table(fidelity_of_rounding))
         stdout().print(survival_table(report))
@@ -73,11 +73,12 @@ def _merge(demo: Path, inputs: dict[str, str], rounding: str, out: Path) -> Repo
     return run.merge(make_recipe(settings), progress=TerminalProgress(quiet=rounding != "preserve"))
 
 
-def _fidelity(merged: Path, text: Path) -> FidelityRecord:
+def _fidelity(merged: Path, demo: Path) -> FidelityRecord:
     return fidelity_of_folder(
         merged,
-        text,
-        against=None,
+        demo / "heldout.txt",
+        # The recipe of a merged model holds no absolute paths, and the demo's inputs are in the package.
+        against=(str(demo / "base-nf4"), str(demo / "adapter")),
         tokens=TOKENS,
         length=SEQUENCE_LENGTH,
         device="auto",
