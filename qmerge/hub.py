@@ -250,6 +250,17 @@ def find_named(name: str, output: Path) -> str:
     return neighbour if not _is_local(name) and _is_local(neighbour) else name
 
 
+def is_found_again(reference: str, output: Path) -> bool:
+    """Whether the name that a finished folder has for an input leads to this input from here.
+
+    Args:
+        reference: of the input, as it was given for the merge.
+        output: the finished folder.
+    """
+    name = find_named(published_name(reference), output)
+    return name == reference or Path(name).expanduser().resolve() == Path(reference).expanduser().resolve()
+
+
 def may_exist(reference: str) -> bool:
     """Whether a name is that of something on this machine, or has the form of a Hub id."""
     name = split_revision(reference)[0].partition("#")[0]

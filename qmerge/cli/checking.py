@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qmerge.cli.options import Device, Json, MergedFolder, Quiet, flag
-from qmerge.cli.output import print_json
+from qmerge.cli.output import measuring_command, print_json
 from qmerge.errors import OK, InputError, RecipeError
 from qmerge.recipe import JUDGED_TOKENS
 
@@ -128,7 +128,7 @@ def verify_command(
         for check in checks:
             typer.echo(check_line(check.name, check.ok, check.found, is_warning=check.is_warning))
         if fidelity:
-            stdout().print(fidelity_table(fidelity, str(out)))
+            stdout().print(fidelity_table(fidelity, measuring_command(str(out), against)))
     raise typer.Exit(OK if all_ok else InputError.exit_code)
 
 

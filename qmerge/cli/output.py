@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import typer
 
 from qmerge.errors import OK, PAST_LIMIT, StoppedError
+from qmerge.report.headline import MEASURING
 from qmerge.report.limits import past_limits
 from qmerge.schema import ReportData
 
@@ -20,17 +22,23 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
-def print_report(report: ReportData, out: str | None = None) -> None:
+def measuring_command(out: str, against: Sequence[str] | None = None) -> str:
+    """The command that measures a merged folder on a text; ``against``: base and adapter, where they must be named."""
+    named = ["--against", *against] if against else []
+    return shlex.join(["qmerge", "verify", out, "--text", "FILE", *named])
+
+
+def print_report(report: ReportData, measuring: str = MEASURING) -> None:
     """What became of the whole model, then what survived layer by layer, how alike the adapters are, and what was written in
     addition.
 
     Args:
-        out: the merged folder, for the commands that are shown; None where there is none.
+        measuring: the command that measures the whole model.
     """
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.tables import extra_lines, report_tables
 
-    for table in report_tables(report, out):
+    for table in report_tables(report, measuring):
         stdout().print(table)
     for line in extra_lines(report):
         typer.echo(line)

@@ -72,7 +72,8 @@ def fidelity_of_folder(
         progress.stage("measuring fidelity", 1)
         if against is None:
             with Reader() as reader:
-                inputs_of_folder(recipe, read_report(folder), reader, hashed=False)
+                option = "name base and adapter with --against BASE ADAPTER, "
+                inputs_of_folder(recipe, read_report(folder), reader, hashed=False, option=option)
         return fidelity(
             folder,
             recipe,

@@ -22,19 +22,20 @@ def located_recipe(report: ReportData, folder: Path, **changes: Any) -> Recipe:
     return make_recipe({**report.recipe, **find_inputs(report.recipe, folder), **changes})
 
 
-def inputs_of_folder(recipe: Recipe, report: ReportData, reader: Reader, *, hashed: bool) -> Inputs:
+def inputs_of_folder(recipe: Recipe, report: ReportData, reader: Reader, *, hashed: bool, option: str = "") -> Inputs:
     """Open the inputs that a folder was merged from.
 
     Args:
         recipe: from ``located_recipe``.
+        option: what else can be done where an input is not at hand, in words.
         hashed: compare every input file with its SHA-256 in the report; else only its size.
 
     Raises:
         CheckpointError: an input is not at hand, or is not the one that was merged.
     """
     how = (
-        f"{NAME} holds no absolute paths: start this command where the merge was started, put the inputs next to the folder, "
-        f"or name them with --against BASE ADAPTER"
+        f"{NAME} holds no absolute paths: {option}put the inputs (or links to them) next to the folder or, if they had relative "
+        f"paths, start this command where the merge was started"
     )
     # A folder of the same name may be another model: without a comparison, its numbers would be about that one.
     try:

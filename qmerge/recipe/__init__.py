@@ -28,7 +28,7 @@ from qmerge.recipe.choices import (
     Scales,
     TrainedOn,
 )
-from qmerge.recipe.files import find_inputs, read_recipe
+from qmerge.recipe.files import find_inputs, names_for_against, read_recipe
 from qmerge.recipe.recipe import Recipe, make_recipe
 from qmerge.recipe.values import parse_size
 
@@ -52,6 +52,7 @@ __all__ = [
     "TrainedOn",
     "find_inputs",
     "make_recipe",
+    "names_for_against",
     "parse_size",
     "read_recipe",
 ]

@@ -10,8 +10,9 @@ import yaml
 
 from qmerge import hub
 from qmerge.checkpoint.plain_yaml import UNREADABLE, AliasError, PlainLoader
-from qmerge.errors import RecipeError
+from qmerge.errors import RecipeError, listed
 from qmerge.recipe.choices import INPUTS
+from qmerge.recipe.recipe import Recipe
 from qmerge.recipe.values import split_weight
 
 # Bytes. No recipe is larger; a larger file, such as a checkpoint, was given by mistake.
@@ -29,23 +30,52 @@ def find_inputs(settings: Mapping[str, Any], output: Path, *, strict: bool = Fal
         The fields among ``INPUTS``, with names that lead to the inputs.
 
     Raises:
-        RecipeError: if ``strict``, where one is neither at hand nor a Hub id.
+        RecipeError: if ``strict``, where some are neither at hand nor Hub ids.
     """
     found: dict[str, Any] = {}
+    missing, options = [], []
     for field in INPUTS:
         names = settings.get(field)
         if not names:
             continue
         several = names if isinstance(names, list) else [names]
         paths = [hub.find_named(str(name), output) for name in several]
-        for name, path in zip(several, paths, strict=True):
-            if strict and not hub.may_exist(split_weight(path)[0]):
-                raise RecipeError(
-                    f"{field} {name}: not found from here or next to {output}. The recipe of a finished model holds no absolute "
-                    f"paths: give it with --{field} DIR"
-                )
+        lost = [
+            f"{field} {name}"
+            for name, path in zip(several, paths, strict=True)
+            if not hub.may_exist(split_weight(path)[0])
+        ]
+        if lost:
+            missing += lost
+            options += [f"--{field} DIR"] * len(several)  # on the command line, they replace all of the recipe's
         found[field] = paths if isinstance(names, list) else paths[0]
+    if strict and missing:
+        raise RecipeError(
+            f"{listed(missing)}: not found from here or next to {output}. The recipe of a finished model holds no absolute "
+            f"paths: add {' '.join(options)}"
+        )
     return found
+
+
+def names_for_against(recipe: Recipe, output: Path) -> list[str]:
+    """Base and adapter for ``qmerge verify --against``, where the names in a finished folder do not lead to the inputs from here;
+    else none.
+
+    Args:
+        recipe: of the merge, with the names that were given for it.
+        output: the finished folder.
+    """
+    adapters = recipe.adapter if isinstance(recipe.adapter, list) else [recipe.adapter]
+    names = [recipe.base, *adapters, *([recipe.original] if recipe.original else [])]
+    # --against takes one adapter.
+    if len(adapters) > 1 or all(hub.is_found_again(name, output) for name in names):
+        return []
+    return [_at_revision(recipe.base, recipe.revision), _at_revision(adapters[0], recipe.adapter_revision)]
+
+
+def _at_revision(name: str, revision: str | None) -> str:
+    """A Hub id with its revision, as one name: ``--against`` forgets the recipe's revisions."""
+    return f"{name}@{revision}" if revision and hub.HUB_ID.fullmatch(name) else name
 
 
 class StrictLoader(PlainLoader):

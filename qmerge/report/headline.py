@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
 from qmerge.wording import exceeds_all, share, share_or_dash, times
 
@@ -32,6 +30,9 @@ WORTH_SAYING = 0.5
 GAIN_ABOVE_ALL = 1.02
 """Above this, gain kept is explained. Equally good merges differ by about 0.01."""
 
+
+MEASURING = "qmerge verify OUT --text FILE"
+"""Measures a whole model. In files of a folder, which may be moved, the folder is called OUT, and its inputs have no paths."""
 
 HARDLY_KEPT = 0.05
 """Share of the delta below which the merge holds almost nothing of the adapter."""
@@ -76,11 +77,11 @@ def _meaning(verdict: Verdict, gain: float | None) -> str:
     return "the adapter's gain is gone"
 
 
-def fidelity_remarks(fidelity: FidelityRecord, out: str | None = None) -> list[str]:
+def fidelity_remarks(fidelity: FidelityRecord, measuring: str = MEASURING) -> list[str]:
     """What to know about the numbers of a whole model, a line each; empty where they speak for themselves.
 
     Args:
-        out: the merged folder; None where it is not known, as in a file that is in it: the folder may be moved.
+        measuring: the command that measures the model on another text.
     """
     remarks = []
     gain = fidelity.gain_kept
@@ -96,7 +97,7 @@ def fidelity_remarks(fidelity: FidelityRecord, out: str | None = None) -> list[s
     if fidelity.judged == "hidden states":
         remarks.append("What a head makes of the hidden states was not judged.")
     if fidelity.text_kind in OTHER_TEXT:
-        remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: {_measuring(out)}")
+        remarks.append(f"{OTHER_TEXT[fidelity.text_kind]} For your text: {measuring}")
     return remarks
 
 
@@ -115,7 +116,7 @@ def _gain_above_all(kl_ratio: float | None) -> str:
     return "A gain above 1 is not better than 1: the aim is to be like the adapter model."
 
 
-def unmeasured_lines(report: ReportData, out: str | None = None) -> list[str]:
+def unmeasured_lines(report: ReportData, measuring: str = MEASURING) -> list[str]:
     """The same for a report without numbers of the whole model: what was measured instead, and how to get them."""
     first = "No verdict: the whole model was not measured."
     if is_almost_base(report):
@@ -123,12 +124,8 @@ def unmeasured_lines(report: ReportData, out: str | None = None) -> list[str]:
     return [
         first,
         measured_instead(report),
-        f"To measure it: {_measuring(out)}, or merge with --verify FILE.",
+        f"To measure it: {measuring}, or merge with --verify FILE.",
     ]
-
-
-def _measuring(out: str | None) -> str:
-    return f"qmerge verify {'OUT' if out is None else shlex.quote(out)} --text FILE"
 
 
 def is_almost_base(report: ReportData) -> bool:

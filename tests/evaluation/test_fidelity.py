@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -22,6 +23,7 @@ from qmerge.calibration.layered import LayeredModel
 from qmerge.calibration.layerwise_run import LayerwiseRun
 from qmerge.calibration.scores import FinishedRun
 from qmerge.evaluation import fidelity
+from qmerge.recipe import make_recipe, names_for_against
 from qmerge.schema import FidelityRecord
 
 from .. import models
@@ -265,6 +267,26 @@ def test_fidelity_of_a_damaged_folder_is_not_measured(merged: Path, tmp_path: Pa
     ran = cli("verify", out, "--text", TEXT, "--tokens", TOKENS)
     assert ran.code == 3 and "FAILED hashes" in ran.out and "KL ratio" not in ran.out and not ran.err
     assert "fidelity" not in json.loads(cli("verify", out, "--text", TEXT, "--json").out)
+
+
+def test_the_command_shown_after_a_merge(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names inputs that the folder's own names do not lead to; no file of the folder does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    inputs = ["--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter"]
+    ran = cli(*inputs, "--target", "bf16", "--out", "out")
+    assert ran.code == 0, ran.err
+    shown = re.search(r"qmerge (verify out --text FILE --against \S+ [^\s,]+)", ran.out)
+    assert shown, ran.out
+    command = shown[1].replace("FILE", str(TEXT)).split()
+    ran = cli(*command, "--no-reload", "--tokens", 256, "--sequence-length", 64)
+    assert ran.code == 0 and "The fine-tuning is kept" in ran.out
+    for path in Path("out").iterdir():
+        assert str(DEMO).encode() not in path.read_bytes(), path.name
+    for name in ("base-nf4", "adapter"):  # next to the folder, they are found by their names
+        Path(name).symlink_to(DEMO / name)
+    recipe = make_recipe({"base": str(DEMO / "base-nf4"), "adapter": str(DEMO / "adapter"), "target": "bf16"})
+    assert names_for_against(recipe, Path("out")) == []
 
 
 def test_at_the_end_of_a_merge(tmp_path: Path, cli: Cli) -> None:

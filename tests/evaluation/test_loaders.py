@@ -160,7 +160,7 @@ def test_inputs_of_the_recipe_that_are_not_found(
     ran = cli("verify", copy, *asked)
     assert ran.code == 3 and "ok     hashes" in ran.out
     assert "FAILED text: models/some/base: no such folder" in ran.out
-    assert "holds no absolute paths" in ran.out and "name them with --against BASE ADAPTER" in ran.out
+    assert "holds no absolute paths" in ran.out and "name base and adapter with --against BASE ADAPTER" in ran.out
     ran = cli("verify", copy, *asked, "--against", DEMO / "base-nf4", DEMO / "adapter")
     assert ran.code == 0 and "KL ratio" in ran.out
 

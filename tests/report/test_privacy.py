@@ -157,7 +157,11 @@ def test_inputs_are_found_next_to_the_output(place: Path, cli: Cli) -> None:
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
     (place / "base").rename(place / "moved")
     ran = cli("run", stored, "--out", place / "third", "--calibration", calibration)
-    assert ran.code == 2 and "base base: not found" in ran.err and "--base DIR" in " ".join(ran.err.split())
+    assert ran.code == 2 and "base base: not found" in ran.err and "add --base DIR" in " ".join(ran.err.split())
+    (place / "lora").rename(place / "moved-lora")
+    ran = cli("run", stored, "--out", place / "third", "--calibration", calibration)
+    assert "base base, adapter lora: not found" in ran.err, "all at once"
+    assert "add --base DIR --adapter DIR" in " ".join(ran.err.split())
 
 
 def test_a_missing_held_out_text_is_asked_for(place: Path, cli: Cli) -> None:

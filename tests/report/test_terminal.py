@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from qmerge.cli.output import measuring_command
 from qmerge.progress import announced
 from qmerge.report.terminal import console, progress
 from qmerge.report.terminal.plan import targets_table
@@ -204,8 +205,9 @@ def test_a_report_without_the_whole_model_says_so() -> None:
 def test_commands_name_the_folder() -> None:
     general = fidelity(0.97, 0.01, text_kind="general")
     for shown in (report(), report(fidelity=general)):
-        head, _ = report_tables(shown, "my model")
-        assert "qmerge verify 'my model' --text FILE" in " ".join(printed(head).split())
+        head, _ = report_tables(shown, measuring_command("my model", ("/of/a/base", "/of an/adapter")))
+        command = "qmerge verify 'my model' --text FILE --against /of/a/base '/of an/adapter'"
+        assert command in " ".join(printed(head).split())
 
 
 def test_a_gain_above_one_is_explained_not_praised() -> None:

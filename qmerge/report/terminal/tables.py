@@ -9,7 +9,14 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from qmerge.formats import get_format
-from qmerge.report.headline import TOP_NAMES, expert_lines, fidelity_remarks, unmeasured_lines, verdict_sentence
+from qmerge.report.headline import (
+    MEASURING,
+    TOP_NAMES,
+    expert_lines,
+    fidelity_remarks,
+    unmeasured_lines,
+    verdict_sentence,
+)
 from qmerge.report.side_by_side import almost_base_lines, measured_on_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
@@ -43,16 +50,16 @@ SHARES = ("kept", "output_kept", "predicted_kept", "rank_kept_min")
 KL_NOTE = ("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base")
 
 
-def report_tables(report: ReportData, out: str | None = None) -> list[RenderableType]:
+def report_tables(report: ReportData, measuring: str = MEASURING) -> list[RenderableType]:
     """What became of the whole model, or that this was not measured; then the diagnosis, by kind of module.
 
     Args:
-        out: the merged folder, for the commands; None where there is none.
+        measuring: the command that measures the whole model.
     """
     if report.fidelity is None:
-        head: RenderableType = Text("\n".join(map(printable, unmeasured_lines(report, out))))
+        head: RenderableType = Text("\n".join(map(printable, unmeasured_lines(report, measuring))))
     else:
-        head = fidelity_table(report.fidelity, out)
+        head = fidelity_table(report.fidelity, measuring)
     return [head, survival_table(report)]
 
 
@@ -212,11 +219,11 @@ def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:
     return [fidelity.verdict or DASH, fixed_or_dash(fidelity.gain_kept, 3), fixed_or_dash(fidelity.kl_ratio, 4)]
 
 
-def fidelity_table(record: FidelityRecord, out: str | None = None) -> NotedTable:
+def fidelity_table(record: FidelityRecord, measuring: str = MEASURING) -> NotedTable:
     """What became of the fine-tuning: the whole model, next to the base and the unmerged adapter model."""
     title = f"{verdict_sentence(record)}\nMeasured on {safe(record.measured_on)}"
     if record.has_distances:
-        return _distance_table(record, title, out)
+        return _distance_table(record, title, measuring)
     top = TOP_NAMES[record.judged]
     table = make_table(title, ("", "gain kept", "KL ratio", top, "KL, 99th %", "loss"))
     merged = [
@@ -235,10 +242,10 @@ def fidelity_table(record: FidelityRecord, out: str | None = None) -> NotedTable
     for cells in (base, unmerged):
         table.add_row(*cells)
     notes = [GAIN_NOTE, KL_NOTE, (top, "as the unmerged model, share of all positions"), KL_TAIL_NOTE]
-    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, out))))
+    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, measuring))))
 
 
-def _distance_table(record: FidelityRecord, title: str, out: str | None) -> NotedTable:
+def _distance_table(record: FidelityRecord, title: str, measuring: str) -> NotedTable:
     """The same for outputs that are no probabilities: how far they are from those of the unmerged model."""
     table = make_table(title, ("", "distance ratio", "distance", "largest 1 %"))
     table.add_row(
@@ -250,7 +257,7 @@ def _distance_table(record: FidelityRecord, title: str, out: str | None) -> Note
         ("distance ratio", "0: computes like the unmerged adapter model; 1: as far off as the base"),
         ("distance", DISTANCES[record.judged]),
     ]
-    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, out))))
+    return with_notes(table, notes, list(map(printable, fidelity_remarks(record, measuring))))
 
 
 DISTANCES: dict[Judged, str] = {
