@@ -153,8 +153,6 @@ def measure_command(
     progress = TerminalProgress(quiet)
     recipe = _recipe({**settings, "target": targets[0]}, progress)
     reports = run.measure(recipe, targets, progress)
-    if html is not None:
-        _write_page(reports, html)
     if json:
         print_json([report.model_dump() for report in reports])
     elif len(reports) == 1:
@@ -164,6 +162,8 @@ def measure_command(
         _print_comparison(reports)
         for report in reports:
             progress.warn_again([f"{report.recipe['target']}: {line}" for line in report.warnings])
+    if html is not None:
+        _write_page(reports, html, quiet=json)
     raise typer.Exit(exit_code(reports, min_kept=recipe.min_kept, max_kl_ratio=recipe.max_kl_ratio))
 
 
@@ -265,8 +265,8 @@ def _closing_lines(recipe: Recipe, to_write: float, in_all: float, patch: Summar
     return [*patch.lines(), f"To get the merged model: qmerge apply {recipe.base} {patch.file} --out DIR{revision}"]
 
 
-def _write_page(reports: list[ReportData], file: Path) -> None:
-    """One target as a report, several side by side."""
+def _write_page(reports: list[ReportData], file: Path, *, quiet: bool) -> None:
+    """One target as a report, several side by side. ``quiet``: do not say where it is."""
     from qmerge.report.html import comparison_page, html_report
     from qmerge.safetensors_io.disk import write_file
 
@@ -275,6 +275,8 @@ def _write_page(reports: list[ReportData], file: Path) -> None:
     else:
         page = comparison_page(reports, [report.recipe["target"] for report in reports])
     write_file(file, page.encode())
+    if not quiet:
+        typer.echo(f"Page written to {file}")
 
 
 def _print_comparison(reports: list[Any]) -> None:

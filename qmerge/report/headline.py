@@ -121,11 +121,19 @@ def unmeasured_lines(report: ReportData, measuring: str = MEASURING) -> list[str
     first = "No verdict: the whole model was not measured."
     if is_almost_base(report):
         first = f"The whole model was not measured, but {ALMOST_BASE}."
-    return [
-        first,
-        measured_instead(report),
-        f"To measure it: {measuring}, or merge with --verify FILE.",
-    ]
+    last = f"To measure it: {way_to_measure(report, measuring)}"
+    if report.is_written:
+        last += ", or merge with --verify FILE"
+    return [first, measured_instead(report), f"{last}."]
+
+
+def way_to_measure(report: ReportData, command: str = MEASURING) -> str:
+    """How to measure the whole model on a text.
+
+    Args:
+        command: the one that measures a merged folder.
+    """
+    return command if report.is_written else "add --verify FILE"
 
 
 def is_almost_base(report: ReportData) -> bool:

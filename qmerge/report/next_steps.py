@@ -63,6 +63,8 @@ def _option(field: str, value: Any) -> list[str]:
 
 def next_steps(report: ReportData) -> list[NextStep]:
     """What the report suggests, the most useful step first."""
+    if not report.is_written:
+        return _steps_to_write(report)
     fidelity = report.fidelity
     if fidelity is None:
         return _steps_without_verdict(report)
@@ -76,6 +78,14 @@ def next_steps(report: ReportData) -> list[NextStep]:
     if fidelity.verdict == "mostly kept":
         steps += _steps_to_repair(report)[:1]
     return steps
+
+
+def _steps_to_write(report: ReportData) -> list[NextStep]:
+    """After ``qmerge measure``: the merge itself; something better first, where the model would be bad."""
+    write = NextStep("Nothing was written. This merge writes the model:", merge_command(report.recipe))
+    if report.fidelity and report.fidelity.verdict in ("damaged", "lost"):
+        return [*_steps_to_repair(report), write]
+    return [write]
 
 
 def _steps_without_verdict(report: ReportData) -> list[NextStep]:

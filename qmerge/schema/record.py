@@ -259,6 +259,11 @@ class ReportData(BaseModel):
     checksum: str | None = None
 
     @property
+    def is_written(self) -> bool:
+        """Whether there is a model: ``qmerge measure`` writes none."""
+        return bool(self.outputs)
+
+    @property
     def outputs_measured(self) -> bool:
         """Whether calibration saw the layers' inputs, so that the layers' outputs could be measured, too."""
         return self.total.values.get("output_kept") is not None

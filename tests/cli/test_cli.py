@@ -406,8 +406,9 @@ def test_measure_writes_a_page(cli: Cli, lossy: list[str], tmp_path: Path) -> No
     page = tmp_path / "page.html"
     assert measured(cli, lossy, "--target", "nf4", "--target", "int8", "--html", page).code == 0
     assert "2 merges side by side" in page.read_text() and 'data-n="' in page.read_text()
-    assert measured(cli, lossy, "--target", "int8", "--html", page).code == 0
-    assert "stored as int8" in page.read_text()
+    ran = measured(cli, lossy, "--target", "int8", "--html", page)
+    assert ran.code == 0 and f"Page written to {page}" in ran.out
+    assert "measured as int8, not written" in page.read_text()
 
 
 def test_a_report_of_another_schema(cli: Cli, lossy: list[str], tmp_path: Path) -> None:

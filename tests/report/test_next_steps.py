@@ -110,6 +110,16 @@ def test_dense_weights_are_not_advised_where_they_cannot_be_or_are_already(more:
     )
 
 
+def test_what_was_only_measured_is_written_first() -> None:
+    """No command is about a folder that does not exist."""
+    unwritten = {"outputs": []}
+    (step,) = next_steps(shown("kept")[0].model_copy(update=unwritten))
+    assert step.command and parsed(step.command)["out"] and "Nothing was written" in step.text
+    steps = next_steps(shown("lost by nearest")[0].model_copy(update=unwritten))
+    assert [CALIBRATED in (step.command or "") for step in steps] == [True, False, False]
+    assert all("verify OUT" not in (step.command or "") for step in steps)
+
+
 def test_what_is_kept_is_used_and_not_repaired() -> None:
     check, use = next_steps(shown("kept")[0])
     assert check.command == "qmerge verify OUT"

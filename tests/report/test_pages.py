@@ -280,6 +280,16 @@ def test_a_merge_without_the_adapter_is_not_only_unmeasured() -> None:
     assert all("almost nothing" not in text for text in all_views(report(fidelity=fidelity(0.0, 1.0))))
 
 
+def test_the_page_of_a_measurement_claims_no_model() -> None:
+    for shown in (report(outputs=[]), report(outputs=[], fidelity=GENERATED)):
+        page = plain(html_report(shown))
+        assert "measured as nf4, not written" in page and "This merge writes the model" in page
+        for claim in ("stored as", "made this model", "qmerge verify", "How it was made", "are in qmerge.json"):
+            assert claim not in page, claim
+        assert "stored as" not in plain(summary(shown))
+    assert "stored as nf4" in plain(html_report(report())), "the control"
+
+
 def test_the_page_says_what_its_commands_leave_out() -> None:
     for page in (html_report(report()), summary(report())):
         assert "OUT is the folder of this model. Other folders and files may be shown by their names only" in plain(

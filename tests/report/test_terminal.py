@@ -202,6 +202,13 @@ def test_a_report_without_the_whole_model_says_so() -> None:
     ]
 
 
+def test_nothing_is_to_be_verified_where_nothing_was_written() -> None:
+    general = fidelity(0.97, 0.01, text_kind="general")
+    for shown in (report(outputs=[]), report(outputs=[], fidelity=general)):
+        text = printed(report_tables(shown)[0])
+        assert "add --verify FILE" in text and "qmerge verify" not in text
+
+
 def test_commands_name_the_folder() -> None:
     general = fidelity(0.97, 0.01, text_kind="general")
     for shown in (report(), report(fidelity=general)):

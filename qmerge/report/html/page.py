@@ -18,6 +18,7 @@ from qmerge.report.headline import (
     ratio_name,
     unmeasured_lines,
     verdict_sentence,
+    way_to_measure,
 )
 from qmerge.report.html.document import asset, document, render
 from qmerge.report.html.pictures import heat_maps, rank_data, scatter_data
@@ -83,7 +84,7 @@ def _first_words(report: ReportData) -> dict[str, Any]:
         "fidelity": fidelity,
         "mark": MARKS.get(fidelity.verdict or "", "?") if fidelity else "?",
         "sentence": verdict_sentence(fidelity) if fidelity else unmeasured_lines(report)[0],
-        "remarks": fidelity_remarks(fidelity) if fidelity else unmeasured_lines(report)[1:2],
+        "remarks": fidelity_remarks(fidelity, way_to_measure(report)) if fidelity else unmeasured_lines(report)[1:2],
         "ratio_name": ratio_name,
         "top_names": TOP_NAMES,
         "overall_kept": overall_kept,

@@ -16,6 +16,7 @@ from qmerge.report.headline import (
     fidelity_remarks,
     unmeasured_lines,
     verdict_sentence,
+    way_to_measure,
 )
 from qmerge.report.side_by_side import almost_base_lines, measured_on_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
@@ -59,7 +60,7 @@ def report_tables(report: ReportData, measuring: str = MEASURING) -> list[Render
     if report.fidelity is None:
         head: RenderableType = Text("\n".join(map(printable, unmeasured_lines(report, measuring))))
     else:
-        head = fidelity_table(report.fidelity, measuring)
+        head = fidelity_table(report.fidelity, way_to_measure(report, measuring))
     return [head, survival_table(report)]
 
 
@@ -82,7 +83,8 @@ def survival_table(report: ReportData) -> NotedTable:
     # Said in words, so that nobody takes the shown kinds for all of them.
     left_out = len(report.groups) - len(groups)
     if left_out:
-        lines.insert(0, f"  {left_out} more kinds of modules keep more; qmerge.html has all")
+        page = "qmerge.html" if report.is_written else "the page of --html FILE"
+        lines.insert(0, f"  {left_out} more kinds of modules keep more; {page} has all")
     return with_notes(table, _survival_notes(report, predicted, outputs_seen), lines)
 
 
