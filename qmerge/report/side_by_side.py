@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmerge.report.headline import ALMOST_BASE, is_almost_base
+from qmerge.report.headline import ALMOST_BASE, MEASURING, is_almost_base
 from qmerge.schema import ReportData
 
 
@@ -22,21 +22,30 @@ def measured_on_lines(reports: Sequence[ReportData], names: Sequence[str]) -> li
     return lines
 
 
-def kept_line(reports: Sequence[ReportData], names: Sequence[str]) -> str:
-    """What "kept" is measured in: shares of different things must not be compared."""
-    in_outputs: list[str] = []
-    in_weights: list[str] = []
-    for report, name in zip(reports, names, strict=True):
-        (in_outputs if report.outputs_measured else in_weights).append(name)
-    if not in_outputs:
-        return "Kept: share of the delta that is in the stored weights."
-    outputs = "in the layers' outputs on the calibration text, which rounding was fitted to"
-    if not in_weights:
-        return f"Kept: share of the delta {outputs}."
-    return (
-        f"Kept is measured {outputs} ({', '.join(in_outputs)}), or in the stored weights ({', '.join(in_weights)}): do not "
-        f"compare one with the other."
-    )
+def kept_lines(reports: Sequence[ReportData]) -> list[str]:
+    """What the shares kept are shares of."""
+    lines = ["Kept: share of the delta that is in the stored weights."]
+    if any(report.outputs_measured for report in reports):
+        lines.append(
+            "Output kept: share of the delta's effect that is in the layers' outputs on the calibration text, which rounding was "
+            "fitted to; only of merges with a calibration."
+        )
+    return lines
+
+
+def without_verdict_lines(reports: Sequence[ReportData], names: Sequence[str]) -> list[str]:
+    """That whole models were not measured, and how to do that; empty where all were."""
+    missing = [name for name, report in zip(names, reports, strict=True) if report.fidelity is None]
+    if not missing:
+        return []
+    # What was only measured can be measured again, with one more option.
+    if not any(report.is_written for report in reports):
+        return ["The whole models were not measured: --verify FILE does."]
+    whose = "The whole models were" if len(missing) == len(reports) else f"The whole model of {', '.join(missing)} was"
+    return [
+        f"{whose} not measured: a merge with --verify FILE does that.",
+        f"A finished merge: {MEASURING} prints the same numbers.",
+    ]
 
 
 def almost_base_lines(reports: Sequence[ReportData], names: Sequence[str]) -> list[str]:

@@ -143,6 +143,11 @@ def overall_kept(values: Mapping[str, float | None]) -> float | None:
     return values["kept"] if output_kept is None else output_kept
 
 
+def kept_name(values: Mapping[str, float | None]) -> str:
+    """What ``overall_kept`` is called where it is shown: ``kept`` is the share in the weights, and nothing else."""
+    return "kept" if values.get("output_kept") is None else "output kept"
+
+
 class WeightRecord(BaseModel):
     """One merged weight. ``values``: metric → number, or None where it does not exist (a delta of zero)."""
 

@@ -177,13 +177,19 @@ def test_the_keyboard_reaches_everything(open_page: Any) -> None:
         page.keyboard.press("Tab")
         words = "e => [e.tagName, e.type, e.getAttribute('aria-label') || e.textContent].join(' ')"
         reached.add(page.evaluate(f"({words})(document.activeElement)"))
-    wanted = ("INPUT radio", "INPUT search", "BUTTON button Download", "BUTTON button kept", "DIV  Heat map: kept")
+    wanted = (
+        "INPUT radio",
+        "INPUT search",
+        "BUTTON button Download",
+        "BUTTON button kept",
+        "DIV  Heat map: output kept",
+    )
     assert all(any(found.startswith(words) for found in reached) for words in wanted), reached
     page.get_by_role("button", name="kept", exact=True).focus()
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     assert modules(page)[-1] == "model.layers.0.q_proj"
-    page.get_by_role("radio", name="kept").focus()
+    page.get_by_role("radio", name="kept", exact=True).focus()
     page.keyboard.press("ArrowRight")
     assert page.get_by_role("radio", name="size of the delta").is_checked()
 
@@ -208,7 +214,7 @@ def test_a_phone_shows_what_decides(open_page: Any) -> None:
 
 def test_without_scripts_the_numbers_are_there(open_page: Any) -> None:
     page = open_page(java_script_enabled=False).page
-    assert page.locator("[data-map]").count() == 3 and len(modules(page)) == 8
+    assert page.locator("[data-map]").count() == 4 and len(modules(page)) == 8
     assert not page.locator(".tools:visible").count() and not page.locator("[data-drawing]:visible").count()
 
 

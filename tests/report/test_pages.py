@@ -177,6 +177,8 @@ def test_the_worst_weights_come_first_and_those_without_a_delta_last() -> None:
     assert [row[0].text for row in weights_table(shown).rows] == ["z", "b", "a"]
     rows = comparison_page([shown, shown], ["x", "y"]).partition('data-table="modules"')[2]
     assert re.findall(r'<th scope="row">(\w+)</th>', rows) == ["z", "b", "a"]
+    least = re.findall(r'<th scope="row">\w+</th><td data-n="([\d.]*)"', rows)
+    assert least == ["0.1", "0.78", ""], "what the rows are sorted by can be seen"
 
 
 def test_the_first_word_that_differs_is_marked() -> None:
@@ -266,10 +268,46 @@ def test_the_page_says_what_each_number_is_about() -> None:
     page = plain(comparison_page([measured, nearest, report()], ["w7", "w8", "w9"]))
     header = page[: page.index("Side by side")]
     assert "Whole model of w7: measured on 20,480 tokens of heldout.txt." in header
-    assert "fitted to (w7), or in the stored weights (w8, w9): do not compare" in header
+    assert "Kept: share of the delta that is in the stored weights. Output kept: share of the delta's effect" in header
+    assert "The whole model of w8, w9 was not measured: a merge with --verify FILE does that." in header
+    assert "qmerge verify OUT --text FILE" in header
     assert "w8: not measured, but it holds almost nothing of the adapter." in header
     alike = plain(comparison_page([measured, measured], ["a", "b"]))
-    assert "Whole models: measured on 20,480 tokens of heldout.txt." in alike and "do not compare" not in alike
+    assert "Whole models: measured on 20,480 tokens of heldout.txt." in alike and "not measured" not in alike
+
+
+def test_only_like_is_compared_with_like() -> None:
+    """The share in the weights exists for every merge, that in the outputs only after a calibration: two maps, two columns."""
+    measured = report(output_kept=0.82, calibration="train.txt")
+    page = comparison_page([measured, report()], ["calibrated", "nearest"])
+    weights, outputs = page.split('<table class="heat">')[1:3]
+    assert re.search(r'down_proj</th><td class="l7">78 %</td><td class="l7">78 %</td>', weights)
+    assert re.search(r'down_proj</th><td class="l8">82 %</td><td></td>', outputs)
+    assert "Output kept: Share of the delta&#39;s effect" in page
+    assert 'data-n="0.78">78 %</td><td data-n="0.82">82 %' in page and 'data-n="0.78">78 %</td><td data-n="">–' in page
+    assert "Kept in every weight" in page and "Output kept in every weight" not in page
+    assert "Output kept in every weight" in comparison_page([measured, measured], ["a", "b"])
+    assert "utput kept:" not in comparison_page([report(), report()], ["a", "b"])
+
+
+def test_shares_of_outputs_are_never_called_kept() -> None:
+    page = plain(html_report(report(output_kept=0.82, calibration="train.txt")))
+    assert page.count("82 % output kept") >= 3 and "82 % kept" not in page
+    assert "Every weight, least output kept first" in page
+    maps = heat_maps(report(output_kept=0.82, calibration="train.txt").weights)
+    assert [heat.title for heat in maps][:2] == ["output kept", "kept"]
+    assert [heat.rows[0][1][0].text for heat in maps[:2]] == ["82 %", "78 %"]  # type: ignore[union-attr]
+    assert "78 % kept" in plain(html_report(report())), "the control"
+
+
+def test_no_module_is_blamed_where_all_kept_almost_all() -> None:
+    for shown, words in ((with_share(0.9), "kept"), (report(output_kept=1.0, calibration="t"), "output kept")):
+        for weight in shown.weights:
+            weight.values["kept"] = 0.995
+        page = plain(html_report(shown))
+        assert f"Every module has at least 99 % {words}." in page and "modules that kept least" not in page
+    shown.weights[0].values["output_kept"] = 0.98
+    assert "modules that kept least" in html_report(shown)
 
 
 def test_a_merge_without_the_adapter_is_not_only_unmeasured() -> None:
@@ -311,4 +349,6 @@ def test_merges_of_different_modules_are_compared() -> None:
     other = report(weights=attention, groups=one.groups[:1])
     page = comparison_page([one, other], ["all", "attention"])
     assert re.search(r'down_proj</th><td class="l7">78 %</td><td></td>', page)
-    assert re.search(r'layers.0.down_proj</th><td data-n="0.78">78 %</td><td data-n="">–</td>', page)
+    assert re.search(
+        r'layers.0.down_proj</th><td data-n="0.78">78 %</td><td data-n="0.78">78 %</td><td data-n="">–</td>', page
+    )

@@ -157,13 +157,14 @@ TARGETS = [
     [
         survival_table(report()), survival_table(report(output_kept=1.0, calibration="train.txt")),
         measured_table([report(), report(fidelity=FIDELITY)]), fidelity_table(FIDELITY),
+        measured_table([report(), report(output_kept=1.06, calibration="t")], ["a", "b"]),
         measured_table([report()]), fidelity_table(fidelity(None, 0.01)), fidelity_table(fidelity(1.177, 0.724)),
         fidelity_table(fidelity(0.975, 0.0058)),
         fidelity_table(fidelity(1.1, 0.01, 0.001, text_kind="mixed")),
         fidelity_table(fidelity(0.935, 0.0147, text_kind="generated")), targets_table(TARGETS),
     ],
     ids=["survival", "outputs",
-         "judged", "fidelity", "measured", "no gain", "gain above 1", "kept", "chance", "generated", "targets"],
+         "judged", "fidelity", "side by side", "measured", "no gain", "gain above 1", "kept", "chance", "generated", "targets"],
 )  # fmt: skip
 def test_every_column_is_explained_within_80_columns(table: console.NotedTable) -> None:
     assert all(len(line) <= WIDTH for line in table.lines), table.lines
@@ -269,6 +270,15 @@ def test_targets_side_by_side_have_verdicts() -> None:
     assert "Whole model of w7: measured on 20,480 tokens of heldout.txt." in shown
     assert "w8: not measured, but it holds almost nothing of the adapter." in shown
     assert "The whole models were not measured" in printed(measured_table([report()]))
+
+
+def test_shares_of_weights_and_of_outputs_have_columns_of_their_own() -> None:
+    calibrated = report(output_kept=0.82, calibration="t")
+    shown = printed(measured_table([calibrated, report()], ["one", "two"]))
+    assert re.search(r"one .*│ +0.10 │ +78 % │ +0.90 │ +82 % │", shown)
+    assert re.search(r"two .*│ +0.10 │ +78 % │ +– │ +– │", shown)
+    judged = printed(measured_table([calibrated, report(fidelity=FIDELITY)], ["one", "two"]))
+    assert re.search(r"one .*│ +78 % │ +82 % │", judged) and re.search(r"two .*│ +78 % │ +– │", judged)
 
 
 def test_outputs_are_said_to_be_those_on_the_calibration_text() -> None:

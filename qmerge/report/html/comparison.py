@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qmerge.report.html.document import document
-from qmerge.report.html.pictures import KEPT, HeatMap
+from qmerge.report.html.pictures import KEPT, OUTPUT_KEPT, HeatMap, Measure
 from qmerge.report.html.tables import MOST_ROWS, Column, Table, number, text, text_or_dash
-from qmerge.report.side_by_side import almost_base_lines, kept_line, measured_on_lines
-from qmerge.schema import ReportData, distinct_names, overall_kept
+from qmerge.report.side_by_side import almost_base_lines, kept_lines, measured_on_lines, without_verdict_lines
+from qmerge.schema import ReportData, distinct_names
 from qmerge.wording import decimal_or_dash, fixed_or_dash, share_or_dash, size_text
 
 
@@ -25,11 +25,12 @@ def comparison_page(reports: Sequence[ReportData], names: Sequence[str]) -> str:
         data={},
         sentence=nearest_sentence(reports, names),
         measured_on=measured_on_lines(reports, names),
-        kept_line=kept_line(reports, names),
+        without_verdict=without_verdict_lines(reports, names),
+        kept_lines=kept_lines(reports),
         almost_base=almost_base_lines(reports, names),
         count=len(reports),
         merges=_merges_table(reports, names),
-        kinds=_kinds_map(reports, names),
+        kinds=[_kinds_map(reports, names, measure) for measure in _measures(reports)],
         modules=_modules_table(reports, names),
     )
 
@@ -72,7 +73,8 @@ def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
         Column("KL ratio", "0: predicts like the unmerged adapter model; 1: like the base"),
         Column("target"),
         Column("rounding"),
-        Column("kept", "share of the delta that is kept, layer by layer"),
+        Column("kept", "share of the delta that is in the stored weights"),
+        Column("output kept", "share of the delta's effect that is in the layers' outputs on the calibration text"),
         Column("noise", "rounding error of the weights; 1 is as large as the delta"),
         Column("bits", "per weight, scales included"),
         Column("size"),
@@ -82,7 +84,8 @@ def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
         fidelity = report.fidelity
         gain = fidelity.gain_kept if fidelity else None
         ratio = fidelity.kl_ratio if fidelity else None
-        kept, noise = overall_kept(report.total.values), report.total.values["noise"]
+        values = report.total.values
+        kept, output_kept, noise = values["kept"], values["output_kept"], values["noise"]
         rows.append(
             [
                 text(name),
@@ -92,6 +95,7 @@ def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
                 text(report.recipe["target"]),
                 text(report.rounding),
                 number(kept, share_or_dash(kept)),
+                number(output_kept, share_or_dash(output_kept)),
                 number(noise, decimal_or_dash(noise)),
                 number(report.bits_per_weight, f"{report.bits_per_weight:.3g}"),
                 number(report.bytes_out, size_text(report.bytes_out)),
@@ -100,7 +104,12 @@ def _merges_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
     return Table(name="merges", caption="Side by side", columns=columns, rows=rows)
 
 
-def _kinds_map(reports: Sequence[ReportData], names: Sequence[str]) -> HeatMap:
+def _measures(reports: Sequence[ReportData]) -> list[Measure]:
+    """Which shares are compared, each with its like: those in the layers' outputs only where these were measured."""
+    return [KEPT, OUTPUT_KEPT] if any(report.outputs_measured for report in reports) else [KEPT]
+
+
+def _kinds_map(reports: Sequence[ReportData], names: Sequence[str], measure: Measure) -> HeatMap:
     """One row per kind of module, one column per merge."""
     kinds: dict[str, None] = {}  # a set in the order of the checkpoint
     of_merges: list[Mapping[str, Mapping[str, float | None]]] = []
@@ -110,38 +119,50 @@ def _kinds_map(reports: Sequence[ReportData], names: Sequence[str]) -> HeatMap:
         of_merges.append(groups)
     rows = []
     for kind in [*kinds, "all"]:
-        values = [overall_kept(groups[kind]) if kind in groups else None for groups in of_merges]
-        rows.append((kind, [KEPT.cell(value) for value in values]))
+        values = [measure.value_of(groups[kind]) if kind in groups else None for groups in of_merges]
+        rows.append((kind, [measure.cell(value) for value in values]))
     return HeatMap(
-        name="kinds",
-        title="kept",
-        note=f"{KEPT.note} {kept_line(reports, names)}",
+        name=f"kinds-{measure.name}",
+        title=measure.title,
+        note=f"{measure.title.capitalize()}: {measure.note}",
         corner="modules",
         columns=names,
         rows=rows,
-        legend=KEPT.legend(),
+        legend=measure.legend(),
     )
 
 
 def _modules_table(reports: Sequence[ReportData], names: Sequence[str]) -> Table:
-    """One row per weight, the one that kept least in any merge first."""
+    """One row per weight, the one that kept least in any merge first; the share in the layers' outputs where all merges have
+    it."""
+    measure = OUTPUT_KEPT if all(report.outputs_measured for report in reports) else KEPT
     of_modules: dict[str, list[float | None]] = {}
     for position, report in enumerate(reports):
         for weight in report.weights:
             shares = of_modules.setdefault(weight.module, [None] * len(reports))
-            shares[position] = overall_kept(weight.values)
-    modules = sorted(of_modules, key=lambda module: _least(of_modules[module]))
+            shares[position] = measure.value_of(weight.values)
+    modules = sorted(of_modules, key=lambda module: _least_or_last(of_modules[module]))
     rows = []
     for module in modules[:MOST_ROWS]:
-        rows.append([text(module), *(number(kept, share_or_dash(kept)) for kept in of_modules[module])])
+        shares = [_least(of_modules[module]), *of_modules[module]]
+        rows.append([text(module), *(number(kept, share_or_dash(kept)) for kept in shares)])
     return Table(
         name="modules",
-        caption="Kept in every weight, worst first",
-        columns=[Column("module"), *(Column(name, "share of the delta that is kept") for name in names)],
+        caption=f"{measure.title.capitalize()} in every weight",
+        columns=[
+            Column("module"),
+            Column("least", "of the merges; the rows are in this order"),
+            *(Column(name, measure.note) for name in names),
+        ],
         rows=rows,
         left_out=len(modules) - len(rows),
     )
 
 
-def _least(shares: Sequence[Any]) -> float:
-    return min((share for share in shares if share is not None), default=float("inf"))
+def _least(shares: Sequence[float | None]) -> float | None:
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _least_or_last(shares: Sequence[float | None]) -> float:
+    least = _least(shares)
+    return math.inf if least is None else least

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,17 @@ from qmerge.schema import (
     ReportData,
     WeightRecord,
     adapter_names,
+    kept_name,
     overall_kept,
 )
-from qmerge.wording import counted, exceeds_all
+from qmerge.wording import counted, exceeds_all, percent
 
 NAME = "qmerge.html"
 WORST = 3
 """Modules that the first screen names."""
+
+ALMOST_ALL = 0.99
+"""Where every module kept this share, none is named as one that kept least."""
 
 SUMMARY_METRICS = METRICS[:6]  # a notebook cell is narrow
 
@@ -52,7 +56,6 @@ def html_report(report: ReportData) -> str:
         **_first_words(report),
         data=drawings,
         drawings=drawings,
-        kept_of_what=kept_of_what(report),
         expert_lines=expert_lines(report),
         has_more_than_all=any(_more_than_all(weight) for weight in report.weights),
         heat_maps=heat_maps(report.weights),
@@ -88,10 +91,21 @@ def _first_words(report: ReportData) -> dict[str, Any]:
         "ratio_name": ratio_name,
         "top_names": TOP_NAMES,
         "overall_kept": overall_kept,
+        "kept_name": kept_name,
+        "kept_of_what": kept_of_what(report),
         "worst": known[:WORST],
+        "all_kept": _all_kept(report.total.values, known),
         "steps": next_steps(report),
         "command": merge_command(report.recipe),
     }
+
+
+def _all_kept(total: Mapping[str, float | None], worst_first: Sequence[WeightRecord]) -> str:
+    """That every module kept almost all, in a sentence; empty where one did not."""
+    shares = [overall_kept(weight.values) for weight in worst_first]
+    if not shares or any(share is not None and share < ALMOST_ALL for share in shares):
+        return ""
+    return f"Every module has at least {percent(ALMOST_ALL)} {kept_name(total)}."
 
 
 def _more_than_all(weight: WeightRecord) -> bool:

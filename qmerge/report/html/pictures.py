@@ -7,10 +7,10 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qmerge.schema import ReportData, WeightRecord, overall_kept
+from qmerge.schema import ReportData, WeightRecord, kept_name, overall_kept
 from qmerge.wording import DASH, decimal, percent, share
 
 LEVELS = 10
@@ -77,11 +77,20 @@ class Measure:
 KEPT = Measure(
     name="kept",
     title="kept",
-    note="Share of the delta that is kept: bright is all of it, dark is none, or far too much.",
-    value_of=overall_kept,
+    note="Share of the delta that is in the stored weights: bright is all of it, dark is none, or far too much.",
+    value_of=lambda values: values["kept"],
     text_of=share,
     level_of=lambda kept: max(1 - abs(1 - kept), 0.0),
     shown_in_legend=(0.0, 0.25, 0.5, 0.75, 1.0),
+)
+
+OUTPUT_KEPT = replace(
+    KEPT,
+    name="output_kept",
+    title="output kept",
+    note="Share of the delta's effect that is in the layers' outputs on the calibration text, which rounding was fitted to: bright "
+    "is all of it, dark is none, or far too much.",
+    value_of=lambda values: values["output_kept"],
 )
 
 NOISE = Measure(
@@ -96,8 +105,16 @@ NOISE = Measure(
 
 
 def heat_maps(weights: Sequence[WeightRecord]) -> list[HeatMap]:
-    """One row per layer, one column per kind of module: the share kept, the size of the delta, the rounding error."""
-    return [layer_map(weights, measure) for measure in (KEPT, _size_measure(weights), NOISE)]
+    """One row per layer, one column per kind of module: the share kept (in the layers' outputs, too, where these were measured),
+    the size of the delta, the rounding error."""
+    measures = [KEPT, _size_measure(weights), NOISE]
+    if _outputs_measured(weights):
+        measures.insert(0, OUTPUT_KEPT)
+    return [layer_map(weights, measure) for measure in measures]
+
+
+def _outputs_measured(weights: Sequence[WeightRecord]) -> bool:
+    return any(weight.values["output_kept"] is not None for weight in weights)
 
 
 def _size_measure(weights: Sequence[WeightRecord]) -> Measure:
@@ -161,7 +178,8 @@ def _kind_of(weight: WeightRecord) -> str:
 
 
 def scatter_data(weights: Sequence[WeightRecord]) -> dict[str, Any]:
-    """Share kept over the size of the delta in steps of the grid, in the order of the sizes.
+    """Share kept over the size of the delta in steps of the grid, in the order of the sizes. The share is that in the layers'
+    outputs where these were measured.
 
     Empty where no weight has both.
     """
@@ -173,7 +191,14 @@ def scatter_data(weights: Sequence[WeightRecord]) -> dict[str, Any]:
             continue
         predicted = weight.values["predicted_kept"]
         drawn = None if predicted is None else _drawn(predicted)
-        points.append((_short(1 / gap_to_delta), _drawn(kept), drawn, f"{weight.module}: {share(kept)} kept"))
+        points.append(
+            (
+                _short(1 / gap_to_delta),
+                _drawn(kept),
+                drawn,
+                f"{weight.module}: {share(kept)} {kept_name(weight.values)}",
+            )
+        )
     if not points:
         return {}
     # uPlot needs its x values in order; equal ones are ordered by name, so that the same report gives the same bytes.
@@ -181,6 +206,7 @@ def scatter_data(weights: Sequence[WeightRecord]) -> dict[str, Any]:
     steps, kept_shares, predicted_shares, labels = zip(*points, strict=True)
     return {
         "steps": steps,
+        "name": (OUTPUT_KEPT if _outputs_measured(weights) else KEPT).title,
         "kept": kept_shares,
         "predicted": predicted_shares,
         "labels": labels,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qmerge import plugins
 from qmerge.report.terminal.console import printable
-from qmerge.schema import ReportData, WeightRecord, overall_kept
+from qmerge.schema import ReportData, WeightRecord, kept_name, overall_kept
 from qmerge.wording import DASH, decimal_or_dash, percent_or_dash, share_or_dash
 
 METRICS = (
@@ -97,7 +97,7 @@ def weights_table(report: ReportData) -> Table:
         rows.append(cells)
     return Table(
         name="weights",
-        caption="Every weight, worst first",
+        caption=f"Every weight, least {kept_name(report.total.values)} first",
         columns=columns,
         rows=rows,
         left_out=len(weights) - len(rows),

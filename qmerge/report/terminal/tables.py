@@ -18,7 +18,7 @@ from qmerge.report.headline import (
     verdict_sentence,
     way_to_measure,
 )
-from qmerge.report.side_by_side import almost_base_lines, measured_on_lines
+from qmerge.report.side_by_side import almost_base_lines, measured_on_lines, without_verdict_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
 from qmerge.wording import (
@@ -39,6 +39,7 @@ BITS_NOTE = ("bits", "per weight, scales included")
 DELTA_NOTE = ("delta", "size of the change, relative to the weights")
 KEPT_NOTE = ("kept", "share of the delta that is in the stored weights")
 NOISE_NOTE = ("noise", "rounding error of the weights; 1 is as large as the delta")
+OUTPUT_NOISE_NOTE = ("output noise", "error of these outputs; 1 is as large as the delta's effect")
 GAIN_NOTE = ("gain kept", "share of what the adapter improves the loss by; 1 is all")
 KL_TAIL_NOTE = ("KL, 99th %", "at 99 % of all positions, KL to the unmerged model is less")
 MOST_KINDS = 9
@@ -135,7 +136,7 @@ def _survival_notes(report: ReportData, predicted: str, outputs_seen: bool) -> l
     if outputs_seen:
         notes += [
             ("output kept", f"the same in the layers' outputs, on {report.calibration_text}"),
-            ("output noise", "error of these outputs; 1 is as large as the delta's effect"),
+            OUTPUT_NOISE_NOTE,
         ]
     else:
         notes += [
@@ -160,11 +161,16 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
         names: of merges, one for each report; without, the targets are the names.
     """
     judged = any(report.fidelity for report in reports)
-    first = ("verdict", "gain\nkept", "KL\nratio") if judged else ()
-    last = ("kept",) if judged else ("noise", "kept")
+    outputs_seen = any(report.outputs_measured for report in reports)
+    first = ["verdict", "gain\nkept", "KL\nratio"] if judged else []
+    last = ["kept"] if judged else ["noise", "kept"]
+    if outputs_seen:
+        last += [f"output\n{name}" for name in last]
+    has_bits = not (judged and outputs_seen)  # there is no room for more than nine columns
     heading = "merge" if names else "target"
-    table = make_table("What survives", (heading, *first, "bits", "size", *last))
+    table = make_table("What survives", (heading, *first, *(["bits"] if has_bits else []), "size", *last))
     table.add_column("rounding")
+    table.columns[0].overflow = "fold"
     if judged:
         table.columns[1].no_wrap = True  # two words
     called = names or [report.recipe["target"] for report in reports]
@@ -172,47 +178,44 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
         cells = [safe(name)]
         if judged:
             cells += _fidelity_cells(report.fidelity)
-        cells += [f"{report.bits_per_weight:.3g}", size_text(report.bytes_out)]
-        if judged:
-            cells.append(share_or_dash(_kept(report)))
-        else:
-            cells += [decimal_or_dash(_noise(report)), kept_beside(_noise(report), _kept(report))]
+        if has_bits:
+            cells.append(f"{report.bits_per_weight:.3g}")
+        cells.append(size_text(report.bytes_out))
+        cells += _shares_cells(report, judged=judged, prefix="")
+        if outputs_seen:
+            cells += _shares_cells(report, judged=judged, prefix="output_")
         table.add_row(*cells, report.rounding)
     lines = [
-        *above_all_lines(map(_kept, reports)),
+        *above_all_lines(report.total.values[name] for report in reports for name in ("kept", "output_kept")),
         *map(printable, almost_base_lines(reports, called)),
         *_measured_on_lines(reports, called),
         *loader_lines(list(dict.fromkeys(report.recipe["target"] for report in reports))),
     ]
-    return with_notes(table, _measured_notes(reports, judged), lines)
+    return with_notes(table, _measured_notes(judged, outputs_seen), lines)
 
 
-def _measured_notes(reports: Sequence[ReportData], judged: bool) -> list[tuple[str, str]]:
-    kept, noise = [KEPT_NOTE], NOISE_NOTE
-    if any(report.outputs_measured for report in reports):
-        kept = [
-            ("kept", "share of the delta: in layers' outputs, on the calibration text,"),
-            ("", "where rounding was calibrated (preserve); else in the weights"),
-        ]
-        noise = ("noise", "rounding error, measured as 'kept' is; 1 is as large as the delta")
+def _measured_notes(judged: bool, outputs_seen: bool) -> list[tuple[str, str]]:
+    outputs = [("output kept", "the same in the layers' outputs, on the calibration text")] if outputs_seen else []
     if judged:
-        return [GAIN_NOTE, KL_NOTE, BITS_NOTE, *kept]
-    return [BITS_NOTE, noise, *kept, ("", "(75 %): the noise is larger")]
+        bits = [] if outputs_seen else [BITS_NOTE]
+        return [GAIN_NOTE, KL_NOTE, *bits, KEPT_NOTE, *outputs]
+    noise = [OUTPUT_NOISE_NOTE] if outputs_seen else []
+    return [BITS_NOTE, NOISE_NOTE, KEPT_NOTE, *outputs, *noise, ("", "(75 %): the noise is larger")]
 
 
-def _kept(report: ReportData) -> float | None:
-    return overall_kept(report.total.values)
+def _shares_cells(report: ReportData, *, judged: bool, prefix: str) -> list[str]:
+    """The share kept; of models that were not judged, also the noise, which it does not show.
 
-
-def _noise(report: ReportData) -> float | None:
-    values = report.total.values
-    return values["noise"] if values["output_kept"] is None else values["output_noise"]
+    Args:
+        prefix: empty for the stored weights, ``output_`` for the layers' outputs.
+    """
+    kept, noise = report.total.values[f"{prefix}kept"], report.total.values[f"{prefix}noise"]
+    return [share_or_dash(kept)] if judged else [decimal_or_dash(noise), kept_beside(noise, kept)]
 
 
 def _measured_on_lines(reports: Sequence[ReportData], names: Sequence[str]) -> list[str]:
-    """What the whole models were measured on; that they were not measured, where none was."""
-    lines = measured_on_lines(reports, names)
-    return [printable(line) for line in lines] or ["The whole models were not measured: --verify FILE does."]
+    """What the whole models were measured on, and which were not measured."""
+    return [printable(line) for line in [*measured_on_lines(reports, names), *without_verdict_lines(reports, names)]]
 
 
 def _fidelity_cells(fidelity: FidelityRecord | None) -> list[str]:

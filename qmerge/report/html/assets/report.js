@@ -104,7 +104,7 @@
     }
     return numbers;
   };
-  const keptAxis = () => axis("kept", { values: (plot, values) => values.map(percent), size: 60 });
+  const keptAxis = (name) => axis(name, { values: (plot, values) => values.map(percent), size: 60 });
 
   function draw(name, options, values) {
     const place = document.querySelector(`[data-drawing=${name}]`);
@@ -147,7 +147,7 @@
     ctx.restore();
   }
 
-  function drawScatter({ steps, kept, predicted, labels, half, least, most }) {
+  function drawScatter({ steps, name, kept, predicted, labels, half, least, most }) {
     const picked = document.querySelector("[data-picked=scatter]");
     const dots = (label, colour, fill) => ({
       label, stroke: () => css(colour), paths: () => null,
@@ -160,8 +160,8 @@
       axes: [axis("size of the delta, in steps of the grid", {
         splits: () => roundNumbers(low, high), filter: (plot, splits) => splits,
         values: (plot, splits) => splits.map((split) => String(Number(split.toPrecision(1)))),
-      }), keptAxis()],
-      series: [{}, dots("predicted for rounding to nearest", "--ring", false), dots("kept", "--dot", true)],
+      }), keptAxis(name)],
+      series: [{}, dots("predicted for rounding to nearest", "--ring", false), dots(name, "--dot", true)],
       legend: { live: false },
       cursor: { drag: { x: false, y: false }, points: { show: false } },
       hooks: {
@@ -184,7 +184,7 @@
     const ofSizes = { label: "size", stroke: () => css("--quiet"), dash: [2, 3], value: (plot, value) => (value === null ? "–" : value.toFixed(2)), points: { show: false } };
     draw("ranks", {
       scales: { x: { time: false }, y: { range: [least, most] } },
-      axes: [axis("rank, by the size of its singular value", { incrs: [1, 2, 5, 10, 20, 50, 100] }), keptAxis()],
+      axes: [axis("rank, by the size of its singular value", { incrs: [1, 2, 5, 10, 20, 50, 100] }), keptAxis("kept")],
       series: [{ label: "rank", value: (plot, value) => (value === null ? "–" : String(value)) }, ofSizes, ...series],
       cursor: { drag: { x: false, y: false } },
     }, [sizes.map((_, index) => index + 1), sizes, ...lines.map(({ kept }) => kept)]);
