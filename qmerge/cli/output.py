@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from qmerge.errors import OK, PAST_LIMIT, StoppedError
-from qmerge.report.headline import MEASURING
+from qmerge.report.headline import MEASURING, calibration_lines
 from qmerge.report.limits import past_limits
 from qmerge.schema import ReportData
 
@@ -40,7 +40,7 @@ def print_report(report: ReportData, measuring: str = MEASURING) -> None:
 
     for table in report_tables(report, measuring):
         stdout().print(table)
-    for line in extra_lines(report):
+    for line in [*calibration_lines(report), *extra_lines(report)]:
         typer.echo(line)
 
 

@@ -34,6 +34,8 @@ GAIN_ABOVE_ALL = 1.02
 MEASURING = "qmerge verify OUT --text FILE"
 """Measures a whole model. In files of a folder, which may be moved, the folder is called OUT, and its inputs have no paths."""
 
+CALIBRATE = "Calibrate on text of your task to keep more"
+
 HARDLY_KEPT = 0.05
 """Share of the delta below which the merge holds almost nothing of the adapter."""
 
@@ -127,6 +129,14 @@ def unmeasured_lines(report: ReportData, measuring: str = MEASURING) -> list[str
     return [first, measured_instead(report), f"{last}."]
 
 
+def needs_users_text(report: ReportData) -> bool:
+    """Whether rounding was calibrated on text that the user did not give, and the model is not as good as it could be."""
+    calibration, fidelity = report.calibration, report.fidelity
+    if calibration is None or calibration.is_users_text or "preserve" not in report.rounding:
+        return False
+    return fidelity is not None and fidelity.verdict not in (None, "kept")
+
+
 def way_to_measure(report: ReportData, command: str = MEASURING) -> str:
     """How to measure the whole model on a text.
 
@@ -165,6 +175,13 @@ def share_of(kept: float) -> str:
     if exceeds_all(kept):
         return f"there is {kept:.2f} times"
     return f"there is {share(kept)} of"
+
+
+def calibration_lines(report: ReportData) -> list[str]:
+    """That text of the task may keep more, where ``needs_users_text``."""
+    if not needs_users_text(report):
+        return []
+    return [f"Rounding was calibrated on {report.calibration_text}. {CALIBRATE}: --calibration FILE"]
 
 
 def kept_of_what(report: ReportData) -> str:

@@ -11,7 +11,7 @@ from qmerge.formats import get_target
 from qmerge.formats.serving import programs_for
 from qmerge.gguf.output import FILE
 from qmerge.recipe import Recipe
-from qmerge.report.headline import OTHER_TEXT
+from qmerge.report.headline import CALIBRATE, OTHER_TEXT, needs_users_text
 from qmerge.schema import ReportData, overall_kept
 
 ENOUGH_KEPT = 0.95
@@ -76,7 +76,9 @@ def next_steps(report: ReportData) -> list[NextStep]:
         steps.append(NextStep("Measure it on a text of your own task:", "qmerge verify OUT --text FILE"))
     steps += _steps_to_use(report)
     if fidelity.verdict == "mostly kept":
-        steps += _steps_to_repair(report)[:1]
+        # Where calibration had other text, text of the task is the first thing to try.
+        position = 0 if needs_users_text(report) else len(steps)
+        steps.insert(position, _steps_to_repair(report)[0])
     return steps
 
 
@@ -128,7 +130,7 @@ def _steps_to_repair(report: ReportData) -> list[NextStep]:
         words = "Merge again with rounding that is calibrated on text like your training data:"
         changes["rounding"] = "preserve"
     elif report.calibration is None or not report.calibration.is_users_text:
-        words = "Merge again, calibrated on text like your training data:"
+        words = f"{CALIBRATE}, for example on your training data:"
     elif report.recipe.get("promote") or get_target(report.recipe["target"]).info.container:
         return [NextStep(f"C{other}", plan)]
     else:

@@ -10,6 +10,7 @@ import typer
 from qmerge.cli import app
 from qmerge.formats.serving import programs_for
 from qmerge.recipe import Recipe, make_recipe
+from qmerge.report.headline import calibration_lines
 from qmerge.report.next_steps import merge_command, next_steps
 from qmerge.schema import CalibrationRecord, FidelityRecord, ReportData
 
@@ -68,6 +69,7 @@ CALIBRATED = "--rounding preserve --calibration TRAINING.jsonl"
 LOST = fidelity(0.0, 1.0)
 KEPT = fidelity(0.99, 0.001)
 GENERAL = fidelity(0.99, 0.001, text_kind="general")
+GENERATED = fidelity(0.9, 0.1, text_kind="generated")
 USERS_TEXT = CalibrationRecord(source="mine.txt", tokens=16384)
 OF_THE_MODEL = CalibrationRecord(source="generate", tokens=16384)
 # Name → verdict, calibration (None: nearest rounding), and what the commands contain.
@@ -76,6 +78,11 @@ CASES: dict[str, tuple[FidelityRecord | None, CalibrationRecord | None, list[str
     "kept": (KEPT, None, ["qmerge verify OUT"]),
     "kept on general text": (GENERAL, None, ["--text FILE", "qmerge verify OUT"]),
     "mostly kept": (fidelity(0.9, 0.1), None, ["qmerge verify OUT", CALIBRATED]),
+    "mostly kept on the model's text": (
+        GENERATED,
+        OF_THE_MODEL,
+        ["--calibration TRAINING.jsonl", "--text FILE", "verify OUT"],
+    ),
     "lost by nearest": (LOST, None, [CALIBRATED, "qmerge plan --base b"]),
     "lost on the model's text": (LOST, OF_THE_MODEL, ["--calibration TRAINING.jsonl", "qmerge plan"]),
     "lost on the user's text": (LOST, USERS_TEXT, ["--promote 100MB", "qmerge plan"]),
@@ -108,6 +115,16 @@ def test_dense_weights_are_not_advised_where_they_cannot_be_or_are_already(more:
     assert not any(
         "--promote 100MB --out" in (step.command or "") or "leave the weights" in step.text for step in steps
     )
+
+
+def test_text_of_the_task_is_the_first_advice_where_calibration_had_none() -> None:
+    measured, _ = shown("mostly kept on the model's text")
+    assert next_steps(measured)[0].text.startswith("Calibrate on text of your task")
+    assert calibration_lines(measured) == [
+        "Rounding was calibrated on text that the model wrote. Calibrate on text of your task to keep more: --calibration FILE"
+    ]
+    for changes in ({"fidelity": KEPT}, {"calibration": USERS_TEXT}, {"rounding": "nearest", "calibration": None}):
+        assert not calibration_lines(measured.model_copy(update=changes)), changes
 
 
 def test_what_was_only_measured_is_written_first() -> None:
