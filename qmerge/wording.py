@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 DASH = "–"
 """A table shows this where a value does not exist."""
 
+MOST_PERCENT = 2.0
+"""Shares up to here are shown as percentages, so that those of one column are read alike."""
+
 
 def percent(share: float) -> str:
     """A fraction of 1 as a percentage. ``0.0123`` → ``1.2 %``: two digits below 10 %, whole numbers above."""
@@ -48,13 +51,11 @@ def percent_with_tenths(share: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share kept: a percentage up to 100 %, and a factor above, which is too much rather than more than all.
+    """A share kept: a percentage up to 200 %, and a factor above. Tables explain what is above 100 %: it is too much.
 
-    ``0.78`` → ``78 %``, ``1.33`` → ``1.33x``.
+    ``0.78`` → ``78 %``, ``1.33`` → ``133 %``, ``7.0`` → ``7.00x``.
     """
-    if exceeds_all(value):
-        return f"{value:.2f}x"
-    return percent(value)
+    return percent(value) if value <= MOST_PERCENT else f"{value:.2f}x"
 
 
 def exceeds_all(value: float | None) -> bool:

@@ -35,6 +35,13 @@ def test_decimal(value: float, text: str) -> None:
     assert wording.decimal(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.2, "-20 %"), (0.78, "78 %"), (1.06, "106 %"), (2.0, "200 %"), (2.01, "2.01x"), (7, "7.00x")]
+)
+def test_shares(value: float, text: str) -> None:
+    assert wording.share(value) == text
+
+
 def test_what_does_not_exist_is_a_dash() -> None:
     assert wording.percent_or_dash(None) == wording.decimal_or_dash(None) == wording.fixed_or_dash(None, 3) == "–"
     assert wording.percent_or_dash(0.5) == "50 %" and wording.decimal_or_dash(0.5) == "0.50"

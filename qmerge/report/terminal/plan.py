@@ -107,7 +107,7 @@ def targets_table(targets: list[dict[str, Any]], *, for_any_program: bool = True
     notes = [
         ("bits", "per weight, scales included"),
         ("noise", "rounding error; 1: as large as the delta, no better than the base"),
-        ("kept", "share of the delta; 1.33x: too much; (75 %): the noise is larger"),
+        ("kept", "share of the delta; 133 %: too much; (75 %): the noise is larger"),
         ("step/delta", "distance between neighbouring levels, relative to the delta"),
     ]
     names = [target["target"] for target in targets]
