@@ -126,7 +126,7 @@ def verify_command(
         print_json(described)
     else:
         for check in checks:
-            typer.echo(check_line(check.name, check.ok, check.found, is_warning=check.is_warning))
+            typer.echo(check_line(check))
         if fidelity:
             stdout().print(fidelity_table(fidelity, measuring_command(str(out), against)))
     raise typer.Exit(OK if all_ok else InputError.exit_code)

@@ -47,7 +47,7 @@ def run_demo(keep: Path | None) -> None:
         stdout().print(_fidelity_table(fidelity_of_rounding))
         stdout().print(survival_table(report))
         for check in verify(merged):
-            typer.echo(check_line(check.name, check.ok, check.found, is_warning=check.is_warning))
+            typer.echo(check_line(check))
         typer.echo(
             f"\nThe merged models are in {folder}." if keep else "\nTo keep the merged models: qmerge demo --out DIR"
         )

@@ -24,6 +24,7 @@ from qmerge.planning.plan import Plan, Shard, make_run_context, plan_from
 from qmerge.recipe import Recipe
 from qmerge.report.environment import device_name, installed_versions
 from qmerge.report.make import IDENTITY_PACKAGES
+from qmerge.report.result import LeftOut
 from qmerge.safetensors_io.disk import read_range
 from qmerge.safetensors_io.header import read_header
 from qmerge.safetensors_io.reader import Reader
@@ -44,7 +45,7 @@ def check_against_inputs(folder: Path, report: ReportData, *, every: bool) -> st
         every: all weights; else one of each file, chosen at random, and none where the inputs are not at hand.
 
     Returns:
-        One line with the result.
+        One line with the result; ``LeftOut`` where nothing was computed.
 
     Raises:
         CheckpointError: a weight has other bytes; if ``every``, also where none can be computed again.
@@ -55,7 +56,7 @@ def check_against_inputs(folder: Path, report: ReportData, *, every: bool) -> st
         except QmergeError as error:
             if every:  # it was asked for, so that not doing it is a fault
                 raise CheckpointError(str(error)) from error
-            return f"left out: {error}"
+            return LeftOut(f"left out: {error}")
         chosen = {shard.file: _chosen(shard, report, every=every) for shard in plan.shards}
         different = []
         for shard in plan.shards:
@@ -83,7 +84,7 @@ def _chosen(shard: Shard, report: ReportData, *, every: bool) -> list[Step]:
 def _result(names: list[str], plan: Plan, report: ReportData, *, every: bool) -> str:
     preserved = sum(not _can_be_recomputed(step, report) for step in plan.steps)
     if not names:
-        return "left out: preserve rounded all weights, so only their hashes are compared"
+        return LeftOut("left out: preserve rounded all weights, so only their hashes are compared")
     found = f"computed again, same bytes: {listed(names)} (1 of each file, seed {SEED})"
     if every:
         found = f"{len(names)} of {len(plan.steps)} weights computed again, same bytes"

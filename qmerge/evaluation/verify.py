@@ -31,7 +31,7 @@ from qmerge.gguf.base import gguf_file
 from qmerge.gguf.converter import packages
 from qmerge.gguf.header import read_header
 from qmerge.report.output_record import check_checksum
-from qmerge.report.result import Check
+from qmerge.report.result import Check, LeftOut
 from qmerge.safetensors_io.disk import hash_file
 from qmerge.safetensors_io.reader import Reader
 from qmerge.schema import NAME, FileRecord, ReportData, read_report
@@ -72,13 +72,14 @@ def verify(
     if reload:
         checks.append(_run_check("reload", lambda: check_reload(folder, loader or default_loader(folder), report)))
     else:
-        checks.append(Check("reload", True, "not asked for"))
+        checks.append(Check("reload", True, "not asked for", is_left_out=True))
     return checks
 
 
 def _run_check(name: str, check: Callable[[], str]) -> Check:
     try:
-        return Check(name, True, check())
+        found = check()
+        return Check(name, True, str(found), is_left_out=isinstance(found, LeftOut))
     except RecipeError:  # the command line is wrong, not the folder
         raise
     except QmergeError as error:
@@ -218,7 +219,7 @@ def check_reload(folder: Path, loader: str, report: ReportData) -> str:
     """
     problem = _too_large(folder)
     if problem:
-        return f"left out: {problem}"
+        return LeftOut(f"left out: {problem}")
     try:
         return load(folder, loader)
     except WrongOutputsError as error:

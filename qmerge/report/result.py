@@ -69,18 +69,25 @@ class Report:
         return capture.get()
 
 
+class LeftOut(str):
+    """What a check returns that was not done: why, in one line."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One check of a folder.
 
-    found       one line, the result or the error
-    is_warning  nothing is wrong with the files, but the model cannot be used as they are
+    ok           nothing wrong was found, which is also so where the check was left out
+    found        one line, the result or the error
+    is_warning   nothing is wrong with the files, but the model cannot be used as they are
+    is_left_out  the check was not done; ``found`` says why
     """
 
     name: str
     ok: bool
     found: str
     is_warning: bool = False
+    is_left_out: bool = False
 
 
 class Checks(list[Check]):

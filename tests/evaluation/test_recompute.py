@@ -113,7 +113,9 @@ def test_inputs_that_are_missing_or_others(inputs: tuple[Path, Path], tmp_path: 
     plain, asked = ("verify", out, "--no-reload"), ("verify", out, "--no-reload", "--against-inputs")
     ran = cli(*plain)
     assert (
-        ran.code == 0 and "inputs: left out" in ran.out and "not the file that was merged" in " ".join(ran.out.split())
+        ran.code == 0
+        and "-      inputs: left out" in ran.out
+        and "not the file that was merged" in " ".join(ran.out.split())
     )
     assert cli(*asked).code == 3
     (adapter / "adapter_config.json").write_text(config)

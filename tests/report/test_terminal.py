@@ -10,10 +10,12 @@ from rich.console import Console
 
 from qmerge.cli.output import measuring_command
 from qmerge.progress import announced
+from qmerge.report.result import Check
 from qmerge.report.terminal import console, progress
 from qmerge.report.terminal.plan import targets_table
 from qmerge.report.terminal.progress import TerminalProgress
 from qmerge.report.terminal.tables import (
+    check_line,
     extra_lines,
     fidelity_table,
     measured_table,
@@ -300,6 +302,19 @@ def test_lines_about_several_adapters_and_additions() -> None:
     assert lines[1] == "Left unquantized, because they kept least: model.layers.0.q_proj[2J."
     assert "a LoRA of rank 8 (1.23 MB) that compensates for the rounding error" in lines[2]
     assert "0.300 deltas instead of 0.900" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("check", "line"),
+    [
+        (Check("hashes", True, "8 files"), "ok     hashes: 8 files"),
+        (Check("hashes", False, "one has changed"), "FAILED hashes: one has changed"),
+        (Check("tokenizer", True, "none", is_warning=True), "WARN   tokenizer: none"),
+        (Check("inputs", True, "left out: not at hand", is_left_out=True), "-      inputs: left out: not at hand"),
+    ],
+)
+def test_what_was_not_checked_is_not_ok(check: Check, line: str) -> None:
+    assert check_line(check) == line
 
 
 def test_names_from_files_cannot_steer_the_terminal() -> None:

@@ -18,6 +18,7 @@ from qmerge.report.headline import (
     verdict_sentence,
     way_to_measure,
 )
+from qmerge.report.result import Check
 from qmerge.report.side_by_side import almost_base_lines, measured_on_lines, without_verdict_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
@@ -315,9 +316,13 @@ def llama_cpp_line(record: FidelityRecord) -> str:
     )
 
 
-def check_line(name: str, ok: bool, result: str, *, is_warning: bool = False) -> str:
-    """``ok     hashes: 1 file``: one check of ``qmerge verify``."""
-    mark = "FAILED"
-    if ok:
-        mark = "WARN  " if is_warning else "ok    "
-    return printable(f"{mark} {name}: {result}")
+def check_line(check: Check) -> str:
+    """``ok     hashes: 1 file``: one check of ``qmerge verify``. One that was left out has found nothing, and is not ok."""
+    mark = "ok"
+    if not check.ok:
+        mark = "FAILED"
+    elif check.is_left_out:
+        mark = "-"
+    elif check.is_warning:
+        mark = "WARN"
+    return printable(f"{mark:<6} {check.name}: {check.found}")
