@@ -51,8 +51,11 @@ def browser() -> Iterator[Any]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     other = full_report(recipe={"target": "gptq"}, bits_per_weight=4.2)
+    ranked = full_report().groups[0]
+    many = [ranked.model_copy(update={"name": f"kind {number}"}) for number in range(8)]
     pages = {
         "report": html_report(full_report()),
+        "kinds": html_report(full_report(groups=many)),
         "comparison": comparison_page([full_report(), other], ["one", HOSTILE]),
     }
     for name, page in pages.items():
@@ -168,6 +171,14 @@ def test_maps_and_drawings(open_page: Any) -> None:
     assert shown.count() == 1 and "0.40 %" in shown.inner_text()
     page.hover("[data-drawing=scatter] .u-over", position={"x": 1, "y": 5})
     assert "model.layers.0." in page.inner_text("[data-picked=scatter]")
+
+
+def test_lines_of_one_colour_have_other_frames_in_the_legend(open_page: Any) -> None:
+    markers = open_page("kinds").page.locator("[data-drawing=ranks] .u-legend .u-marker").all()
+    look = "e => { const style = getComputedStyle(e); return style.borderTopColor + ' ' + style.borderTopStyle; }"
+    looks = [marker.evaluate(look) for marker in markers[1:]]  # the first is that of the axis
+    assert len(looks) == len(set(looks)) == 10, looks  # eight kinds, all, and the sizes
+    assert len({found.rpartition(" ")[0] for found in looks}) < 10, "the control: fewer colours than lines"
 
 
 def test_the_keyboard_reaches_everything(open_page: Any) -> None:

@@ -187,6 +187,8 @@
       axes: [axis("rank, by the size of its singular value", { incrs: [1, 2, 5, 10, 20, 50, 100] }), keptAxis("kept")],
       series: [{ label: "rank", value: (plot, value) => (value === null ? "–" : String(value)) }, ofSizes, ...series],
       cursor: { drag: { x: false, y: false } },
+      // There are more kinds than colours: the frame of a name in the legend is dashed as its line is.
+      legend: { markers: { dash: (plot, index) => (index === 1 ? "dotted" : plot.series[index].dash ? "dashed" : "solid") } },
     }, [sizes.map((_, index) => index + 1), sizes, ...lines.map(({ kept }) => kept)]);
   }
 
