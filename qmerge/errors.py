@@ -13,7 +13,8 @@ QmergeError                   the message is one line: what is wrong, where, wha
 ├── HubError          (8)     the Hub cannot be reached, or refused to write
 └── StoppedError    (130)     Ctrl-C or SIGTERM; --resume goes on
 
-Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio.
+Further exit codes: 0 done; 1 a bug, with traceback; 5 done, but past --min-kept or --max-kl-ratio;
+141 nobody reads the output any more (``| head``).
 """
 
 import errno
@@ -23,6 +24,7 @@ import re
 OK = 0
 BUG = 1
 PAST_LIMIT = 5
+CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE has ended
 
 OUT_OF_MEMORY = ("not enough memory", "allocate memory", "out of memory", "_ALLOC_FAILED")
 """Parts of messages of torch (CPU) and CUDA, which raise RuntimeError; of cuBLAS and cuSOLVER, which need memory to work in."""

@@ -102,7 +102,7 @@ def test_table_of_commands_is_the_programs() -> None:
 
 def test_table_of_exit_codes_is_the_programs() -> None:
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.QmergeError)}
-    codes = raised | {errors.OK, errors.BUG, errors.PAST_LIMIT}
+    codes = raised | {errors.OK, errors.BUG, errors.PAST_LIMIT, errors.CLOSED_PIPE}
     assert set(rows(section(COMMAND_LINE, "Exit codes"))) == {str(code) for code in codes}
 
 

@@ -19,7 +19,7 @@ from qmerge.cli import checking, folders, merging, overview, recipe_file
 from qmerge.cli.help import HELP_PANEL, Command, Group, reflowed
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
 from qmerge.cli.output import nothing_to_resume
-from qmerge.errors import QmergeError, RecipeError
+from qmerge.errors import CLOSED_PIPE, QmergeError, RecipeError
 from qmerge.recipe import Recipe
 from qmerge.report.environment import check_environment, version_lines
 from qmerge.safetensors_io.disk import failure_of_machine
@@ -134,6 +134,11 @@ def main() -> None:
         # Ctrl-C before a command begins. Commands handle it themselves.
         with hub.one_commit_each(), nothing_to_resume():
             app(prog_name="qmerge")  # also for python -m qmerge
+    except SystemExit as ended:
+        # typer and rich end with 1 then, which is the code of a bug.
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(CLOSED_PIPE)
+        raise
     except QmergeError as error:
         _end_with(error)
     except (OSError, MemoryError, RuntimeError) as cause:

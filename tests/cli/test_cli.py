@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -130,6 +131,19 @@ def test_help_is_quick() -> None:
         [sys.executable, "-c", f"{code}print('torch' in sys.modules)"], capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", ["formats", "inspect"], ids=["lines", "a table of rich"])
+def test_a_reader_that_ends_is_no_bug(command: str) -> None:
+    """As ``qmerge formats | head -1``: both libraries that print would end with 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [str(Path(qmerge.__file__).parent / "demo/adapter")] if command == "inspect" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "qmerge", command, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_version_is_that_of_the_package() -> None:
