@@ -178,4 +178,4 @@ def compare_command(
         return
     stdout().print(measured_table(reports, names))
     write_file(html, comparison_page(reports, names).encode())
-    typer.echo(str(html))
+    typer.echo(f"Page written to {html}")

@@ -87,6 +87,8 @@ def _steps_to_write(report: ReportData) -> list[NextStep]:
     write = NextStep("Nothing was written. This merge writes the model:", merge_command(report.recipe))
     if report.fidelity and report.fidelity.verdict in ("damaged", "lost"):
         return [*_steps_to_repair(report), write]
+    if report.fidelity is None:
+        return [write, NextStep("To measure the whole model, add --verify FILE to this command or to qmerge measure.")]
     return [write]
 
 

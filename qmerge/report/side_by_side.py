@@ -44,7 +44,7 @@ def without_verdict_lines(reports: Sequence[ReportData], names: Sequence[str]) -
     whose = "The whole models were" if len(missing) == len(reports) else f"The whole model of {', '.join(missing)} was"
     return [
         f"{whose} not measured: a merge with --verify FILE does that.",
-        f"A finished merge: {MEASURING} prints the same numbers.",
+        f"A finished merge: {MEASURING} prints these numbers.",
     ]
 
 

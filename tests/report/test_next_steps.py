@@ -132,6 +132,7 @@ def test_what_was_only_measured_is_written_first() -> None:
     unwritten = {"outputs": []}
     (step,) = next_steps(shown("kept")[0].model_copy(update=unwritten))
     assert step.command and parsed(step.command)["out"] and "Nothing was written" in step.text
+    assert "--verify FILE" in next_steps(shown("unmeasured")[0].model_copy(update=unwritten))[1].text
     steps = next_steps(shown("lost by nearest")[0].model_copy(update=unwritten))
     assert [CALIBRATED in (step.command or "") for step in steps] == [True, False, False]
     assert all("verify OUT" not in (step.command or "") for step in steps)

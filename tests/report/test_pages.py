@@ -282,7 +282,7 @@ def test_only_like_is_compared_with_like() -> None:
     weights, outputs = page.split('<table class="heat">')[1:3]
     assert re.search(r'down_proj</th><td class="l7">78 %</td><td class="l7">78 %</td>', weights)
     assert re.search(r'down_proj</th><td class="l8">82 %</td><td></td>', outputs)
-    assert "Output kept: Share of the delta&#39;s effect" in page
+    assert "Output kept: share of the delta&#39;s effect" in page
     assert 'data-n="0.78">78 %</td><td data-n="0.82">82 %' in page and 'data-n="0.78">78 %</td><td data-n="">–' in page
     assert "Kept in every weight" in page and "Output kept in every weight" not in page
     assert "Output kept in every weight" in comparison_page([measured, measured], ["a", "b"])
@@ -304,7 +304,7 @@ def test_no_module_is_blamed_where_all_kept_almost_all() -> None:
         for weight in shown.weights:
             weight.values["kept"] = 0.995
         page = plain(html_report(shown))
-        assert f"Every module has at least 99 % {words}." in page and "modules that kept least" not in page
+        assert f"Every module: at least 99 % {words}." in page and "modules that kept least" not in page
     shown.weights[0].values["output_kept"] = 0.98
     assert "modules that kept least" in html_report(shown)
 

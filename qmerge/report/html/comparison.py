@@ -124,7 +124,7 @@ def _kinds_map(reports: Sequence[ReportData], names: Sequence[str], measure: Mea
     return HeatMap(
         name=f"kinds-{measure.name}",
         title=measure.title,
-        note=f"{measure.title.capitalize()}: {measure.note}",
+        note=f"{measure.title.capitalize()}: {measure.note[0].lower()}{measure.note[1:]}",
         corner="modules",
         columns=names,
         rows=rows,

@@ -105,7 +105,7 @@ def _all_kept(total: Mapping[str, float | None], worst_first: Sequence[WeightRec
     shares = [overall_kept(weight.values) for weight in worst_first]
     if not shares or any(share is not None and share < ALMOST_ALL for share in shares):
         return ""
-    return f"Every module has at least {percent(ALMOST_ALL)} {kept_name(total)}."
+    return f"Every module: at least {percent(ALMOST_ALL)} {kept_name(total)}."
 
 
 def _more_than_all(weight: WeightRecord) -> bool:
