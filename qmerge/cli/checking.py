@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qmerge.cli.options import Device, Json, MergedFolder, Quiet, flag
-from qmerge.cli.output import measuring_command, print_json
+from qmerge.cli.output import print_json
 from qmerge.errors import OK, InputError, RecipeError
 from qmerge.recipe import JUDGED_TOKENS
 
@@ -88,6 +88,7 @@ def verify_command(
     from qmerge.evaluation.verify import verify
     from qmerge.evaluation.whole_fidelity import check_text
     from qmerge.gguf.base import gguf_file
+    from qmerge.report.headline import measuring_command
     from qmerge.report.result import Check
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress

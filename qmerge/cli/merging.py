@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmerge.cli.options import HelpAll, Json, Quiet, Resume, Shard, flag, with_recipe_options
-from qmerge.cli.output import exit_code, measuring_command, nothing_to_resume, print_json, print_report
+from qmerge.cli.output import exit_code, nothing_to_resume, print_json, print_report
 from qmerge.errors import RecipeError, StoppedError
-from qmerge.recipe import DEFAULT_TARGET, Recipe, find_inputs, make_recipe, names_for_against, read_recipe
-from qmerge.report.headline import MEASURING
+from qmerge.recipe import DEFAULT_TARGET, Recipe, find_inputs, make_recipe, read_recipe
+from qmerge.report.headline import measuring_command_of
 from qmerge.schema import RECIPE_NAME
 from qmerge.wording import counted
 
@@ -227,7 +227,7 @@ def _end_merge(
     if json:
         typer.echo(report.model_dump_json(indent=1))
     else:
-        print_report(report, _measuring(recipe))
+        print_report(report, measuring_command_of(recipe))
         progress.warn_again(report.warnings)
         for line in _closing_lines(recipe, report.seconds, seconds, patch):
             typer.echo(line)
@@ -243,13 +243,6 @@ def _recipe(settings: dict[str, Any], progress: TerminalProgress) -> Recipe:
     if isinstance(adapters, (list, tuple)) and len(adapters) == 1:
         settings = {**settings, "adapter": adapters[0]}
     return with_named_base(make_recipe(settings), progress.note)
-
-
-def _measuring(recipe: Recipe) -> str:
-    """The command that measures the finished model."""
-    if recipe.out is None:  # a patch
-        return MEASURING
-    return measuring_command(recipe.out, names_for_against(recipe, Path(recipe.out).expanduser()))
 
 
 def _closing_lines(recipe: Recipe, to_write: float, in_all: float, patch: Summary | None) -> list[str]:

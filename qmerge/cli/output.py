@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,6 @@ from qmerge.schema import ReportData
 def print_json(data: Any) -> None:
     """Data as JSON on stdout; paths become text."""
     typer.echo(json.dumps(data, indent=1, default=str))
-
-
-def measuring_command(out: str, against: Sequence[str] | None = None) -> str:
-    """The command that measures a merged folder on a text; ``against``: base and adapter, where they must be named."""
-    named = ["--against", *against] if against else []
-    return shlex.join(["qmerge", "verify", out, "--text", "FILE", *named])
 
 
 def print_report(report: ReportData, measuring: str = MEASURING) -> None:

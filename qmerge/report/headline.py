@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from qmerge.recipe import Recipe, names_for_against
 from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
 from qmerge.wording import exceeds_all, share, share_or_dash, times
 
@@ -135,6 +140,19 @@ def needs_users_text(report: ReportData) -> bool:
     if calibration is None or calibration.is_users_text or "preserve" not in report.rounding:
         return False
     return fidelity is not None and fidelity.verdict not in (None, "kept")
+
+
+def measuring_command(out: str, against: Sequence[str] | None = None) -> str:
+    """The command that measures a merged folder on a text; ``against``: base and adapter, where they must be named."""
+    named = ["--against", *against] if against else []
+    return shlex.join(["qmerge", "verify", out, "--text", "FILE", *named])
+
+
+def measuring_command_of(recipe: Recipe) -> str:
+    """The same for the model that a recipe has made here. It may name absolute paths: it is for the terminal, and for no file."""
+    if recipe.out is None:  # a patch
+        return MEASURING
+    return measuring_command(recipe.out, names_for_against(recipe, Path(recipe.out).expanduser()))
 
 
 def way_to_measure(report: ReportData, command: str = MEASURING) -> str:

@@ -21,6 +21,7 @@ from qmerge.hub import SAVED_BY_CALLBACK
 from qmerge.patch import direct
 from qmerge.recipe import Recipe, make_recipe
 from qmerge.report.environment import check_environment
+from qmerge.report.headline import measuring_command_of
 from qmerge.report.limits import past_limits
 from qmerge.report.result import Report
 from qmerge.report.terminal.console import stdout
@@ -152,7 +153,7 @@ class QmergeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         assert self.report is not None
         if not self.quiet:
             # Layer by layer is a diagnosis: the report in the folder has it.
-            stdout().print(report_tables(self.report.data, recipe.out)[0])
+            stdout().print(report_tables(self.report.data, measuring_command_of(recipe))[0])
         progress.warn_again(self.report.data.warnings)
 
     def _merge_and_push(self, arguments: dict[str, Any]) -> None:

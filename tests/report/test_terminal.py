@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from qmerge.cli.output import measuring_command
 from qmerge.progress import announced
+from qmerge.report.headline import measuring_command
 from qmerge.report.result import Check
 from qmerge.report.terminal import console, progress
 from qmerge.report.terminal.plan import targets_table
