@@ -90,9 +90,10 @@ def verify_command(
     from qmerge.gguf.base import gguf_file
     from qmerge.report.headline import measuring_command
     from qmerge.report.result import Check
+    from qmerge.report.terminal.checks import check_line, llama_cpp_line
     from qmerge.report.terminal.console import stdout
     from qmerge.report.terminal.progress import TerminalProgress
-    from qmerge.report.terminal.tables import check_line, fidelity_table, llama_cpp_line
+    from qmerge.report.terminal.tables import fidelity_table
 
     if against and text is None:
         raise RecipeError("--against needs --text FILE: the held-out text to compare on")

@@ -14,9 +14,10 @@ from qmerge import run
 from qmerge.evaluation.fidelity import fidelity_of_folder
 from qmerge.evaluation.verify import verify
 from qmerge.recipe import make_recipe
+from qmerge.report.terminal.checks import check_line
 from qmerge.report.terminal.console import NotedTable, make_table, stdout, with_notes
 from qmerge.report.terminal.progress import TerminalProgress
-from qmerge.report.terminal.tables import check_line, measured_table, survival_table
+from qmerge.report.terminal.tables import measured_table, survival_table
 from qmerge.schema import FidelityRecord, ReportData
 from qmerge.wording import DASH, fixed_or_dash, percent_with_tenths
 

@@ -12,10 +12,10 @@ from qmerge.progress import announced
 from qmerge.report.headline import measuring_command
 from qmerge.report.result import Check
 from qmerge.report.terminal import console, progress
+from qmerge.report.terminal.checks import check_line
 from qmerge.report.terminal.plan import targets_table
 from qmerge.report.terminal.progress import TerminalProgress
 from qmerge.report.terminal.tables import (
-    check_line,
     extra_lines,
     fidelity_table,
     measured_table,

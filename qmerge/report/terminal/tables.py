@@ -18,7 +18,6 @@ from qmerge.report.headline import (
     verdict_sentence,
     way_to_measure,
 )
-from qmerge.report.result import Check
 from qmerge.report.side_by_side import almost_base_lines, measured_on_lines, without_verdict_lines
 from qmerge.report.terminal.console import NotedTable, make_table, printable, safe, with_notes
 from qmerge.schema import FidelityRecord, GroupRecord, Judged, PairRecord, ReportData, overall_kept
@@ -306,23 +305,3 @@ def pair_line(pair: PairRecord) -> str:
     if worst:
         line += f"; lowest cosine {worst.cosine:.2f}, in {worst.module}"
     return line
-
-
-def llama_cpp_line(record: FidelityRecord) -> str:
-    """What llama.cpp made of a text, as the result of a check."""
-    return (
-        f"as it runs the file, on {record.tokens} tokens: loss {record.loss_merged:.3f} (base {record.loss_base:.3f}, unmerged "
-        f"{record.loss_unmerged:.3f}), KL ratio {record.kl_ratio or 0:.4f}"
-    )
-
-
-def check_line(check: Check) -> str:
-    """``ok     hashes: 1 file``: one check of ``qmerge verify``. One that was left out has found nothing, and is not ok."""
-    mark = "ok"
-    if not check.ok:
-        mark = "FAILED"
-    elif check.is_left_out:
-        mark = "-"
-    elif check.is_warning:
-        mark = "WARN"
-    return printable(f"{mark:<6} {check.name}: {check.found}")
