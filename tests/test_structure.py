@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "qmerge"
-MOST_TOP_LEVEL_MODULES = 10
+MOST_TOP_LEVEL_MODULES = 9
 
 
 def module_name(path: Path) -> str:

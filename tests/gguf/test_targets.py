@@ -239,7 +239,7 @@ def test_a_file_on_the_hub_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch, t
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(hub, "list_files", lambda hub_id, _: hub.Listing(hub_id, "c0ffee", ()))
+    monkeypatch.setattr("qmerge.hub.download.list_files", lambda hub_id, _: hub.Listing(hub_id, "c0ffee", ()))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/model-Q4_K_M.gguf").touch()
     with pytest.raises(CheckpointError, match="has no file other"):

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 from qmerge import hub
 from qmerge.errors import AdapterError, CheckpointError
 
-from .conftest import Cli
+from ..conftest import Cli
 
 BASE, ADAPTER = "someone/base-nf4", "someone-else/my.adapter"
 COMMITS = {BASE: "a" * 40, ADAPTER: "b" * 40}
