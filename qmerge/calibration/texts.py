@@ -254,7 +254,9 @@ def tokenize_with(tokenizer: Any, documents: Sequence[Document]) -> list[int]:
 
 def _tokenize_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
     if not tokenizer.chat_template:
-        raise RecipeError("the text holds chats, but the tokenizer has no chat template; use plain text instead")
+        raise RecipeError(
+            "the text holds chats, but the tokenizer has no chat template; use plain text, or rows of prompt and completion"
+        )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as cause:  # a template may raise anything

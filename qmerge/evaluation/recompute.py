@@ -88,7 +88,9 @@ def _result(names: list[str], plan: Plan, report: ReportData, *, every: bool) ->
     found = f"computed again, same bytes: {listed(names)} (1 of each file, seed {SEED})"
     if every:
         found = f"{len(names)} of {len(plan.steps)} weights computed again, same bytes"
-    return f"{found}; preserve rounded {preserved}, so only their hashes are compared" if preserved else found
+    return (
+        f"{found}; of {preserved} that preserve may have rounded, only the hashes are compared" if preserved else found
+    )
 
 
 def _planned(folder: Path, report: ReportData, reader: Reader, *, may_download: bool) -> tuple[Plan, RunContext]:

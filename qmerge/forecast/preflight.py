@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qmerge.base_check.declared import declared_warnings
 from qmerge.base_check.deltas import check_deltas, delta_size_warnings
-from qmerge.calibration.texts import CalibrationTokens
+from qmerge.calibration.texts import CalibrationTokens, is_of_user
 from qmerge.checkpoint import folder
 from qmerge.checkpoint.consistency import config_problem, tokenizer_problem
 from qmerge.errors import RecipeError
@@ -189,7 +190,23 @@ def input_warnings(plan: Plan) -> list[str]:
     for name in base.formats():
         stored = [weight for weight in base.weights.values() if weight.format == name]
         lines += get_format(name).base_warnings(stored, base.quantization)
+    if _is_judged_on_its_calibration(plan):
+        text = Path(str(plan.recipe.verify)).name
+        lines.append(
+            f"--verify and --calibration are the same file ({text}): the model is judged on text that "
+            f"rounding was fitted to, so the numbers flatter. Give another text, or leave out --verify: then a part is kept apart"
+        )
     return lines + target_warnings(plan)
+
+
+def _is_judged_on_its_calibration(plan: Plan) -> bool:
+    recipe = plan.recipe
+    if not (recipe.verify and is_of_user(recipe.calibration)):
+        return False
+    if not any(step.rounding == "preserve" for step in plan.rounded):
+        return False
+    verify, calibration = (Path(str(text)).expanduser() for text in (recipe.verify, recipe.calibration))
+    return calibration.is_file() and verify.exists() and verify.samefile(calibration)
 
 
 def target_warnings(plan: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmerge.recipe import Recipe, names_for_against
 from qmerge.schema import LEAST_GAIN, MOST_KL, FidelityRecord, Judged, ReportData, Verdict, overall_kept
-from qmerge.wording import exceeds_all, share, share_or_dash, times
+from qmerge.wording import counted, exceeds_all, share, share_or_dash, times
 
 OTHER_TEXT = {
     "generated": "Text of its own shows no gain.",
@@ -40,6 +40,9 @@ MEASURING = "qmerge verify OUT --text FILE"
 """Measures a whole model. In files of a folder, which may be moved, the folder is called OUT, and its inputs have no paths."""
 
 CALIBRATE = "Calibrate on text of your task to keep more"
+
+FEW_TOKENS = 256
+"""With fewer, the verdict depends on a handful of sentences."""
 
 HARDLY_KEPT = 0.05
 """Share of the delta below which the merge holds almost nothing of the adapter."""
@@ -91,6 +94,8 @@ def fidelity_remarks(fidelity: FidelityRecord, measuring: str = MEASURING) -> li
         measuring: the command that measures the model on another text.
     """
     remarks = []
+    if fidelity.tokens < FEW_TOKENS:
+        remarks.append(f"{counted(fidelity.tokens, 'token')} say little about a model: give a longer text.")
     gain = fidelity.gain_kept
     if losses(fidelity) is None:
         if fidelity.judged == "classes":

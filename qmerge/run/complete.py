@@ -12,6 +12,7 @@ from qmerge.formats import get_target
 from qmerge.gguf.modelfile import modelfile
 from qmerge.planning.inputs import Inputs
 from qmerge.planning.plan import Plan
+from qmerge.progress import Progress
 from qmerge.recipe import JUDGED_TOKENS, Recipe
 from qmerge.report import html
 from qmerge.report.card import model_card
@@ -23,6 +24,7 @@ from qmerge.run.residual import write_residuals
 from qmerge.run.state import Run, Written
 from qmerge.safetensors_io.disk import write_file
 from qmerge.schema import RECIPE_NAME, FileRecord, ReportData
+from qmerge.weights.context import RunContext
 
 
 def complete_model(run: Run, written: Written) -> ReportData:
@@ -83,24 +85,25 @@ def config_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def add_fidelity(report: ReportData, run: Run, text: Path) -> ReportData:
-    """Judge the finished model on a text, and write its reports again. The model stays, whatever happens."""
-    run.progress.stage("measuring the merged model", 1)
+def add_fidelity(report: ReportData, recipe: Recipe, plan: Plan, context: RunContext, progress: Progress) -> ReportData:
+    """Judge the finished model on the recipe's text, and write its reports again. The model stays, whatever happens."""
+    out, text = Path(recipe.out or "").expanduser(), Path(recipe.verify or "").expanduser()
+    progress.stage("measuring the merged model", 1)
     try:
         record = fidelity(
-            run.out,
-            run.recipe,
+            out,
+            recipe,
             text,
-            device=run.context.device,
+            device=context.device,
             tokens=JUDGED_TOKENS,
-            length=run.recipe.sequence_length,
-            continuations=run.recipe.quoted_beginnings,
-            report_progress=run.progress.report,
+            length=recipe.sequence_length,
+            continuations=recipe.quoted_beginnings,
+            report_progress=progress.report,
         )
         report = report.model_copy(update={"fidelity": record})
-        return write_record(run.out, report, _pages(report, run.plan))
+        return write_record(out, report, _pages(report, plan))
     finally:
-        run.progress.end()
+        progress.end()
 
 
 def with_commits(recipe: Recipe, inputs: Inputs) -> Recipe:

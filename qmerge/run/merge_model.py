@@ -52,15 +52,15 @@ def merge(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     progress = progress or NoProgress()
     finished = finished_report(recipe) if resume else None
     if finished is not None:
-        progress.note(f"{recipe.out} is complete already: there is nothing to resume.")
-        return finished
+        progress.note(f"{recipe.out} is complete already.")
+        return finished if _is_judged(finished, recipe) else _judge(finished, recipe, progress)
     with Reader() as reader:
         run = prepare(recipe, reader, resume=resume, progress=progress)
         out_existed = run.out.exists()
         with folder.locked(run.out):
             report = write_or_discard(run, resume=resume, out_existed=out_existed)
             if recipe.verify:
-                report = add_fidelity(report, run, Path(recipe.verify).expanduser())
+                report = add_fidelity(report, run.recipe, run.plan, run.context, progress)
             return report
 
 
@@ -81,6 +81,26 @@ def finished_report(recipe: Recipe) -> ReportData | None:
         return None
     folder.remove_lock(out)
     return report
+
+
+def _is_judged(report: ReportData, recipe: Recipe) -> bool:
+    """Whether a finished model was judged on the text that the recipe names, if it names one."""
+    if not recipe.verify:
+        return True
+    fidelity = report.fidelity
+    return fidelity is not None and fidelity.text_kind == "given" and fidelity.text == Path(recipe.verify).name
+
+
+def _judge(report: ReportData, recipe: Recipe, progress: Progress) -> ReportData:
+    """Judge a finished model: the run that wrote it was interrupted after that."""
+    check_files(recipe)
+    with Reader() as reader:
+        inputs = read_inputs(recipe, reader)
+        recipe, _ = with_training(recipe, inputs)
+        plan = plan_from(recipe, inputs)
+        check_texts(plan)
+        with folder.locked(Path(recipe.out or "").expanduser()):
+            return add_fidelity(report, recipe, plan, make_run_context(plan, reader), progress)
 
 
 def _without_revisions(recipe: Recipe) -> dict[str, Any]:

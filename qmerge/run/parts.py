@@ -173,7 +173,7 @@ def complete_from_parts(run: Run, contents: Sequence[JournalContent]) -> ReportD
         report = complete_model(run, _written(run, contents))
         if run.recipe.verify:
             try:
-                report = add_fidelity(report, run, Path(run.recipe.verify).expanduser())
+                report = add_fidelity(report, run.recipe, run.plan, run.context, run.progress)
             except QmergeError:  # as in a merge: the model stays
                 _remove_journals(run.out, parts)
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qmerge.calibration.documents import Document, read_texts
 from qmerge.calibration.tasks import CAUSAL_LM, task_of
@@ -35,21 +36,32 @@ def check_texts(plan: Plan) -> None:
     """
     task = task_of(plan.config)
     recipe = plan.recipe
-    documents: list[Document] = []
+    documents_in: dict[str, list[Document]] = {}
     if recipe.verify:
         text = Path(recipe.verify).expanduser()
         check_text(text, task)
         if task is CAUSAL_LM:
-            documents += read_texts(text)
+            documents_in[recipe.verify] = read_texts(text)
     if _calibrates_on_text(recipe):
         file = Path(str(recipe.calibration)).expanduser()
         if file.is_file():  # a dataset is downloaded when it is needed
-            documents += read_texts(file)
+            documents_in[str(recipe.calibration)] = read_texts(file)
     if _calibrates_on_text(recipe) or (recipe.verify and task.text):
         tokenizer = load_tokenizer(plan.inputs.tokenizer_folder)
-        # One chat shows whether there is a template that takes it; to tokenize all texts would take too long.
-        chats = [document for document in documents if isinstance(document, list)]
+        for name, documents in documents_in.items():
+            _check_documents(documents, tokenizer, name)
+
+
+def _check_documents(documents: list[Document], tokenizer: Any, file: str) -> None:
+    """Refuse a file without text, or with chats that the tokenizer cannot take."""
+    if all(isinstance(document, str) and not document.strip() for document in documents):
+        raise RecipeError(f"{file}: holds no text; expected at least 2 tokens")
+    # One chat shows whether there is a template that takes it; to tokenize all texts would take too long.
+    chats = [document for document in documents if isinstance(document, list)]
+    try:
         tokenize_with(tokenizer, chats[:1])
+    except RecipeError as cause:
+        raise RecipeError(f"{file}: {cause}") from cause
 
 
 def _calibrates_on_text(recipe: Recipe) -> bool:

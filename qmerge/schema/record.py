@@ -95,6 +95,14 @@ class CalibrationRecord(BaseModel):
         return "the calibration text"
 
     @property
+    def amount(self) -> str:
+        """What rounding was fitted to, in words: ``14,336 tokens (train.jsonl) and 8,192 of general text``."""
+        own = self.tokens - self.general_tokens
+        if own <= 0 or not self.general_tokens:
+            return f"{self.tokens:,} tokens ({self.source})"
+        return f"{own:,} tokens ({self.source}) and {self.general_tokens:,} of general text"
+
+    @property
     def is_users_text(self) -> bool:
         """Whether the user gave a text."""
         return self.source not in BUILT_IN_SOURCES
@@ -283,9 +291,11 @@ def read_report(folder: Path) -> ReportData:
     """The report of an output folder.
 
     Raises:
-        CheckpointError: the folder has no qmerge.json, or one of another schema version.
+        CheckpointError: there is no such folder, it has no qmerge.json, or one of another schema version.
     """
     path = folder / NAME
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder")
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {NAME}: expected a folder that qmerge wrote")
     content = read_json(path, CheckpointError)
