@@ -19,7 +19,7 @@ from qmerge.calibration.documents import JSON_SUFFIXES, Document, Exchange, read
 from qmerge.checkpoint.documents import LARGEST_JSON
 from qmerge.checkpoint.folder import TOKENIZER
 from qmerge.errors import CheckpointError, RecipeError, TokenizerError
-from qmerge.schema import TextKind
+from qmerge.schema import BUILT_IN_SOURCES, TextKind
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
@@ -131,14 +131,14 @@ def find_text(source: str) -> Path:
 
 def is_of_user(source: str | None) -> bool:
     """Whether a source of the recipe is a text of the user: a file or a dataset."""
-    return source not in (None, "default", "none", *TEXT_KINDS)
+    return source not in (None, "default", *BUILT_IN_SOURCES)
 
 
 def check_source(source: str) -> None:
     """Refuse a text that is neither a file nor can be a dataset on the Hub.
 
     Raises:
-        RecipeError: there is no such file, or no dataset can have this name.
+        RecipeError: the file does not exist, or no dataset can have this name.
     """
     path = Path(source).expanduser()
     if path.is_file():

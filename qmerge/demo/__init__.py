@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from qmerge import run
-from qmerge.errors import RecipeError
+from qmerge.checkpoint.folder import check_content
 from qmerge.evaluation.fidelity import fidelity_of_folder
 from qmerge.evaluation.verify import verify
 from qmerge.recipe import make_recipe
@@ -34,8 +34,8 @@ def run_demo(keep: Path | None) -> None:
     Args:
         keep: folder for the merged models; None for a temporary one.
     """
-    if keep and keep.exists() and any(keep.iterdir()):
-        raise RecipeError(f"{keep} is not empty: choose another folder with --out, or delete it")
+    if keep:
+        check_content(keep, resume=False)
     with as_file(files("qmerge.demo")) as demo, _output_folder(keep) as folder:
         inputs = {"base": str(demo / "base-nf4"), "adapter": str(demo / "adapter"), "target": "nf4"}
         typer.echo("A small Llama in NF4, and a QLoRA adapter that was trained on it.")

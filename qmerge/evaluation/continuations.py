@@ -103,9 +103,8 @@ def _start(ids: list[int], tokenizer: Any) -> int:
     """The position after the first end-of-text token, else after the first blank line, else after the first line, else 0."""
     if tokenizer.eos_token_id in ids:
         return ids.index(tokenizer.eos_token_id) + 1
-    ends = [
-        tokenizer.decode(ids[max(0, end - 3) : end]) for end in range(1, len(ids) + 1)
-    ]  # a line break may be two tokens
+    # Some tokens at a time: a line break may be two of them.
+    ends = [tokenizer.decode(ids[max(0, end - 3) : end]) for end in range(1, len(ids) + 1)]
     for line_break in ("\n\n", "\n"):
         for end, text in enumerate(ends, start=1):
             if text.endswith(line_break):

@@ -111,7 +111,7 @@ def run_preflight(
     if rounding == "auto":
         plan, reason = choose_roundings(plan, predicted)
     calibration = NO_CALIBRATION
-    if any(step.rounding == "preserve" for step in plan.rounded):
+    if plan.uses_preserve:
         if not may_calibrate and plan.calibration.source != "none":
             raise RecipeError(
                 "add --rounding stochastic or --calibration none, or merge in one process: preserve with calibration cannot be "
@@ -201,9 +201,7 @@ def input_warnings(plan: Plan) -> list[str]:
 
 def _is_judged_on_its_calibration(plan: Plan) -> bool:
     recipe = plan.recipe
-    if not (recipe.verify and is_of_user(recipe.calibration)):
-        return False
-    if not any(step.rounding == "preserve" for step in plan.rounded):
+    if not (plan.uses_preserve and recipe.verify and is_of_user(recipe.calibration)):
         return False
     verify, calibration = (Path(str(text)).expanduser() for text in (recipe.verify, recipe.calibration))
     return calibration.is_file() and verify.exists() and verify.samefile(calibration)

@@ -22,7 +22,7 @@ def resolve(reference: str, revision: str | None, error: type[InputError], adapt
         adapter: name of the adapter that is asked for, which may be an earlier state of a finished one.
 
     Raises:
-        error: there is no such folder, and no such id on the Hub or in its cache.
+        error: neither a folder, nor an id on the Hub or in its cache.
     """
     if not reference.strip():
         raise error("an empty name was given; expected a folder or a Hub id (owner/name)")

@@ -120,6 +120,11 @@ class Plan:
         return tuple(step for step in self.steps if step.action == "merge" or _is_preserved_conversion(step))
 
     @property
+    def uses_preserve(self) -> bool:
+        """Whether ``preserve`` rounds any weight."""
+        return any(step.rounding == "preserve" for step in self.rounded)
+
+    @property
     def bytes_in(self) -> int:
         """Bytes of all weights that are read."""
         return sum(step.source.nbytes for step in self.steps)

@@ -303,8 +303,12 @@ class RecipeFields(BaseModel):
     @property
     def adapters(self) -> list[tuple[str, float]]:
         """Folder or Hub id of every adapter, and its weight."""
-        names = [self.adapter] if isinstance(self.adapter, str) else self.adapter
-        return [split_weight(name) for name in names]
+        return [split_weight(reference) for reference in self.adapter_references]
+
+    @property
+    def adapter_references(self) -> list[str]:
+        """Every adapter as it was given: folder or Hub id, with its weight."""
+        return [self.adapter] if isinstance(self.adapter, str) else self.adapter
 
     @property
     def quoted_beginnings(self) -> int:

@@ -65,7 +65,7 @@ def names_for_against(recipe: Recipe, output: Path) -> list[str]:
         recipe: of the merge, with the names that were given for it.
         output: the finished folder.
     """
-    adapters = recipe.adapter if isinstance(recipe.adapter, list) else [recipe.adapter]
+    adapters = recipe.adapter_references
     names = [recipe.base, *adapters, *([recipe.original] if recipe.original else [])]
     # --against takes one adapter.
     if len(adapters) > 1 or all(hub.is_found_again(name, output) for name in names):

@@ -93,14 +93,11 @@ def _is_judged(report: ReportData, recipe: Recipe) -> bool:
 
 def _judge(report: ReportData, recipe: Recipe, progress: Progress) -> ReportData:
     """Judge a finished model: the run that wrote it was interrupted after that."""
-    check_files(recipe)
     with Reader() as reader:
-        inputs = read_inputs(recipe, reader)
-        recipe, _ = with_training(recipe, inputs)
-        plan = plan_from(recipe, inputs)
+        plan = _plan(recipe, reader, progress)
         check_texts(plan)
         with folder.locked(Path(recipe.out or "").expanduser()):
-            return add_fidelity(report, recipe, plan, make_run_context(plan, reader), progress)
+            return add_fidelity(report, plan.recipe, plan, make_run_context(plan, reader), progress)
 
 
 def _without_revisions(recipe: Recipe) -> dict[str, Any]:
@@ -136,17 +133,10 @@ def prepare(
     if recipe.out is None:
         raise RecipeError("out is needed (--out): folder to write to; must not exist, or be empty")
     out = Path(recipe.out).expanduser()
-    check_files(recipe)
-    inputs = read_inputs(recipe, reader)
-    recipe, notes = with_training(recipe, inputs)
-    for line in notes:
-        progress.note(line)
-    if recipe.target == "auto":
-        recipe, reason = resolve_auto(recipe, inputs, all_candidates(recipe, inputs, reader))
-        progress.note(reason)
-    plan = plan_from(recipe, inputs)
+    plan = _plan(recipe, reader, progress)
+    recipe = plan.recipe
     context = make_run_context(plan, reader, device)
-    folder.check_place(out, input_folders(inputs))
+    folder.check_place(out, input_folders(plan.inputs))
     if part:
         folder.check_content_for_part(out, part, resume)
     elif not in_parts:
@@ -167,6 +157,19 @@ def prepare(
         started=started,
         part=part,
     )
+
+
+def _plan(recipe: Recipe, reader: Reader, progress: Progress) -> Plan:
+    """The plan of a recipe, with what the training folder says and ``--target auto`` chooses, which is shown."""
+    check_files(recipe)
+    inputs = read_inputs(recipe, reader)
+    recipe, notes = with_training(recipe, inputs)
+    for line in notes:
+        progress.note(line)
+    if recipe.target == "auto":
+        recipe, reason = resolve_auto(recipe, inputs, all_candidates(recipe, inputs, reader))
+        progress.note(reason)
+    return plan_from(recipe, inputs)
 
 
 def show_preflight(

@@ -19,7 +19,7 @@ def check_files(recipe: Recipe) -> None:
     """Refuse a text that is not there, before the inputs are read.
 
     Raises:
-        RecipeError: there is no such file.
+        RecipeError: a file does not exist.
     """
     if recipe.verify and not Path(recipe.verify).expanduser().exists():
         raise RecipeError(f"verify: {recipe.verify}: no such file; give its path with --verify FILE")
@@ -31,7 +31,7 @@ def check_texts(plan: Plan) -> None:
     """Refuse texts of another form, and a model without the tokenizer that they need.
 
     Raises:
-        RecipeError: a text cannot be read, or has another form; it holds chats, but there is no chat template.
+        RecipeError: a text cannot be read, has another form, or holds chats that the tokenizer has no template for.
         TokenizerError: the tokenizer cannot be loaded.
     """
     task = task_of(plan.config)

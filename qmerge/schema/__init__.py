@@ -16,6 +16,7 @@ from qmerge.schema.fidelity import (
     verdict_of,
 )
 from qmerge.schema.record import (
+    BUILT_IN_SOURCES,
     NAME,
     RECIPE_NAME,
     SCHEMA_VERSION,
@@ -42,6 +43,7 @@ from qmerge.schema.record import (
 )
 
 __all__ = [
+    "BUILT_IN_SOURCES",
     "LEAST_GAIN",
     "LEAST_IMPROVEMENT",
     "MOST_KL",

@@ -291,7 +291,7 @@ def read_report(folder: Path) -> ReportData:
     """The report of an output folder.
 
     Raises:
-        CheckpointError: there is no such folder, it has no qmerge.json, or one of another schema version.
+        CheckpointError: the folder does not exist, or has no qmerge.json, or one of another schema version.
     """
     path = folder / NAME
     if not folder.exists():

@@ -102,7 +102,7 @@ def unmerged_values(step: Step, context: RunContext, conv1d: bool = False, with_
     # These weights are not worked on as [O, I]: their values are those on disk.
     if step.action in ("copy", "replace"):
         values = dense_values(step.weight, context.reader, context.device, conv1d)
-        if step.replacement is None:
+        if step.replacement is None or len(step.replacement.values) == len(values):
             return values
         return _with_rows_of(step.replacement, values)
     values_OI = merged_values(step, context) if with_delta else base_values(step, context)

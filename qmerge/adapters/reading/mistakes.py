@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qmerge import hub
-from qmerge.adapters.reading.training_folder import checkpoint_number
+from qmerge.adapters.reading.training_folder import checkpoints_of
 from qmerge.errors import AdapterError
 from qmerge.hub import ADAPTER_CONFIG as CONFIG
 from qmerge.safetensors_io.header import read_header
@@ -89,9 +89,9 @@ def missing_config_problem(folder: Path) -> str:
             f"{folder} is a model, not an adapter: it has config.json, and no {CONFIG}. Give it with --base, and the adapter with "
             f"--adapter; of a model that an adapter was merged into, or that was trained whole, qmerge extract makes an adapter"
         )
-    trained_whole = [below for below in folder.glob("*/") if hub.CHECKPOINT.fullmatch(below.name) and _is_model(below)]
+    trained_whole = [folder / name for name in checkpoints_of(folder) if _is_model(folder / name)]
     if trained_whole:
-        last = max(trained_whole, key=lambda below: checkpoint_number(below.name))
+        last = trained_whole[-1]
         return (
             f"{folder} has no adapter: {last.name} in it is a whole model. If that was trained whole, qmerge extract makes an "
             f"adapter of it: qmerge extract {last} BASE --out DIR"

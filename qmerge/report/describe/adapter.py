@@ -26,7 +26,7 @@ from qmerge.adapters.updates.lora import AddUpdate, DoraUpdate, LoraUpdate, OwnB
 from qmerge.adapters.updates.variants import ByWidthUpdate
 from qmerge.base_check import declared, deltas, peft_options
 from qmerge.base_check.from_training import with_training
-from qmerge.checkpoint.scan import Checkpoint, scan
+from qmerge.checkpoint.scan import scan
 from qmerge.errors import AdapterError, CheckpointError, NeedsBaseError, QmergeError
 from qmerge.planning.inputs import read_inputs
 from qmerge.planning.plan import make_run_context, plan_from
@@ -222,11 +222,11 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
     with Reader() as reader:
         source = hub.resolve(recipe.base, recipe.revision, CheckpointError)
         base = scan(source.folder, reader)
-        remarks = _compare_declared(recipe, source, base, adapter, config)
+        as_merged = recipe
         fingerprint = fingerprint_record(base.folder).model_dump()
         described: dict[str, Any] = {
             "base": {**describe_storage(source, base), "fingerprint": fingerprint},
-            "comparison": remarks,
+            "comparison": [],
             "alignments": [],
         }
         try:
@@ -234,18 +234,13 @@ def _compare_with_base(recipe: Recipe, adapter: hub.Source, config: dict[str, An
             described |= _describe_changes(inputs.adapter, config)
             # A merge quantizes the base first where the training folder says so: then it is that base which must fit.
             as_merged, _ = with_training(recipe, inputs)
-            described["comparison"] = _compare_declared(as_merged, source, base, adapter, config)
             plan = plan_from(recipe, inputs)
             (alignments,) = deltas.measure_alignments(plan, make_run_context(plan, reader))
             described["alignments"] = [asdict(alignment) for alignment in alignments]
             described["problem"] = deltas.find_problem(alignments, recipe.merge_onto)
         except QmergeError as error:  # the adapter does not fit this base: what both declare still helps
             described["problem"] = str(error)
+        given = declared.given_base(source, base, as_merged, [adapter])
+        remarks = declared.compare(config, given, read_training(adapter.folder, config))
+        described["comparison"] = [asdict(remark) for remark in remarks]
         return described
-
-
-def _compare_declared(
-    recipe: Recipe, source: hub.Source, base: Checkpoint, adapter: hub.Source, config: dict[str, Any]
-) -> list[dict[str, Any]]:
-    given = declared.given_base(source, base, recipe, [adapter])
-    return [asdict(remark) for remark in declared.compare(config, given, read_training(adapter.folder, config))]

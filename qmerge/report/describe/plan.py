@@ -100,7 +100,7 @@ def describe_plan(recipe: Recipe, target_given: bool, served_with: str | None = 
 
 def _unpredicted(plan: Plan) -> str:
     """A sentence about weights of which the numbers say what another rounding would keep."""
-    if not any(step.rounding == "preserve" for step in plan.rounded):
+    if not plan.uses_preserve:
         return ""
     return " What preserve keeps is measured in the merge; the numbers here are those of nearest."
 

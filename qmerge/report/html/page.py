@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from markupsafe import Markup
@@ -161,12 +162,10 @@ def _written(model: str, text: str, unmerged: str) -> Written:
     if text == unmerged:
         return Written(model, text, agreement="the same, word for word")
     own, other = (re.findall(r"\s+|\S+", words) for words in (text, unmerged))
-    same = 0
-    while same < min(len(own), len(other)) and own[same] == other[same]:
-        same += 1
+    alike = [word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, other, strict=False))]
+    same = len(alike)
     # A space that differs is seen only with the word after it.
     end = same + 2 if own[same : same + 1] and own[same].isspace() else same + 1
-    alike = "".join(own[:same])
-    words = counted(len(alike.split()), "word")
-    agreement = f"the same for {words}" if alike.strip() else "differs from the first word on"
-    return Written(model, alike, "".join(own[same:end]), "".join(own[end:]), agreement)
+    words = sum(not word.isspace() for word in alike)
+    agreement = f"the same for {counted(words, 'word')}" if words else "differs from the first word on"
+    return Written(model, "".join(alike), "".join(own[same:end]), "".join(own[end:]), agreement)

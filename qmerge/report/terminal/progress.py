@@ -57,7 +57,7 @@ class TerminalProgress(Progress):
             self._bar.update(self._task, advance=nbytes, description=part or None)
         elif not self.quiet and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            line = ", ".join(filter(None, (part or self._amount(), self._time_left())))
+            line = self._line(part)
             if line:
                 self.console.print(safe(line))
 
@@ -108,16 +108,11 @@ class TerminalProgress(Progress):
             ]
         return columns
 
-    def _amount(self) -> str:
-        """``merging: 1.21 MB of 2.08 MB, 120.10 kB/s``; empty where nothing is known yet."""
+    def _line(self, part: str) -> str:
+        """``merging: 1.21 MB of 2.08 MB, 120.10 kB/s, 7 s left``, with the name of the part that is being done in place of the
+        amount; without the time, where the amount of work is not known."""
         if not self._is_counted or not self._done:
-            return ""
+            return part
         rate = self._done / (self._last_line - self._started)
-        return f"{self._label}: {size_text(self._done)} of {size_text(self._total)}, {size_text(rate)}/s"
-
-    def _time_left(self) -> str:
-        """``7 s left``; empty where the amount of work is not known."""
-        if not self._is_counted or not self._done:
-            return ""
-        seconds = self._last_line - self._started
-        return f"{seconds / self._done * (self._total - self._done):.0f} s left"
+        amount = f"{self._label}: {size_text(self._done)} of {size_text(self._total)}, {size_text(rate)}/s"
+        return f"{part or amount}, {(self._total - self._done) / rate:.0f} s left"

@@ -166,7 +166,7 @@ def measured_table(reports: Sequence[ReportData], names: Sequence[str] = ()) -> 
     last = ["kept"] if judged else ["noise", "kept"]
     if outputs_seen:
         last += [f"output\n{name}" for name in last]
-    has_bits = not (judged and outputs_seen)  # there is no room for more than nine columns
+    has_bits = not (judged and outputs_seen)  # at most nine columns fit into 80 characters
     heading = "merge" if names else "target"
     table = make_table("What survives", (heading, *first, *(["bits"] if has_bits else []), "size", *last))
     table.add_column("rounding")
